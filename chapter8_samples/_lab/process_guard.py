@@ -1,0 +1,48 @@
+"""親がどう終わっても子のプロセスグループを残さないための見張り(標準ライブラリーだけで動く)。
+
+親はこのスクリプトを新しいセッションで起動し、標準入力のパイプを握っておく。親が終われば
+(SIGKILL でも)OS がパイプを閉じるので、読み取りの終わり(EOF)が「止めよ」の合図になる。
+正常な停止も同じ道を通る::
+
+    python process_guard.py GRACE_SECONDS COMMAND [ARG ...]
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+
+def kill_group(child_pid: int) -> None:
+    """自分を含むグループ(Windows では子の木)を残らず終わらせる。"""
+    if sys.platform == "win32":
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(child_pid)], check=False)
+    else:
+        os.killpg(0, signal.SIGKILL)
+
+
+def stop_at_eof(child: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    """標準入力が閉じたら SIGTERM、`grace_seconds` 秒後にもまだいれば強制終了。"""
+    sys.stdin.buffer.read()
+    child.terminate()
+    time.sleep(grace_seconds)
+    kill_group(child.pid)
+
+
+def main() -> None:
+    """コマンドを起動して見張り、終わったら残りのプロセスを片付ける。"""
+    grace_seconds, command = float(sys.argv[1]), sys.argv[2:]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    threading.Thread(target=stop_at_eof, args=(child, grace_seconds), daemon=True).start()
+    status = child.wait()
+    sys.stderr.write(f"process_guard: command exited with status {status}\n")
+    sys.stderr.flush()
+    kill_group(child.pid)
+
+
+if __name__ == "__main__":
+    main()

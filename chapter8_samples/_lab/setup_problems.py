@@ -1,0 +1,396 @@
+"""用意の誤り(サーバーがない、鍵が違う、書けない、など)を、直し方の分かる日本語にする。
+
+トレースバックの代わりに「何が起きたか」と「どうすればよいか」を見せ、終了ステータス 1 で終わる。
+ここにない例外は、そのまま上げる(原因の分からない失敗を、分かったふりで隠さない)。
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+MINIMUM_MLFLOW = (3, 17)
+INSTALL = 'python -m pip install -U "mlflow>=3.17,<4"'
+_CANNOT_WRITE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),  # フォルダーのはずがファイル、またはその逆
+}
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_SERVER_COMMAND = "python -m mlflow server --host 127.0.0.1 --port 5000"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """何が起きたか(``what``)と、どうすればよいか(``fix``)。"""
+
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  -> {self.fix}"
+
+
+def shown(uri: str) -> str:
+    """画面に出してよい接続先。パスワード、トークン、クエリ、見慣れないパスを落とす。
+
+    >>> shown("https://user:pass@mlflow.example.com:8443/secret?token=x")
+    'https://mlflow.example.com:8443/...'
+    """
+    scheme, found, rest = uri.partition("://")
+    if not found:
+        return uri.rpartition("@")[2] if "@" in uri else uri
+    rest = rest.rpartition("@")[2] if not scheme.startswith("sqlite") else rest
+    rest = re.split(r"[?#]", rest)[0]
+    host, slash, path = rest.partition("/")
+    if scheme in ("http", "https") and path not in ("", "v1/traces"):
+        path = "..."
+    return f"{scheme}://{host}{slash if path else ''}{path}"
+
+
+def address_of(url: str) -> tuple[str, int | None] | None:
+    """URL のホストとポート。読めなければ ``None``。"""
+    try:
+        parts = urlsplit(url)
+        return (parts.hostname, parts.port) if parts.hostname else None
+    except ValueError:
+        return None
+
+
+def bounded(call: Callable[[], Any], seconds: float) -> Any:
+    """``call`` の結果。``seconds`` 秒で戻らなければ ``TimeoutError``。"""
+    answers: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not answers:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return answers[0]
+
+
+def mlflow_problem() -> Problem | None:
+    """MLflow が入っていない、または古い。"""
+    try:
+        found = version("mlflow")
+    except PackageNotFoundError:
+        try:
+            found = version("mlflow-tracing")
+        except PackageNotFoundError:
+            return Problem("MLflow が入っていません。", f"入れてください: {INSTALL}")
+    if numbers_of(found) >= MINIMUM_MLFLOW:
+        return None
+    return Problem(f"MLflow {found} は古すぎます(3.17 以上が必要)。", f"上げてください: {INSTALL}")
+
+
+def numbers_of(text: str) -> tuple[int, ...]:
+    """版の最初の 2 つの数。
+
+    >>> numbers_of("3.17.2")
+    (3, 17)
+    """
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def backend_problem(uri: str, timeout_seconds: float = 5.0) -> Problem | None:
+    """接続先が答えない、または断る理由。MLflow の長い再試行(数分)に入る前に分かる。"""
+    if not uri.startswith(("http://", "https://", "databricks")):
+        return _database_problem(uri, timeout_seconds)
+    try:
+        status, text = bounded(lambda: _ask(uri, timeout_seconds), timeout_seconds + 1)
+    except Exception as error:
+        return explain(error) or no_server(uri)
+    if status in (401, 403):
+        return wrong_key(uri)
+    if status != 200 or not text.lstrip().startswith("{"):
+        return Problem(
+            f"{shown(uri)} は MLflow サーバーの答えを返しません(HTTP {status})。",
+            "MLFLOW_TRACKING_URI のホスト、ポート、パスを確かめてください。",
+        )
+    return None
+
+
+def _database_problem(uri: str, timeout_seconds: float) -> Problem | None:
+    """データベースのサーバーに届かない(MLflow は 1 分以上、つなぎ直し続ける)。"""
+    kind = re.split(r"[+:]", uri)[0]
+    address = address_of(uri)
+    if kind not in _DATABASE_PORTS or not address:
+        return None
+    try:
+        place = address[0], address[1] or _DATABASE_PORTS[kind]
+        socket.create_connection(place, timeout_seconds).close()
+    except OSError:
+        return Problem(
+            f"データベースのサーバー {shown(uri)} が答えません。",
+            "サーバーの起動と、MLFLOW_TRACKING_URI のホストとポートを確かめてください。",
+        )
+    return None
+
+
+def _ask(uri: str, timeout_seconds: float) -> tuple[int, str]:
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    answer: Any = http_request(
+        get_default_host_creds(uri),
+        "/api/2.0/mlflow/experiments/search",
+        "POST",
+        json={"max_results": 1},
+        max_retries=0,
+        timeout=timeout_seconds,
+        raise_on_status=False,
+    )
+    return answer.status_code, answer.text
+
+
+def missing_database(uri: str) -> Problem | None:
+    """読みたい SQLite のファイルがない(そのまま開くと、MLflow が空のものを作ってしまう)。"""
+    path = uri.partition(":///")[2]
+    if not uri.startswith("sqlite:") or Path(path).exists():
+        return None
+    return Problem(
+        f"データベース {path} がありません。",
+        "パスを直すか、先に記録してください(手元なら python -m chapter8_samples)。",
+    )
+
+
+def output_problem(path: Path) -> Problem | None:
+    """出力のファイルを書けない理由。長い処理の前に分かる。"""
+    path = path.resolve()
+    if not path.parent.is_dir():
+        return Problem(f"フォルダー {path.parent} がありません。", "先に作ってください。")
+    try:
+        with path.open("a") if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+            return None
+    except OSError as error:
+        what = f"{path} に書き込めません({error.strerror})。"
+        return Problem(what, "-o に、書き込めるファイルの名前を指定してください。")
+
+
+def file_store() -> Problem:
+    """MLflow が使わなくなった、ファイルの保存先。"""
+    return Problem(
+        "ファイルの保存先(mlruns)は、いまの MLflow では使えません。",
+        "MLFLOW_TRACKING_URI を sqlite:///mlflow.db か、サーバーの URL にしてください。",
+    )
+
+
+def no_server(uri: str) -> Problem:
+    """サーバーが答えない。"""
+    if uri.startswith("databricks"):
+        return Problem(
+            "Databricks に接続できません。",
+            "DATABRICKS_HOST と DATABRICKS_TOKEN(または ~/.databrickscfg)と、"
+            "ネットワークを確かめてください。",
+        )
+    return Problem(
+        f"MLflow サーバー {shown(uri)} が答えません。",
+        f"サーバーを起動する({_SERVER_COMMAND})か、MLFLOW_TRACKING_URI を直すか、"
+        "消して手元の SQLite を使ってください。",
+    )
+
+
+def wrong_key(uri: str = "") -> Problem:
+    """認証に失敗した。"""
+    names = "MLFLOW_TRACKING_USERNAME と MLFLOW_TRACKING_PASSWORD(または MLFLOW_TRACKING_TOKEN)"
+    if uri.startswith("databricks"):
+        names = "DATABRICKS_TOKEN"
+    where = f" {shown(uri)} " if uri else ""
+    return Problem(
+        f"接続先{where}が、鍵を受け付けません(401 または 403)。",
+        f"{names} と、その利用者の権限を確かめてください。",
+    )
+
+
+def explain(error: BaseException) -> Problem | None:
+    """例外の説明。用意の誤りと分からなければ ``None``。"""
+    for reader in (_missing_package, _file_problem, _llm_problem, _port_problem, _mlflow_problem):
+        if found := reader(error):
+            return found
+    return None
+
+
+def _missing_package(error: BaseException) -> Problem | None:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if package != "chapter8_samples":
+            fix = "python -m pip install -r requirements.txt"
+            return Problem(f"パッケージ {package} が入っていません。", f"入れてください: {fix}")
+    return None
+
+
+def _file_problem(error: BaseException) -> Problem | None:
+    if not isinstance(error, OSError) or error.errno not in _CANNOT_WRITE or not error.filename:
+        return None
+    return Problem(
+        f"{error.filename} に書き込めません({error.strerror})。",
+        "書き込めるフォルダーで実行するか、環境変数 CHAPTER8_LAB(手元のデータの置き場所)か "
+        "-o で、書き込める場所を指定してください。",
+    )
+
+
+def _llm_problem(error: BaseException) -> Problem | None:
+    if type(error).__module__.partition(".")[0] != "openai":
+        return None
+    if getattr(error, "status_code", None) in (401, 403):
+        return Problem(
+            "LLM のプロバイダーが、API キーを受け付けません。",
+            "OPENAI_API_KEY を直すか、CHAPTER8_OFFLINE=1 で手元の LLM スタブを使ってください。",
+        )
+    if type(error).__name__ in ("APIConnectionError", "APITimeoutError"):
+        return Problem(
+            "LLM のプロバイダーに接続できません。",
+            "OPENAI_BASE_URL を直すか、CHAPTER8_OFFLINE=1 で手元の LLM スタブを使ってください。",
+        )
+    return None
+
+
+def _port_problem(error: BaseException) -> Problem | None:
+    taken = re.search(r"port (\d+) is not free", str(error))
+    if type(error).__name__ == "MlflowServerError" and taken:
+        return Problem(
+            f"ポート {taken[1]} は、ほかのプログラムが使っています。",
+            "--port に別の番号を渡すか、使っているプログラムを終了してください。",
+        )
+    return None
+
+
+_TEXTS = (
+    (
+        r"Connection refused|Max retries|Failed to establish|Read timed out|NameResolution",
+        lambda: no_server(_current_uri()),
+    ),
+    (
+        r"(?:code|HTTP|status)\W{1,3}40[13]\b|UNAUTHENTICATED|PERMISSION_DENIED|not authenticated",
+        lambda: wrong_key(_current_uri()),
+    ),
+    (r"filesystem tracking backend", file_store),
+    (
+        r"unsupported URI",
+        lambda: Problem(
+            f"接続先 {shown(_current_uri())} の種類は使えません。",
+            "http://HOST:PORT、sqlite:///mlflow.db、databricks のように書いてください。",
+        ),
+    ),
+    (
+        r"file is not a database",
+        lambda: Problem(
+            f"{shown(_current_uri())} は SQLite のデータベースではありません。",
+            "パスを直すか、壊れたファイルなら控えから戻してください。",
+        ),
+    ),
+    (
+        r"No Experiment with id",
+        lambda: Problem(
+            f"その番号のエクスペリメントは {shown(_current_uri())} にありません。",
+            "MLFLOW_EXPERIMENT_ID と MLFLOW_TRACKING_URI を確かめてください。",
+        ),
+    ),
+    (
+        r"deleted experiment|in deleted state",
+        lambda: Problem(
+            "そのエクスペリメントは削除されています。",
+            "別の名前にするか、復元してください: mlflow experiments restore -x ID",
+        ),
+    ),
+    (
+        r"absolute path|Got an invalid experiment name",
+        lambda: Problem(
+            "エクスペリメントの名前が、この接続先では使えません。",
+            "Databricks では /Shared/my-app のような、ワークスペースの絶対パスにしてください。",
+        ),
+    ),
+    (
+        r"out-of-date database schema|Can't locate revision",
+        lambda: Problem(
+            "データベースが、別の版の MLflow で作られています。",
+            "控えを取ってから mlflow db upgrade <URI> を実行するか、手元のデータなら "
+            "python -m chapter8_samples --fresh で作り直してください。",
+        ),
+    ),
+    (
+        r"readonly database|unable to open database file",
+        lambda: Problem(
+            "SQLite のファイルを開けないか、書き込めません。",
+            "ファイルとフォルダーの権限を確かめるか、CHAPTER8_LAB で別の場所を指定してください。",
+        ),
+    ),
+    (
+        r"default auth: cannot configure|cannot be used without a Databricks|Reading Databricks",
+        lambda: no_server("databricks"),
+    ),
+)
+
+
+def _mlflow_problem(error: BaseException) -> Problem | None:
+    text = str(error)
+    if type(error).__name__ in ("ExperimentNotFoundError", "MetricSourceError"):
+        named = re.search(r"experiment '(.*?)'", text)
+        if named and ("does not exist" in text or text.startswith("no experiment")):
+            return wrong_experiment(named[1])
+    if not _from_mlflow(error):
+        return None
+    if model := re.search(r"Registered Model with name=(.+) not found", text):
+        what = f"登録済みモデル {model[1]!r} は {shown(_current_uri())} にありません。"
+        return Problem(what, "名前と MLFLOW_TRACKING_URI を確かめてください。")
+    return next((make() for pattern, make in _TEXTS if re.search(pattern, text)), None)
+
+
+def _from_mlflow(error: BaseException) -> bool:
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    return bool(
+        names & {"mlflow.MlflowException", "requests.RequestException", "sqlalchemy.DatabaseError"}
+        or type(error).__name__ in ("MetricSourceError", "TracingSetupError")
+        or (isinstance(error, ValueError) and "default auth" in str(error))
+    )
+
+
+def wrong_experiment(name: str) -> Problem:
+    """エクスペリメントがない。"""
+    return Problem(
+        f"エクスペリメント {name!r} は {shown(_current_uri())} にありません。",
+        "名前と MLFLOW_TRACKING_URI を確かめてください"
+        "(名前の一覧: python -m mlflow experiments search)。",
+    )
+
+
+def _current_uri() -> str:
+    import mlflow
+
+    return mlflow.get_tracking_uri()
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """用意の誤りなら、説明を標準エラーに書いて終了ステータス 1 で終わる。"""
+    try:
+        yield
+    except Exception as error:
+        problem = explain(error)
+        if problem is None:
+            raise
+        raise SystemExit(str(problem)) from error
+
+
+def require(problem: Problem | None) -> None:
+    """問題があれば、説明を標準エラーに書いて終了ステータス 1 で終わる。"""
+    if problem is not None:
+        raise SystemExit(str(problem))

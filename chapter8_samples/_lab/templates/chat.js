@@ -1,0 +1,275 @@
+"use strict";
+
+const $ = selector => document.querySelector(selector);
+const log = $("#log"), form = $("#form"), input = $("#question");
+const session = `web-${crypto.randomUUID()}`;
+const POLL_MS = 2000;
+const GONE = "画面のサーバーにつながりません。端末で python -m chapter8_samples serve が動いているか確かめてください。";
+
+function post(path, body = {}) {
+  return fetch(path, {method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)});
+}
+
+/* チャット ---------------------------------------------------------------- */
+
+function scrollDown() {
+  log.scrollTop = log.scrollHeight;
+}
+
+function sayMine(text) {
+  const message = document.createElement("article");
+  message.className = "message me";
+  message.textContent = text;
+  log.append(message);
+}
+
+function newAnswer() {
+  const answer = $("#answer").content.cloneNode(true).firstElementChild;
+  log.append(answer);
+  scrollDown();
+  return answer;
+}
+
+async function* jsonLines(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const {done, value} = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const line of lines) yield JSON.parse(line);
+  }
+}
+
+function fail(answer, advice) {
+  answer.classList.add("failed");
+  const text = document.createElement("p");
+  text.className = "failure";
+  text.textContent = advice;
+  answer.querySelector(".text").after(text);
+}
+
+function show(answer, event) {
+  if (event.text) answer.querySelector(".text").textContent += event.text;
+  if (event.error) fail(answer, event.advice);
+  if (event.trace_id) openTools(answer, event.trace_id, event.trace_url);
+}
+
+async function ask(question) {
+  sayMine(question);
+  const answer = newAnswer();
+  const follow = () => log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+  try {
+    const response = await post("/ask", {question, session_id: session});
+    if (!response.ok) throw new Error(`HTTP ${response.status}`);
+    for await (const event of jsonLines(response.body)) {
+      const atEnd = follow();
+      show(answer, event);
+      if (atEnd) scrollDown();
+    }
+  } catch {
+    fail(answer, GONE);
+    scrollDown();
+  } finally {
+    answer.setAttribute("aria-busy", "false");
+  }
+}
+
+form.onsubmit = async event => {
+  event.preventDefault();
+  const question = input.value.trim();
+  const button = form.querySelector("button");
+  if (!question || button.disabled) return;
+  input.value = "";
+  button.disabled = true;
+  await ask(question);
+  button.disabled = false;
+};
+
+/* 評価 -------------------------------------------------------------------- */
+
+function openTools(answer, traceId, traceUrl) {
+  const tools = answer.querySelector(".tools"), link = tools.querySelector("a");
+  tools.classList.add("vote");
+  tools.dataset.trace = traceId;
+  link.hidden = !traceUrl;
+  link.href = traceUrl;
+  for (const button of tools.querySelectorAll("[data-vote]")) button.onclick = () => vote(tools, button);
+  const open = tools.querySelector("[data-comment]"), comment = answer.querySelector(".comment");
+  comment.dataset.id = crypto.randomUUID();
+  open.onclick = () => {
+    comment.hidden = !comment.hidden;
+    open.setAttribute("aria-expanded", String(!comment.hidden));
+    if (!comment.hidden) comment.querySelector("textarea").focus();
+    answer.scrollIntoView({block: "nearest"});
+  };
+  comment.onsubmit = event => sendComment(event, tools, open);
+}
+
+async function record(tools, fields) {
+  const note = tools.querySelector("span");
+  note.textContent = "送っています";
+  try {
+    const response = await post("/feedback", {trace_id: tools.dataset.trace, ...fields});
+    note.textContent = response.status === 202 ? "受け付けました。後で MLflow に記録します"
+      : response.ok ? "記録しました" : "記録できませんでした。もう一度押してください";
+    return response.ok;
+  } catch {
+    note.textContent = GONE;
+    return false;
+  }
+}
+
+async function vote(tools, button) {
+  const stored = await record(tools, {is_positive: button.dataset.vote === "true", feedback_id: crypto.randomUUID()});
+  if (!stored) return;
+  for (const other of tools.querySelectorAll("[data-vote]")) other.setAttribute("aria-pressed", String(other === button));
+}
+
+async function sendComment(event, tools, open) {
+  event.preventDefault();
+  const comment = event.target, text = comment.querySelector("textarea");
+  // 同じ ID で送り直すので、途中で切れても二重に記録されない
+  const stored = await record(tools, {type: "comment", comment: text.value, feedback_id: comment.dataset.id});
+  if (!stored) return;
+  comment.hidden = true;
+  comment.dataset.id = crypto.randomUUID();
+  text.value = "";
+  open.setAttribute("aria-expanded", "false");
+  open.focus();
+}
+
+/* 監視 -------------------------------------------------------------------- */
+
+const percent = value => `${(100 * value).toFixed(0)}%`;
+const UNITS = {
+  requests: value => `${value} 件`,
+  error_rate: percent,
+  latency_p50_ms: value => value.toFixed(0),
+  latency_p95_ms: value => value.toFixed(0),
+  cost_usd: value => `$${value.toFixed(6)}`,
+  cost_usd_per_request: value => `$${value.toFixed(6)}`,
+  grounded_rate: percent,
+  thumbs_up_rate: percent,
+};
+
+function put(selector, text) {
+  const element = $(selector);
+  if (element.textContent !== text) element.textContent = text;
+  return element;
+}
+
+function showFigures(figures) {
+  for (const [name, {value, n}] of Object.entries(figures)) {
+    const element = put(`[data-figure=${name}]`, value === null ? "-" : UNITS[name](value));
+    element.dataset.value = value ?? "";
+    if ($(`[data-count=${name}]`)) put(`[data-count=${name}]`, n ? `${n} 件中` : "\u00a0");
+  }
+}
+
+function showAlert(state, title, detail) {
+  $("#alert").dataset.state = state;
+  document.body.classList.toggle("firing", state === "firing");
+  put("#alert-title", title);
+  put("#alert-detail", detail);
+}
+
+function showWatch({alert, problem}) {
+  const limit = `しきい値 ${percent(alert.threshold)}`;
+  const now = alert.value === null ? "まだ採点していません" : `根拠あり ${percent(alert.value)}(${alert.n} 件)`;
+  const detail = `直近 ${alert.window_seconds} 秒: ${now}、${limit}`;
+  if (alert.firing) showAlert("firing", `アラート: ${alert.summary}`, detail);
+  else showAlert(problem ? "lost" : "calm", problem || "アラートなし", detail);
+}
+
+function showRelease(status) {
+  put("#version", `v${status.version}(${status.healthy_version ? "資料だけで短く答える" : "詳しく答える"})`);
+  put("#next-step", status.next_step);
+  $("[data-action=release]").disabled = !status.healthy_version;
+  $("[data-action=rollback]").disabled = status.healthy_version;
+  const burst = $("[data-action=burst]");
+  burst.disabled = status.sending;
+  put("[data-action=burst]", status.sending ? "質問を送っています" : "質問を 30 件送る");
+  $("#auto").checked = status.auto_rollback;
+}
+
+function addEvent({kind, text, at, url}) {
+  const item = document.createElement("li"), time = document.createElement("time");
+  item.dataset.kind = kind;
+  time.dateTime = at;
+  time.textContent = new Date(at).toLocaleTimeString("ja-JP", {hour12: false});
+  item.append(time, text);
+  if (url) {
+    const link = document.createElement("a");
+    Object.assign(link, {href: url, target: "_blank", rel: "noopener", textContent: "例のトレース"});
+    item.append(" ", link);
+  }
+  $("#timeline").append(item);
+  item.scrollIntoView({block: "nearest"});
+}
+
+let latest = "";
+
+function showEvents(events) {
+  for (const event of events.filter(event => event.at > latest)) {
+    addEvent(event);
+    latest = event.at;
+  }
+}
+
+function refuse(text) {
+  addEvent({kind: "refused", text, at: new Date().toISOString()});
+}
+
+async function refresh() {
+  try {
+    const response = await fetch("/status");
+    if (response.status === 404) return false;
+    const status = await response.json();
+    if (!response.ok) throw new Error(status.detail);
+    put("#minutes", String(status.window_minutes));
+    showFigures(status.figures);
+    showWatch(status);
+    showRelease(status);
+    showEvents(status.events);
+  } catch (error) {
+    showAlert("lost", "監視が止まっています", error instanceof TypeError ? GONE : error.message);
+  }
+  return true;
+}
+
+async function poll() {
+  if (!document.hidden && !(await refresh())) {
+    document.body.classList.add("no-panel");
+    return;
+  }
+  setTimeout(poll, POLL_MS);
+}
+
+async function act(path, body) {
+  try {
+    const response = await post(`/operations/${path}`, body);
+    if (!response.ok) refuse((await response.json()).detail);
+  } catch {
+    refuse(GONE);
+  }
+  await refresh();
+}
+
+for (const button of document.querySelectorAll("[data-action]")) {
+  button.onclick = () => {
+    button.disabled = true;
+    act(button.dataset.action);
+  };
+}
+$("#auto").onchange = event => act("auto", {enabled: event.target.checked});
+
+for (const tab of document.querySelectorAll("[data-show]")) {
+  tab.onclick = () => {
+    document.body.dataset.view = tab.dataset.show;
+    for (const other of document.querySelectorAll("[data-show]")) other.setAttribute("aria-pressed", String(other === tab));
+  };
+}
+
+poll();

@@ -1,0 +1,138 @@
+"""全テスト共通のフィクスチャ: きれいな環境、テストごとの保存先、手元の相手役。"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chapter8_samples import _lab
+
+OWNED_PREFIXES = ("MLFLOW_", "OTEL_", "OPENAI_", "DATABRICKS_", "SLACK_", "PAGERDUTY_", "CHAPTER8_")
+_lab.go_offline()
+# 背後で起動された(SIGINT を無視する)シェルからでも、子プロセスの Ctrl-C を試せるようにする
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def without_settings(environment: dict[str, str]) -> dict[str, str]:
+    """接続先や鍵の環境変数を除いた写し。"""
+    return {k: v for k, v in environment.items() if not k.startswith(OWNED_PREFIXES)}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """開発者の設定がテストに、テストの設定が次のテストに、漏れないようにする。"""
+    saved = dict(os.environ)
+    for name in set(saved) - set(without_settings(saved)):
+        del os.environ[name]
+    os.environ.update(_lab.OFFLINE_DEFAULTS)
+    os.environ["CHAPTER8_LAB"] = str(tmp_path / ".chapter8")
+    monkeypatch.chdir(tmp_path)
+    yield
+    _forget_mlflow_state()
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def _forget_mlflow_state() -> None:
+    """テスト中に決まった接続先・エクスペリメント・トレース設定を、起動直後に戻す。"""
+    import mlflow
+
+    from chapter8_samples.production_tracing import reset_production_tracing
+
+    reset_production_tracing()
+    # トレースを作らなかったテストでは待たない(書き出しの確認だけで 1 秒から 2 秒かかる)
+    if mlflow.tracing.provider.provider.once._done:
+        mlflow.flush_trace_async_logging()
+    # None は「未設定」に戻す。前のテストの SQLite を指したまま残さない
+    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    mlflow.set_registry_uri(None)  # type: ignore[arg-type]
+    mlflow.tracing.reset()
+    mlflow.tracking.fluent._active_experiment_id = None
+
+
+@pytest.fixture(scope="session")
+def database_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """表を作り終えた、空の SQLite。表を作るのは 1 秒ほどかかるので、テストごとに写して使う。"""
+    path = tmp_path_factory.mktemp("database") / "mlflow.db"
+    code = "import mlflow, sys; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
+    command = [sys.executable, "-c", code, f"sqlite:///{path.as_posix()}"]
+    environment = without_settings(dict(os.environ)) | _lab.OFFLINE_DEFAULTS
+    subprocess.run(
+        command, env=environment, cwd=path.parent, check=True, capture_output=True, timeout=120
+    )
+    return path
+
+
+@pytest.fixture
+def tracking_uri(tmp_path: Path, database_template: Path) -> str:
+    """このテストだけの SQLite。"""
+    import mlflow
+
+    database = shutil.copy(database_template, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{Path(database).as_posix()}"
+    mlflow.set_tracking_uri(uri)
+    return uri
+
+
+@pytest.fixture(scope="session")
+def _mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from chapter8_samples._lab.mlflow_server import MlflowServer
+
+    with MlflowServer(tmp_path_factory.mktemp("mlflow-server")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def mlflow_server_url(_mlflow_server: str) -> str:
+    """本物の mlflow server。共有なので、テストごとに別のエクスペリメントを使う。"""
+    import mlflow
+
+    mlflow.set_tracking_uri(_mlflow_server)
+    return _mlflow_server
+
+
+@pytest.fixture(scope="session")
+def _stub_llm_server():  # type: ignore[no-untyped-def]
+    from chapter8_samples._lab.stub_llm import StubLlm
+
+    with StubLlm() as stub:
+        yield stub
+
+
+@pytest.fixture
+def stub_llm(_stub_llm_server):  # type: ignore[no-untyped-def]
+    """LLM スタブ。openai SDK がここへ話すように環境変数も向ける。"""
+    import dataclasses
+
+    from chapter8_samples._lab.stub_llm import Faults
+
+    _stub_llm_server.set_faults(**dataclasses.asdict(Faults()))
+    _stub_llm_server.requests.clear()
+    os.environ["OPENAI_BASE_URL"] = _stub_llm_server.base_url
+    os.environ["OPENAI_API_KEY"] = "sk-local-stub"
+    return _stub_llm_server
+
+
+@pytest.fixture
+def webhooks():  # type: ignore[no-untyped-def]
+    """Slack や PagerDuty の代わりに受け取るサーバー。"""
+    from chapter8_samples._lab.receivers import WebhookReceiver
+
+    with WebhookReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def otlp():  # type: ignore[no-untyped-def]
+    """OTLP(gRPC と HTTP)の受信側。"""
+    from chapter8_samples._lab.receivers import OtlpReceiver
+
+    with OtlpReceiver() as receiver:
+        yield receiver

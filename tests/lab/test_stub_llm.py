@@ -1,0 +1,409 @@
+"""本物の openai SDK(同期、非同期、ストリーム、再試行)がスタブ LLM と話せること。"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import openai
+import pytest
+import requests
+from openai import AsyncOpenAI, OpenAI
+
+from chapter8_samples._lab import stub_answers, stub_text
+from chapter8_samples._lab.stub_llm import Faults, StubLlm
+
+DOCUMENTS = """<documents>
+返品は商品の到着から14日以内に受け付けます。返品の送料はお客様のご負担です。
+送料は全国一律で550円です。5,000円以上のご注文なら無料です。
+</documents>
+
+質問: """
+GOOD = "参考資料だけを使い、短く答えてください。"
+BAD = "できるだけ詳しく、長く答えてください。"
+
+
+def ask(system: str, question: str = "返品は何日以内ですか?") -> list[Any]:
+    return [
+        {"role": "system", "content": system},
+        {"role": "user", "content": DOCUMENTS + question},
+    ]
+
+
+@pytest.fixture
+def client(stub_llm: StubLlm) -> OpenAI:
+    return OpenAI(max_retries=0)
+
+
+def test_good_prompt_quotes_the_nearest_sentences(client: OpenAI) -> None:
+    reply = client.chat.completions.create(model="gpt-4o-mini", messages=ask(GOOD))
+    assert reply.choices[0].message.content == (
+        "返品は商品の到着から14日以内に受け付けます。返品の送料はお客様のご負担です。"
+    )
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_bad_prompt_invents_about_four_times_as_much(client: OpenAI) -> None:
+    good = client.chat.completions.create(model="gpt-4o-mini", messages=ask(GOOD))
+    bad = client.chat.completions.create(model="gpt-4o-mini", messages=ask(BAD))
+    assert good.usage is not None and bad.usage is not None
+    assert 3.5 <= bad.usage.completion_tokens / good.usage.completion_tokens <= 5
+    assert "14日" not in str(bad.choices[0].message.content)
+
+
+def test_answers_depend_on_content_alone(client: OpenAI) -> None:
+    first = client.chat.completions.create(model="gpt-4o", messages=ask(BAD))
+    client.chat.completions.create(model="gpt-4o", messages=ask(GOOD, "送料はいくらですか?"))
+    again = client.chat.completions.create(model="gpt-4o", messages=ask(BAD))
+    assert first.model_dump(exclude={"created"}) == again.model_dump(exclude={"created"})
+
+
+def test_nothing_near_the_question_is_said_so(client: OpenAI) -> None:
+    reply = client.chat.completions.create(model="gpt-4o", messages=ask(GOOD, "量子力学とは?"))
+    assert reply.choices[0].message.content == stub_answers.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("asked", "echoed"),
+    [
+        ("gpt-4o", "gpt-4o-2024-08-06"),
+        ("gpt-4o-mini", "gpt-4o-mini-2024-07-18"),
+        ("gpt-4.1-mini", "gpt-4.1-mini-2025-04-14"),
+        ("my-own-model", "my-own-model"),
+    ],
+)
+def test_model_is_echoed_as_a_dated_snapshot(client: OpenAI, asked: str, echoed: str) -> None:
+    reply = client.chat.completions.create(
+        model=asked, messages=[{"role": "user", "content": "こんにちは"}]
+    )
+    assert reply.model == echoed
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("", 1), ("a", 1), ("abcd", 1), ("abcde", 2), ("あいう", 2), ("あ" * 300, 200)],
+)
+def test_token_rule(text: str, tokens: int) -> None:
+    assert stub_text.count_tokens(text) == tokens
+
+
+@pytest.mark.parametrize(("characters", "cached"), [(0, 0), (190, 0), (192, 128), (600, 384)])
+def test_cached_tokens_are_the_system_message_in_blocks(
+    client: OpenAI, characters: int, cached: int
+) -> None:
+    messages: list[Any] = [{"role": "user", "content": "こんにちは"}]
+    if characters:
+        messages.insert(0, {"role": "system", "content": "あ" * characters})
+    usage = client.chat.completions.create(model="gpt-4o", messages=messages).usage
+    assert usage is not None and usage.prompt_tokens_details is not None
+    assert usage.prompt_tokens_details.cached_tokens == cached <= usage.prompt_tokens
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert usage.completion_tokens_details is not None
+    assert usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_stream_carries_the_same_text_and_usage_only_when_asked(client: OpenAI) -> None:
+    whole = client.chat.completions.create(model="gpt-4o", messages=ask(GOOD))
+    chunks = list(
+        client.chat.completions.create(
+            model="gpt-4o",
+            messages=ask(GOOD),
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert len({c.id for c in chunks}) == 1
+    plain = list(client.chat.completions.create(model="gpt-4o", messages=ask(GOOD), stream=True))
+    assert all(c.usage is None and c.choices for c in plain)
+
+
+def test_tool_calls_are_streamed_too(client: OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "get_root_span", "parameters": {}}}
+    asked: Any = {"model": "gpt-4o", "messages": ask(GOOD), "tools": [tool]}
+    whole = client.chat.completions.create(**asked).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    (call,) = (call for choice in chunks for call in choice.delta.tool_calls or [])
+    assert call.function is not None and call.function.name == "get_root_span"
+    assert whole.finish_reason == chunks[-1].finish_reason == "tool_calls"
+
+
+def test_client_may_leave_in_the_middle_of_a_stream(client: OpenAI) -> None:
+    for _ in range(3):
+        stream = client.chat.completions.create(model="gpt-4o", messages=ask(BAD), stream=True)
+        next(iter(stream))
+        stream.close()
+    reply = client.chat.completions.create(model="gpt-4o", messages=ask(GOOD))
+    assert reply.choices[0].message.content
+
+
+def test_async_client_and_concurrency(stub_llm: StubLlm) -> None:
+    async def run() -> list[str | None]:
+        async with AsyncOpenAI() as client:
+            replies = await asyncio.gather(
+                *(
+                    client.chat.completions.create(
+                        model="gpt-4o", messages=[{"role": "user", "content": f"質問{n}"}]
+                    )
+                    for n in range(20)
+                )
+            )
+        return [reply.choices[0].message.content for reply in replies]
+
+    answers = asyncio.run(run())
+    assert [f"質問{n}" in str(a) for n, a in enumerate(answers)] == [True] * 20
+
+
+def test_long_answers_really_take_longer(client: OpenAI) -> None:
+    started = time.monotonic()
+    reply = client.chat.completions.create(model="gpt-4o", messages=ask(BAD))
+    assert reply.usage is not None
+    assert time.monotonic() - started >= reply.usage.completion_tokens * 0.002
+
+
+def test_keep_alive_has_no_delayed_ack_pause(stub_llm: StubLlm) -> None:
+    with requests.Session() as session:
+        started = time.monotonic()
+        for _ in range(100):
+            session.post(f"{stub_llm.base_url}/embeddings", json={"model": "e", "input": "a"})
+    assert time.monotonic() - started < 3  # 遅延 ACK を待つと 4 秒を超える
+
+
+def test_requests_are_recorded_oldest_first(client: OpenAI, stub_llm: StubLlm) -> None:
+    client.chat.completions.create(model="gpt-4o", messages=ask(GOOD), temperature=0.2)
+    client.embeddings.create(model="text-embedding-3-small", input="返品")
+    assert [sorted(r) for r in stub_llm.requests] == [
+        ["messages", "model", "temperature"],
+        ["encoding_format", "input", "model"],
+    ]
+    assert stub_llm.requests[0]["messages"] == ask(GOOD)
+
+
+def test_embeddings_of_similar_texts_are_near(client: OpenAI) -> None:
+    texts = ["返品の送料はいくらですか", "返品するときの送料を教えて", "二段階認証を設定したい"]
+    reply = client.embeddings.create(model="text-embedding-3-small", input=texts)
+    vectors = [item.embedding for item in reply.data]
+    assert [math.isclose(math.hypot(*v), 1, abs_tol=1e-6) for v in vectors] == [True] * 3
+    near, far = (sum(a * b for a, b in zip(vectors[0], v, strict=True)) for v in vectors[1:])
+    assert near > far + 0.2
+    assert reply.usage.prompt_tokens == sum(stub_text.count_tokens(t) for t in texts)
+
+
+def test_embeddings_as_base64_and_floats_agree(client: OpenAI) -> None:
+    base64 = client.embeddings.create(model="e", input="返品", dimensions=16)
+    floats = client.embeddings.create(
+        model="e", input="返品", dimensions=16, encoding_format="float"
+    )
+    assert base64.data[0].embedding == pytest.approx(floats.data[0].embedding)
+    assert len(floats.data[0].embedding) == 16
+
+
+def test_models_are_listed(client: OpenAI) -> None:
+    names = [model.id for model in client.models.list()]
+    assert {"gpt-4o", "gpt-4o-2024-08-06", "text-embedding-3-small"} <= set(names)
+
+
+HELLO = {"model": "gpt-4o", "messages": [{"role": "user", "content": "こんにちは"}]}
+RING = {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}
+
+
+def refused(reply: requests.Response) -> str:
+    """OpenAI と同じ形の 400 の文面。"""
+    error = reply.json()["error"]
+    assert (reply.status_code, error["type"]) == (400, "invalid_request_error")
+    return str(error["message"])
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ({}, "model"),
+        ({"model": "gpt-4o"}, "messages"),
+        ({"messages": []}, "model"),
+        ([1], "body"),
+        ({**HELLO, "messages": []}, "messages"),
+        ({**HELLO, "messages": ["こんにちは"]}, "messages.0"),
+        ({**HELLO, "messages": [{"content": "役割がない"}]}, "messages.0.role"),
+        ({**HELLO, "model": ["gpt-4o"]}, "model"),
+        ({**HELLO, "stream_options": "include_usage"}, "stream_options"),
+        ({**HELLO, "response_format": "json"}, "response_format"),
+        ({**HELLO, "tools": [{"type": "function"}]}, "tools.0.function"),
+        ({**HELLO, "messages": [{"role": "user", "content": "\ud800"}]}, "not valid JSON"),
+    ],
+)
+def test_malformed_requests_are_refused(stub_llm: StubLlm, body: Any, place: str) -> None:
+    reply = requests.post(f"{stub_llm.base_url}/chat/completions", json=body, timeout=5)
+    assert place in refused(reply)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_what_is_no_json_is_refused(stub_llm: StubLlm, body: bytes) -> None:
+    reply = requests.post(f"{stub_llm.base_url}/chat/completions", data=body, timeout=5)
+    assert "not valid JSON" in refused(reply)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [RING, {"$ref": "#/$defs/Nobody"}, {"enum": []}, {"type": 5}, {"properties": {"a": True}}],
+)
+def test_broken_judge_schemas_are_refused(client: OpenAI, schema: dict[str, Any]) -> None:
+    shape: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}
+    with pytest.raises(openai.BadRequestError, match="Invalid schema for response_format"):
+        client.chat.completions.create(**HELLO, response_format=shape)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": {"text": "a"}}, "input"),
+        ({"input": "a", "dimensions": 0}, "dimensions"),
+        ({"input": "a", "dimensions": 10**9}, "dimensions"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
+    ],
+)
+def test_malformed_embeddings_are_refused(
+    stub_llm: StubLlm, fields: dict[str, Any], place: str
+) -> None:
+    body = {"model": "text-embedding-3-small", **fields}
+    reply = requests.post(f"{stub_llm.base_url}/embeddings", json=body, timeout=5)
+    assert place in refused(reply)
+
+
+def test_other_paths_and_methods_answer_like_openai(client: OpenAI, stub_llm: StubLlm) -> None:
+    with pytest.raises(openai.NotFoundError, match="Invalid URL"):
+        client.moderations.create(input="こんにちは")
+    reply = requests.get(f"{stub_llm.base_url}/chat/completions", timeout=5)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (405, "invalid_request_error")
+
+
+def test_error_rate_fails_exactly_that_share(client: OpenAI, stub_llm: StubLlm) -> None:
+    stub_llm.set_faults(error_rate=0.25)
+    outcomes = [_outcome(client) for _ in range(20)]
+    assert outcomes.count("InternalServerError") == 5
+    stub_llm.set_faults(error_rate=0.25)
+    assert [_outcome(client) for _ in range(20)] == outcomes
+
+
+def test_rate_limit_carries_retry_after(client: OpenAI, stub_llm: StubLlm) -> None:
+    stub_llm.set_faults(rate_limit_rate=1, retry_after_seconds=7)
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.chat.completions.create(model="gpt-4o", messages=ask(GOOD))
+    assert caught.value.response.headers["retry-after"] == "7"
+    assert caught.value.code == "rate_limit_exceeded"
+
+
+def test_sdk_retries_over_a_rate_limit(stub_llm: StubLlm) -> None:
+    stub_llm.set_faults(rate_limit_rate=0.5, retry_after_seconds=0.01)
+    client = OpenAI(max_retries=1)
+    for _ in range(3):
+        assert client.chat.completions.create(model="gpt-4o", messages=ask(GOOD)).choices
+    assert len(stub_llm.requests) == 5  # 2 件目と 4 件目が 429 で、やり直している
+
+
+def test_faults_hit_embeddings_too(client: OpenAI, stub_llm: StubLlm) -> None:
+    stub_llm.set_faults(error_rate=1)
+    with pytest.raises(openai.InternalServerError):
+        client.embeddings.create(model="e", input="返品")
+
+
+def test_latency_delays_the_answer(client: OpenAI, stub_llm: StubLlm) -> None:
+    stub_llm.set_faults(latency_seconds=0.2)
+    started = time.monotonic()
+    client.embeddings.create(model="e", input="返品")
+    assert time.monotonic() - started >= 0.2
+
+
+def test_bad_release_ignores_the_prompt(client: OpenAI, stub_llm: StubLlm) -> None:
+    invented = client.chat.completions.create(model="gpt-4o", messages=ask(BAD))
+    stub_llm.set_faults(bad_release=True)
+    forced = client.chat.completions.create(model="gpt-4o", messages=ask(GOOD))
+    assert forced.choices[0].message.content == invented.choices[0].message.content
+
+
+def test_control_call_sets_reads_and_resets(stub_llm: StubLlm) -> None:
+    url = stub_llm.base_url.removesuffix("/v1") + "/control/faults"
+    reply = requests.post(url, json={"error_rate": 0.5, "bad_release": True}, timeout=5)
+    assert reply.json() == requests.get(url, timeout=5).json()
+    assert stub_llm.faults == Faults(error_rate=0.5, bad_release=True)
+    assert requests.post(url, json={}, timeout=5).status_code == 200
+    assert stub_llm.faults == Faults()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"eror_rate": 0.5},
+        {"error_rate": 1.5},
+        {"error_rate": "half"},
+        {"rate_limit_rate": -0.1},
+        {"latency_seconds": -1},
+        {"latency_seconds": True},
+        {"bad_release": 1},
+        ["error_rate"],
+    ],
+)
+def test_control_call_refuses_unknown_names_and_bad_values(stub_llm: StubLlm, body: Any) -> None:
+    stub_llm.set_faults(error_rate=0.5)
+    url = stub_llm.base_url.removesuffix("/v1") + "/control/faults"
+    assert requests.post(url, json=body, timeout=5).status_code == 422
+    assert stub_llm.faults == Faults(error_rate=0.5)
+
+
+def test_set_faults_refuses_the_same_in_python() -> None:
+    stub = StubLlm()
+    with pytest.raises(TypeError, match="eror_rate"):
+        stub.set_faults(eror_rate=0.5)
+    with pytest.raises(ValueError, match="error_rate must be a finite number from 0 to 1"):
+        stub.set_faults(error_rate=2)
+    with pytest.raises(ValueError, match="latency_seconds"):
+        stub.set_faults(latency_seconds=math.nan)
+
+
+def test_stop_closes_the_port_and_start_opens_it_again() -> None:
+    stub = StubLlm()
+    with pytest.raises(RuntimeError, match="not running"):
+        _ = stub.base_url
+    with stub:
+        url, port = stub.base_url, int(stub.base_url.split(":")[2].split("/")[0])
+        assert requests.get(f"{url}/models", timeout=5).ok
+    stub.stop()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    with stub.start():
+        assert stub.base_url == url
+        assert requests.get(f"{url}/models", timeout=5).ok
+
+
+@pytest.mark.slow
+def test_runs_alone_from_the_command_line() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chapter8_samples._lab.stub_llm", "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip().removeprefix("OPENAI_BASE_URL=")
+        client = OpenAI(base_url=url, api_key="x", max_retries=5)
+        assert client.models.list().data
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+def _outcome(client: OpenAI) -> str:
+    try:
+        client.embeddings.create(model="e", input="返品")
+    except openai.APIStatusError as error:
+        return type(error).__name__
+    return "ok"
