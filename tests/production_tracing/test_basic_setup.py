@@ -1,0 +1,385 @@
+"""basic_setup と autologging: 設定・二重設定・やり直し・サーバー停止時のふるまい。"""
+
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+from chapter8_samples._lab.receivers import OtlpReceiver
+from chapter8_samples.production_tracing import basic_setup, manual_spans
+from chapter8_samples.production_tracing.autologging import AUTOLOG_PROVIDERS, enable_autologging
+from chapter8_samples.production_tracing.basic_setup import (
+    reset_production_tracing,
+    setup_production_tracing,
+    tracing_status,
+)
+from chapter8_samples.production_tracing.export_profiles import (
+    EnvironmentPatch,
+    TracingSetupError,
+    otlp_environment,
+)
+from chapter8_samples.production_tracing.pii_masking import mask_pii
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@mlflow.trace
+def answer(number: int) -> int:
+    return number
+
+
+def test_readme_quick_start_works_in_an_empty_directory(stored: Any, tmp_path: Path) -> None:
+    status = setup_production_tracing(
+        experiment_name="/production/my-llm-app", service_name="my-llm-app", enable_async=True
+    )
+    answer(1)
+    assert status.backend == "sqlite" and status.ready and not status.warnings
+    assert (tmp_path / "mlflow.db").exists()
+    (trace,) = stored("/production/my-llm-app")
+    assert trace.info.experiment_id == status.experiment_id
+    assert trace.info.tags["service.name"] == "my-llm-app"
+
+
+def test_same_call_is_a_no_op_and_a_different_one_explains_itself(tracking_uri: str) -> None:
+    first = setup_production_tracing("a")
+    assert setup_production_tracing("a") is first
+    with pytest.raises(TracingSetupError, match=r"already set up for 'a'.*reset_production"):
+        setup_production_tracing("b")
+    reset_production_tracing()
+    assert tracing_status() is None
+    assert setup_production_tracing("b").experiment_name == "b"
+
+
+def test_reset_restores_environment_and_uri(tracking_uri: str, tmp_path: Path) -> None:
+    os.environ["OTEL_RESOURCE_ATTRIBUTES"] = "team=ai,service.version=0"
+    before = dict(os.environ)
+    other = f"sqlite:///{tmp_path}/other.db"
+    status = setup_production_tracing(
+        "a", tracking_uri=other, environment="production", service_version="2"
+    )
+    answer(1)
+    resource = dict(
+        item.split("=") for item in status.applied["OTEL_RESOURCE_ATTRIBUTES"].split(",")
+    )
+    assert resource == {
+        "deployment.environment.name": "production",
+        "service.version": "0",  # 利用者の値が優先
+        "team": "ai",
+    }
+    reset_production_tracing()
+    assert dict(os.environ) == before
+    assert mlflow.get_tracking_uri() == tracking_uri
+
+
+def test_user_environment_wins_and_is_reported(tracking_uri: str) -> None:
+    os.environ["MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE"] = "77"
+    status = setup_production_tracing("a")
+    assert os.environ["MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE"] == "77"
+    assert "MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE" not in status.applied
+    assert any("MAX_QUEUE_SIZE=77" in warning for warning in status.warnings)
+
+
+def test_service_name_in_the_users_resource_attributes_wins(tracking_uri: str, stored: Any) -> None:
+    os.environ["OTEL_RESOURCE_ATTRIBUTES"] = "team=ai, service.name=users-own"
+    status = setup_production_tracing("a", "my-llm-app")
+    answer(1)
+    (trace,) = stored("a")
+    assert trace.info.tags["service.name"] == "users-own"
+    assert "OTEL_SERVICE_NAME" not in os.environ
+    assert any("service.name=users-own" in warning for warning in status.warnings)
+
+
+def test_secrets_in_urls_and_headers_are_never_shown(
+    free_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "pa55word"
+    os.environ["OTEL_EXPORTER_OTLP_TRACES_HEADERS"] = f"authorization={secret}"
+    uri = f"http://app:{secret}@127.0.0.1:{free_port}"
+    shown: list[object] = []
+    with pytest.raises(TracingSetupError) as caught:
+        setup_production_tracing("a", tracking_uri=f"postgresql://app:{secret}@db/mlflow")
+    shown.append(caught.value)
+    with pytest.raises(TracingSetupError) as caught:
+        setup_production_tracing("a", tracking_uri=uri, strict=True)
+    shown.append(caught.value)
+    shown.append(setup_production_tracing("a", tracking_uri=uri))
+    assert mlflow.get_tracking_uri() == uri
+    with pytest.raises(TracingSetupError) as caught:
+        setup_production_tracing("b")
+    patch = EnvironmentPatch()
+    patch.set(otlp_environment(uri, "server", "1"))
+    shown += [caught.value, patch.warnings, patch.applied]
+    patch.restore()
+    assert secret not in caplog.text + repr(shown)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"USERNAME": "app", "PASSWORD": "p=ss, 鍵"}, "Basic YXBwOnA9c3MsIOmNtQ=="),
+        ({"TOKEN": "t0k=n,x"}, "Bearer t0k=n,x"),
+        ({}, None),
+    ],
+)
+def test_otlp_carries_the_credentials_of_mlflow(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: str | None
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    patch = EnvironmentPatch()
+    with OtlpReceiver() as receiver:
+        patch.set(otlp_environment(receiver.http_endpoint, "server", "12"))
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter()))
+        provider.get_tracer("t").start_span("s").end()
+        provider.shutdown()
+        headers = receiver.requests[0].headers
+    patch.restore()
+    assert (headers.get("authorization"), headers["x-mlflow-experiment-id"]) == (wanted, "12")
+    assert "YXBw" not in repr(patch.applied) and "t0k" not in repr(patch.applied)
+
+
+def test_same_masking_twice_is_the_same_setup(tracking_uri: str) -> None:
+    first = setup_production_tracing("a", span_processors=[mask_pii()])
+    assert setup_production_tracing("a", span_processors=[mask_pii()]) is first
+    with pytest.raises(
+        TracingSetupError, match=r"second, different setup \(service_name: 'llm-app'"
+    ):
+        setup_production_tracing("a", "other", span_processors=[mask_pii()])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"experiment_name": " "},
+        {"service_name": ""},
+        {"sampling_ratio": 1.5},
+        {"sampling_ratio": float("nan")},
+        {"export_profile": "fast"},
+        {"http_timeout_seconds": 0},
+        {"deployment_region": "a,b"},
+        {"service_version": "a=b"},
+        {"experiment_name": None},
+        {"service_name": 8},
+        {"tracking_uri": Path("mlflow.db")},
+        {"sampling_ratio": "0.5"},
+        {"export_profile": ["burst"]},
+        {"http_timeout_seconds": 2.5},  # MLflow は整数として読み、読めないと送信が止まる
+        {"http_max_retries": -1},
+        {"retry_seconds": float("inf")},
+        {"service_version": 1.2},
+        {"span_processors": ["mask_pii"]},
+    ],
+)
+def test_bad_values_are_refused_before_anything_changes(bad: dict[str, Any]) -> None:
+    before = dict(os.environ)
+    with pytest.raises(ValueError, match=r"must"):
+        setup_production_tracing(**{"experiment_name": "a", **bad})  # pyright: ignore
+    assert dict(os.environ) == before and tracing_status() is None
+
+
+def test_unsupported_uri_and_otlp_without_server(tracking_uri: str) -> None:
+    with pytest.raises(TracingSetupError, match="not supported"):
+        setup_production_tracing("a", tracking_uri="file:///tmp/x")
+    before = dict(os.environ)
+    with pytest.raises(TracingSetupError, match="needs an MLflow server"):
+        setup_production_tracing("a", export_profile="otlp")
+    assert tracing_status() is None
+    assert {k: v for k, v in os.environ.items() if k.startswith("OTEL")} == {
+        k: v for k, v in before.items() if k.startswith("OTEL")
+    }
+
+
+def test_unreachable_server_never_blocks_a_request(free_port: int) -> None:
+    started = time.monotonic()
+    status = setup_production_tracing(
+        "a", tracking_uri=f"http://127.0.0.1:{free_port}", probe_timeout_seconds=1
+    )
+    assert not status.ready and "did not answer" in status.warnings[0]
+    before = time.monotonic()
+    assert [answer(number) for number in range(50)] == list(range(50))
+    assert time.monotonic() - before < 1
+    assert time.monotonic() - started < 10
+
+
+def test_unreachable_server_is_an_error_when_strict(free_port: int) -> None:
+    with pytest.raises(TracingSetupError, match="did not answer"):
+        setup_production_tracing("a", tracking_uri=f"http://127.0.0.1:{free_port}", strict=True)
+    assert tracing_status() is None
+    assert not mlflow.is_tracking_uri_set()
+
+
+@pytest.mark.slow
+def test_tracing_starts_by_itself_when_the_server_appears(
+    free_port: int, tmp_path: Path, stored: Any
+) -> None:
+    from chapter8_samples._lab.mlflow_server import MlflowServer
+
+    setup_production_tracing(
+        "late", tracking_uri=f"http://127.0.0.1:{free_port}", retry_seconds=0.5
+    )
+    answer(0)
+    with MlflowServer(tmp_path, port=free_port):
+        deadline = time.monotonic() + 60
+        while not (status := tracing_status()) or not status.ready:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        answer(1)
+        assert len(stored("late")) == 1
+        reset_production_tracing()
+
+
+def test_server_backend_bounds_http_and_stores(mlflow_server_url: str, stored: Any) -> None:
+    status = setup_production_tracing("server-setup", tracking_uri=mlflow_server_url)
+    assert status.backend == "server"
+    assert status.applied["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
+    answer(1)
+    assert len(stored("server-setup")) == 1
+
+
+@pytest.mark.slow
+def test_otlp_profile_sends_a_burst_to_the_server(mlflow_server_url: str) -> None:
+    from chapter8_samples.production_tracing.metadata_tagging import (
+        RequestContext,
+        add_trace_metadata,
+        find_traces,
+    )
+    from chapter8_samples.production_tracing.trace_flush import flush_traces
+
+    setup_production_tracing("otlp-profile", tracking_uri=mlflow_server_url, export_profile="otlp")
+
+    @mlflow.trace
+    def chat() -> None:
+        assert add_trace_metadata(
+            RequestContext(user_id="u", session_id="s", environment="prod", request_id="r-1")
+        )
+
+    for _ in range(300):
+        chat()
+    assert flush_traces(60).ok
+    found = find_traces(user="u", session="s", environment="prod", max_results=500)
+    assert len(found) == 300
+    assert {str(trace.info.state) for trace in found} == {"OK"}
+
+
+def test_no_request_to_the_server_per_traced_call(mlflow_server_url: str) -> None:
+    """環境変数だけで設定すると 1 トレースごとに 1 往復待つ。設定後はそれがない。"""
+    import requests
+
+    setup_production_tracing("no-get", tracking_uri=mlflow_server_url)
+    answer(0)
+    calls: list[str] = []
+    original = requests.Session.request
+
+    def spy(self: Any, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            calls.append(url)
+        return original(self, method, url, *args, **kwargs)
+
+    requests.Session.request = spy  # type: ignore[method-assign]
+    try:
+        for number in range(20):
+            answer(number)
+    finally:
+        requests.Session.request = original  # type: ignore[method-assign]
+    assert calls == []
+
+
+def test_early_traces_do_not_leave_the_small_buffer(tracking_uri: str) -> None:
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+    mlflow.set_experiment("early")
+    answer(1)
+    assert InMemoryTraceManager.get_instance()._traces.maxsize == 1000
+    setup_production_tracing("a")
+    answer(1)
+    assert InMemoryTraceManager.get_instance()._traces.maxsize == 20000
+
+
+@pytest.mark.slow
+def test_burst_of_2000_loses_nothing(tracking_uri: str, stored: Any) -> None:
+    setup_production_tracing("burst")
+    for number in range(2000):
+        answer(number)
+    assert len(stored("burst", include_spans=False)) == 2000
+
+
+def test_autologging_names(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match=r"unknown providers \['opneai'\].*'openai'"):
+        enable_autologging(["opneai"])
+    caplog.set_level(logging.WARNING)
+    assert enable_autologging(["openai", "strands"]) == ["openai"]
+    assert "strands" in caplog.text
+    mlflow.openai.autolog(disable=True)
+
+
+def test_every_autologging_module_exists() -> None:
+    root = Path(mlflow.__file__).parent
+    for flavor, _ in AUTOLOG_PROVIDERS.values():
+        assert (root / flavor / "__init__.py").exists() or (root / f"{flavor}.py").exists(), flavor
+
+
+def test_exit_is_silent(tmp_path: Path) -> None:
+    """MLflow の ID 生成器の __del__ が終了時に残す誤り(まれに終了を止める)が出ない。"""
+    code = (
+        "import mlflow\n"
+        "from chapter8_samples.production_tracing.basic_setup import setup_production_tracing\n"
+        "setup_production_tracing('a')\n"
+        "with mlflow.start_span('x'): pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "Exception ignored" not in done.stderr
+
+
+def test_autologging_is_reachable_from_the_books_listing() -> None:
+    assert basic_setup.enable_autologging([]) == []
+    with pytest.raises(ValueError, match="nonesuch"):
+        basic_setup.enable_autologging(["nonesuch"])
+    assert str(inspect.signature(basic_setup.enable_autologging)) == str(
+        inspect.signature(enable_autologging)
+    )
+
+
+def test_masking_and_streams_are_reachable_from_the_setup_file() -> None:
+    assert basic_setup.mask_pii is mask_pii
+    assert basic_setup.traced_stream is manual_spans.traced_stream
+    assert basic_setup.atraced_stream is manual_spans.atraced_stream
+    missing = "traced_steam"
+    with pytest.raises(AttributeError, match="has no attribute 'traced_steam'"):
+        getattr(basic_setup, missing)
+
+
+def test_autologging_is_reachable_from_copied_files(tmp_path: Path) -> None:
+    for name in ("basic_setup", "export_profiles", "autologging"):
+        source = REPOSITORY / f"chapter8_samples/01_production_tracing/{name}.py"
+        shutil.copy(source, tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, '.'); import basic_setup; "
+        "assert 'autologging' not in sys.modules; print(basic_setup.enable_autologging(['openai']))"
+    )
+    command = [sys.executable, "-I", "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert run.stdout == "['openai']\n", run.stderr

@@ -1,0 +1,292 @@
+"""graceful_shutdown: 終わり方ごとの、保存された件数と終了コード。"""
+
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.entities.trace_location import MlflowExperimentLocation
+
+from chapter8_samples.production_tracing.graceful_shutdown import (
+    GracefulShutdownHandler,
+    setup_graceful_shutdown,
+)
+from chapter8_samples.production_tracing.trace_flush import flush_traces
+
+SETUP = "setup_graceful_shutdown(timeout_seconds=20)\n"
+WORK = "for number in range(30): work(number)\n"
+SELF_TERM = "os.kill(os.getpid(), signal.SIGTERM)\n"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("raise ValueError('x')", 1),
+        (SELF_TERM + "time.sleep(60)", -signal.SIGTERM),
+        ("os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)", -signal.SIGINT),
+    ],
+    ids=["normal", "exit3", "exception", "sigterm", "sigint"],
+)
+def test_every_trace_is_stored_and_the_exit_status_is_kept(
+    program: Any, stored: Any, ending: str, code: int
+) -> None:
+    assert program.run(SETUP + WORK + ending)[0] == code
+    assert len(stored("child", include_spans=False)) == 30
+
+
+def test_without_the_handler_sigterm_loses_traces(program: Any, stored: Any) -> None:
+    assert program.run(WORK + SELF_TERM + "time.sleep(60)")[0] == -signal.SIGTERM
+    assert len(stored("child", include_spans=False)) < 30
+
+
+def test_open_trace_is_closed_and_stored(program: Any, stored: Any) -> None:
+    body = SETUP + "with mlflow.start_span('open'):\n    " + SELF_TERM + "    time.sleep(60)"
+    assert program.run(body)[0] == -signal.SIGTERM
+    (trace,) = stored("child")
+    assert trace.info.execution_duration is not None and "IN_PROGRESS" not in str(trace.info.state)
+
+
+def test_previous_handler_is_chained_and_may_keep_the_process_alive(
+    program: Any, stored: Any
+) -> None:
+    body = (
+        "seen = []\nsignal.signal(signal.SIGTERM, lambda *a: seen.append(1))\n"
+        + SETUP
+        + WORK
+        + SELF_TERM
+        + "print('alive', seen)"
+    )
+    code, out, _ = program.run(body)
+    assert (code, out.strip()) == (0, "alive [1]")
+    assert len(stored("child", include_spans=False)) == 30
+
+
+def test_ignored_signal_stays_ignored(program: Any) -> None:
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SETUP + SELF_TERM + "print('on')"
+    assert program.run(body)[:2] == (0, "on\n")
+
+
+def test_exit_code_chosen_by_the_previous_handler_wins(program: Any, stored: Any) -> None:
+    body = "signal.signal(signal.SIGTERM, lambda *a: sys.exit(9))\n" + SETUP + WORK + SELF_TERM
+    assert program.run(body + "time.sleep(60)")[0] == 9
+    assert len(stored("child", include_spans=False)) == 30
+
+
+HANG = "GracefulShutdownHandler({limit}, flush=lambda: time.sleep(100)).register()\n"
+
+
+def _seconds_from_the_signal(program: Any, body: str) -> tuple[int, float]:
+    """(終了コード, プロセスが自分に SIGTERM を送ってから消えるまでの秒数)。"""
+    child = program.start(body + "print(time.time(), flush=True)\n" + SELF_TERM + "time.sleep(60)")
+    try:
+        sent = float(child.stdout.readline())
+        code = child.wait()  # 期限を付けると、終了を見に行く間隔の分だけ遅く見える
+        return code, time.time() - sent
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_hanging_delivery_is_cut_at_the_deadline(program: Any) -> None:
+    code, seconds = _seconds_from_the_signal(program, HANG.format(limit=2))
+    assert code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert 1 < seconds <= 2 + 0.5
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """接続は受けるが、決して答えないサーバー。"""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["dead", "hanging"])
+def test_unreachable_server_does_not_hold_the_exit(
+    program: Any, server: str, free_port: int, silent_port: int
+) -> None:
+    port = free_port if server == "dead" else silent_port
+    body = (
+        "setup_graceful_shutdown(timeout_seconds=3)\n"
+        "from mlflow.entities.trace_location import MlflowExperimentLocation\n"
+        f"mlflow.set_tracking_uri('http://127.0.0.1:{port}')\n"
+        "mlflow.tracing.set_destination(MlflowExperimentLocation('1'))\n" + WORK
+    )
+    code, seconds = _seconds_from_the_signal(program, body)
+    assert code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert seconds <= 3 + 0.5
+
+
+def test_second_signal_leaves_at_once(program: Any) -> None:
+    body = HANG.format(limit=50) + "try:\n    " + SELF_TERM + "    time.sleep(60)\n"
+    body += "finally:\n    " + SELF_TERM + "    time.sleep(60)\n"
+    started = time.monotonic()
+    assert program.run(body)[0] == 128 + signal.SIGTERM
+    assert time.monotonic() - started < 40
+
+
+INTERRUPTED = """
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    pass
+"""
+RELOADED = "os.kill(os.getpid(), signal.SIGHUP)\n"
+
+
+@pytest.mark.parametrize("earlier", [INTERRUPTED, RELOADED], ids=["ctrl-c", "reload"])
+def test_an_earlier_signal_the_app_survived_is_not_the_first_one(
+    program: Any, stored: Any, earlier: str
+) -> None:
+    body = "signal.signal(signal.SIGHUP, lambda *_: None)\nboth = (signal.SIGTERM, signal.SIGHUP)\n"
+    body += "setup_graceful_shutdown(20, signals=(*both, signal.SIGINT))\n" + earlier + WORK
+    assert program.run(body + SELF_TERM + "time.sleep(60)")[0] == -signal.SIGTERM
+    assert len(stored("child", include_spans=False)) == 30
+
+
+def test_second_ctrl_c_leaves_at_once(program: Any) -> None:
+    body = HANG.format(limit=50)
+    body += "again = threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT))\n"
+    body += "again.daemon = True\nagain.start()\nos.kill(os.getpid(), signal.SIGINT)\n"
+    started = time.monotonic()
+    assert program.run(body + "time.sleep(60)")[0] == 128 + signal.SIGINT
+    assert time.monotonic() - started < 40
+
+
+def test_closed_stdout_does_not_hide_the_signal(program: Any, stored: Any) -> None:
+    code, _, error = program.run(SETUP + WORK + "sys.stdout = None\n" + SELF_TERM)
+    assert code == -signal.SIGTERM and "Traceback" not in error
+    assert len(stored("child", include_spans=False)) == 30
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf")])
+def test_limits_that_are_no_time_are_refused(limit: float) -> None:
+    with pytest.raises(ValueError, match="must be > 0 and finite"):
+        flush_traces(limit)
+    with pytest.raises(ValueError, match="must be > 0 and finite"):
+        GracefulShutdownHandler(limit)
+
+
+def test_non_daemon_thread_does_not_hold_the_process(program: Any) -> None:
+    body = "setup_graceful_shutdown(timeout_seconds=3)\n" + WORK
+    body += "threading.Thread(target=time.sleep, args=(100,)).start()\n" + SELF_TERM
+    assert program.run(body + "time.sleep(60)")[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_multiprocessing_children_lose_nothing(program: Any, stored: Any) -> None:
+    body = (
+        SETUP
+        + WORK
+        + (
+            "import multiprocessing\n"
+            "def many():\n    for number in range(20): work(number)\n"
+            "child = multiprocessing.get_context('fork').Process(target=many)\n"
+            "child.start(); child.join(); print(child.exitcode)\n"
+        )
+    )
+    code, out, err = program.run(body)
+    assert (code, out.strip()) == (0, "0"), err
+    assert len(stored("child", include_spans=False)) == 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["module", "target"])
+def test_spawned_children_lose_nothing(program: Any, stored: Any, where: str) -> None:
+    at_import, in_child = (SETUP, "pass") if where == "module" else ("pass\n", SETUP.strip())
+    body = (
+        "import multiprocessing\n"
+        + at_import
+        + f"def many():\n    {in_child}\n    for number in range(20): work(number)\n"
+        "if __name__ == '__main__':\n"
+        f"    {SETUP}"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    children = [context.Process(target=many) for _ in range(2)]\n"
+        "    for child in children: child.start()\n"
+        "    for child in children: child.join()\n"
+        "    print([child.exitcode for child in children])\n"
+    )
+    code, out, err = program.run(body)
+    assert (code, out.strip()) == (0, "[0, 0]"), err
+    assert len(stored("child", include_spans=False)) == 40
+
+
+@pytest.mark.slow
+def test_forked_child_keeps_the_span_processors(program: Any, stored: Any) -> None:
+    body = "mlflow.tracing.configure(span_processors=[lambda s: s.set_inputs('masked')])\n"
+    body += SETUP + "work(1)\nif os.fork() == 0:\n    work(2)\n    print(flush_traces())\n"
+    body += "    os._exit(0)\nos.wait()\n"
+    assert program.run(body)[0] == 0
+    assert [trace.data.spans[0].inputs for trace in stored("child")] == ["masked"] * 2
+
+
+def test_flush_bounds_reports_and_keeps_tracing(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("flush")
+
+    @mlflow.trace
+    def work() -> None: ...
+
+    work()
+    assert flush_traces(30).ok
+    work()
+    assert flush_traces(30).ok
+    assert len(stored("flush")) == 2
+    with pytest.raises(ValueError, match="must be > 0"):
+        flush_traces(0)
+
+
+def test_flush_deadline_and_failure_are_reported() -> None:
+    slow = GracefulShutdownHandler(5, flush=lambda: time.sleep(20))
+    result = slow.flush(0.2)
+    assert not result.ok and "not finished within 0.2s" in str(result.error)
+
+    def broken() -> str | None:
+        raise OSError("disk")
+
+    assert GracefulShutdownHandler(5, flush=broken).flush().error == "OSError: disk"
+
+
+def test_refused_delivery_is_an_error_not_ok(tracking_uri: str, free_port: int) -> None:
+    import os
+
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    mlflow.set_experiment("x")
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port}")
+    mlflow.tracing.set_destination(MlflowExperimentLocation("1"))
+    with mlflow.start_span("lost"):
+        pass
+    result = flush_traces(60)
+    assert not result.ok and "export failures" in str(result.error)
+
+
+def test_setup_is_idempotent_and_refuses_other_values() -> None:
+    handler = setup_graceful_shutdown(7)
+    try:
+        assert setup_graceful_shutdown(7) is handler
+        with pytest.raises(ValueError, match="unregister"):
+            setup_graceful_shutdown(8)
+    finally:
+        handler.unregister()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with pytest.raises(ValueError, match="must be > 0"):
+        setup_graceful_shutdown(0)
+
+
+def test_registering_outside_the_main_thread_warns(caplog: pytest.LogCaptureFixture) -> None:
+    import threading
+
+    handler = GracefulShutdownHandler(5, flush=lambda: None)
+    thread = threading.Thread(target=handler.register)
+    thread.start()
+    thread.join()
+    assert "not in the main thread" in caplog.text
+    handler.unregister()

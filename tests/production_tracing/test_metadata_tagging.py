@@ -1,0 +1,239 @@
+"""metadata_tagging: 検証、検索、スレッドと HTTP での引き継ぎ。"""
+
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import mlflow
+import pytest
+
+from chapter8_samples.production_tracing.metadata_tagging import (
+    RequestContext,
+    RequestContextMiddleware,
+    add_trace_metadata,
+    context_from_headers,
+    find_traces,
+    incoming_trace,
+    init_flask,
+    outgoing_headers,
+    request_scope,
+    run_with_context,
+)
+
+
+@mlflow.trace
+def chat(context: RequestContext) -> bool:
+    return add_trace_metadata(context)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"session_id": "s" * 251}, "251 characters"),
+        ({"user_id": ""}, "non-empty string"),
+        ({"user_id": 5}, "non-empty string"),
+        ({"request_id": None}, "non-empty string"),
+        ({"environment": "e" * 4097}, "4097 characters"),
+        ({"extra_tags": {"mlflow.x": "1"}}, "reserved"),
+        ({"extra_tags": {"k": None}}, "non-empty string"),
+        ({"extra_tags": {None: "v"}}, "non-empty string"),
+    ],
+)
+def test_bad_context_is_refused_when_made(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RequestContext(**values)
+
+
+def test_context_is_frozen_and_makes_its_own_request_id() -> None:
+    first, second = RequestContext(), RequestContext()
+    assert first.request_id != second.request_id
+    with pytest.raises(AttributeError):
+        first.user_id = "x"  # type: ignore[misc]
+    assert RequestContext(session_id="s" * 250).session_id
+
+
+def test_user_and_session_are_where_mlflow_groups_them(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("group")
+    for session in ("s1", "s1", "s2"):
+        assert chat(RequestContext(user_id="u", session_id=session, request_id=f"r-{session}"))
+    traces = stored("group")
+    assert {t.info.trace_metadata["mlflow.trace.user"] for t in traces} == {"u"}
+    assert {t.info.client_request_id for t in traces} == {"r-s1", "r-s2"}
+    sessions = mlflow.search_sessions(locations=[traces[0].info.experiment_id])
+    assert sorted(len(list(session)) for session in sessions) == [1, 2]
+
+
+def test_unsampled_or_outside_is_false_without_a_warning(
+    tracking_uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0")
+    mlflow.set_experiment("unsampled")
+    caplog.clear()
+    assert chat(RequestContext(user_id="u")) is False
+    assert add_trace_metadata(RequestContext(user_id="u")) is False
+    assert outgoing_headers() == {}
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_find_traces(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("find")
+    chat(RequestContext(user_id="o'neil", session_id='say "hi"', request_id="r1"))
+    chat(
+        RequestContext(
+            user_id="b", request_id="r2", environment="prod", region="jp", extra_tags={"ch": "w'b"}
+        )
+    )
+    with pytest.raises(ZeroDivisionError), mlflow.start_span("slow"):
+        _ = 1 / 0
+    stored()
+
+    def ids(**conditions: Any) -> list[str | None]:
+        return [trace.info.client_request_id for trace in find_traces(**conditions)]
+
+    assert ids(user="o'neil") == ["r1"] == ids(session='say "hi"') == ids(request_id="r1")
+    assert ids(environment="prod", tags={"ch": "w'b", "deployment.region": "jp"}) == ["r2"]
+    assert ids(status="ERROR") == [None] == ids(name="slow")
+    assert ids(min_latency_ms=60_000) == [] == ids(user="' OR user = 'b")
+    assert len(find_traces()) == 3 and len(find_traces(max_results=1)) == 1
+    with pytest.raises(ValueError, match="both kinds of quotes"):
+        find_traces(user="'\"")
+    with pytest.raises(ValueError, match="backquote"):
+        find_traces(tags={"a`b": "1"})
+
+
+def test_a_value_that_is_no_string_is_refused() -> None:
+    number: Any = 5
+    with pytest.raises(ValueError, match="5 must be a string"):
+        find_traces(user=number)
+
+
+def test_scope_covers_traces_of_others(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("scope")
+    scope = request_scope(RequestContext(user_id="u", session_id="s", request_id="r"))
+    with scope, mlflow.start_span("library"):
+        pass
+    with mlflow.start_span("outside"):
+        pass
+    stored()
+    assert [t.data.spans[0].name for t in find_traces(user="u", session="s", request_id="r")] == [
+        "library"
+    ]
+
+
+@mlflow.trace
+def step() -> None: ...
+
+
+def test_propagation(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("propagation")
+    with ThreadPoolExecutor(1) as pool, mlflow.start_span("with") as root:
+        add_trace_metadata(RequestContext(user_id="u"))
+        run_with_context(pool, step).result()
+        assert root is not None
+    with ThreadPoolExecutor(1) as pool, mlflow.start_span("without"):
+        pool.submit(step).result()
+
+    async def main() -> None:
+        with mlflow.start_span("asyncio"):
+            await asyncio.to_thread(step)
+
+    asyncio.run(main())
+    counts = {t.data.spans[0].name: len(t.data.spans) for t in stored("propagation")}
+    assert counts == {"with": 2, "without": 1, "step": 1, "asyncio": 2}
+
+
+def test_http_joins_the_callers_trace(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("http")
+    with mlflow.start_span("caller"):
+        headers = outgoing_headers()
+    assert set(headers) == {"traceparent"}
+    stored()
+    with incoming_trace({"Traceparent": headers["traceparent"]}) as joined:
+        step()
+    with incoming_trace({"accept": "*/*"}) as alone:
+        step()
+    assert (joined, alone) == (True, False)
+    assert sorted(len(trace.data.spans) for trace in stored("http")) == [1, 2]
+
+
+def test_headers_are_cut_not_refused() -> None:
+    context = context_from_headers({"X-User-Id": "u" * 300, "X-Session-ID": " s "})
+    assert (len(context.user_id or ""), context.session_id) == (250, "s")
+    assert context.request_id.startswith("req-")
+
+
+def test_fastapi_middleware(tracking_uri: str, stored: Any) -> None:
+    from fastapi import FastAPI
+    from fastapi.responses import StreamingResponse
+    from fastapi.testclient import TestClient
+
+    mlflow.set_experiment("fastapi")
+    app = FastAPI()
+    app.add_middleware(RequestContextMiddleware)  # type: ignore[arg-type]
+
+    @app.get("/sync")
+    def sync_endpoint() -> str:
+        step()
+        return "ok"
+
+    @app.get("/async")
+    async def async_endpoint() -> str:
+        step()
+        return "ok"
+
+    @app.get("/stream")
+    async def stream_endpoint() -> StreamingResponse:
+        async def body() -> AsyncGenerator[str, None]:
+            step()
+            yield "ok"
+
+        return StreamingResponse(body())
+
+    with TestClient(app) as client:
+        for path in ("sync", "async", "stream"):
+            assert client.get(f"/{path}", headers={"x-user-id": path}).status_code == 200
+        client.get("/sync")
+    stored()
+    assert [len(find_traces(user=name)) for name in ("sync", "async", "stream")] == [1, 1, 1]
+    assert len(find_traces()) == 4
+
+
+def test_flask_hook(tracking_uri: str, stored: Any) -> None:
+    from flask import Flask
+
+    mlflow.set_experiment("flask")
+    app = Flask("app")
+    init_flask(app)
+
+    @app.get("/")
+    def index() -> str:
+        step()
+        return "ok"
+
+    client = app.test_client()
+    client.get("/", headers={"X-User-Id": "u1", "X-Session-Id": "s1"})
+    client.get("/")
+    stored()
+    assert len(find_traces(user="u1", session="s1")) == 1 and len(find_traces()) == 2
+
+
+def test_scopes_of_concurrent_requests_do_not_mix(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("mix")
+
+    def request(number: int) -> None:
+        with request_scope(RequestContext(user_id=f"u{number}")):
+            for _ in range(5):
+                step()
+
+    threads = [threading.Thread(target=request, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stored()
+    assert [len(find_traces(user=f"u{number}")) for number in range(6)] == [5] * 6

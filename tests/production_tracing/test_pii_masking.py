@@ -1,0 +1,322 @@
+"""pii_masking: 植え付けた個人情報が、保存・送信・ログのどこにも残らない。"""
+
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import mlflow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.entities import SpanEvent
+
+from chapter8_samples.production_tracing.pii_masking import (
+    Pattern,
+    harmless_texts,
+    luhn,
+    mask_pii,
+    my_number,
+)
+
+
+def with_check(digits: str, valid: Callable[[str], bool]) -> str:
+    return next(digits + str(last) for last in range(10) if valid(digits + str(last)))
+
+
+def group(text: str, sizes: tuple[int, ...], mark: str) -> str:
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(text[start : start + size])
+        start += size
+    return mark.join(pieces)
+
+
+def secret(kind: str, rng: random.Random) -> str:
+    """種類ごとの、本物らしい秘密。"""
+    digits = "".join(rng.choices("0123456789", k=20))
+    mark = rng.choice(["", " ", "-"])
+    if kind == "EMAIL":
+        return f"u{digits[:6]}.{digits[6:8]}@mail.example.{rng.choice(['jp', 'co.jp', 'com'])}"
+    if kind == "PHONE":
+        mobile = rng.choice(["090", "080", "070"]) + mark + digits[:4] + mark + digits[4:8]
+        fixed = f"0{rng.randint(1, 9)}{mark}{digits[:4]}{mark}{digits[4:8]}"
+        abroad = f"+81-90-{digits[:4]}-{digits[4:8]}"
+        return rng.choice([mobile, fixed, f"03({digits[:4]}){digits[4:8]}", abroad])
+    if kind == "CARD":
+        if rng.random() < 0.2:
+            return group(with_check("37" + digits[:12], luhn), (4, 6, 5), mark)
+        body = with_check(rng.choice(["4", "51", "35"]) + digits, luhn)
+        prefix = rng.choice(["4", "5", "3"])
+        body = {"4": "4", "5": "53", "3": "35"}[prefix] + digits
+        return group(with_check(body[:15], luhn), (4, 4, 4, 4), mark)
+    if kind == "MY_NUMBER":
+        return group(with_check(digits[:11], my_number), (4, 4, 4), mark)
+    return rng.choice(["sk-proj-", "sk-ant-", "sk-"]) + digits + "AbCdEf"
+
+
+KINDS = ("EMAIL", "PHONE", "CARD", "MY_NUMBER", "API_KEY")
+FRAMES = (
+    "連絡先は{}です。",
+    "{}",
+    "2026 {} 12 を確認",
+    "(No.{})",
+    "注文 12345、{}、お願いします",
+    "a={}, b=1",
+    "「{}」",
+)
+
+
+def corpus(size: int = 300) -> list[tuple[str, str]]:
+    rng = random.Random(8)
+    return [
+        (value := secret(KINDS[number % 5], rng), rng.choice(FRAMES).format(value))
+        for number in range(size)
+    ]
+
+
+def test_300_planted_secrets_are_all_masked() -> None:
+    masker = mask_pii()
+    leaked = [(value, text) for value, text in corpus() if value in masker.text(text)]
+    assert leaked == []
+    assert masker.failures == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "注文番号 1234567890123456",
+        "2026-11-23 10:15:30 に 12,800 円",
+        "tr-0123456789abcdef0123456789abcdef",
+        "時刻 1795460112000、1795460112000000000",
+        "0.09012345678 秒",
+        "バージョン 1.2.3、リクエスト 4111",
+        "郵便番号 150-0001",
+        "sk-short",
+        "user@localhost",
+        "型番 A09012345678B",
+    ],
+)
+def test_innocent_text_is_left_alone(text: str) -> None:
+    assert mask_pii().text(text) == text
+
+
+def test_false_maskings_are_counted_and_bounded() -> None:
+    """検査数字が偶然に合う番号だけを、述べた割合まで。日付・金額・型番・JAN・郵便番号は 0。"""
+    masker = mask_pii()
+    texts = harmless_texts(10_000, seed=1)
+    wrong = Counter(kind for kind, text in texts if masker.text(text) != text)
+    each = 10_000 // len({kind for kind, _ in texts})
+    assert set(wrong) <= {"注文番号12桁", "注文番号16桁", "会員番号10桁"}, wrong
+    assert wrong["注文番号12桁"] <= 0.14 * each and wrong["注文番号16桁"] <= 0.06 * each
+    assert wrong["会員番号10桁"] <= 0.13 * each
+    assert wrong.total() <= 0.03 * 10_000
+
+
+@pytest.mark.parametrize("text", ["03-1234-5678-2", "090-1234-5678-101", "090-1234-5678-担当"])
+def test_phone_with_an_extension_is_masked(text: str) -> None:
+    assert mask_pii().text(text).startswith("[PHONE]-")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(f"090{mark}1234{mark}5678" for mark in "‒―ｰ─﹣\u3000\u00a0."),
+        "03.1234.5678",
+        "045.123.4567",
+        "TEL03-1234-5678",
+        "Fax0312345678",
+        "４１１１\u3000１１１１\u3000１１１１\u3000１１１１",
+        "１２３４\u3000５６７８\u3000９０１８",
+        "ASIAIOSFODNN7EXAMPLE",
+        "aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+        '"SecretAccessKey": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"',
+        "github_pat_11ABCDEFG0abcdefghijkl_mnopqrstuvwxyz0123456789",
+        "glpat-abcdefghijklmnopqrst",
+        "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
+        "sk_live_51H8abcdefghijklmnopqrstuv",
+        "Bearer 0123456789abcdef0123456789abcdef",
+        "user:tok3n",
+        "app:p4ss!word",
+    ],
+)
+def test_other_ways_to_write_a_secret(value: str) -> None:
+    url = value in ("user:tok3n", "app:p4ss!word")
+    text = f"接続先は https://{value}@localhost/ です" if url else f"連絡先は{value}です"
+    assert value.split(" = ")[-1][-8:] not in mask_pii().text(text)
+
+
+@pytest.mark.parametrize("before", ["\\n", "\\r", "\\t", "\\u3042"])
+@pytest.mark.parametrize("value", ["090-1234-5678", "4111 1111 1111 1111", "sk-" + "a1" * 10])
+def test_escaped_line_breaks_do_not_hide_a_secret(before: str, value: str) -> None:
+    """ツール呼び出しの引数は JSON の文字列なので、改行は "\\n" の 2 文字になっている。"""
+    assert value not in mask_pii().text(f'arguments={{"body": "連絡先{before}{value}"}}')
+
+
+def test_git_remote_with_a_token_is_masked(tracking_uri: str, stored: Any) -> None:
+    mlflow.tracing.configure(span_processors=[mask_pii()])
+    with mlflow.start_span("chat"):
+        remote = {"mlflow.source.git.repoURL": "https://ci:gl-t0ken@git.example.jp/app.git"}
+        mlflow.update_current_trace(metadata=remote)
+    (trace,) = stored()
+    masked = trace.info.trace_metadata["mlflow.source.git.repoURL"]
+    assert masked == "https://[PASSWORD]@git.example.jp/app.git"
+
+
+def test_time_grows_with_the_length_not_its_square() -> None:
+    started = time.process_time()
+    mask_pii().text("a" * 300_000)  # base64 の画像など。2 乗なら 1 分近くかかる
+    assert time.process_time() - started < 5
+
+
+def test_what_is_not_a_pattern_is_refused() -> None:
+    wrong: Any = r"M-\d{8}"
+    with pytest.raises(TypeError, match=r"M-.* is not a Pattern; write mask_pii\(Pattern"):
+        mask_pii(wrong)
+
+
+def test_full_width_and_nested_values() -> None:
+    masker = mask_pii(Pattern("MEMBER", re.compile(r"M-\d{6}")))
+    assert masker.text("電話０９０−１２３４−５６７８へ") == "電話[PHONE]へ"
+    assert masker.value({"a@b.jp": [("M-123456", 4111111111111111, True, None, 1.5)]}) == {
+        "[EMAIL]": [["[MEMBER]", "[CARD]", True, None, 1.5]]
+    }
+    assert masker.masked == {"PHONE": 1, "EMAIL": 1, "MEMBER": 1, "CARD": 1}
+
+
+@given(st.text())
+def test_text_without_secrets_changes_only_by_labels(text: str) -> None:
+    masker = mask_pii()
+    masked = masker.text(text)
+    assert masked == text or sum(masker.masked.values()) > 0
+    assert masker.text(masked) == masked
+
+
+def plant(number: int, text: str) -> None:
+    """トレースの、書き込めるすべての場所に植える。"""
+
+    @mlflow.trace
+    def stream() -> Any:
+        yield text
+
+    try:
+        with mlflow.start_span("chat") as span:
+            mlflow.update_current_trace(
+                user=text[:250],
+                tags={"note": text},
+                metadata={"memo": text[:250]},
+                request_preview=text,
+                response_preview=text,
+            )
+            span.set_inputs({"question": [text]})
+            span.set_outputs(text)
+            span.set_attribute("customer", {"contact": text})
+            span.add_event(SpanEvent("note", attributes={"text": text}))
+            list(stream())
+            if number % 2:
+                raise ValueError(text)
+    except ValueError:
+        pass
+
+
+def database(path: str) -> str:
+    """SQLite の全表の全列を 1 つの文字列にする。"""
+    connection = sqlite3.connect(path.removeprefix("sqlite:///"))
+    names = connection.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall()
+    rows = [connection.execute(f'SELECT * FROM "{name}"').fetchall() for (name,) in names]
+    connection.close()
+    return json.dumps(rows, ensure_ascii=False, default=str).replace("\\\\", "\\")
+
+
+def leaks(planted: list[tuple[str, str]], place: str) -> list[str]:
+    return [value for value, _ in planted if value in place]
+
+
+@pytest.mark.slow
+def test_nothing_is_left_in_the_database_otlp_or_logs(
+    tracking_uri: str,
+    otlp: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", otlp.http_endpoint)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    monkeypatch.setenv("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "true")
+    caplog.set_level(logging.DEBUG)
+    mlflow.set_experiment("pii")
+    masker = mask_pii()
+    mlflow.tracing.configure(span_processors=[masker])
+    planted = corpus()
+    for number, (_, text) in enumerate(planted):
+        plant(number, text)
+    mlflow.flush_trace_async_logging()
+    provider: Any = mlflow.tracing.get_bridged_tracer_provider()
+    provider.force_flush()
+    otlp.wait_for(spans=600, timeout_seconds=20)
+    found: Any = mlflow.search_traces(return_type="list")
+    assert len(found) == 300 and len(otlp.spans) == 600 and masker.failures == 0
+    stored = database(tracking_uri)
+    exported = repr([vars(span) if hasattr(span, "__dict__") else span for span in otlp.spans])
+    assert "[EMAIL]" in stored and "[EMAIL]" in exported
+    assert leaks(planted, stored) == []
+    assert leaks(planted, exported) == []
+    assert leaks(planted, caplog.text) == []
+
+
+@pytest.mark.parametrize("per_trace", [1, 15], ids=["20-traces", "300-texts"])
+def test_nothing_is_left_on_a_server(mlflow_server_url: str, stored: Any, per_trace: int) -> None:
+    """全 300 件は、速くするために 15 件ずつ 1 つのトレースに植える。"""
+    name = f"pii-server-{per_trace}"
+    mlflow.set_experiment(name)
+    mlflow.tracing.configure(span_processors=[mask_pii()])
+    planted = corpus(20 * per_trace)
+    for number in range(20):
+        texts = [text for _, text in planted[number * per_trace : (number + 1) * per_trace]]
+        plant(number, "、".join(texts))
+    traces = stored(name)
+    assert len(traces) == 20
+    everything = "\n".join(json.dumps(trace.to_dict(), ensure_ascii=False) for trace in traces)
+    assert "[PHONE]" in everything and leaks(planted, everything) == []
+
+
+def test_failure_removes_the_content_instead_of_sending_it(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("pii-fail")
+
+    def broken(_text: str) -> bool:
+        raise RuntimeError("bug")
+
+    masker = mask_pii(Pattern("X", re.compile("secret"), broken))
+    mlflow.tracing.configure(span_processors=[masker])
+    with pytest.raises(ValueError), mlflow.start_span("chat") as span:
+        span.set_inputs("secret 1")
+        span.set_attribute("note", "secret 2")
+        mlflow.update_current_trace(tags={"t": "secret 3"}, request_preview="secret 4")
+        raise ValueError("secret 5")
+    (trace,) = stored("pii-fail")
+    assert masker.failures == 1
+    assert "secret" not in json.dumps(trace.to_dict())
+
+
+def test_autologged_openai_call_is_masked(tracking_uri: str, stored: Any, stub_llm: Any) -> None:
+    from openai import OpenAI
+
+    from chapter8_samples.production_tracing.autologging import enable_autologging
+
+    mlflow.set_experiment("pii-openai")
+    mlflow.tracing.configure(span_processors=[mask_pii()])
+    enable_autologging(["openai"])
+    try:
+        messages: Any = [{"role": "user", "content": "taro@example.jp です"}]
+        OpenAI().chat.completions.create(model="gpt-4o-mini", messages=messages)
+    finally:
+        mlflow.openai.autolog(disable=True)
+    (trace,) = stored("pii-openai")
+    assert "taro@" not in json.dumps(trace.to_dict()) and trace.info.token_usage

@@ -1,0 +1,515 @@
+"""tail_sampling と sampling_strategies: 残すと決めたものだけが、欠けずに保存される。"""
+
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import math
+import random
+import statistics
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import mlflow
+import mlflow.tracing.provider as provider_module
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+from chapter8_samples.production_tracing.metadata_tagging import incoming_trace, run_with_context
+from chapter8_samples.production_tracing.sampling_strategies import (
+    AdaptiveRate,
+    AdaptiveSampler,
+    ConditionalSampler,
+    KeepRules,
+    ProbabilisticSampler,
+    weighted_estimates,
+)
+from chapter8_samples.production_tracing.tail_sampling import (
+    Decision,
+    TailSampler,
+    TraceSummary,
+    unit_hash,
+)
+
+
+def half(summary: TraceSummary) -> Decision:
+    if summary.is_error:
+        return Decision(1.0, "error")
+    return Decision(0.5, "rest")
+
+
+def test_private_names_of_mlflow_and_opentelemetry() -> None:
+    """非公開の名前の契約。ここが落ちたら tail_sampling.py を直す。"""
+    from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE
+    from opentelemetry.sdk.trace import TracerProvider
+
+    assert list(inspect.signature(provider_module._get_span_processors).parameters) == ["disabled"]
+    assert not inspect.signature(provider_module._get_trace_sampler).parameters
+    provider = mlflow.tracing.get_bridged_tracer_provider()
+    assert isinstance(provider, TracerProvider)
+    assert provider._active_span_processor._span_processors
+    assert isinstance(provider._tracers, dict)
+    assert _SAMPLING_RATIO_OVERRIDE.get() is None
+    manager = InMemoryTraceManager.get_instance()
+    assert all(hasattr(manager, name) for name in ("get_trace", "pop_trace", "set_trace_metadata"))
+
+
+@mlflow.trace(span_type="LLM")
+def llm(number: int) -> int:
+    return number
+
+
+@mlflow.trace
+def plain(number: int) -> int:
+    return llm(number)
+
+
+@mlflow.trace
+def handled_error(number: int) -> int:
+    with contextlib.suppress(ZeroDivisionError):
+        broken(number)
+    return number
+
+
+@mlflow.trace
+def broken(number: int) -> float:
+    return number / 0
+
+
+@mlflow.trace
+async def gathered(number: int) -> int:
+    async def one(index: int) -> int:
+        return llm(index)
+
+    return sum(await asyncio.gather(*(one(index) for index in range(3))))
+
+
+@mlflow.trace
+def streamed(number: int) -> Any:
+    for index in range(2):
+        llm(index)
+        yield index
+
+
+@mlflow.trace
+def threaded(number: int) -> int:
+    with ThreadPoolExecutor(2) as pool:
+        return sum(run_with_context(pool, llm, i).result() for i in range(2))
+
+
+SHAPES: list[tuple[Callable[[int], Any], int]] = [
+    (plain, 2),
+    (handled_error, 2),
+    (lambda number: asyncio.run(gathered(number)), 4),
+    (lambda number: list(streamed(number)), 3),
+    (threaded, 3),
+]
+
+
+def make_traces(count: int) -> None:
+    for number in range(count):
+        SHAPES[number % len(SHAPES)][0](number)
+
+
+@pytest.mark.parametrize("use_async", ["true", "false"])
+def test_exactly_the_kept_traces_are_stored_with_all_children(
+    tracking_uri: str, stored: Any, monkeypatch: pytest.MonkeyPatch, use_async: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", use_async)
+    mlflow.set_experiment("tail")
+    sampler = TailSampler(half).install()
+    make_traces(60)
+    traces = stored("tail")
+    stats = sampler.stats()
+    assert stats.kept == len(traces) and stats.kept + stats.dropped == 60
+    assert stats.by_rule["error"] == (12, 0) and stats.dropped > 5
+    expected = {"plain": 2, "handled_error": 2, "gathered": 4, "streamed": 3, "threaded": 3}
+    for trace in traces:
+        ids = {span.span_id for span in trace.data.spans}
+        assert len(ids) == expected[trace.data.spans[0].name if len(ids) == 1 else _root(trace)]
+        assert all(span.parent_id is None or span.parent_id in ids for span in trace.data.spans)
+        assert "IN_PROGRESS" not in str(trace.info.state)
+        probability = float(trace.info.trace_metadata["sampling.probability"])
+        assert float(trace.info.trace_metadata["sampling.weight"]) == 1 / probability
+    assert stats.open_traces == 0
+    manager = InMemoryTraceManager.get_instance()
+    assert not manager._traces and not manager._otel_id_to_mlflow_trace_id
+
+
+def _root(trace: Any) -> str:
+    return next(span.name for span in trace.data.spans if span.parent_id is None)
+
+
+def test_over_a_server(mlflow_server_url: str, stored: Any) -> None:
+    mlflow.set_experiment("tail-server")
+    sampler = TailSampler(half).install()
+    make_traces(30)
+    assert len(stored("tail-server")) == sampler.stats().kept
+
+
+def test_dual_export_asks_once_and_the_weight_reaches_otlp(
+    tracking_uri: str, stored: Any, otlp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", otlp.http_endpoint)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    monkeypatch.setenv("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "true")
+    mlflow.set_experiment("tail-dual")
+    asked: list[str] = []
+
+    def policy(summary: TraceSummary) -> Decision:
+        asked.append(summary.trace_id)
+        return half(summary)
+
+    sampler = TailSampler(policy).install()
+    make_traces(30)
+    traces = stored("tail-dual")
+    provider: Any = mlflow.tracing.get_bridged_tracer_provider()
+    provider.force_flush()
+    assert len(asked) == len(set(asked)) == 30
+    kept = {trace.info.trace_id for trace in traces}
+    otlp.wait_for(spans=sum(len(trace.data.spans) for trace in traces))
+    roots = [span for span in otlp.spans if not span.parent_span_id]
+    assert {f"tr-{span.trace_id}" for span in roots} == kept
+    assert len(otlp.spans) == sum(len(trace.data.spans) for trace in traces)
+    weights = {t.info.trace_id: t.info.trace_metadata["sampling.weight"] for t in traces}
+    # 8.5 の設定を済ませたプロセスでは、重みは数値で届く
+    sent = {f"tr-{s.trace_id}": float(s.attributes["sampling.weight"]) for s in roots}
+    assert sent == {trace_id: float(weights[trace_id]) for trace_id in sent}
+    assert sampler.stats().kept == len(traces)
+
+
+def test_survives_every_way_the_provider_is_rebuilt(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("first")
+    sampler = TailSampler(lambda _summary: Decision(0.0, "none")).install()
+    for rebuild in (
+        lambda: mlflow.set_experiment("second"),
+        lambda: mlflow.tracing.reset(),
+        lambda: (mlflow.tracing.disable(), mlflow.tracing.enable()),
+    ):
+        rebuild()
+        plain(1)
+    assert sampler.stats().dropped == 3
+    sampler.uninstall()
+    plain(1)
+    assert len(stored("second")) == 1
+
+
+@pytest.mark.parametrize("rebuild", ["set_experiment", "enable"])
+def test_uninstall_gives_back_every_trace_after_a_rebuild(
+    tracking_uri: str, stored: Any, rebuild: str
+) -> None:
+    mlflow.set_experiment("before")
+    if rebuild == "enable":
+        mlflow.tracing.disable()
+    sampler = ProbabilisticSampler(0.0).install()
+    mlflow.tracing.enable()
+    mlflow.set_experiment("after")
+    plain(1)
+    assert sampler.stats().dropped == 1
+    sampler.uninstall()
+    plain(2)
+    plain(3)
+    assert len(stored("after")) == 2
+
+
+def test_install_before_tracing_is_enabled(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("later")
+    mlflow.tracing.disable()
+    sampler = TailSampler(half).install()
+    plain(1)
+    mlflow.tracing.enable()
+    make_traces(10)
+    assert len(stored("later")) == sampler.stats().kept > 0
+
+
+def test_policy_error_keeps_and_counts(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("error")
+    sampler = TailSampler(lambda _summary: 1 / 0).install()  # type: ignore[arg-type,return-value]
+    plain(1)
+    assert len(stored("error")) == 1
+    assert sampler.stats().policy_errors == 1
+
+
+@pytest.mark.parametrize("answer", [None, 0.5, (1.0, "rule")])
+def test_policy_that_returns_no_decision_keeps_and_counts(
+    tracking_uri: str, stored: Any, answer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow.set_experiment("no decision")
+    sampler = TailSampler(lambda _summary: answer).install()
+    plain(1)
+    (trace,) = stored("no decision")
+    assert trace.info.trace_metadata["sampling.rule"] == "policy_error"
+    assert (sampler.stats().policy_errors, sampler.stats().open_traces) == (1, 0)
+    assert f"policy returned {answer!r}; return a Decision" in caplog.text
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_late_child_follows_the_decision(
+    tracking_uri: str, stored: Any, probability: float
+) -> None:
+    mlflow.set_experiment("late")
+    sampler = TailSampler(lambda _summary: Decision(probability, "fixed")).install()
+    root = mlflow.start_span_no_context("root")
+    late = mlflow.start_span_no_context("late", parent_span=root)
+    root.end()
+    late.end()
+    with mlflow.start_span("next"):  # 遅れた子を待つトレースは、次の送信のときに保存される
+        pass
+    traces = {trace.data.spans[0].name: trace for trace in stored("late")}
+    assert len(traces) == (2 if probability else 0)
+    if probability:
+        assert sorted(len(trace.data.spans) for trace in traces.values()) == [1, 2]
+    assert sampler.stats().open_traces == 0
+
+
+def test_open_traces_are_bounded_and_evicted_ones_are_kept(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("bounded")
+    sampler = TailSampler(lambda _s: Decision(0.0, "none"), max_open_traces=3).install()
+    roots = [mlflow.start_span_no_context(f"root{index}") for index in range(6)]
+    for root in roots:
+        mlflow.start_span_no_context("child", parent_span=root).end()
+    assert sampler.stats().open_traces == 3
+    for root in roots:
+        root.end()
+    traces = stored("bounded")
+    assert sampler.stats().evicted == 3 and len(traces) == 3
+    assert {len(trace.data.spans) for trace in traces} == {2}
+    assert {t.info.trace_metadata["sampling.rule"] for t in traces} == {"evicted"}
+
+
+def test_only_one_sampler_at_a_time() -> None:
+    first = TailSampler(half).install()
+    assert first.install() is first
+    with pytest.raises(RuntimeError, match="uninstall"):
+        ProbabilisticSampler(0.5).install()
+    first.uninstall()
+    first.uninstall()
+    with pytest.raises(ValueError, match="within"):
+        ProbabilisticSampler(1.1)
+
+
+def test_concurrent_requests_count_exactly(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("threads")
+    sampler = TailSampler(half).install()
+    threads = [threading.Thread(target=make_traces, args=(20,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stats = sampler.stats()
+    assert stats.kept + stats.dropped == 160
+    assert len(stored("threads", include_spans=False)) == stats.kept
+
+
+def test_remote_traces_are_not_decided_here(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("remote")
+    with mlflow.start_span("caller"):
+        headers = mlflow.tracing.get_tracing_context_headers_for_http_request()
+    stored("remote")
+    sampler = TailSampler(lambda _summary: Decision(0.0, "none")).install()
+    with incoming_trace(headers):
+        plain(1)
+    (trace,) = stored("remote")
+    assert {span.name for span in trace.data.spans} == {"caller", "plain", "llm"}
+    assert sampler.stats().dropped == 0
+
+
+# ---- 規則 ----
+
+
+def test_rules(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("rules")
+    sampler = ConditionalSampler(0.0, slow_ms=60_000, vip_users=["boss"]).install()
+    plain(1)
+    with mlflow.start_span("vip"):
+        mlflow.update_current_trace(user="boss")
+    with mlflow.start_span("forced"):
+        mlflow.update_current_trace(tags={"sampling.keep": "true"})
+    with mlflow.start_span("bad") as span:
+        mlflow.log_feedback(trace_id=span.trace_id, name="thumbs", value=False)
+    with mlflow.start_span("good") as span:
+        mlflow.log_feedback(trace_id=span.trace_id, name="thumbs", value=True)
+    with mlflow.start_span("state"):
+        mlflow.update_current_trace(state="ERROR")
+    handled_error(1)
+    start = mlflow.start_span_no_context("slow", start_time_ns=1_700_000_000_000_000_000)
+    start.end(end_time_ns=1_700_000_061_000_000_000)
+    rules = {_root(t): t.info.trace_metadata["sampling.rule"] for t in stored("rules")}
+    assert rules == {
+        "vip": "vip",
+        "forced": "forced",
+        "bad": "feedback",
+        "state": "error",
+        "handled_error": "error",
+        "slow": "slow",
+    }
+    assert sampler.stats().by_rule["rest"] == (0, 2)
+
+
+def test_one_vip_written_as_a_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="vip_users='alice' must be a list of user ids"):
+        ConditionalSampler(0.1, vip_users="alice")
+    assert KeepRules(vip_users=["alice"]).vip_users == {"alice"}
+
+
+def test_rating_rule() -> None:
+    def summary(value: object) -> TraceSummary:
+        return TraceSummary(
+            trace_id="t", name="n", duration_ms=1, is_error=False, feedback={"rating": value}
+        )
+
+    rules = KeepRules(low_rating=2)
+    low, fine = [1, 2, False], [2.5, True, "bad", None]
+    assert [rules(summary(value)) for value in low] == [Decision(1.0, "feedback")] * 3
+    assert [rules(summary(value)) for value in fine] == [None] * 4
+
+
+def test_head_sampling_records_the_weight_and_respects_overrides(
+    tracking_uri: str, stored: Any
+) -> None:
+    mlflow.set_experiment("head")
+    sampler = ProbabilisticSampler(0.3).install()
+
+    @mlflow.trace(sampling_ratio_override=1.0)
+    def always() -> None: ...
+
+    for number in range(100):
+        plain(number)
+    always()
+    traces = stored("head")
+    weights = {_root(trace): trace.info.trace_metadata["sampling.weight"] for trace in traces}
+    assert float(weights["plain"]) == pytest.approx(1 / 0.3) and weights["always"] == "1.0"
+    assert {len(t.data.spans) for t in traces if _root(t) == "plain"} == {2}
+    stats = sampler.stats()
+    assert stats.kept == len(traces) and stats.kept + stats.dropped == 101
+    sampler.uninstall()
+    for number in range(20):
+        plain(number)
+    assert len(stored("head")) == len(traces) + 20
+
+
+def test_head_and_tail_weights_multiply(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("both")
+    ConditionalSampler(0.5, head_probability=0.5).install()
+    for number in range(80):
+        plain(number)
+    traces = stored("both")
+    assert traces and {t.info.trace_metadata["sampling.weight"] for t in traces} == {"4.0"}
+
+
+# ---- 推定 ----
+
+
+@given(st.text(max_size=40))
+def test_unit_hash_is_a_fraction(trace_id: str) -> None:
+    assert 0.0 <= unit_hash(trace_id) < 1.0
+    assert unit_hash(trace_id) == unit_hash(trace_id)
+
+
+def fake(weight: float | None, error: bool, cost: float | None) -> Any:
+    metadata = {} if weight is None else {"sampling.weight": repr(weight)}
+    info = SimpleNamespace(
+        trace_metadata=metadata,
+        tags={},
+        state="ERROR" if error else "OK",
+        cost=None if cost is None else {"total_cost": cost},
+    )
+    return SimpleNamespace(info=info)
+
+
+def test_estimates_of_a_census_are_exact() -> None:
+    found = weighted_estimates([fake(None, index < 2, 0.5) for index in range(10)])
+    assert (found.count, found.error_rate, found.total_cost_usd) == (10, 0.2, 5.0)
+    assert (found.count_se, found.error_rate_se, found.total_cost_usd_se) == (0, 0, 0)
+    assert (found.mean_cost_usd, found.unpriced_traces) == (0.5, 0)
+
+
+def test_unknown_cost_is_counted_not_zero() -> None:
+    found = weighted_estimates([fake(2.0, False, None), fake(2.0, True, 1.0)])
+    assert (found.unpriced_traces, found.mean_cost_usd, found.total_cost_usd) == (1, 1.0, 2.0)
+    empty = weighted_estimates([])
+    assert empty.count == 0 and empty.error_rate is None and empty.mean_cost_usd is None
+
+
+def simulate(
+    seed: int, rest: Callable[[], float], clock: list[float], size: int
+) -> dict[str, float]:
+    """1 回の運用: 負荷の急増と一緒にエラーが増える。"""
+    rng = random.Random(seed)
+    errors, cost_total, kept = 0, 0.0, []
+    for index in range(size):
+        spike = 0.3 * size < index < 0.6 * size
+        clock[0] += rng.expovariate(100 if spike else 30)
+        error = rng.random() < (0.05 if spike else 0.01)
+        slow = rng.random() < 0.03
+        cost = rng.lognormvariate(-6, 1) * (3 if slow else 1) * (0.2 if error else 1)
+        errors += error
+        cost_total += cost
+        probability = 1.0 if error or slow else rest()
+        if rng.random() < probability:
+            kept.append(fake(1 / probability, error, cost))
+    found = weighted_estimates(kept)
+    return {
+        "error_rate": (found.error_rate or 0) / (errors / size) - 1,
+        "count": found.count / size - 1,
+        "total": found.total_cost_usd / cost_total - 1,
+        "mean": (found.mean_cost_usd or 0) / (cost_total / size) - 1,
+        "z": (found.count - size) / found.count_se,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fixed", "adaptive"])
+def test_weights_are_unbiased(kind: str) -> None:
+    """30 回 x 100,000 リクエストで、偏りが 1% 以内(かつ標準誤差の 3 倍以内)。"""
+    runs = []
+    for seed in range(30):
+        clock = [0.0]
+        adaptive = AdaptiveRate(600, clock=lambda clock=clock: clock[0])
+        rest = adaptive if kind == "adaptive" else lambda: 0.05
+        runs.append(simulate(seed, rest, clock, 100_000))
+    for name in ("error_rate", "count", "total", "mean"):
+        values = [run[name] for run in runs]
+        bias = statistics.mean(values)
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        print(f"{kind} {name}: {bias:+.3%} (s.e. {error:.3%})")
+        assert abs(bias) <= 0.01 and abs(bias) <= 3 * error + 0.001
+    # 標準誤差も正しい: z の散らばりは 1 に近い
+    assert 0.5 < statistics.stdev(run["z"] for run in runs) < 1.6
+
+
+def test_adaptive_follows_the_load() -> None:
+    clock, rng = [0.0], random.Random(1)
+    rate = AdaptiveRate(60, clock=lambda: clock[0])
+    kept, arrived, now = [0] * 31, [0] * 31, 0.0
+    for seconds, per_minute in ((300, 100), (600, 6000), (600, 300), (300, 20)):
+        end = now + seconds
+        while (now := now + rng.expovariate(per_minute / 60)) < end:
+            clock[0] = now
+            arrived[int(now // 60)] += 1
+            kept[int(now // 60)] += rng.random() < rate()
+        now = end
+    errors = [abs(k - min(60, n)) for k, n in zip(kept[:30], arrived[:30], strict=True)]
+    assert kept[5] <= 2 * 60
+    assert statistics.mean(errors) <= 10
+
+
+def test_adaptive_sampler_end_to_end(tracking_uri: str, stored: Any) -> None:
+    mlflow.set_experiment("adaptive")
+    ticks = iter(range(10_000))
+    sampler = AdaptiveSampler(60, clock=lambda: next(ticks) * 0.1).install()
+    for number in range(100):  # 毎分 600 件
+        plain(number)
+    traces = stored("adaptive")
+    assert len(traces) == sampler.stats().kept < 60
+    found = weighted_estimates(traces)
+    assert abs(found.count - 100) < 4 * found.count_se
+    with pytest.raises(ValueError, match="must be > 0"):
+        AdaptiveRate(0)

@@ -1,0 +1,159 @@
+"""テールサンプリングを、別プロセスの実際のアプリケーションの形で確かめる。"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+SAMPLER = """
+from chapter8_samples.production_tracing.sampling_strategies import ConditionalSampler
+from chapter8_samples.production_tracing.basic_setup import setup_production_tracing
+import contextlib, json
+
+def report(sampler, **more):
+    print(flush_traces(60))
+    stats = sampler.stats()
+    print(json.dumps({"kept": stats.kept, "dropped": stats.dropped, "open": stats.open_traces,
+                      "rules": stats.by_rule, **more}))
+"""
+REQUESTS = """
+def request(number):
+    with contextlib.suppress(TimeoutError), mlflow.start_span("request"):
+        work(number)
+        if number % 10 == 0:
+            raise TimeoutError("provider")
+"""
+
+
+def result(program: Any, body: str, **environment: str) -> dict[str, Any]:
+    code, out, err = program.run(SAMPLER + body, timeout=120, **environment)
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def assert_exactly_the_kept_ones(traces: list[Any], report: dict[str, Any], spans: int) -> None:
+    assert len(traces) == report["kept"] and report["open"] == 0
+    for trace in traces:
+        ids = {span.span_id for span in trace.data.spans}
+        assert len(ids) == spans
+        assert all(span.parent_id is None or span.parent_id in ids for span in trace.data.spans)
+        assert "IN_PROGRESS" not in str(trace.info.state)
+    rules = Counter(trace.info.trace_metadata["sampling.rule"] for trace in traces)
+    assert rules == {rule: kept for rule, (kept, _) in report["rules"].items() if kept}
+
+
+OWN_PROVIDER = """
+from opentelemetry import trace as otel
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+own = InMemorySpanExporter()
+provider = TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(own))
+otel.set_tracer_provider(provider)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("owner", ["mlflow", "application"])
+def test_global_provider(program: Any, stored: Any, owner: str) -> None:
+    """グローバルのプロバイダーを共有しても、MLflow の分だけを選び、他の送信先には触れない。"""
+    body = (OWN_PROVIDER if owner == "application" else "own = None\n") + REQUESTS
+    body += (
+        "request(1)\nsampler = ConditionalSampler(0.3).install()\n"
+        "for number in range(60): request(number)\n"
+        "report(sampler, own=len(own.get_finished_spans()) if own else None)\n"
+    )
+    report = result(program, body, MLFLOW_USE_DEFAULT_TRACER_PROVIDER="false")
+    assert report["kept"] + report["dropped"] == 60 and report["dropped"] > 10
+    assert report["rules"]["error"] == [6, 0]
+    assert report["own"] == (122 if owner == "application" else None)
+    traces = stored("child")
+    before = [t for t in traces if "sampling.rule" not in t.info.trace_metadata]
+    assert len(before) == 1  # 取り付ける前のもの
+    kept = [trace for trace in traces if trace not in before]
+    assert_exactly_the_kept_ones(kept, report, spans=2)
+
+
+@pytest.mark.slow
+def test_global_provider_over_a_server(
+    program: Any, stored: Any, tmp_path: Path, mlflow_server_url: str
+) -> None:
+    name = "tail-global-server"
+    body = REQUESTS + (
+        f"setup_production_tracing({name!r})\nsampler = ConditionalSampler(0.3).install()\n"
+        "for number in range(40): request(number)\nreport(sampler)\n"
+    )
+    program.uri = mlflow_server_url
+    report = result(program, body, MLFLOW_USE_DEFAULT_TRACER_PROVIDER="false")
+    assert report["kept"] + report["dropped"] == 40
+    mlflow.set_tracking_uri(mlflow_server_url)
+    assert_exactly_the_kept_ones(stored(name), report, spans=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_provider", ["true", "false"])
+def test_autologged_openai_calls(
+    program: Any, stored: Any, stub_llm: Any, own_provider: str
+) -> None:
+    body = (
+        "import asyncio, openai\n"
+        "from chapter8_samples.production_tracing.basic_setup import enable_autologging\n"
+        "print(enable_autologging(['openai']))\n"
+        "client, aclient = openai.OpenAI(max_retries=0), openai.AsyncOpenAI(max_retries=0)\n"
+        "ask = dict(model='gpt-4o-mini', messages=[{'role': 'user', 'content': 'q'}])\n"
+        "def chat(number):\n"
+        "    with contextlib.suppress(ValueError), mlflow.start_span('chat'):\n"
+        "        client.chat.completions.create(**ask)\n"
+        "        if number % 5 == 0: raise ValueError(number)\n"
+        "async def achat(number):\n"
+        "    with mlflow.start_span('achat'):\n"
+        "        await aclient.chat.completions.create(**ask)\n"
+        "async def many():\n"
+        "    await asyncio.gather(*(achat(number) for number in range(15)))\n"
+        "sampler = ConditionalSampler(0.4).install()\n"
+        "for number in range(15): chat(number)\n"
+        "asyncio.run(many())\nreport(sampler)\n"
+    )
+    report = result(program, body, MLFLOW_USE_DEFAULT_TRACER_PROVIDER=own_provider)
+    assert len(stub_llm.requests) == 30
+    assert report["kept"] + report["dropped"] == 30 and report["dropped"] > 2
+    assert report["rules"]["error"] == [3, 0]
+    traces = stored("child")
+    assert_exactly_the_kept_ones(traces, report, spans=2)
+    assert all(trace.info.token_usage for trace in traces)
+
+
+@pytest.mark.slow
+def test_every_error_is_kept_at_200_requests_per_second(program: Any, stored: Any) -> None:
+    """毎秒 200 件を 3 秒、エラー 2%、残りは 5%。"""
+    body = (
+        "setup_production_tracing('child')\n"
+        "sampler = ConditionalSampler(0.05, slow_ms=60_000).install()\n"
+        "def request(number):\n"
+        "    with contextlib.suppress(TimeoutError), mlflow.start_span('request'):\n"
+        "        work(number)\n"
+        "        if number % 50 == 0: raise TimeoutError('provider')\n"
+        "started = time.monotonic()\n"
+        "def client(first):\n"
+        "    for number in range(first, 600, 4):\n"
+        "        time.sleep(max(0.0, started + number / 200 - time.monotonic()))\n"
+        "        request(number)\n"
+        "threads = [threading.Thread(target=client, args=(first,)) for first in range(4)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "report(sampler, seconds=time.monotonic() - started)\n"
+    )
+    report = result(program, body)
+    assert report["kept"] + report["dropped"] == 600
+    assert report["rules"]["error"] == [12, 0]
+    assert report["rules"]["rest"][0] < 80  # 588 件の 5% は 29 件
+    assert report["seconds"] < 60
+    traces = stored("child")
+    assert_exactly_the_kept_ones(traces, report, spans=2)
+    assert sum("ERROR" in str(trace.info.state) for trace in traces) == 12

@@ -1,0 +1,300 @@
+"""trace_spool: 止まったサーバー、壊れたファイル、満杯のディスクでも失わず、重複もしない。"""
+
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+
+from chapter8_samples.production_tracing import trace_spool
+from chapter8_samples.production_tracing.graceful_shutdown import GracefulShutdownHandler
+from chapter8_samples.production_tracing.trace_spool import TraceSpool, replay
+
+
+class Server:
+    """止めたり、拒否させたりできる送信先(生きているときは本物の SQLite に書く)。"""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.reject: set[str] = set()
+
+    def __call__(self, traces: Sequence[Any]) -> None:
+        if self.error:
+            raise self.error
+        if any(trace.data.spans[0].name in self.reject for trace in traces):
+            raise MlflowException("bad", error_code=1000)  # INVALID_PARAMETER_VALUE
+        trace_spool.deliver(traces)
+
+
+@pytest.fixture
+def server(tracking_uri: str) -> Server:
+    mlflow.set_experiment("spool")
+    return Server()
+
+
+@pytest.fixture
+def spool(server: Server, tmp_path: Path) -> Iterator[TraceSpool]:
+    created = TraceSpool(tmp_path / "spool", deliver=server, cooldown_seconds=60).install()
+    yield created
+    created.uninstall()
+
+
+def record(*names: str) -> None:
+    for name in names:
+        with mlflow.start_span(name) as root:
+            root.set_inputs({"質問": "日本語"})
+            mlflow.update_current_trace(
+                user="u", client_request_id="r", tags={"k": "v"}, metadata={"m": "1"}
+            )
+            with mlflow.start_span("child"):
+                pass
+    mlflow.flush_trace_async_logging()
+
+
+def test_delivers_everything_while_the_server_is_up(spool: TraceSpool, stored: Any) -> None:
+    record(*["ok"] * 20)
+    assert spool.drain(30) == 0
+    assert spool.stats().delivered == spool.stats().written == 20
+    assert list(spool.directory.iterdir()) == []
+    traces = stored()
+    assert len(traces) == 20
+    (info,) = {(t.info.client_request_id, t.info.tags["k"], len(t.data.spans)) for t in traces}
+    assert info == ("r", "v", 2)
+    metadata = traces[0].info.trace_metadata
+    assert metadata["mlflow.trace.user"] == "u" and metadata["m"] == "1"
+
+
+def test_outage_then_automatic_recovery(spool: TraceSpool, server: Server, stored: Any) -> None:
+    server.error = ConnectionError("refused")
+    record(*["down"] * 10)
+    assert spool.drain(0.2) == 10
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in spool.directory.iterdir())
+    assert stored() == []
+    server.error = None
+    record("up")
+    assert spool.drain(30) == 0
+    assert len(stored()) == 11
+
+
+def test_replay_is_idempotent_and_keeps_ids(spool: TraceSpool, server: Server, stored: Any) -> None:
+    server.error = ConnectionError("refused")
+    record(*["down"] * 5)
+    spool.drain(0.1)
+    spool.uninstall()
+    copies = {path.name: path.read_bytes() for path in spool.directory.glob("*.json")}
+    assert replay(spool.directory).delivered == 5
+    for name, body in copies.items():
+        (spool.directory / name).write_bytes(body)
+    assert replay(spool.directory).delivered == 5
+    traces = stored()
+    assert {f"{trace.info.trace_id}.json" for trace in traces} == set(copies)
+    assert [len(trace.data.spans) for trace in traces] == [2] * 5
+
+
+def test_rejected_and_unreadable_traces_are_set_aside(
+    spool: TraceSpool, server: Server, stored: Any
+) -> None:
+    server.reject = {"poison"}
+    record("good", "poison", "good")
+    assert spool.drain(30) == 0
+    (spool.directory / "tr-broken.json").write_text("{", encoding="utf-8")
+    spool.uninstall()
+    assert replay(spool.directory).dead == 1
+    assert len(list((spool.directory / "dead").iterdir())) == 2
+    assert (spool.stats().dead, spool.stats().delivered, len(stored())) == (1, 2, 2)
+
+
+def test_full_spool_sends_directly_and_counts_real_loss(
+    server: Server, tmp_path: Path, stored: Any
+) -> None:
+    server.error = ConnectionError("refused")
+    spool = TraceSpool(tmp_path / "s", deliver=server, max_traces=2, cooldown_seconds=60).install()
+    record("a", "b", "c")
+    assert (spool.stats().pending, spool.stats().dropped) == (2, 1)
+    server.error = None
+    record("d")
+    assert spool.drain(30) == 0
+    spool.uninstall()
+    assert len(stored()) == 3
+
+
+def test_disk_error_is_reported_and_falls_back(
+    spool: TraceSpool, stored: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    spool.directory.rmdir()
+    spool.directory.write_text("not a folder", encoding="utf-8")
+    record("a")
+    assert spool.stats().write_errors == 1 and "cannot write to spool" in caplog.text
+    assert len(stored()) == 1
+
+
+def test_text_that_no_file_can_hold_is_counted_as_lost(
+    server: Server, spool: TraceSpool, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.error = ConnectionError("refused")
+    with mlflow.start_span("surrogate") as root:
+        root.set_inputs("\ud800")
+    record("fine")
+    assert (spool.stats().pending, spool.stats().dropped) == (1, 1)
+    assert "could neither be written nor sent" in caplog.text
+    assert [path.suffix for path in spool.directory.iterdir()] == [".json"]
+
+
+def test_reinstalled_spool_sends_again(spool: TraceSpool, server: Server, stored: Any) -> None:
+    server.error = ConnectionError("refused")
+    record("before")
+    spool.uninstall()
+    server.error = None
+    spool.install()
+    record("after")
+    assert spool.drain(30) == 0 and len(stored()) == 2
+
+
+def test_file_that_vanishes_during_the_start_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """同じ置き場を使うワーカーが、先に送り終えて消すことがある。"""
+    real = Path.glob
+    gone = tmp_path / "tr-gone.json"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [gone, *real(self, pattern)])
+    assert TraceSpool(tmp_path).stats().pending == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_does_not_wait_for_the_traces_of_its_parent(
+    spool: TraceSpool, server: Server
+) -> None:
+    server.error = ConnectionError("refused")
+    record("parent")
+    child = os.fork()
+    if child == 0:
+        os._exit(spool.drain(20) + 10 * spool.stats().pending)
+    started = time.monotonic()
+    assert os.waitpid(child, 0)[1] == 0
+    assert time.monotonic() - started < 10
+    assert spool.stats().pending == 1
+
+
+def test_survives_provider_rebuild_and_uninstall_restores(spool: TraceSpool, stored: Any) -> None:
+    from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter as Exporter
+
+    mlflow.set_experiment("spool2")
+    record("a")
+    assert spool.stats().written == 1
+    with pytest.raises(RuntimeError, match="uninstall"):
+        TraceSpool(spool.directory).install()
+    spool.drain(30)
+    spool.uninstall()
+    assert Exporter._log_trace.__name__ == "_log_trace"
+    record("b")
+    assert spool.stats().written == 1 and len(stored("spool2")) == 2
+
+
+def test_handler_reports_what_stays_on_disk(spool: TraceSpool, server: Server) -> None:
+    server.error = ConnectionError("refused")
+    record("a", "b")
+    result = GracefulShutdownHandler(5, spool=spool).flush(1)
+    assert not result.ok and "2 traces are kept on disk" in str(result.error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["refused", "hanging"])
+def test_sigterm_with_a_dead_server_loses_nothing(
+    program: Any, stored: Any, tmp_path: Path, free_port: int, kind: str
+) -> None:
+    """200 件を抱えて SIGTERM: 期限内に終わり、全件がディスクにあり、再送で全件が届く。"""
+    import socket
+
+    listener = socket.socket()
+    if kind == "hanging":  # つながるが、決して答えない
+        listener.bind(("127.0.0.1", free_port))
+        listener.listen(64)
+    body = f"""
+from chapter8_samples.production_tracing.trace_spool import TraceSpool
+setup_graceful_shutdown(5, spool=TraceSpool("spool").install())
+experiment = mlflow.set_experiment("child").experiment_id
+mlflow.set_tracking_uri("http://127.0.0.1:{free_port}")
+from mlflow.entities.trace_location import MlflowExperimentLocation
+mlflow.tracing.set_destination(MlflowExperimentLocation(experiment))
+for number in range(200): work(number)
+print(time.time(), flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+    code, out, err = program.run(body, MLFLOW_HTTP_REQUEST_MAX_RETRIES="1")
+    took = time.time() - float(out.split()[0])
+    listener.close()
+    assert code in (-signal.SIGTERM, 128 + signal.SIGTERM), err
+    assert took < 5.5 + 2
+    assert len(list((tmp_path / "spool").glob("*.json"))) == 200
+    assert replay(tmp_path / "spool").delivered == 200
+    assert replay(tmp_path / "spool").delivered == 0
+    assert len(stored("child", include_spans=False)) == 200
+
+
+@pytest.mark.slow
+def test_server_killed_in_mid_burst_and_restarted(tmp_path: Path, free_port: int) -> None:
+    """SIGKILL されたサーバーが戻れば、ひとりでに全件が届き、重複しない。"""
+    from chapter8_samples._lab.mlflow_server import MlflowServer
+
+    os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="5")
+    server = MlflowServer(tmp_path / "home", port=free_port).start()
+    mlflow.set_tracking_uri(server.url)
+    experiment = mlflow.set_experiment("burst").experiment_id
+    spool = TraceSpool(tmp_path / "spool", cooldown_seconds=0.5).install()
+    try:
+        for number in range(150):
+            with mlflow.start_span("chat", attributes={"number": number}):
+                pass
+            if number == 75:
+                mlflow.flush_trace_async_logging()
+                server.kill()
+        mlflow.flush_trace_async_logging()
+        assert spool.stats().dropped == 0
+        server = MlflowServer(tmp_path / "home", port=free_port).start()
+        assert spool.drain(60) == 0
+        found: Any = mlflow.search_traces(locations=[experiment], return_type="list")
+        assert len(found) == len({trace.info.trace_id for trace in found}) == 150
+        assert all(len(trace.data.spans) == 1 for trace in found)
+    finally:
+        spool.uninstall()
+        server.stop()
+
+
+def test_command_line(tmp_path: Path) -> None:
+    name = "chapter8_samples.production_tracing.trace_spool"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+    def run(folder: Path) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", name, "replay", str(folder)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty")[:2] == (0, "delivered=0 pending=0 dead=0\n")
+    code, _, error = run(tmp_path / "typo")
+    assert code == 1 and f"no spool at '{tmp_path / 'typo'}'" in error and "Traceback" not in error
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_spool_that_otlp_would_bypass_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:4318/v1/traces")
+    with pytest.raises(RuntimeError, match="export_profile='burst'"):
+        TraceSpool(tmp_path).install()
+    monkeypatch.setenv("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "true")
+    TraceSpool(tmp_path).install().uninstall()
