@@ -1,0 +1,251 @@
+"""8.2.3 自分の料金表を読み、誤りをまとめて報告する(本書にリストなし)。
+
+契約の単価や社内のモデルは、自分の料金表で渡す。料金表の書き間違いは、そのまま請求との差になる。
+読んだときにすべて調べ、1 つずつではなく、見つかった誤りを全部並べる。
+
+実行::
+
+    $ python chapter8_samples/02_cost_tracking/price_file.py
+    1. USD / 100 万トークンの形(JSON か YAML)
+       my-model: 入力 0.30 出力 0.80
+    2. 本書の形(USD / 1,000 トークン)
+       gpt-4o: 入力 2.5000 出力 10.00
+    3. 誤りはまとめて分かる
+       my-model.cached_imput: unknown key (did you mean 'cached_input'?)
+       my-model.input: -1 is not a price (a number >= 0)
+       my-model.output: required
+       my-model.effective_from: '2024/12/03' is not a date like 2024-12-03
+
+Databricks でも同じ。料金表のファイルは Unity Catalog のボリュームに置いて、パスで渡せる。
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING or __package__:
+    from .price_table import (
+        ModelPrice,
+        PriceTableError,
+        PriceTier,
+        canonical_model_name,
+        row_problems,
+    )
+else:  # price_table.py と 2 枚だけ写したとき、またはパスで実行したとき
+    from price_table import (
+        ModelPrice,
+        PriceTableError,
+        PriceTier,
+        canonical_model_name,
+        row_problems,
+    )
+
+_COLUMNS = ("input", "cached_input", "cache_write", "output", "batch_input", "batch_output")
+_AMOUNTS = (*_COLUMNS, "cache_write_1h")
+_ROW_KEYS = (*_AMOUNTS, "aliases", "tiers", "effective_from", "effective_to", "provider", "source")
+_TIER_KEYS = ("above_input_tokens", "input", "output", "cached_input")
+
+
+def load_file(path: str | Path) -> Mapping[str, Any]:
+    """JSON か YAML(拡張子 .yaml、.yml)のファイルを読む。数は 10 進数のまま読む。
+
+    Raises:
+        PriceTableError: JSON や YAML として読めないか、中身が辞書でない。
+    """
+    path = Path(path)
+    parse = _parse_yaml if path.suffix.lower() in {".yaml", ".yml"} else _parse_json
+    try:
+        data = parse(path.read_text(encoding="utf-8-sig"))  # メモ帳が付ける BOM は読み飛ばす
+    except ValueError as error:
+        raise PriceTableError([f"{path}: {error}"]) from error
+    if (table := _mapping(data)) is None:
+        raise PriceTableError([f"{path}: expected a mapping, got {type(data).__name__}"])
+    return table
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, parse_float=Decimal)
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml  # 料金表を YAML で持つ人だけが使う
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from error
+
+
+def read_prices(
+    data: Mapping[str, Any],
+) -> tuple[dict[str, tuple[ModelPrice, ...]], dict[str, str]]:
+    """辞書を、料金の行と別名に直す。形は ``PriceTable.from_mapping`` の説明のとおり。
+
+    Raises:
+        PriceTableError: 誤りがある。``problems`` にすべて並ぶ。
+    """
+    reader = _TableReader(data)
+    found = reader.read()
+    if reader.problems:
+        raise PriceTableError(reader.problems)
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any] | None:
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else None
+
+
+class _TableReader:
+    """辞書を行に直す。誤りは ``problems`` にためて、最後にまとめて報告する。"""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.problems: list[str] = []
+        if "models" in data:
+            unit = data.get("unit", "per_1m_tokens")
+            self.models: Any = data["models"]
+        else:
+            unit, self.models = "per_1k_tokens", data  # 本書の形
+        scales = {"per_1m_tokens": Decimal(1), "per_1k_tokens": Decimal(1000)}
+        self.scale = scales.get(str(unit), Decimal(1))
+        if str(unit) not in scales:
+            self.problems.append(f"unit: {unit!r} is not one of {', '.join(scales)}")
+
+    def read(self) -> tuple[dict[str, tuple[ModelPrice, ...]], dict[str, str]]:
+        models = _mapping(self.models)
+        if models is None:
+            self.problems.append("models: expected a mapping of model name to price row(s)")
+            return {}, {}
+        rows: dict[str, tuple[ModelPrice, ...]] = {}
+        aliases: dict[str, str] = {}
+        for key, value in models.items():
+            name = str(key).strip().lower()
+            if name in rows:
+                self.problems.append(f"{name}: given twice (names are not case-sensitive)")
+            entries = cast(list[Any], value) if isinstance(value, list) else [value]
+            found = [row for entry in entries if (row := self._row(name, entry, aliases))]
+            found.sort(key=lambda row: row.effective_from or date.min)
+            if found or not entries:
+                self.problems += row_problems(name, found)
+                rows[name] = tuple(found)
+        for alias, name in aliases.items():
+            if alias in rows and alias != name:
+                self.problems.append(f"{name}.aliases: {alias!r} is another model of this table")
+        return rows, aliases
+
+    def _row(self, name: str, value: Any, aliases: dict[str, str]) -> ModelPrice | None:
+        if (entry := _mapping(value)) is None:
+            self.problems.append(f"{name}: expected a mapping, got {value!r}")
+            return None
+        self._reject_unknown_keys(name, entry, _ROW_KEYS)
+        self._add_aliases(name, entry, aliases)
+        amounts = {key: self._amount(name, entry, key) for key in _AMOUNTS}
+        required = amounts.pop("input"), amounts.pop("output")
+        for key, amount in zip(("input", "output"), required, strict=True):
+            if amount is None and entry.get(key) is None:
+                self.problems.append(f"{name}.{key}: required")
+        if (amounts["batch_input"] is None) != (amounts["batch_output"] is None):
+            self.problems.append(f"{name}: batch_input and batch_output must be given together")
+        return ModelPrice(
+            input=required[0] or Decimal(0),
+            output=required[1] or Decimal(0),
+            **amounts,
+            tiers=self._tiers(name, entry),
+            effective_from=self._date(name, entry, "effective_from"),
+            effective_to=self._date(name, entry, "effective_to"),
+            provider=str(entry.get("provider") or ""),
+            source=str(entry.get("source") or ""),
+        )
+
+    def _add_aliases(self, name: str, entry: Mapping[str, Any], aliases: dict[str, str]) -> None:
+        for alias in self._list(name, entry, "aliases"):
+            added = canonical_model_name(str(alias))
+            if aliases.setdefault(added, name) != name:
+                self.problems.append(f"{name}.aliases: {alias!r} is already {aliases[added]!r}")
+
+    def _list(self, name: str, entry: Mapping[str, Any], key: str) -> list[Any]:
+        value = entry.get(key)
+        if value is None or isinstance(value, (list, tuple)):
+            return list(cast("Iterable[Any]", value or ()))
+        self.problems.append(f"{name}.{key}: expected a list, got {value!r}")
+        return []
+
+    def _reject_unknown_keys(
+        self, name: str, entry: Mapping[str, Any], known: Sequence[str]
+    ) -> None:
+        for key in entry:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                self.problems.append(f"{name}.{key}: unknown key{hint}")
+
+    def _tiers(self, name: str, row: Mapping[str, Any]) -> tuple[PriceTier, ...]:
+        tiers = [self._tier(f"{name}.tiers", value) for value in self._list(name, row, "tiers")]
+        return tuple(tier for tier in tiers if tier)
+
+    def _tier(self, name: str, value: Any) -> PriceTier | None:
+        if (entry := _mapping(value)) is None:
+            self.problems.append(f"{name}: expected a mapping, got {value!r}")
+            return None
+        self._reject_unknown_keys(name, entry, _TIER_KEYS)
+        above = entry.get("above_input_tokens")
+        if not isinstance(above, int) or isinstance(above, bool) or above < 1:
+            self.problems.append(f"{name}.above_input_tokens: {above!r} is not > 0")
+            return None
+        amounts = [self._amount(name, entry, key) for key in _TIER_KEYS[1:]]
+        if amounts[0] is None or amounts[1] is None:
+            self.problems.append(f"{name}: input and output are required")
+            return None
+        return PriceTier(above, amounts[0], amounts[1], amounts[2])
+
+    def _amount(self, name: str, entry: Mapping[str, Any], key: str) -> Decimal | None:
+        value = entry.get(key)
+        if value is None:
+            return None
+        try:
+            amount = Decimal("NaN") if isinstance(value, bool) else Decimal(str(value))
+        except InvalidOperation:
+            amount = Decimal("NaN")
+        if not amount.is_finite() or amount < 0:
+            self.problems.append(f"{name}.{key}: {value!r} is not a price (a number >= 0)")
+            return None
+        return amount * self.scale
+
+    def _date(self, name: str, entry: Mapping[str, Any], key: str) -> date | None:
+        value = entry.get(key)
+        if value is None:
+            return None
+        try:
+            return date.fromisoformat(str(value))
+        except ValueError:
+            self.problems.append(f"{name}.{key}: {value!r} is not a date like 2024-12-03")
+            return None
+
+
+def main() -> None:
+    print("1. USD / 100 万トークンの形(JSON か YAML)")
+    own = {"models": {"my-model": {"input": "0.30", "output": "0.80"}}}
+    _show(own)
+    print("2. 本書の形(USD / 1,000 トークン)")
+    _show({"gpt-4o": {"input": 0.0025, "output": 0.01}})
+    print("3. 誤りはまとめて分かる")
+    wrong = {"input": -1, "cached_imput": 1, "effective_from": "2024/12/03"}
+    try:
+        read_prices({"models": {"my-model": wrong}})
+    except PriceTableError as error:
+        for problem in error.problems:
+            print(f"   {problem}")
+
+
+def _show(data: Mapping[str, Any]) -> None:
+    for name, rows in read_prices(data)[0].items():
+        print(f"   {name}: 入力 {rows[0].input} 出力 {rows[0].output}")
+
+
+if __name__ == "__main__":
+    main()

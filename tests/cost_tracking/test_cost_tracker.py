@@ -1,0 +1,117 @@
+"""CostTracker: スレッド、予算、上限、リセット。"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+
+import pytest
+
+from chapter8_samples.cost_tracking import CostTracker as exported
+from chapter8_samples.cost_tracking import cost_calculator
+from chapter8_samples.cost_tracking.cost_tracker import OTHER, BudgetAlert, CostTracker
+
+
+def test_the_functions_of_listing_8_9_are_found_where_the_reader_looks() -> None:
+    from chapter8_samples import cost_tracking
+    from chapter8_samples.cost_tracking import token_tracking
+
+    for name in ("setup_cost_tracking", "price_trace", "export_traces_to_parquet"):
+        assert getattr(token_tracking, name) is getattr(cost_tracking, name)
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = token_tracking.nope  # pyright: ignore
+
+
+def test_the_same_class_everywhere() -> None:
+    assert exported is CostTracker is getattr(cost_calculator, "CostTracker")  # noqa: B009
+
+
+def test_totals_per_model_and_user() -> None:
+    tracker = CostTracker()
+    tracker.record("gpt-4o", 1000, 500, user="a")
+    tracker.record("gpt-4o-2024-08-06", 1000, 500, 800, user="b")
+    tracker.record("my-model", 10, 10, user="a")
+    now = tracker.snapshot()
+    assert now.total.cost_usd == Decimal("0.0075") + Decimal("0.0065")
+    assert (now.total.requests, now.total.unpriced_requests) == (3, 1)
+    assert now.by_model["gpt-4o"].requests == 2
+    assert now.by_model["my-model"].unpriced_requests == 1
+    assert now.by_user["a"].cost_usd == Decimal("0.0075")
+    assert now.total.cost_usd.is_finite()
+
+
+def test_each_threshold_is_announced_once() -> None:
+    alerts: list[BudgetAlert] = []
+    tracker = CostTracker(budget_usd=0.03, on_budget=alerts.append)
+    for _ in range(6):
+        tracker.record("gpt-4o", 1000, 500)
+    assert [alert.threshold for alert in alerts] == [0.5, 0.8, 1.0]
+    assert [alert.spent_usd for alert in alerts] == [
+        Decimal("0.015"), Decimal("0.03"), Decimal("0.03"),
+    ]  # fmt: skip
+    assert tracker.snapshot().budget_used == 1.5
+    tracker.reset()
+    for _ in range(2):
+        tracker.record("gpt-4o", 1000, 500)
+    assert [alert.threshold for alert in alerts[3:]] == [0.5]
+
+
+def test_a_failing_callback_is_counted_and_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(alert: BudgetAlert) -> None:
+        raise RuntimeError("chat is down")
+
+    tracker = CostTracker(budget_usd=0.001, on_budget=fail)
+    tracker.record("gpt-4o", 1000, 500)
+    assert tracker.snapshot().callback_failures == 3
+    assert "budget callback failed" in caplog.text
+
+
+def test_a_callback_may_use_the_tracker() -> None:
+    seen: list[Decimal] = []
+    tracker = CostTracker(budget_usd=0.001)
+    tracker.on_budget = lambda alert: seen.append(tracker.snapshot().total.cost_usd)
+    tracker.record("gpt-4o", 1000, 500)
+    assert seen == [Decimal("0.0075")] * 3
+
+
+def test_no_call_is_lost_between_threads_and_resets() -> None:
+    tracker = CostTracker(budget_usd=1_000_000)
+    resets: list[int] = []
+    stop = threading.Event()
+
+    def reset_often() -> None:
+        while not stop.is_set():
+            resets.append(tracker.reset().total.requests)
+
+    resetter = threading.Thread(target=reset_often)
+    resetter.start()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(4000):
+            pool.submit(tracker.record, "gpt-4o-mini", 1, 1)
+    stop.set()
+    resetter.join()
+    assert sum(resets) + tracker.snapshot().total.requests == 4000
+
+
+def test_memory_is_bounded() -> None:
+    tracker = CostTracker(max_keys=3)
+    for i in range(10):
+        tracker.record("gpt-4o", 1, 1, user=f"user-{i}")
+    now = tracker.snapshot()
+    assert set(now.by_user) == {"user-0", "user-1", "user-2", OTHER}
+    assert sum(t.requests for t in now.by_user.values()) == now.total.requests == 10
+
+
+def test_a_snapshot_does_not_change() -> None:
+    tracker = CostTracker()
+    tracker.record("gpt-4o", 1, 1)
+    before = tracker.snapshot()
+    tracker.record("gpt-4o", 1, 1)
+    assert before.total.requests == before.by_model["gpt-4o"].requests == 1
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan")])
+def test_an_impossible_budget_is_refused(budget: float) -> None:
+    with pytest.raises(ValueError, match="budget_usd"):
+        CostTracker(budget_usd=budget)

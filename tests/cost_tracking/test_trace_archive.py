@@ -1,0 +1,196 @@
+"""Parquet への書き出し: 差分、再開、列、SQL までの通し。"""
+
+from __future__ import annotations
+
+import os
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from quality_monitoring.fake_workspace import FakeWorkspace
+
+from chapter8_samples.cost_tracking import sql_runner, trace_archive
+from chapter8_samples.cost_tracking.trace_archive import (
+    ExportProgress,
+    MissingDependencyError,
+    enable_trace_archive,
+    export_traces_to_parquet,
+)
+from chapter8_samples.cost_tracking.trace_costs import setup_cost_tracking
+from chapter8_samples.cost_tracking.trace_reader import ExperimentNotFoundError
+
+pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'chapter8-samples[sql]' で入る")
+DAY_1 = datetime(2024, 12, 20, 6, tzinfo=timezone.utc)
+
+
+def record(at: datetime, count: int = 1) -> None:
+    start = int(at.timestamp() * 1e9)
+    for _ in range(count):
+        root = mlflow.start_span_no_context("chat", inputs={"q": "住所は秘密"}, start_time_ns=start)
+        span = mlflow.start_span_no_context("llm", "CHAT_MODEL", root, start_time_ns=start)
+        usage = {"input_tokens": 1000, "output_tokens": 500, "total_tokens": 1500}
+        span.set_attributes({"mlflow.llm.model": "gpt-4o", "mlflow.chat.tokenUsage": usage})
+        span.end(end_time_ns=start + 10**9)
+        root.end(end_time_ns=start + 10**9)
+    mlflow.flush_trace_async_logging()
+
+
+@pytest.fixture
+def three_days(tracking_uri: str) -> str:
+    mlflow.set_experiment("archive")
+    tracking = setup_cost_tracking()
+    for days, count in ((0, 2), (1, 3), (2, 1)):
+        record(DAY_1 + timedelta(days=days), count)
+    tracking.uninstall()
+    return "archive"
+
+
+def clock(hours: float) -> Any:
+    return lambda: DAY_1 + timedelta(hours=hours)
+
+
+def test_days_are_written_once_and_today_again(three_days: str, tmp_path: Path) -> None:
+    seen: list[ExportProgress] = []
+    result = export_traces_to_parquet(
+        three_days, tmp_path / "a", progress=seen.append, now=clock(50)
+    )
+    assert (result.traces, result.days_skipped, len(result.files)) == (6, 0, 3)
+    assert [(p.day, p.traces) for p in seen] == [
+        (date(2024, 12, 20), 2), (date(2024, 12, 21), 3), (date(2024, 12, 22), 1),
+    ]  # fmt: skip
+    record(DAY_1 + timedelta(days=2, hours=1))
+    again = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(50))
+    assert (again.traces, again.days_skipped) == (2, 2)
+    assert pq.read_table(tmp_path / "a").num_rows == 7
+
+
+def test_a_day_is_closed_only_after_late_requests_had_time(three_days: str, tmp_path: Path) -> None:
+    end_of_day_1 = 18.0
+    for hours, skipped in ((end_of_day_1 + 0.5, 0), (end_of_day_1 + 2, 0), (end_of_day_1 + 2, 1)):
+        result = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(hours))
+        assert result.days_skipped == skipped, hours
+
+
+def test_an_interrupted_export_leaves_no_broken_file(
+    three_days: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_on_the_second_day(progress: ExportProgress) -> None:
+        if progress.day.day == 20:
+            monkeypatch.setattr(trace_archive, "_span_row", None)
+
+    with pytest.raises(TypeError):
+        export_traces_to_parquet(
+            three_days, tmp_path / "a", progress=fail_on_the_second_day, now=clock(100)
+        )
+    assert [p.parent.name for p in (tmp_path / "a").rglob("*.parquet")] == ["day=2024-12-20"]
+    monkeypatch.undo()
+    result = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+    assert (result.traces, result.days_skipped) == (4, 1)
+    assert not list((tmp_path / "a").rglob("*.tmp"))
+
+
+def test_traces_whose_spans_are_lost_are_kept(
+    three_days: str, tracking_uri: str, tmp_path: Path
+) -> None:
+    """MLflow の検索は、スパンの欠けたトレースを黙って落とす。件数と金額は落とさない。"""
+    import sqlite3
+
+    with sqlite3.connect(tracking_uri.removeprefix("sqlite:///")) as database:
+        victim = database.execute("SELECT MIN(request_id) FROM trace_info").fetchone()[0]
+        database.execute("DELETE FROM spans WHERE trace_id = ?", (victim,))
+    result = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+    assert (result.traces, result.traces_without_spans) == (6, 1)
+
+
+def test_contents_are_left_out_unless_asked(three_days: str, tmp_path: Path) -> None:
+    export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+    assert "住所は秘密" not in str(pq.read_table(tmp_path / "a").to_pylist())
+    export_traces_to_parquet(three_days, tmp_path / "a", include_content=True, now=clock(100))
+    assert "住所は秘密" in str(pq.read_table(tmp_path / "a").to_pylist())
+
+
+def test_the_queries_run_on_the_export(three_days: str, tmp_path: Path) -> None:
+    pytest.importorskip("duckdb", reason="pip install 'chapter8-samples[sql]' で入る")
+    export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+    parameters = sql_runner.cost_parameters(DAY_1 - timedelta(days=1), DAY_1 + timedelta(days=5))
+    query = sql_runner.load_queries()["by_model"]
+    table = sql_runner.run_on_duckdb(tmp_path / "a", [query], parameters)[0]
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (row["model"], row["stored_calls"], row["unpriced"]) == ("gpt-4o", 6, 0)
+    assert row["cost_usd"] == Decimal("0.045")
+
+
+def test_the_command_prints_tables_and_csv(
+    three_days: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("duckdb", reason="pip install 'chapter8-samples[sql]' で入る")
+    period = ["--start", "2024-12-01", "--end", "2024-12-31"]
+    options = ["--query", "daily_summary", "--csv", str(tmp_path / "csv"), *period]
+    assert sql_runner.command([three_days, *options]) == 0
+    out = capsys.readouterr().out
+    assert "daily_summary" in out
+    assert "2024-12-21" in out
+    text = (tmp_path / "csv" / "daily_summary.csv").read_text(encoding="utf-8-sig")
+    assert text.splitlines()[0].startswith("day,stored,requests,unpriced,cost_usd")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["no-such-experiment"], 1, "no experiment 'no-such-experiment'"),
+        (["x", "--query", "nope"], 2, "unknown query 'nope'; choose from daily_summary"),
+    ],
+)
+def test_the_command_explains_mistakes(
+    tracking_uri: str,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    assert sql_runner.command(arguments) == code
+    assert message in capsys.readouterr().err
+
+
+def test_missing_packages_name_the_install_command(
+    three_days: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str, package: str | None = None) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(trace_archive, "import_module", missing)
+    with pytest.raises(MissingDependencyError, match=r'pip install "chapter8-samples\[sql\]"'):
+        export_traces_to_parquet(three_days, tmp_path)
+
+
+def test_empty_and_unknown_experiments(tracking_uri: str, tmp_path: Path) -> None:
+    mlflow.set_experiment("empty")
+    assert export_traces_to_parquet("empty", tmp_path).files == ()
+    with pytest.raises(ExperimentNotFoundError, match="nope"):
+        export_traces_to_parquet("nope", tmp_path)
+
+
+def test_the_databricks_archive_is_switched_on_by_the_real_client() -> None:
+    pytest.importorskip("databricks.agents", reason="needs databricks-agents")
+    with FakeWorkspace() as workspace:
+        os.environ.update(DATABRICKS_HOST=workspace.url, DATABRICKS_TOKEN="secret")
+        mlflow.set_tracking_uri("databricks")
+        experiment = mlflow.create_experiment("/production/my-llm-app")
+        enable_trace_archive("/production/my-llm-app", "main.ops.traces")
+        assert workspace.sent("POST", "/trace-archival") == [
+            {"experiment_id": experiment, "archive_table_fullname": "main.ops.traces"}
+        ]
+
+
+@pytest.mark.parametrize("bound", ["start", "end"])
+def test_naive_times_are_refused(three_days: str, tmp_path: Path, bound: str) -> None:
+    with pytest.raises(ValueError, match=f"{bound}=.* has no time zone"):
+        export_traces_to_parquet(three_days, tmp_path, **{bound: datetime(2024, 12, 21)})
+
+
+def test_the_databricks_archive_is_refused_elsewhere(tracking_uri: str) -> None:
+    with pytest.raises(NotImplementedError, match="use export_traces_to_parquet"):
+        enable_trace_archive("x", "main.monitoring.traces")
