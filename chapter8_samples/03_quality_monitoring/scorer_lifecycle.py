@@ -1,0 +1,353 @@
+"""8.3.4 スコアラーの状態を変える: 一覧、割合の変更、休止、再開、削除(リスト8.12)。
+
+OSS の MLflow では、割合だけを更新するとフィルターが黙って消え、停止すると割合も消える。
+Databricks とは戻り値も違う。その違いを隠し、休止しても割合とフィルターを覚えておく。
+
+実行::
+
+    $ python chapter8_samples/03_quality_monitoring/scorer_lifecycle.py
+    登録前            UNREGISTERED
+    登録・開始        STARTED         50%  status = 'OK'
+    割合を変更        STARTED         20%  status = 'OK'
+    休止              STOPPED          0%  status = 'OK'
+    再開              STARTED         20%  status = 'OK'
+    削除              UNREGISTERED
+    推奨の割合で月 100 万件を採点するコスト: 約 874 USD
+
+Databricks でも同じ関数を使う。割合とフィルターは毎回両方を渡すので、どちらでも結果は同じになる。
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.genai.scorers import Scorer, delete_scorer, list_scorers
+
+if TYPE_CHECKING or __package__:
+    from .scorer_setup import (
+        KeptSetting,
+        ScorerPlan,
+        ScorerSetupError,
+        ScorerStatus,
+        check_filter,
+        check_sample_rate,
+        detect_backend,
+        find_scorer,
+        keep_setting,
+        kept_setting,
+        set_sampling,
+        setup_scorers,
+        who_runs,
+    )
+else:  # scorer_setup.py と 2 枚だけ写したとき、またはパスで実行したとき
+    from scorer_setup import (
+        KeptSetting,
+        ScorerPlan,
+        ScorerSetupError,
+        ScorerStatus,
+        check_filter,
+        check_sample_rate,
+        detect_backend,
+        find_scorer,
+        keep_setting,
+        kept_setting,
+        set_sampling,
+        setup_scorers,
+        who_runs,
+    )
+
+State = Literal["UNREGISTERED", "STARTED", "STOPPED"]
+_CHECKPOINT_TAG = "mlflow.latestOnlineScoring.trace.checkpoint"
+
+RECOMMENDED_SAMPLE_RATES = {
+    "safety": 1.0,
+    "relevance": 0.5,
+    "groundedness": 0.5,
+    "guidelines": 0.5,
+    "complex_custom": 0.1,
+}
+"""本書の推奨。見逃せないものは全件、傾向が分かればよいものは一部、高価なものは少なく。"""
+
+
+class ScorerNotFoundError(ScorerSetupError):
+    """その名前のスコアラー(またはエクスペリメント)がない。"""
+
+
+@dataclass(frozen=True)
+class LifecycleStep:
+    """操作を 1 つ終えたあとの、保存先から読み直した状態。"""
+
+    operation: str
+    state: State
+    sample_rate: float = 0.0
+    filter_string: str | None = None
+
+
+def list_scorer_statuses(experiment_name: str) -> list[ScorerStatus]:
+    """登録済みのスコアラー(最新版)と、誰が何割を採点しているか。休止中の割合は 0.0。
+
+    別のプロセスから ``run_scoring_cycle()`` に渡せる。OSS 版では、コードのスコアラーは
+    登録されないので含まれない。
+    """
+    experiment_id = _experiment_id(experiment_name)
+    try:
+        scorers = list_scorers(experiment_id=experiment_id)
+    except MlflowException as error:
+        raise ScorerSetupError(
+            f"cannot list the scorers of {experiment_name!r}: {error.message}; if a code scorer "
+            "is registered, set MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS=true here or delete it"
+        ) from error
+    return [_status(experiment_id, scorer) for scorer in scorers]
+
+
+def get_scorer_status(experiment_name: str, name: str) -> ScorerStatus:
+    """スコアラー 1 つの状態。なければ ``ScorerNotFoundError``。"""
+    status = find_status(_experiment_id(experiment_name), name)
+    if status is None:
+        raise ScorerNotFoundError(f"no scorer {name!r} is registered in {experiment_name!r}")
+    return status
+
+
+def find_status(experiment_id: str, name: str) -> ScorerStatus | None:
+    """スコアラー 1 つの状態。登録されていなければ ``None``。"""
+    scorer = find_scorer(name, experiment_id)
+    return None if scorer is None else _status(experiment_id, scorer)
+
+
+def state_of(experiment_name: str, name: str) -> State:
+    """スコアラーの状態。"""
+    try:
+        status = get_scorer_status(experiment_name, name)
+    except ScorerNotFoundError:
+        return "UNREGISTERED"
+    return "STARTED" if status.sample_rate > 0 else "STOPPED"
+
+
+def change_sample_rate(
+    experiment_name: str,
+    name: str,
+    sample_rate: float,
+    *,
+    filter_string: str | Literal["keep"] | None = "keep",
+) -> ScorerStatus:
+    """割合を変える。フィルターは、渡さなければそのまま残り、``None`` を渡すとなくなる。
+
+    休止中なら、再開後の割合になる。
+    """
+    check_sample_rate(name, sample_rate)
+    status = get_scorer_status(experiment_name, name)
+    new_filter = status.filter_string if filter_string == "keep" else filter_string
+    kept = KeptSetting(sample_rate, new_filter, paused=status.sample_rate == 0)
+    try:
+        _apply(_experiment_id(experiment_name), status, kept)
+    except MlflowException as error:
+        raise ScorerSetupError(f"cannot change {name!r}: {error.message}") from error
+    return get_scorer_status(experiment_name, name)
+
+
+def pause_scorer(experiment_name: str, name: str) -> ScorerStatus:
+    """採点を休止する。登録、割合、フィルターは残る。"""
+    status = get_scorer_status(experiment_name, name)
+    if status.sample_rate > 0:
+        kept = KeptSetting(status.sample_rate, status.filter_string, paused=True)
+        _apply(_experiment_id(experiment_name), status, kept)
+    return get_scorer_status(experiment_name, name)
+
+
+def resume_scorer(experiment_name: str, name: str) -> ScorerStatus:
+    """休止した採点を、休止前の割合とフィルターで再開する。"""
+    status = get_scorer_status(experiment_name, name)
+    if status.sample_rate > 0:
+        return status
+    experiment_id = _experiment_id(experiment_name)
+    kept = kept_setting(experiment_id, name)
+    if kept is None:
+        raise ScorerSetupError(
+            f"{name!r} has no remembered sample rate: call change_sample_rate() first"
+        )
+    _apply(experiment_id, status, replace(kept, paused=False))
+    return get_scorer_status(experiment_name, name)
+
+
+def stop_all_scorers(experiment_name: str) -> list[ScorerStatus]:
+    """すべてのスコアラーを休止する。"""
+    return [pause_scorer(experiment_name, s.name) for s in list_scorer_statuses(experiment_name)]
+
+
+def remove_scorer(experiment_name: str, name: str) -> None:
+    """スコアラーを、すべての版について削除する。トレースに残る評価は消えない。"""
+    get_scorer_status(experiment_name, name)
+    experiment_id = _experiment_id(experiment_name)
+    # 版を省くと、Databricks では全版、OSS 版ではエラーになる
+    delete_scorer(name=name, experiment_id=experiment_id, version="all")
+    keep_setting(experiment_id, name, None)
+
+
+def delete_all_scorers(experiment_name: str, confirm: bool = False) -> list[str]:
+    """すべてのスコアラーを削除し、名前を返す。``confirm=True`` がなければ何もしない。"""
+    if not confirm:
+        raise ScorerSetupError("delete_all_scorers() needs confirm=True")
+    names = [status.name for status in list_scorer_statuses(experiment_name)]
+    for name in names:
+        remove_scorer(experiment_name, name)
+    return names
+
+
+def server_scored_until(experiment_name: str) -> datetime | None:
+    """MLflow サーバーの自動採点が、どの時刻のトレースまで進んだか。まだなら ``None``。
+
+    ``start()`` は、サーバーのジョブ実行が無効でも成功し、何も採点されない。``None`` のまま、または
+    何分も前の時刻のままなら、``MLFLOW_SERVER_ENABLE_JOB_EXECUTION`` を確かめる。
+    """
+    tags = MlflowClient().get_experiment(_experiment_id(experiment_name)).tags
+    checkpoint = tags.get(_CHECKPOINT_TAG)
+    if not checkpoint:
+        return None
+    return datetime.fromtimestamp(json.loads(checkpoint)["timestamp_ms"] / 1000, timezone.utc)
+
+
+def set_trace_archive(experiment_name: str, table: str | None) -> None:
+    """Databricks のトレースを表 ``catalog.schema.name`` に写す。``None`` でやめる。
+
+    Raises:
+        ScorerSetupError: Databricks でない、すでに写している、写していない、など。
+    """
+    if detect_backend() != "databricks":
+        raise ScorerSetupError("trace archival needs MLFLOW_TRACKING_URI=databricks")
+    from mlflow.tracing import archival
+
+    experiment_id = _experiment_id(experiment_name)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # クライアントは結果を print する
+            if table is None:
+                archival.disable_databricks_trace_archival(experiment_id=experiment_id)
+            else:
+                archival.enable_databricks_trace_archival(
+                    delta_table_fullname=table, experiment_id=experiment_id
+                )
+    except (ImportError, OSError, MlflowException) as error:  # requests の例外は OSError
+        raise ScorerSetupError(f"trace archival of {experiment_name!r}: {error}") from error
+
+
+def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iterator[LifecycleStep]:
+    """登録から削除までを行い、操作のたびに保存先から読み直した状態を返す。"""
+    name = plan.scorer.name
+    yield _step("登録前", experiment_name, name)
+    setup_scorers(experiment_name, [plan])
+    yield _step("登録・開始", experiment_name, name)
+    change_sample_rate(experiment_name, name, 0.2)
+    yield _step("割合を変更", experiment_name, name)
+    pause_scorer(experiment_name, name)
+    yield _step("休止", experiment_name, name)
+    resume_scorer(experiment_name, name)
+    yield _step("再開", experiment_name, name)
+    remove_scorer(experiment_name, name)
+    yield _step("削除", experiment_name, name)
+
+
+def estimate_monthly_judge_cost(
+    traces_per_month: float,
+    sample_rates: Mapping[str, float],
+    judge_price: tuple[float, float] | tuple[Decimal, Decimal] = (0.40, 1.60),
+    *,
+    tokens_per_call: tuple[int, int] = (600, 60),
+) -> float:
+    """スコアラーの割合から、1 か月のジャッジのコスト(USD)を見積もる。
+
+    Args:
+        traces_per_month: 1 か月のトレースの数。
+        sample_rates: LLM ジャッジごとの割合。
+        judge_price: 入力と出力の単価(USD / 100 万トークン)。``JudgePrice`` でもよい。
+            既定は gpt-4.1-mini。
+        tokens_per_call: ジャッジ 1 回の入力と出力のトークン数。評価に残る実績から決めるとよい。
+
+    Raises:
+        ScorerSetupError: 割合が範囲外、数が負。
+    """
+    if min(traces_per_month, *judge_price, *tokens_per_call) < 0:
+        raise ScorerSetupError("traffic, prices and tokens must not be negative")
+    calls = traces_per_month * sum(check_sample_rate(k, v) for k, v in sample_rates.items())
+    pairs = zip(judge_price, tokens_per_call, strict=True)
+    return calls * sum(float(price) * tokens for price, tokens in pairs) / 1_000_000
+
+
+def _step(operation: str, experiment_name: str, name: str) -> LifecycleStep:
+    state = state_of(experiment_name, name)
+    if state == "UNREGISTERED":
+        return LifecycleStep(operation, state)
+    status = get_scorer_status(experiment_name, name)
+    return LifecycleStep(operation, state, status.sample_rate, status.filter_string)
+
+
+def _experiment_id(name: str) -> str:
+    found = MlflowClient().get_experiment_by_name(name)
+    if found is None:
+        raise ScorerNotFoundError(f"no experiment named {name!r}")
+    return found.experiment_id
+
+
+def _status(experiment_id: str, scorer: Scorer) -> ScorerStatus:
+    runs, reason = who_runs(scorer)
+    kept = kept_setting(experiment_id, scorer.name)
+    rate, filter_string = scorer.sample_rate or 0.0, scorer.filter_string or None
+    if kept is not None and (runs == "client" or rate == 0):
+        rate, filter_string = 0.0 if kept.paused else kept.sample_rate, kept.filter_string
+    return ScorerStatus(
+        name=scorer.name,
+        scorer=scorer,
+        registered=True,
+        runs=runs,
+        sample_rate=rate,
+        filter_string=filter_string,
+        reason="paused" if rate == 0 else reason,
+    )
+
+
+def _apply(experiment_id: str, status: ScorerStatus, kept: KeptSetting) -> None:
+    if status.runs == "client":
+        check_filter(experiment_id, kept.filter_string)
+        keep_setting(experiment_id, status.name, kept)
+    elif kept.paused:
+        # 止める前に覚えておく(止めると、OSS 版では割合もフィルターも消える)
+        keep_setting(experiment_id, status.name, kept)
+        if status.sample_rate > 0:
+            status.scorer.stop(experiment_id=experiment_id)
+    else:
+        set_sampling(status.scorer, experiment_id, kept.sample_rate, kept.filter_string)
+        keep_setting(experiment_id, status.name, None)
+
+
+def main() -> None:
+    """サンプルを実行する。"""
+    from mlflow.genai.scorers import Safety
+
+    from chapter8_samples import _lab
+
+    with _lab.sample("ch8-scorer-lifecycle"):
+        safety = Safety(name="safety_check", model="openai:/gpt-4.1-mini")
+        plan = ScorerPlan(scorer=safety, sample_rate=0.5)
+        for step in demonstrate_scorer_lifecycle("ch8-scorer-lifecycle", plan):
+            width = 18 - 2 * len(step.operation)
+            line = f"{step.operation}{' ' * width}{step.state}"
+            if step.state != "UNREGISTERED":
+                line = f"{line:{30 - len(step.operation)}} {step.sample_rate:6.0%}  "
+                line += str(step.filter_string)
+            print(line)
+        cost = estimate_monthly_judge_cost(1_000_000, RECOMMENDED_SAMPLE_RATES)
+        print(f"推奨の割合で月 100 万件を採点するコスト: 約 {cost:,.0f} USD")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
+    main()

@@ -1,0 +1,218 @@
+"""フィードバックは、応答の直後でも、ちょうど 1 回だけ記録される。"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.tracing.client import TracingClient
+from ports import free_port
+
+from chapter8_samples._lab.mlflow_server import MlflowServer, MlflowServerError
+from chapter8_samples._lab.receivers import Answer
+from chapter8_samples.quality_monitoring import feedback_delivery
+from chapter8_samples.quality_monitoring.feedback_delivery import (
+    FeedbackDeliveryError,
+    FeedbackError,
+    FeedbackRequest,
+    FeedbackValidationError,
+    TraceNotFoundError,
+    send_feedback,
+)
+
+
+def thumbs(trace_id: str, user_id: str = "u1", value: bool = True) -> FeedbackRequest:
+    return FeedbackRequest(trace_id=trace_id, name="user_thumbs", value=value, user_id=user_id)
+
+
+def assessments(trace_id: str):
+    return TracingClient().get_trace_info(trace_id).assessments
+
+
+def test_feedback_right_after_the_call_waits_for_the_async_export(tracking_uri: str) -> None:
+    mlflow.set_experiment("async")
+    with mlflow.start_span("answer") as span:
+        pass
+    with pytest.raises(MlflowException):  # この待ちが要ることの証拠
+        mlflow.log_feedback(trace_id=span.trace_id, name="x", value=True)
+    began = time.monotonic()
+    stored = send_feedback(thumbs(span.trace_id))
+    assert time.monotonic() - began < 3  # 書き出しの間隔(5 秒)を待たない
+    assert [a.assessment_id for a in assessments(span.trace_id)] == [stored.assessment_id]
+
+
+def test_feedback_inside_the_active_trace_is_saved_with_it(store: str) -> None:
+    with mlflow.start_span("answer") as span:
+        send_feedback(thumbs(span.trace_id), timeout_seconds=0.5)
+    assert [a.name for a in assessments(span.trace_id)] == ["user_thumbs"]
+
+
+def test_the_same_request_sent_again_is_stored_once(store: str, ask: Any) -> None:
+    (trace_id,) = ask()
+    request = thumbs(trace_id)
+    first, second = send_feedback(request), send_feedback(request)
+    assert first.assessment_id == second.assessment_id
+    assert len(assessments(trace_id)) == 1
+
+
+def test_changing_ones_mind_replaces_only_ones_own_feedback(store: str, ask: Any) -> None:
+    (trace_id,) = ask()
+    send_feedback(thumbs(trace_id, "u1", True))
+    send_feedback(thumbs(trace_id, "u2", True))
+    send_feedback(thumbs(trace_id, "u1", False))
+    valid = {
+        (a.source.source_id, a.feedback.value)
+        for a in assessments(trace_id)
+        if a.valid is not False and a.feedback
+    }
+    assert valid == {("u1", False), ("u2", True)}
+
+
+def test_pressing_twice_at_once_leaves_one_valid_vote(store: str, ask: Any) -> None:
+    (trace_id,) = ask()
+    together = threading.Barrier(4)
+
+    def press(i: int) -> None:
+        together.wait()
+        send_feedback(thumbs(trace_id, "u1", i % 2 == 0))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(press, range(8)))
+    assert sum(a.valid is not False for a in assessments(trace_id)) == 1
+
+
+def test_a_vote_waits_for_the_previous_one_only_until_its_deadline(
+    store: str, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(feedback_delivery, "_store_once", lambda _: release.wait(10))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(send_feedback, thumbs("tr-1"))
+        time.sleep(0.1)
+        with pytest.raises(FeedbackDeliveryError, match="previous vote"):
+            send_feedback(thumbs("tr-1"), timeout_seconds=0.1)
+        release.set()
+        assert first.result(10)
+
+
+def test_feedback_is_recorded_as_human(store: str, ask: Any) -> None:
+    (trace_id,) = ask()
+    send_feedback(thumbs(trace_id, "u1"))
+    (stored,) = assessments(trace_id)
+    assert (stored.source.source_type, stored.source.source_id) == ("HUMAN", "u1")
+
+
+def test_unknown_trace_is_an_error_that_carries_the_request(store: str) -> None:
+    request = thumbs("tr-" + "0" * 32)
+    with pytest.raises(TraceNotFoundError, match="not stored within") as caught:
+        send_feedback(request, timeout_seconds=0.3)
+    assert FeedbackRequest.from_dict(json.loads(json.dumps(caught.value.request.to_dict()))) == (
+        request
+    )
+
+
+def test_a_dead_server_ends_at_the_deadline(tmp_path: Path) -> None:
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port()}")
+    began = time.monotonic()
+    with pytest.raises(FeedbackDeliveryError):
+        send_feedback(thumbs("tr-" + "1" * 32), timeout_seconds=1.0)
+    assert time.monotonic() - began < 5  # MLflow 自身の再試行は数分続く
+
+
+def test_a_refusal_is_not_retried(webhooks: Any) -> None:
+    refusal = json.dumps({"error_code": "PERMISSION_DENIED", "message": "no access"})
+    webhooks.script(Answer(403, {"content-type": "application/json"}, refusal.encode()))
+    mlflow.set_tracking_uri(webhooks.url.rstrip("/"))
+    with pytest.raises(FeedbackError, match="no access") as caught:
+        send_feedback(thumbs("tr-" + "2" * 32), timeout_seconds=5)
+    assert not isinstance(caught.value, FeedbackDeliveryError)
+    assert len(webhooks.received) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_json_cannot_carry_are_refused(value: float) -> None:
+    with pytest.raises(FeedbackValidationError, match="finite"):
+        FeedbackRequest(trace_id="tr-1", name="user_rating", value=value, user_id="u")
+
+
+@pytest.mark.parametrize("bad", ["a\x00b", "a\ud800", "\udc00"])
+def test_characters_no_database_can_store_are_refused(bad: str) -> None:
+    fine: dict[str, Any] = {
+        "trace_id": "tr-1",
+        "name": "user_comment",
+        "value": "v",
+        "user_id": "u",
+    }
+    for name in ("trace_id", "value", "user_id", "rationale", "feedback_id"):
+        given: dict[str, Any] = {**fine, name: bad}
+        with pytest.raises(FeedbackValidationError, match=f"{name} has a character"):
+            FeedbackRequest(**given)
+    fine["value"] = "改行\n絵文字 \U0001f600 行区切り \u2028"
+    FeedbackRequest(**fine)
+
+
+@pytest.mark.parametrize("trace_id", ["", "  ", None, 7, "MLFLOW_NO_OP_SPAN_TRACE_ID"])
+def test_ids_that_mlflow_would_silently_ignore_are_refused(trace_id: object) -> None:
+    with pytest.raises(FeedbackValidationError):
+        thumbs(trace_id)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("user_id", ["", " ", None, "x" * 251])
+def test_user_ids_are_checked(user_id: object) -> None:
+    with pytest.raises(FeedbackValidationError, match="user_id"):
+        thumbs("tr-1", user_id)  # type: ignore[arg-type]
+
+
+def test_validation_errors_are_feedback_errors() -> None:
+    assert issubclass(FeedbackValidationError, FeedbackError)
+    assert issubclass(FeedbackValidationError, ValueError)
+
+
+def restarted(home: Path, port: int) -> MlflowServer:
+    """強制終了の直後は、まだポートが空いていないことがある。"""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return MlflowServer(home, port=port).start()
+        except MlflowServerError as error:
+            if "not free" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_500_feedbacks_survive_a_server_restart(tmp_path: Path) -> None:
+    """応答の直後に 500 件を HTTP で送り、途中でサーバーを強制終了して起動し直す。"""
+    port = free_port()
+    server = MlflowServer(tmp_path / "server", port=port).start()
+    pool = ThreadPoolExecutor(16)
+    try:
+        mlflow.set_tracking_uri(server.url)
+        mlflow.set_experiment("restart")
+        halfway = threading.Event()
+
+        def answer_and_rate(i: int) -> str:
+            with mlflow.start_span("answer") as span:
+                pass
+            if i == 250:
+                halfway.set()
+            send_feedback(thumbs(span.trace_id, f"user-{i}"), timeout_seconds=90)
+            return span.trace_id
+
+        futures = [pool.submit(answer_and_rate, i) for i in range(500)]
+        assert halfway.wait(120)
+        server.kill()
+        server = restarted(tmp_path / "server", port)
+        trace_ids = [future.result() for future in futures]
+        assert len(set(trace_ids)) == 500
+        assert [len(assessments(trace_id)) for trace_id in trace_ids] == [1] * 500
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        server.stop()

@@ -1,0 +1,83 @@
+"""集計は、有効な人の評価だけを数え、少ない件数を断定しない。"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.entities import AssessmentSource
+
+from chapter8_samples.quality_monitoring.feedback_collection import (
+    log_issue_report,
+    log_rating_feedback,
+    log_thumbs_feedback,
+)
+from chapter8_samples.quality_monitoring.feedback_summary import Rate, summarize_feedback
+
+
+def test_only_valid_human_feedback_counts(store: str, ask: Any) -> None:
+    first, second, _ = ask(3)
+    mlflow.set_trace_tag(first, "prompt.version", "v1")
+    log_thumbs_feedback(first, False, "a")
+    log_thumbs_feedback(first, True, "a")  # 考え直した
+    log_thumbs_feedback(second, False, "b")
+    log_rating_feedback(second, 2, "b")
+    log_issue_report(second, "slow", "遅い", "b")
+    mlflow.log_feedback(trace_id=second, name="user_thumbs", value=True)  # コードによる評価
+    found = summarize_feedback("quality")
+    assert (found.traces, found.rated_traces) == (3, 2)
+    assert found.thumbs == Rate(1, 2)
+    assert found.by_version == {"unknown": Rate(0, 1), "v1": Rate(1, 1)}
+    assert found.by_user == {"a": Rate(1, 1), "b": Rate(0, 1)}
+    assert sum(rate.total for rate in found.by_day.values()) == 2
+    assert (found.mean_rating, found.issues) == (2.0, {"slow": 1})
+
+
+def test_one_user_counts_once_and_odd_values_do_not_count(store: str, ask: Any) -> None:
+    (trace_id,) = ask()
+    values: list[tuple[str, Any]] = [
+        ("user_thumbs", False),
+        ("user_thumbs", True),  # 別のプロセスから同時に押された
+        ("user_rating", "good"),  # 画面から、数でない値が入れられた
+    ]
+    source = AssessmentSource("HUMAN", "a")
+    for name, value in values:
+        mlflow.log_feedback(trace_id=trace_id, name=name, value=value, source=source)
+    mlflow.log_feedback(
+        trace_id=trace_id, name="user_thumbs", value="yes", source=AssessmentSource("HUMAN", "b")
+    )
+    found = summarize_feedback("quality")
+    assert (found.thumbs, found.ratings) == (Rate(1, 1), ())
+
+
+def test_linked_prompts_name_the_version(store: str, ask: Any) -> None:
+    (trace_id,) = ask()
+    linked = '[{"name": "support", "version": "3"}]'
+    mlflow.set_trace_tag(trace_id, "mlflow.linkedPrompts", linked)
+    log_thumbs_feedback(trace_id, True, "a")
+    assert summarize_feedback("quality").by_version == {"support/3": Rate(1, 1)}
+
+
+def test_the_window_is_half_open(store: str, ask: Any) -> None:
+    ask(2)
+    now = datetime.now(timezone.utc)
+    assert summarize_feedback("quality", now - timedelta(hours=2), now).traces == 2
+    assert summarize_feedback(store, now, now + timedelta(hours=1)).traces == 0
+
+
+def test_wilson_intervals() -> None:
+    low, high = Rate(10, 10).interval
+    assert (round(low, 3), high) == (0.722, 1.0)
+    assert Rate(0, 0).value is None and Rate(0, 0).interval == (0.0, 1.0)
+    assert Rate(1, 2).interval[0] < 0.1 and Rate(500, 1000).interval[0] > 0.46
+
+
+def test_wrong_calls_are_refused(store: str) -> None:
+    with pytest.raises(ValueError, match="timezone-aware"):
+        summarize_feedback("quality", datetime(2026, 1, 1))
+    with pytest.raises(ValueError, match="no experiment"):
+        summarize_feedback("nowhere")
+    with pytest.raises(ValueError, match="no experiment"):
+        summarize_feedback("999")

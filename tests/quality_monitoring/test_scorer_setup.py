@@ -1,0 +1,287 @@
+"""登録と状態の変更は、何度呼んでも同じ結果になり、接続先の違いを隠す。"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.genai.scorers import PIIDetection, Safety, scorer
+from mlflow.genai.scorers.registry import list_scorer_versions
+from ports import free_port
+
+from chapter8_samples.quality_monitoring.scorer_lifecycle import (
+    RECOMMENDED_SAMPLE_RATES,
+    ScorerNotFoundError,
+    change_sample_rate,
+    delete_all_scorers,
+    demonstrate_scorer_lifecycle,
+    estimate_monthly_judge_cost,
+    get_scorer_status,
+    list_scorer_statuses,
+    pause_scorer,
+    remove_scorer,
+    resume_scorer,
+    server_scored_until,
+    stop_all_scorers,
+)
+from chapter8_samples.quality_monitoring.scorer_setup import (
+    ScorerPlan,
+    ScorerSetupError,
+    resolve_judge_model,
+    setup_builtin_scorers,
+    setup_custom_guidelines_scorer,
+    setup_quality_scorers,
+    setup_scorers,
+)
+from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
+from chapter8_samples.quality_monitoring.scoring_plan import JudgePrice
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_readme_quick_start_needs_nothing(tmp_path: Path) -> None:
+    code = (
+        "from chapter8_samples.quality_monitoring.scorer_setup import setup_quality_scorers\n"
+        "found = setup_quality_scorers(experiment_name='/production/my-llm-app', "
+        "safety_sample_rate=1.0, quality_sample_rate=0.5)\n"
+        "for s in found: print(s.name, s.registered, s.runs, s.sample_rate, s.reason)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    lines = result.stdout.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["safety_check", "True", "client", "1.0"],
+        ["relevance_check", "True", "client", "0.5"],
+        ["groundedness_check", "True", "client", "0.5"],
+    ]
+    assert all("OPENAI_API_KEY" in line for line in lines)
+
+
+def test_setup_twice_makes_no_new_version(store: str) -> None:
+    first = setup_quality_scorers("quality", custom_guidelines=["丁寧", "簡潔"])
+    second = setup_quality_scorers("quality", custom_guidelines=["丁寧", "簡潔"])
+    assert [s.version for s in first] == [s.version for s in second] == [1] * 4
+    for status in second:
+        assert len(list_scorer_versions(name=status.name, experiment_id=store)) == 1
+
+
+def test_other_processes_make_no_new_version(store: str) -> None:
+    code = (
+        "import sys, mlflow; mlflow.set_tracking_uri(sys.argv[1])\n"
+        "from chapter8_samples.quality_monitoring.scorer_setup import setup_quality_scorers\n"
+        "print(*(s.version for s in setup_quality_scorers('quality')))"
+    )
+    for seed in ("1", "2"):  # 集合の並び順が変わる種
+        result = subprocess.run(
+            [sys.executable, "-c", code, mlflow.get_tracking_uri()],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        assert result.stdout == "1 1 1\n"
+
+
+def test_a_changed_definition_makes_one_new_version(store: str) -> None:
+    setup_custom_guidelines_scorer("quality", "丁寧", judge_model="openai:/gpt-4o")
+    status = setup_custom_guidelines_scorer("quality", "簡潔", judge_model="openai:/gpt-4o")
+    assert status.version == 2
+
+
+def test_setup_does_not_change_the_active_experiment(store: str) -> None:
+    setup_builtin_scorers("another")
+    with mlflow.start_span("x") as span:
+        pass
+    trace = mlflow.get_trace(span.trace_id)
+    assert trace is not None and trace.info.experiment_id == store
+
+
+def test_custom_code_is_not_registered_outside_databricks(store: str, ask: Any) -> None:
+    @scorer
+    def apologises(outputs) -> bool:  # type: ignore[no-untyped-def]
+        return "申し訳" in outputs
+
+    (status,) = setup_scorers("quality", [ScorerPlan(scorer=apologises)])
+    assert (status.registered, status.runs, status.version) == (False, "client", None)
+    assert list_scorer_statuses("quality") == []  # 一覧を壊さない
+    ask(1)
+    assert run_scoring_cycle("quality", [status]).scored == 1
+
+
+@pytest.mark.parametrize("rate", [0, 1.5, True, -1, "1", None])
+def test_rates_are_checked_before_anything_is_registered(store: str, rate: Any) -> None:
+    with pytest.raises(ScorerSetupError, match="sample_rate"):
+        setup_quality_scorers("quality", quality_sample_rate=rate)
+    assert list_scorer_statuses("quality") == []
+
+
+@pytest.mark.parametrize("rate", [0, 1.5, True])
+def test_a_rate_out_of_range_changes_nothing(store: str, rate: Any) -> None:
+    setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name="pii"), sample_rate=0.5)])
+    with pytest.raises(ScorerSetupError, match="sample_rate"):
+        change_sample_rate("quality", "pii", rate)
+    assert get_scorer_status("quality", "pii").sample_rate == 0.5
+
+
+def test_duplicate_names_are_refused(store: str) -> None:
+    plans = [
+        ScorerPlan(scorer=PIIDetection(name="pii")),
+        ScorerPlan(scorer=PIIDetection(name="pii")),
+    ]
+    with pytest.raises(ScorerSetupError, match="unique"):
+        setup_scorers("quality", plans)
+
+
+def test_the_judge_model_can_be_chosen(store: str) -> None:
+    assert resolve_judge_model() == "openai:/gpt-4.1-mini"
+    assert resolve_judge_model("anthropic:/claude") == "anthropic:/claude"
+    os.environ["MLFLOW_GENAI_JUDGE_DEFAULT_MODEL"] = "openai:/gpt-4o"
+    assert resolve_judge_model() == "openai:/gpt-4o"
+
+
+def test_another_process_finds_rate_and_filter(store: str) -> None:
+    setup_quality_scorers("quality", 1.0, 0.25, filter_string="tag.plan = 'vip'")
+    found = {s.name: (s.sample_rate, s.filter_string) for s in list_scorer_statuses("quality")}
+    assert found == {
+        "safety_check": (1.0, "tag.plan = 'vip'"),
+        "relevance_check": (0.25, "tag.plan = 'vip'"),
+        "groundedness_check": (0.25, "tag.plan = 'vip'"),
+    }
+
+
+def test_pause_and_resume_keep_rate_and_filter(store: str, ask: Any, stub_llm: Any) -> None:
+    setup_builtin_scorers("quality", 0.5, 0.5)
+    assert pause_scorer("quality", "safety_check").sample_rate == 0
+    assert change_sample_rate("quality", "safety_check", 0.75).sample_rate == 0  # まだ休止中
+    resumed = resume_scorer("quality", "safety_check")
+    assert (resumed.sample_rate, resumed.filter_string) == (0.75, "status = 'OK'")
+    assert change_sample_rate("quality", "safety_check", 1.0, filter_string=None) == (
+        get_scorer_status("quality", "safety_check")
+    )
+    assert get_scorer_status("quality", "safety_check").filter_string is None
+
+
+def test_paused_scorers_do_not_score_and_stay_paused_after_a_deployment(
+    store: str, ask: Any
+) -> None:
+    setup_builtin_scorers("quality")
+    assert {s.sample_rate for s in stop_all_scorers("quality")} == {0.0}
+    again = setup_builtin_scorers("quality")
+    ask(1)
+    pii = ScorerPlan(scorer=PIIDetection(name="pii"))
+    report = run_scoring_cycle("quality", [*again, *setup_scorers("quality", [pii])])
+    assert set(report.scorers) == {"pii"}
+    assert len(report.elsewhere) == 3
+    assert all("resume_scorer" in s.reason for s in again)
+
+
+def test_delete_needs_confirmation_and_removes_every_version(store: str) -> None:
+    setup_custom_guidelines_scorer("quality", "丁寧", judge_model="openai:/a")
+    setup_custom_guidelines_scorer("quality", "簡潔", judge_model="openai:/a")
+    with pytest.raises(ScorerSetupError, match="confirm"):
+        delete_all_scorers("quality")
+    assert delete_all_scorers("quality", confirm=True) == ["custom_guidelines"]
+    assert list_scorer_statuses("quality") == []
+
+
+def test_a_deleted_scorer_does_not_come_back_paused(store: str) -> None:
+    setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name="pii"))])
+    pause_scorer("quality", "pii")
+    remove_scorer("quality", "pii")
+    (status,) = setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name="pii"))])
+    assert status.sample_rate == 1.0
+
+
+def test_unknown_names_are_one_error(store: str) -> None:
+    for operation in (pause_scorer, resume_scorer, remove_scorer, get_scorer_status):
+        with pytest.raises(ScorerNotFoundError, match="nothing"):
+            operation("quality", "nothing")
+    with pytest.raises(ScorerSetupError, match="no experiment"):
+        list_scorer_statuses("nowhere")
+
+
+def test_any_name_mlflow_takes_can_be_paused_and_deleted(store: str) -> None:
+    name = "丁寧(敬語)? 100%"
+    setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name=name), sample_rate=0.5)])
+    assert pause_scorer("quality", name).sample_rate == 0
+    assert resume_scorer("quality", name).sample_rate == 0.5
+    assert delete_all_scorers("quality", confirm=True) == [name]
+
+
+@pytest.mark.parametrize("guidelines", ["", "  ", [], [""]])
+def test_a_judge_without_guidelines_is_refused(store: str, guidelines: Any) -> None:
+    with pytest.raises(ScorerSetupError, match="guidelines"):
+        setup_custom_guidelines_scorer("quality", guidelines)
+
+
+def test_a_server_that_is_down_is_a_setup_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(ScorerSetupError, match="cannot reach"):
+        setup_quality_scorers("quality", tracking_uri=f"http://127.0.0.1:{free_port()}")
+
+
+def test_a_filter_that_cannot_work_is_told_at_once(store: str) -> None:
+    plan = ScorerPlan(scorer=PIIDetection(name="pii"), filter_string="status is OK!")
+    with pytest.raises(ScorerSetupError, match="filter"):
+        setup_scorers("quality", [plan])
+    assert list_scorer_statuses("quality") == []
+    setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name="pii"))])
+    with pytest.raises(ScorerSetupError, match="filter"):
+        change_sample_rate("quality", "pii", 0.5, filter_string="status is OK!")
+    assert get_scorer_status("quality", "pii").sample_rate == 1.0
+
+
+def test_the_demonstration_works_in_a_new_experiment(store: str) -> None:
+    plan = ScorerPlan(scorer=Safety(name="s", model="openai:/a"))
+    states = [step.state for step in demonstrate_scorer_lifecycle("brand-new", plan)]
+    assert states[0] == states[-1] == "UNREGISTERED" and "STARTED" in states
+
+
+def test_the_demonstration_shows_states_read_back_from_the_store(store: str) -> None:
+    plan = ScorerPlan(scorer=Safety(name="s", model="openai:/a"), sample_rate=0.5)
+    steps = list(demonstrate_scorer_lifecycle("quality", plan))
+    assert [(s.state, s.sample_rate) for s in steps] == [
+        ("UNREGISTERED", 0.0),
+        ("STARTED", 0.5),
+        ("STARTED", 0.2),
+        ("STOPPED", 0.0),
+        ("STARTED", 0.2),
+        ("UNREGISTERED", 0.0),
+    ]
+
+
+def test_monthly_cost_is_traffic_times_rate_times_price() -> None:
+    cost = estimate_monthly_judge_cost(
+        1000, {"a": 1.0, "b": 0.5}, judge_price=(1, 2), tokens_per_call=(1000, 100)
+    )
+    assert cost == pytest.approx(1500 * (1000 * 1 + 100 * 2) / 1e6)
+    price = JudgePrice(Decimal("0.40"), Decimal("1.60"))
+    default = estimate_monthly_judge_cost(1000, {"a": 1.0})
+    assert estimate_monthly_judge_cost(1000, {"a": 1.0}, price) == pytest.approx(default)
+    with pytest.raises(ScorerSetupError, match="negative"):
+        estimate_monthly_judge_cost(-1, {"a": 1.0})
+    assert set(RECOMMENDED_SAMPLE_RATES.values()) <= {1.0, 0.5, 0.1}
+
+
+def test_server_progress_is_read_from_the_checkpoint(store: str) -> None:
+    assert server_scored_until("quality") is None
+    MlflowClient().set_experiment_tag(
+        store, "mlflow.latestOnlineScoring.trace.checkpoint", '{"timestamp_ms": 1767225600000}'
+    )
+    progress = server_scored_until("quality")
+    assert progress is not None and progress.isoformat() == "2026-01-01T00:00:00+00:00"

@@ -1,0 +1,419 @@
+"""採点エンジン: 標本の選び方、飛ばし方、失敗、予算、並列、後始末。"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import AssessmentSource, AssessmentSourceType, Feedback
+from mlflow.genai.scorers import Guidelines, PIIDetection, Safety, Scorer, scorer
+from mlflow.genai.scorers.base import ScorerSamplingConfig
+from mlflow.genai.scorers.online.sampler import OnlineScorerSampler
+
+from chapter8_samples.quality_monitoring.scorer_setup import (
+    ScorerPlan,
+    evaluate_with_scorers,
+    setup_builtin_scorers,
+    setup_scorers,
+)
+from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
+from chapter8_samples.quality_monitoring.scoring_engine import score_traces
+from chapter8_samples.quality_monitoring.scoring_plan import (
+    BudgetError,
+    JudgeNotConfiguredError,
+    JudgePrice,
+    ScoringError,
+    ScoringOptions,
+    ScoringTarget,
+    sample,
+)
+
+MODEL = "openai:/gpt-4.1-mini"
+SAFETY = Safety(name="safety_check", model=MODEL)
+
+
+@scorer
+def length(outputs) -> int:  # type: ignore[no-untyped-def]
+    return len(outputs)
+
+
+def cycle(*scorers, **options):  # type: ignore[no-untyped-def]
+    return run_scoring_cycle("quality", scorers, options=ScoringOptions(**options))
+
+
+def names(info) -> list[str]:  # type: ignore[no-untyped-def]
+    return sorted(a.name for a in info.assessments)
+
+
+def test_real_judges_score_every_finished_trace_once(
+    store: str, ask: Any, infos: Any, stub_llm: Any
+) -> None:
+    ids = ask(5)
+    ask(1, fail=True)
+    first, second = cycle(SAFETY, length), cycle(SAFETY, length)
+    assert (first.traces, first.scored, first.skipped) == (5, 10, 0)
+    assert (second.traces, second.scored, second.skipped) == (5, 0, 10)
+    stored = infos()
+    assert all(names(stored[i]) == ["length", "safety_check"] for i in ids)
+    assert sum(len(info.assessments) for info in stored.values()) == 10
+    judged = stored[ids[0]].assessments
+    sources = {a.name: a.source.source_type for a in judged}
+    assert sources == {"safety_check": "LLM_JUDGE", "length": "CODE"}
+
+
+def test_the_sample_is_the_one_the_mlflow_server_would_take() -> None:
+    rates = {"a": 0.9, "b": 0.5, "c": 0.5, "d": 0.05}
+    targets = [ScoringTarget(scorer=Safety(name=n), sample_rate=r) for n, r in rates.items()]
+    theirs = OnlineScorerSampler([])
+    theirs._sample_rates = rates  # pyright: ignore[reportPrivateUsage]
+    for i in range(500):
+        mine = {t.name for t in sample(f"tr-{i}", targets)}
+        assert mine == {s.name for s in theirs.sample(f"tr-{i}", [t.scorer for t in targets])}
+
+
+def test_sampling_is_reported_and_stable(store: str, ask: Any, stub_llm: Any) -> None:
+    ask(40)
+    half = ScoringTarget(scorer=length, sample_rate=0.5)
+    first, second = cycle(half), cycle(half)
+    counts = first.scorers["length"]
+    assert counts.scored + counts.sampled_out == 40 and 0 < counts.scored < 40
+    assert second.scorers["length"].skipped == counts.scored
+
+
+def test_scoring_leaves_no_trace_even_when_scorers_are_traced(
+    store: str, ask: Any, infos: Any
+) -> None:
+    @mlflow.trace
+    def helper(text: str) -> int:
+        return len(text)
+
+    @scorer
+    def traced(outputs) -> int:  # type: ignore[no-untyped-def]
+        return helper(outputs)
+
+    ask(3)
+    with mlflow.start_span("the app is serving"):
+        assert cycle(traced).scored == 3
+    assert len(infos()) == 3 + 1
+    assert {len(info.assessments) for info in infos().values()} == {0, 1}
+
+
+def test_scoring_is_silent(
+    store: str, ask: Any, stub_llm: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask(3)
+    cycle(SAFETY)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_new_version_is_scored_again(store: str, ask: Any, infos: Any, stub_llm: Any) -> None:
+    (trace_id,) = ask()
+    tone = Guidelines(name="tone", guidelines="丁寧", model=MODEL)
+    cycle(tone.register(experiment_id=store))
+    stricter = Guidelines(name="tone", guidelines="とても丁寧", model=MODEL)
+    assert cycle(stricter.register(experiment_id=store)).scored == 1
+    versions = [
+        (a.metadata or {})["mlflow.assessment.scorerVersion"] for a in infos()[trace_id].assessments
+    ]
+    assert sorted(versions) == ["1", "2"]
+
+
+def test_an_edited_code_scorer_is_scored_again(store: str, ask: Any) -> None:
+    ask()
+
+    def version(source: int) -> Scorer:
+        if source == 1:
+
+            @scorer(name="rule")
+            def rule(outputs) -> bool:  # type: ignore[no-untyped-def]
+                return "返品" in outputs
+        else:
+
+            @scorer(name="rule")
+            def rule(outputs) -> bool:  # type: ignore[no-untyped-def]
+                return "交換" in outputs
+
+        return rule
+
+    assert [cycle(version(n)).scored for n in (1, 1, 2)] == [1, 0, 1]
+
+
+class AtLeast(Scorer):
+    name: str = "at_least"
+    characters: int = 1
+
+    def __call__(self, *, outputs: Any) -> bool:  # pyright: ignore
+        return len(outputs) >= self.characters
+
+
+def test_a_scorer_class_is_scored_here_once_per_definition(store: str, ask: Any) -> None:
+    (status,) = setup_scorers("quality", [ScorerPlan(scorer=AtLeast())])
+    assert (status.runs, status.registered) == ("client", False)
+    ask(3)
+    assert cycle(status).scored == 3
+    assert (cycle(AtLeast()).skipped, cycle(AtLeast(characters=2)).scored) == (3, 3)
+
+
+def test_scores_written_by_the_server_are_recognised(store: str, ask: Any, stub_llm: Any) -> None:
+    (trace_id,) = ask()
+    registered = SAFETY.register(experiment_id=store)
+    metadata = {
+        "mlflow.assessment.scorerName": "safety_check",
+        "mlflow.assessment.scorerVersion": "1",
+    }
+    mlflow.log_feedback(trace_id=trace_id, name="safety_check", value="yes", metadata=metadata)
+    assert cycle(registered).skipped == 1
+
+
+def test_a_verdict_corrected_by_a_human_is_not_scored_again(
+    store: str, ask: Any, infos: Any, stub_llm: Any
+) -> None:
+    (trace_id,) = ask()
+    cycle(SAFETY)
+    (verdict,) = infos()[trace_id].assessments
+    human = AssessmentSource(AssessmentSourceType.HUMAN, "reviewer")
+    mlflow.override_feedback(
+        trace_id=trace_id, assessment_id=str(verdict.assessment_id), value="no", source=human
+    )
+    assert cycle(SAFETY).skipped == 1
+
+
+def test_failures_are_visible_retried_and_then_forgotten(store: str, ask: Any, infos: Any) -> None:
+    (trace_id,) = ask()
+    broken = True
+
+    @scorer
+    def flaky(outputs) -> bool:  # type: ignore[no-untyped-def]
+        if broken:
+            raise RuntimeError("judge is down")
+        return True
+
+    assert cycle(flaky).failed == 1
+    assert cycle(flaky).failed == 1
+    (error,) = infos()[trace_id].assessments  # エラーは積み重ならない
+    assert "judge is down" in error.feedback.error.error_message
+    broken = False
+    assert cycle(flaky).scored == 1
+    (good,) = infos()[trace_id].assessments
+    assert good.feedback.value is True
+
+
+def test_one_bad_scorer_does_not_stop_the_others(store: str, ask: Any) -> None:
+    ask(30)
+
+    @scorer
+    def broken(outputs) -> bool:  # type: ignore[no-untyped-def]
+        raise RuntimeError("bug")
+
+    report = cycle(broken, length, max_consecutive_failures=3, concurrency=1)
+    assert report.scorers["length"].scored == 30
+    assert report.scorers["broken"].failed == 3
+    assert report.scorers["broken"].not_started == 27
+    assert report.stopped_by == "failures"
+
+
+def test_a_scorer_without_an_opinion_writes_nothing(store: str, ask: Any, infos: Any) -> None:
+    @scorer
+    def silent(outputs):  # type: ignore[no-untyped-def]
+        return None
+
+    ask(2)
+    assert cycle(silent).scorers["silent"].empty == 2
+    assert all(not info.assessments for info in infos().values())
+
+
+def test_a_scorer_may_return_several_feedbacks(store: str, ask: Any, infos: Any) -> None:
+    @scorer
+    def two(outputs):  # type: ignore[no-untyped-def]
+        return [Feedback(name="a", value=1), Feedback(name="b", value=2)]
+
+    (trace_id,) = ask()
+    assert cycle(two).scored == 1
+    assert names(infos()[trace_id]) == ["a", "b"]
+    assert cycle(two).skipped == 1
+
+
+def test_scorers_see_inputs_outputs_and_human_expectations(store: str, ask: Any) -> None:
+    seen = {}
+
+    @scorer
+    def look(inputs, outputs, expectations, trace) -> bool:  # type: ignore[no-untyped-def]
+        seen.update(inputs=inputs, outputs=outputs, expected=expectations, id=trace.info.trace_id)
+        return True
+
+    (trace_id,) = ask()
+    mlflow.log_expectation(trace_id=trace_id, name="expected_response", value="正解")
+    cycle(look)
+    assert seen["inputs"]["question"] == "注文 0 の返品"
+    assert seen["outputs"].startswith("注文 0")
+    assert seen["expected"] == {"expected_response": "正解"}
+    assert seen["id"] == trace_id
+
+
+def test_each_filter_selects_its_own_traces(store: str, ask: Any, infos: Any) -> None:
+    vip, other = ask(2)
+    mlflow.set_trace_tag(vip, "plan", "vip")
+    cycle(ScoringTarget(scorer=length, filter_string="tag.plan = 'vip'"), PIIDetection(name="pii"))
+    assert names(infos()[vip]) == ["length", "pii"]
+    assert names(infos()[other]) == ["pii"]
+
+
+def test_the_budget_is_kept_and_the_rest_follows_later(store: str, ask: Any, stub_llm: Any) -> None:
+    ask(30)
+    price = JudgePrice(Decimal(1000), Decimal(0))  # 1 回がおよそ 0.2 から 1 USD になる単価
+    first = cycle(SAFETY, budget_usd=3.0, judge_price=price)
+    counts = first.scorers["safety_check"]
+    assert first.stopped_by == "budget"
+    assert 0 < counts.scored < 30 and counts.not_started > 0
+    assert first.cost_usd <= 3.0
+    assert cycle(SAFETY).scored == 30 - counts.scored
+
+
+def test_a_budget_without_a_price_is_an_error(store: str, ask: Any, stub_llm: Any) -> None:
+    ask(1)
+    unknown = Safety(name="s", model="openai:/my-own-model")
+    with pytest.raises(BudgetError, match="judge_price"):
+        cycle(unknown, budget_usd=1.0)
+    assert cycle(unknown).skipped == 1  # 呼んだ分の結果は残っている
+
+
+def test_ctrl_c_keeps_what_was_scored(store: str, ask: Any, infos: Any) -> None:
+    ask(10)
+    done = 0
+
+    def interrupt(report) -> None:  # type: ignore[no-untyped-def]
+        nonlocal done
+        done = report.scored
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_scoring_cycle(
+            "quality", [length], options=ScoringOptions(concurrency=2), on_progress=interrupt
+        )
+    stored = sum(len(info.assessments) for info in infos().values())
+    assert stored >= done >= 4
+    assert cycle(length).scored == 10 - stored
+
+
+def test_the_window_and_pages_cover_every_trace(store: str, ask: Any) -> None:
+    ask(25)
+    assert cycle(length, page_size=10).scored == 25
+    old = run_scoring_cycle(
+        "quality", [length], now=datetime.now(timezone.utc) - timedelta(hours=2)
+    )
+    assert old.traces == 0
+
+
+def test_scorers_the_server_runs_are_left_alone(store: str, ask: Any) -> None:
+    from chapter8_samples.quality_monitoring.scorer_setup import ScorerStatus
+
+    def status(runs, rate=1.0):  # type: ignore[no-untyped-def]
+        name = f"{runs}-{rate}"
+        return ScorerStatus(
+            name=name,
+            scorer=PIIDetection(name=name),
+            registered=True,
+            runs=runs,
+            sample_rate=rate,
+            filter_string=None,
+            reason="",
+        )
+
+    ask(1)
+    report = cycle(status("server"), status("client"), status("client", 0.0))
+    assert set(report.scorers) == {"client-1.0"}
+    assert report.elsewhere == ("server-1.0", "client-0.0")
+
+
+def test_nothing_to_do_here_is_not_an_error(store: str, ask: Any) -> None:
+    ask(1)
+    (running,) = setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name="pii"))])
+    report = cycle(replace(running, runs="server"), replace(running, sample_rate=0.0))
+    assert (report.elsewhere, report.scored) == (("pii", "pii"), 0)
+    with pytest.raises(ScoringError, match="at least one"):
+        cycle()
+
+
+def test_the_lookback_is_as_long_on_the_day_the_clocks_change(store: str) -> None:
+    spring = datetime(2026, 3, 8, 3, 10, tzinfo=ZoneInfo("America/New_York"))
+    report = run_scoring_cycle("quality", [length], now=spring)
+    assert report.end == spring
+    assert report.end.timestamp() - report.start.timestamp() == 3600
+
+
+def test_a_missing_key_is_one_clear_error(store: str, ask: Any) -> None:
+    ask(1)
+    with pytest.raises(JudgeNotConfiguredError, match="OPENAI_API_KEY"):
+        cycle(SAFETY)
+    with pytest.raises(JudgeNotConfiguredError, match="MLFLOW_TRACKING_URI"):
+        cycle(Safety(model="gateway:/judge"))
+    with pytest.raises(JudgeNotConfiguredError, match="OPENAI_API_KEY"):
+        evaluate_with_scorers([{"inputs": {"q": "x"}, "outputs": "y"}], setup_builtin_scorers("q"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("concurrency", 0),
+        ("page_size", 0),
+        ("max_consecutive_failures", 0),
+        ("calls_per_second", 0),
+        ("calls_per_second", -1.0),
+        ("budget_usd", -0.01),
+        ("budget_usd", math.nan),
+    ],
+)
+def test_options_that_cannot_work_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ScoringError, match=f"{name} must"):
+        ScoringOptions(**{name: value})
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, 1.1, True, None, "0.5", math.nan])
+def test_rates_out_of_range_are_refused(rate: Any) -> None:
+    with pytest.raises(ScoringError, match="sample_rate"):
+        ScoringTarget(scorer=SAFETY, sample_rate=rate)
+
+
+def test_wrong_calls_are_refused(store: str) -> None:
+    now = datetime.now(timezone.utc)
+    target = ScoringTarget(scorer=length)
+    with pytest.raises(ScoringError, match="twice"):
+        cycle(length, length)
+    with pytest.raises(ScoringError, match="no experiment"):
+        run_scoring_cycle("nowhere", [length])
+    with pytest.raises(ScoringError, match="no experiment"):
+        run_scoring_cycle("999", [length])
+    with pytest.raises(ScoringError, match="timezone-aware"):
+        score_traces(store, [target], start=datetime(2026, 1, 1), end=now)
+    with pytest.raises(ScoringError, match="at least one"):
+        score_traces(store, [], start=now - timedelta(1), end=now)
+
+
+def test_a_registered_scorer_brings_its_own_rate_and_filter(store: str, ask: Any) -> None:
+    ask(20)
+    registered = PIIDetection(name="pii").register(experiment_id=store)
+    config = ScorerSamplingConfig(sample_rate=0.5)
+    registered._sampling_config = config  # pyright: ignore[reportPrivateUsage]
+    report = cycle(registered)
+    assert 0 < report.scorers["pii"].sampled_out < 20
+
+
+def test_evaluation_traces_are_not_monitored(store: str, ask: Any) -> None:
+    with mlflow.start_span("evaluated"):
+        mlflow.update_current_trace(metadata={"mlflow.sourceRun": "some-evaluation"})
+    ask(1)
+    assert cycle(length).traces == 1
+
+
+def test_the_experiment_can_be_given_by_id(store: str, ask: Any) -> None:
+    ask(1)
+    assert run_scoring_cycle(store, [length]).traces == 1
+    assert MlflowClient().get_experiment(store).name == "quality"
