@@ -1,0 +1,413 @@
+"""8.4.1 アラートの状態機械: 発報は一度、解消も一度。
+
+しきい値を越えるたびに通知すると、揺れる指標では 6 時間に 56 回鳴る。待ち時間(for)と発報の維持
+(keep_firing_for)を備えた状態機械と、再起動で忘れない状態ファイルがあれば、発報と解消の 2 回で済む。
+
+実行::
+
+    $ python chapter8_samples/04_alerting/alert_engine.py
+    値をそのまま 5% と比べた通知: 7 通
+    09:04:00 firing   high_error_rate = 0.18
+    09:06:00 resolved high_error_rate = 0.01
+
+Databricks でもそのまま使う。ジョブで定期的に動かすなら、状態ファイルを Volume に置く。
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING or __package__:
+    from .alert_delivery import Alert, AlertSeverity, AlertStatus, Delivery, fingerprint
+else:  # alert_delivery.py と 2 枚だけ写したとき、またはパスで実行したとき
+    from alert_delivery import Alert, AlertSeverity, AlertStatus, Delivery, fingerprint
+
+if TYPE_CHECKING:
+    from .alert_config import AlertConfig
+    from .alert_rules import Rule
+    from .trace_metrics import MetricSample, MetricSource
+
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+PHASES = ("inactive", "pending", "firing")
+
+
+class Notifier(Protocol):
+    """``MultiChannelNotifier`` の、ここで使う部分。"""
+
+    def notify(
+        self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None = None
+    ) -> list[Delivery]:
+        """送って、結果を返す。"""
+        ...
+
+    def keep_alive(self, alerts: Sequence[Alert]) -> list[Delivery]:
+        """送り直しが必要な通知先へ、発報中のものを送る。"""
+        ...
+
+
+@dataclass
+class RuleState:
+    """一つのルールの状態。日時は UTC。"""
+
+    phase: str = "inactive"
+    """inactive、pending、firing。"""
+    since: datetime | None = None
+    """今の phase になった時刻。"""
+    fired_at: datetime | None = None
+    """最後に発報した時刻。解消の通知にも同じ値が入る。"""
+    last_true: datetime | None = None
+    value: float | None = None
+    n: int = 0
+    notified_at: datetime | None = None
+    """発報を最後に知らせた時刻。知らせていなければ ``None``。"""
+    acknowledged: bool = False
+    examples: list[str] = field(default_factory=list[str])
+
+    def enter(self, phase: str, at: datetime) -> None:
+        """次の phase に移る。"""
+        self.phase, self.since = phase, at
+
+    def advance(
+        self, breached: bool | None, at: datetime, hold: timedelta, keep: timedelta
+    ) -> None:
+        """判定を一つ受け取って進む。``None``(標本なし)では何も変わらない。
+
+        Args:
+            hold: pending でいる期間(``for``)。
+            keep: 戻ってから解消までの期間(``keep_firing_for``)。
+        """
+        if breached:
+            self.last_true = at
+            if self.phase == "inactive":
+                self.enter("pending", at)
+            if self.phase == "pending" and at - (self.since or at) >= hold:
+                self.enter("firing", at)
+                self.fired_at = at
+        elif breached is False:
+            calm = at - (self.last_true or at) >= keep
+            if self.phase == "pending" or (self.phase == "firing" and calm):
+                self.enter("inactive", at)
+
+
+class StateFile:
+    """状態を JSON で残す。書き換えは一瞬で入れ替わり、壊れたファイルは脇に退ける。"""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def load(self) -> dict[str, Any]:
+        """前回の状態。ファイルがない、または壊れていれば空。"""
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+            if data["version"] != STATE_VERSION:
+                raise ValueError(f"version {data['version']}")
+            _ = [_state_from(s) for s in data["rules"].values()]
+            _ = [Alert.from_dict(entry["alert"]) for entry in data["outbox"]]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            aside = self.path.with_suffix(self.path.suffix + ".bad")
+            self.path.replace(aside)
+            logger.warning(
+                "alert state %s is unreadable (%s); moved to %s", self.path, error, aside
+            )
+            return {}
+        return data
+
+    def save(self, data: Mapping[str, Any]) -> None:
+        """書き込む。"""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        text = json.dumps({"version": STATE_VERSION, **data}, ensure_ascii=False, default=_iso)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def _iso(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"cannot write {type(value).__name__} to the alert state")
+
+
+def _state_from(data: Mapping[str, Any]) -> RuleState:
+    fields = dict(data)
+    if fields["phase"] not in PHASES:
+        raise ValueError(f"phase {fields['phase']!r}")
+    for key in ("since", "fired_at", "last_true", "notified_at"):
+        fields[key] = datetime.fromisoformat(data[key]) if data[key] else None
+    return RuleState(**fields)
+
+
+def utc_now() -> datetime:
+    """いまの UTC。"""
+    return datetime.now(timezone.utc)
+
+
+class AlertEngine:
+    """ルールを評価し、変化だけを知らせる。
+
+    一つのルールの失敗は他を止めず、``alert_evaluation_failed`` というアラートになる。届かなかった
+    通知は次の評価で送り直す。同じ状態ファイルを複数のプロセスで使ってはならない(通知が重複する)。
+
+    Args:
+        config: ルールと抑制の設定。
+        source: 指標の出どころ。
+        state_path: 状態ファイル。省略すると、再起動で状態を忘れる。
+        trace_url: トレース ID から UI の URL を作る関数。
+    """
+
+    def __init__(
+        self,
+        config: AlertConfig,
+        source: MetricSource,
+        notifier: Notifier | None = None,
+        *,
+        state_path: str | os.PathLike[str] | None = None,
+        clock: Callable[[], datetime] = utc_now,
+        trace_url: Callable[[str], str] | None = None,
+    ) -> None:
+        self.config, self.source, self.notifier = config, source, notifier
+        self._clock, self._trace_url = clock, trace_url
+        self._file = StateFile(state_path) if state_path else None
+        self._lock = threading.RLock()
+        saved = self._file.load() if self._file else {}
+        self._states = {k: _state_from(s) for k, s in saved.get("rules", {}).items()}
+        self._outbox: list[dict[str, Any]] = saved.get("outbox", [])
+        self._samples: dict[str, MetricSample] = {}
+        self.last_evaluated_at: datetime | None = None
+        self.failures: dict[str, str] = {}
+        """直近の評価で失敗したルールと理由。状態ファイルを書けなければ ``alert_state``。"""
+        self.last_deliveries: list[Delivery] = []
+
+    def evaluate(self, at: datetime | None = None) -> list[Alert]:
+        """一度だけ評価し、知らせるべき変化(発報、解消)を返す。通知先があれば送る。"""
+        with self._lock:
+            at = at or self._clock()
+            self.failures = {}
+            # 長い窓から読むと、短い窓は読んだものの一部で済む
+            for rule in sorted(self.config.rules, key=lambda r: -r.queries()[0][1]):
+                self._evaluate_rule(rule, at)
+            watchdog = self.config.watchdog
+            hold, keep = self.config.hold_and_keep(watchdog)
+            self._state(watchdog).advance(bool(self.failures), at, hold, keep)
+            alerts = self._due(at)
+            self._outbox += [{"alert": alert.to_dict(), "only": None} for alert in alerts]
+            self.last_evaluated_at = at
+            self._save()  # 送る前に残す: 送信中に落ちても、次に起動したときに送る
+            self._send()
+            self._save()
+            return alerts
+
+    def active(self) -> list[Alert]:
+        """発報中のアラート(抑制中のものも含む)。"""
+        with self._lock:
+            pairs = self._all_rules()
+            return [self._alert(r, s, AlertStatus.FIRING) for r, s in pairs if s.phase == "firing"]
+
+    def last_samples(self) -> dict[str, MetricSample]:
+        """ルールの名前 -> 直近に求めた値(図に使う)。"""
+        with self._lock:
+            return dict(self._samples)
+
+    def phases(self) -> dict[str, str]:
+        """ルールの名前 -> inactive、pending、firing。"""
+        with self._lock:
+            return {rule.name: state.phase for rule, state in self._all_rules()}
+
+    def acknowledge(self, name: str) -> None:
+        """対応中とする(ルールの名前か ``fingerprint``)。解消するまで、繰り返しの通知を止める。"""
+        with self._lock:
+            for rule, state in self._all_rules():
+                if name in (rule.name, self._key(rule)):
+                    state.acknowledged = True
+                    self._save()
+                    return
+        raise KeyError(f"no rule named {name!r}")
+
+    def run_forever(
+        self,
+        interval_seconds: float,
+        *,
+        stop: threading.Event | None = None,
+        heartbeat: Callable[[], object] | None = None,
+    ) -> None:
+        """``stop`` が立つまで評価し続ける。``heartbeat`` は評価が終わるたびに呼ばれる。"""
+        stop = stop or threading.Event()
+        while not stop.is_set():
+            try:
+                self.evaluate()
+                if heartbeat:
+                    heartbeat()
+            except Exception:  # 監視そのものが止まるより、記録して次の回に賭ける
+                logger.exception("alert evaluation failed")
+            stop.wait(interval_seconds)
+
+    def _evaluate_rule(self, rule: Rule, at: datetime) -> None:
+        end = at - self.config.offset_delta
+        try:
+            samples = [self.source.sample(metric, window, end) for metric, window in rule.queries()]
+            state = self._state(rule)
+            breached = rule.judge(samples, state.phase == "firing")
+        except Exception as error:  # 一つのルールの失敗で他を止めない
+            logger.warning("rule %s could not be evaluated: %s", rule.name, error)
+            self.failures[rule.name] = f"{type(error).__name__}: {error}"
+            return
+        self._samples[rule.name] = samples[0]
+        state.value, state.n = samples[0].value, samples[0].n
+        hold, keep = self.config.hold_and_keep(rule)
+        state.advance(breached, at, hold, keep)
+
+    def _due(self, at: datetime) -> list[Alert]:
+        firing = self.active()
+        found: list[Alert] = []
+        for rule, state in self._all_rules():
+            if state.phase == "firing":
+                alert = self._alert(rule, state, AlertStatus.FIRING)
+                if self._should_notify(state, alert, at) and not self.config.silences(
+                    alert, firing, at
+                ):
+                    state.examples = self._examples(rule, at)
+                    state.notified_at = at
+                    found.append(self._alert(rule, state, AlertStatus.FIRING))
+            elif state.notified_at is not None:
+                found.append(self._alert(rule, state, AlertStatus.RESOLVED))
+                state.notified_at, state.acknowledged, state.examples = None, False, []
+        return found
+
+    def _should_notify(self, state: RuleState, alert: Alert, at: datetime) -> bool:
+        if state.notified_at is None:
+            return True
+        repeat = self.config.repeat_for(alert)
+        return bool(repeat) and not state.acknowledged and at - state.notified_at >= repeat
+
+    def _examples(self, rule: Rule, at: datetime) -> list[str]:
+        if rule.name == self.config.watchdog.name:
+            return []
+        metric, window = rule.queries()[-1]
+        try:
+            return self.source.examples(metric, window, at - self.config.offset_delta)
+        except Exception as error:  # 例がなくてもアラートは出す
+            logger.warning("no example traces for %s: %s", rule.name, error)
+            return []
+
+    def _alert(self, rule: Rule, state: RuleState, status: AlertStatus) -> Alert:
+        failures = "; ".join(f"{k}: {v}" for k, v in sorted(self.failures.items()))
+        summary = (
+            failures[:500] if rule.name == self.config.watchdog.name and failures else rule.summary
+        )
+        url = self._trace_url
+        return Alert(
+            name=rule.name,
+            summary=summary,
+            severity=AlertSeverity(rule.severity),
+            status=status,
+            metric=rule.metric,
+            value=state.value,
+            threshold=rule.threshold,
+            n=state.n,
+            window_seconds=rule.queries()[0][1].total_seconds(),
+            starts_at=state.fired_at or state.since or self._clock(),
+            ends_at=state.since if status is AlertStatus.RESOLVED else None,
+            labels={**self.config.labels, **rule.labels},
+            examples=tuple(state.examples),
+            links={t: link for t in state.examples if url and (link := url(t))},
+            runbook_url=rule.runbook_url,
+            action=rule.action,
+        )
+
+    def _state(self, rule: Rule) -> RuleState:
+        return self._states.setdefault(self._key(rule), RuleState())
+
+    def _key(self, rule: Rule) -> str:
+        return fingerprint(rule.name, {**self.config.labels, **rule.labels})
+
+    def _all_rules(self) -> list[tuple[Rule, RuleState]]:
+        return [(r, self._state(r)) for r in (*self.config.rules, self.config.watchdog)]
+
+    def _send(self) -> None:
+        entries, self._outbox = self._outbox, []
+        if self.notifier is None:
+            return
+        self.last_deliveries = []
+        for entry in _latest(entries):
+            try:
+                alert = Alert.from_dict(entry["alert"])
+                deliveries = self.notifier.notify(alert, only=entry["only"])
+            except Exception as error:  # 通知先の誤りで評価を止めない。次の評価で送り直す
+                logger.error("the notifier raised %s", type(error).__name__)
+                self._outbox.append(entry)
+                continue
+            self.last_deliveries += deliveries
+            if again := [d.handler for d in deliveries if not d.ok and d.retryable]:
+                self._outbox.append({**entry, "only": again})
+        self.last_deliveries += self.notifier.keep_alive(self.active())
+
+    def _save(self) -> None:
+        if self._file is None:
+            return
+        rules = {key: asdict(state) for key, state in self._states.items()}
+        data = {"rules": rules, "outbox": self._outbox, "evaluated_at": self.last_evaluated_at}
+        try:
+            self._file.save(data)
+        except OSError as error:  # ディスクが満杯でも、通知は送る
+            logger.error("alert state %s was not saved: %s", self._file.path, error)
+            self.failures["alert_state"] = f"{type(error).__name__}: {error}"
+
+
+def _latest(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """同じアラートの古い通知を捨てる。古い発報が解消の後に届くと、開いたままになる。"""
+    newest = {entry["alert"]["fingerprint"]: entry for entry in entries}
+    return [entry for entry in entries if newest[entry["alert"]["fingerprint"]] is entry]
+
+
+def main() -> None:
+    """揺れるエラー率を 30 秒ごとに評価し、再起動をはさんでも通知が 2 通で済むことを見る。"""
+    import tempfile
+
+    from chapter8_samples.alerting.alert_config import AlertConfig
+    from chapter8_samples.alerting.alert_engine import AlertEngine
+    from chapter8_samples.alerting.alert_rules import AlertRule
+    from chapter8_samples.alerting.trace_metrics import MetricSample as Value
+
+    rates = [0.02, 0.06, 0.02, 0.20, 0.09, 0.21, 0.04, 0.19, 0.18, 0.04, 0.06, 0.02, 0.01, 0.01]
+
+    class Recorded:
+        """30 秒ごとの、決まった値。"""
+
+        def sample(self, metric: str, window: timedelta, at: datetime) -> Value:
+            rate = rates[round((at - start).total_seconds() / 30)]
+            return Value(
+                metric=metric, value=rate, n=70, start=at - window, end=at, successes=rate * 70
+            )
+
+        def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3):
+            return ["tr-01"]
+
+    start = datetime(2026, 1, 1, 9, 0, tzinfo=timezone.utc)
+    limits: dict[str, Any] = {"threshold": 0.05, "clear_threshold": 0.03, "confidence": 0.95}
+    rule = AlertRule(name="high_error_rate", for_="30s", keep_firing_for="1m", **limits)
+    config = AlertConfig(rules=[rule], offset="0s")
+    print("値をそのまま 5% と比べた通知:", sum(rate > 0.05 for rate in rates), "通")
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(len(rates)):
+            # 毎回作り直す: cron から 1 回ずつ起動しても、状態ファイルが続きを覚えている
+            engine = AlertEngine(config, Recorded(), state_path=Path(folder) / "alerts.json")
+            at = start + timedelta(seconds=30 * step)
+            for alert in engine.evaluate(at):
+                print(f"{at:%H:%M:%S} {alert.status.value:8} {alert.name} = {alert.value}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
+    main()

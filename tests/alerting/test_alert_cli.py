@@ -1,0 +1,126 @@
+"""コマンド: 終了コードで結果が分かり、誤りは 1 行で分かる。"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ports import free_port
+
+from chapter8_samples.alerting.alert_cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+RULE = "{name: errors, metric: error_rate, window: 5m, threshold: 0.5, severity: critical}"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "alerts.yaml"
+    path.write_text(f"offset: 0s\nexperiment: app\nrules:\n  - {RULE}\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def failed_trace(tracking_uri: str) -> str:
+    import mlflow
+
+    mlflow.set_experiment("app")
+    with mlflow.start_span("answer") as span:
+        span.set_status("ERROR")
+    mlflow.flush_trace_async_logging()
+    return tracking_uri
+
+
+def test_a_wrong_file_ends_with_two_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("rules: [{name: a}]", encoding="utf-8")
+    assert main(["check", str(path)]) == 2
+    assert "rules[0]: metric is missing" in capsys.readouterr().err
+
+
+def test_once_fires_once_and_remembers(
+    config: str, failed_trace: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", config]) == 0
+    assert "OK: 1 rules" in capsys.readouterr().out
+    assert main(["once", config]) == 1
+    assert "[発報] CRITICAL errors" in capsys.readouterr().out
+    assert main(["once", config]) == 1  # まだ発報中だが、もう知らせない
+    assert capsys.readouterr().out == ""
+    assert main(["once", config, "--experiment", "nobody"]) == 3
+    assert "experiment 'nobody' does not exist" in capsys.readouterr().err
+
+
+def test_replay_reads_the_stored_traces(
+    config: str, failed_trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    svg = tmp_path / "out.svg"
+    assert main(["replay", config, "--hours", "1", "--svg", str(svg)]) == 0
+    assert "errors" in capsys.readouterr().out
+    assert svg.read_text(encoding="utf-8").startswith("<svg")
+    assert main(["replay", config, "--hours", "0.0000001"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_watch_beats_and_stops_on_sigterm(config: str, failed_trace: str, tmp_path: Path) -> None:
+    beat = tmp_path / "alive"
+    command = [sys.executable, "-m", "chapter8_samples.alerting.alert_config", "watch", config]
+    command += ["--interval", "0.2", "--heartbeat", str(beat), "--tracking-uri", failed_trace]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert "[発報] CRITICAL errors" in process.stdout.readline()
+        while not beat.exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 1
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+
+
+def test_a_dry_run_sends_nothing_and_leaves_the_real_state_alone(
+    failed_trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(0.2)
+    mail = (
+        f"type: email, host: 127.0.0.1, port: {listener.getsockname()[1]}, sender: a@b, to: [c@d]"
+    )
+    path = tmp_path / "mail.yaml"
+    text = f"offset: 0s\nexperiment: app\nrules:\n  - {RULE}\nreceivers: {{mail: {{{mail}}}}}\n"
+    path.write_text(text, encoding="utf-8")
+    state = tmp_path / "state.json"
+    assert main(["once", str(path), "--dry-run", "--state", str(state)]) == 1
+    assert "[発報] CRITICAL errors" in capsys.readouterr().out
+    assert not state.exists()
+    with pytest.raises(TimeoutError):
+        listener.accept()
+    listener.close()
+
+
+def test_a_file_that_cannot_be_written_is_an_error_and_no_traceback(
+    config: str, failed_trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", config, "--svg", str(tmp_path / "nowhere" / "a.svg")]) == 2
+    assert main(["once", config, "--state", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_server_that_is_down_is_said_within_seconds(
+    config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    assert main(["once", config, "--tracking-uri", f"http://127.0.0.1:{free_port()}"]) == 3
+    assert "cannot read traces" in capsys.readouterr().err
+    assert time.monotonic() - began < 30

@@ -1,0 +1,296 @@
+"""状態機械: 発報は一度、解消も一度。再起動しても、壊れても、失敗しても。"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chapter8_samples.alerting.alert_config import AlertConfig, Inhibit, MuteWindow
+from chapter8_samples.alerting.alert_delivery import Alert, Delivery
+from chapter8_samples.alerting.alert_engine import AlertEngine
+from chapter8_samples.alerting.alert_rules import AlertConfigError, AlertRule
+from chapter8_samples.alerting.trace_metrics import MetricSample, MetricSourceError
+
+START = datetime(2026, 1, 1, tzinfo=timezone.utc)
+UNKNOWN_PHASE = json.dumps(
+    {
+        "version": 1,
+        "rules": {
+            "k": {
+                "phase": "bogus",
+                **dict.fromkeys(("since", "fired_at", "last_true", "notified_at")),
+            }
+        },
+        "outbox": [],
+    }
+)
+STEP = timedelta(seconds=30)
+
+
+class Scripted:
+    """指標ごとに決まった値を返す出どころ。例外を入れれば、その回は失敗する。"""
+
+    def __init__(self, **values: Sequence[float | Exception | None]) -> None:
+        self.values = values
+
+    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
+        series = self.values[metric]
+        value = series[min(round((at - START) / STEP), len(series) - 1)]
+        if isinstance(value, Exception):
+            raise value
+        n = 0 if value is None else 100
+        return MetricSample(metric=metric, value=value, n=n, start=at - window, end=at)
+
+    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
+        return ["tr-1"]
+
+
+class Recorder:
+    """送られたものを記録する通知先。``fail`` の間は、送り直せる失敗になる。"""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+        self.fail = False
+        self.alive: list[str] = []
+
+    def notify(
+        self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None = None
+    ) -> list[Delivery]:
+        assert isinstance(alerts, Alert)
+        if not self.fail:
+            self.sent.append((alerts.status.value, alerts.name))
+        ok = not self.fail
+        return [Delivery(handler="h", fingerprint=alerts.fingerprint, ok=ok, retryable=self.fail)]
+
+    def keep_alive(self, alerts: Sequence[Alert]) -> list[Delivery]:
+        self.alive.append(",".join(a.name for a in alerts))
+        return []
+
+
+def rule(name: str = "errors", **fields: Any) -> AlertRule:
+    known: dict[str, Any] = {"name": name, "metric": "error_rate", "threshold": 0.5, **fields}
+    return AlertRule(**known)
+
+
+def config(*rules: AlertRule, **fields: Any) -> AlertConfig:
+    return AlertConfig(rules=rules, offset="0s", **fields)  # type: ignore[arg-type]
+
+
+def run(engine: AlertEngine, steps: int, first: int = 0) -> list[tuple[int, str, str]]:
+    """(回, 状態, 名前) の列。"""
+    return [
+        (i, alert.status.value, alert.name)
+        for i in range(first, first + steps)
+        for alert in engine.evaluate(START + i * STEP)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "values", "expected"),
+    [
+        ({}, [0, 1, 1, 0, 0], [(1, "firing"), (3, "resolved")]),
+        ({"for_": "30s"}, [0, 1, 0, 1, 1, 0], [(4, "firing"), (5, "resolved")]),
+        ({"for_": "1m"}, [1, 1, 1, 1], [(2, "firing")]),
+        ({"keep_firing_for": "1m"}, [1, 0, 1, 0, 0, 0], [(0, "firing"), (4, "resolved")]),
+        ({"clear_threshold": 0.2}, [0.6, 0.3, 0.6, 0.1], [(0, "firing"), (3, "resolved")]),
+        ({"no_data": "keep"}, [1, None, None, 0], [(0, "firing"), (3, "resolved")]),
+        ({"no_data": "ok"}, [1, None, 1], [(0, "firing"), (1, "resolved"), (2, "firing")]),
+        ({"no_data": "alert", "for_": "1m"}, [0, None, None, None], [(3, "firing")]),
+        ({"op": "<", "threshold": 0.5}, [1, 0, 1], [(1, "firing"), (2, "resolved")]),
+    ],
+)
+def test_only_changes_are_reported(
+    fields: dict[str, Any], values: list[float | None], expected: list[tuple[int, str]]
+) -> None:
+    engine = AlertEngine(config(rule(**fields)), Scripted(error_rate=values))
+    assert run(engine, len(values)) == [(i, status, "errors") for i, status in expected]
+
+
+def test_an_alert_keeps_its_identity_from_firing_to_resolved() -> None:
+    engine = AlertEngine(config(rule(), labels={"service": "bot"}), Scripted(error_rate=[0, 1, 0]))
+    changes = [a for i in range(3) for a in engine.evaluate(START + i * STEP)]
+    firing, resolved = changes
+    assert firing.fingerprint == resolved.fingerprint
+    assert firing.starts_at == resolved.starts_at == START + STEP
+    assert resolved.ends_at == START + 2 * STEP
+    assert firing.examples == ("tr-1",)
+    assert firing.labels == {"service": "bot"}
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_restart_at_any_moment_changes_nothing(tmp_path: Path, cut: int) -> None:
+    values = [0, 1, 1, 1, 0, 1, 0, 0, 0, 0]
+    rules = config(rule(for_="30s", keep_firing_for="1m"))
+    whole = run(AlertEngine(rules, Scripted(error_rate=values)), len(values))
+    path = tmp_path / "state.json"
+    before = run(AlertEngine(rules, Scripted(error_rate=values), state_path=path), cut)
+    after = AlertEngine(rules, Scripted(error_rate=values), state_path=path)
+    assert before + run(after, len(values) - cut, first=cut) == whole
+    assert len(whole) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"version": 99}', '{"version": 1, "rules": {"x": {"phase": 3}}}', "\x00\xff"],
+)
+def test_a_broken_state_file_is_set_aside(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "state.json"
+    path.write_text(content, encoding="latin-1")
+    engine = AlertEngine(config(rule()), Scripted(error_rate=[1]), state_path=path)
+    assert run(engine, 1) == [(0, "firing", "errors")]
+    assert (tmp_path / "state.json.bad").exists()
+    assert "unreadable" in caplog.text
+    assert json.loads(path.read_text(encoding="utf-8"))["version"] == 1
+
+
+def test_one_failing_rule_does_not_stop_the_others() -> None:
+    lost = MetricSourceError("server is down")
+    source = Scripted(error_rate=[lost, lost, lost, 0], trace_count=[1, 1, 0, 0])
+    rules = config(rule(), rule("busy", metric="trace_count"), evaluation_failure_for="30s")
+    engine = AlertEngine(rules, source)
+    assert run(engine, 4) == [
+        (0, "firing", "busy"),
+        (1, "firing", "alert_evaluation_failed"),
+        (2, "resolved", "busy"),
+        (3, "resolved", "alert_evaluation_failed"),
+    ]
+
+
+def test_a_failing_rule_is_named_with_its_reason() -> None:
+    source = Scripted(error_rate=[ValueError("bad")])
+    engine = AlertEngine(config(rule(), evaluation_failure_for="0s"), source)
+    (alert,) = engine.evaluate(START)
+    assert "errors: ValueError: bad" in alert.summary
+    assert engine.failures == {"errors": "ValueError: bad"}
+
+
+def test_what_could_not_be_sent_is_sent_later_even_after_a_restart(tmp_path: Path) -> None:
+    path, recorder = tmp_path / "state.json", Recorder()
+    source, rules = Scripted(error_rate=[1, 1, 1]), config(rule())
+    recorder.fail = True
+    engine = AlertEngine(rules, source, recorder, state_path=path)
+    run(engine, 1)
+    assert recorder.sent == []
+    recorder.fail = False
+    restarted = AlertEngine(rules, source, recorder, state_path=path)
+    assert run(restarted, 2, first=1) == []  # 変化は最初の 1 回だけ
+    assert recorder.sent == [("firing", "errors")]
+
+
+def test_an_unsent_firing_never_arrives_after_its_resolution() -> None:
+    recorder = Recorder()
+    engine = AlertEngine(config(rule()), Scripted(error_rate=[1, 0, 0]), recorder)
+    recorder.fail = True
+    run(engine, 1)
+    recorder.fail = False
+    run(engine, 2, first=1)
+    assert recorder.sent == [("resolved", "errors")]
+
+
+def test_a_critical_alert_mutes_the_warning_until_it_clears() -> None:
+    inhibit = Inhibit(when={"severity": "critical"}, mute={"severity": "warning"})
+    rules = config(
+        rule("page", severity="critical"), rule("warn", metric="trace_count"), inhibit=(inhibit,)
+    )
+    source = Scripted(error_rate=[1, 0, 0, 0], trace_count=[1, 1, 0, 0])
+    assert run(AlertEngine(rules, source), 4) == [
+        (0, "firing", "page"),
+        (1, "resolved", "page"),
+        (1, "firing", "warn"),
+        (2, "resolved", "warn"),
+    ]
+
+
+def test_a_muted_alert_that_resolves_in_silence_is_never_mentioned() -> None:
+    quiet = MuteWindow(start="00:00", end="00:01")  # START から 1 分間
+    engine = AlertEngine(config(rule(), mute=(quiet,)), Scripted(error_rate=[1, 0, 0, 0]))
+    assert run(engine, 4) == []
+    late = AlertEngine(config(rule(), mute=(quiet,)), Scripted(error_rate=[1, 1, 1, 0]))
+    assert run(late, 4) == [(2, "firing", "errors"), (3, "resolved", "errors")]
+
+
+def test_a_mute_window_crosses_midnight() -> None:
+    night = MuteWindow(start="22:00", end="06:00", days=("fri",), timezone="Asia/Tokyo")
+    tokyo = timezone(timedelta(hours=9))
+    covered: Callable[[int, int], bool] = lambda day, hour: night.covers(  # noqa: E731
+        datetime(2026, 1, day, hour, tzinfo=tokyo)
+    )
+    assert covered(2, 23) and covered(3, 5)  # 1 月 2 日は金曜
+    assert not covered(2, 21) and not covered(3, 6) and not covered(3, 23) and not covered(2, 5)
+
+
+def test_repeats_stop_when_somebody_takes_the_alert() -> None:
+    engine = AlertEngine(config(rule(), repeat="1m"), Scripted(error_rate=[1]))
+    assert [i for i, *_ in run(engine, 5)] == [0, 2, 4]
+    engine.acknowledge("errors")
+    assert run(engine, 4, first=5) == []
+    with pytest.raises(KeyError, match="no rule named"):
+        engine.acknowledge("nobody")
+
+
+def test_active_alerts_are_offered_to_handlers_that_need_them_every_cycle() -> None:
+    recorder = Recorder()
+    engine = AlertEngine(config(rule()), Scripted(error_rate=[1, 1, 0]), recorder)
+    run(engine, 3)
+    assert recorder.alive == ["errors", "errors", ""]
+    assert engine.phases()["errors"] == "inactive"
+    assert engine.last_samples()["errors"].value == 0
+
+
+def test_a_mute_window_is_checked_when_it_is_made() -> None:
+    with pytest.raises(AlertConfigError) as caught:
+        MuteWindow(start="22:00+09:00", end="25:00", days=("Mon",), timezone="Asia/Tokio")
+    assert len(caught.value.problems) == 4
+
+
+def test_a_mute_window_from_midnight_to_midnight_is_the_whole_day() -> None:
+    at = START + timedelta(hours=23, minutes=59, seconds=30)
+    assert MuteWindow().covers(at) and MuteWindow(start="09:00", end="09:00").covers(at)
+
+
+def test_a_notifier_that_raises_loses_nothing() -> None:
+    recorder = Recorder()
+    engine = AlertEngine(config(rule()), Scripted(error_rate=[1]), recorder)
+    healthy, recorder.notify = recorder.notify, broken  # type: ignore[method-assign]
+    engine.evaluate(START)
+    recorder.notify = healthy  # type: ignore[method-assign]
+    engine.evaluate(START + STEP)
+    assert recorder.sent == [("firing", "errors")]
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("bug in the notifier")
+
+
+def test_alerts_are_sent_although_the_state_cannot_be_saved(tmp_path: Path) -> None:
+    recorder, folder = Recorder(), tmp_path / "state"
+    engine = AlertEngine(
+        config(rule()), Scripted(error_rate=[1]), recorder, state_path=folder / "alerts.json"
+    )
+    folder.write_text("a file where the folder should be", encoding="utf-8")
+    engine.evaluate(START)
+    assert recorder.sent == [("firing", "errors")]
+    assert "alert_state" in engine.failures
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, UNKNOWN_PHASE])
+def test_a_state_nobody_could_act_on_is_set_aside(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "alerts.json"
+    path.write_text(content, encoding="utf-8")
+    engine = AlertEngine(config(rule()), Scripted(error_rate=[1]), state_path=path)
+    assert [alert.name for alert in engine.evaluate(START)] == ["errors"]
+    assert path.with_suffix(".json.bad").exists()
+
+
+def test_an_alert_is_acknowledged_by_its_fingerprint_too() -> None:
+    engine = AlertEngine(config(rule(), repeat="30s"), Scripted(error_rate=[1]))
+    engine.evaluate(START)
+    engine.acknowledge(engine.active()[0].fingerprint)
+    assert engine.evaluate(START + 2 * STEP) == []

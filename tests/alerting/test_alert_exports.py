@@ -1,0 +1,243 @@
+"""書き出し: 本物の promtool、amtool、Alertmanager が受け取る。"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from ports import free_port
+
+from chapter8_samples._lab.receivers import WebhookReceiver
+from chapter8_samples.alerting.alert_config import AlertConfig, Inhibit, MuteWindow
+from chapter8_samples.alerting.alert_delivery import Alert, AlertSeverity, AlertStatus
+from chapter8_samples.alerting.alert_exports import (
+    expression,
+    to_alertmanager_config,
+    to_databricks_alert,
+    to_prometheus_rules,
+)
+from chapter8_samples.alerting.alert_rules import AlertConfigError, AlertRule, BurnRateRule
+from chapter8_samples.alerting.notification_channels import AlertmanagerNotificationHandler
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is not installed (apt install prometheus)"
+)
+needs_alertmanager = pytest.mark.skipif(
+    shutil.which("prometheus-alertmanager") is None or shutil.which("amtool") is None,
+    reason="Alertmanager is not installed (apt install prometheus-alertmanager)",
+)
+
+CONFIG = AlertConfig(
+    labels={"service": "bot"},
+    repeat="4h",
+    rules=[
+        AlertRule(
+            name="LLMHighErrorRate",
+            threshold=0.05,
+            clear_threshold=0.03,
+            confidence=0.95,
+            for_="2m",
+            keep_firing_for="5m",
+            min_samples=20,
+            severity=AlertSeverity.CRITICAL.value,
+            runbook_url="https://runbooks.example/errors",
+        ),
+        AlertRule(name="LLMNoTraffic", metric="trace_count", window="10m", op="<", threshold=1,
+                  for_="10m", no_data="alert"),
+        AlertRule(name="LLMQuality", metric='pass_rate:a "b"', window="1h", op="<", threshold=0.8,
+                  min_samples=30, summary="{{ 合格率 }}"),
+        BurnRateRule(name="LLMBudget", objective=0.99, factor=14.4, severity="critical"),
+    ],
+    inhibit=(
+        Inhibit(when={"severity": "critical"}, mute={"severity": "warning"}, equal=("service",)),
+    ),
+    receivers={"ops": {"type": "console"}, "oncall": {"type": "console"}},
+    routes=(
+        {"match": {"severity": "critical"}, "to": ("oncall", "ops")},
+        {"match": {}, "to": ("ops",)},
+    ),
+)  # fmt: skip
+
+
+def series(name: str, values: str) -> dict[str, str]:
+    return {"series": f"llm_app_{name}", "values": values}
+
+
+def firing(severity: str, window: str, **annotations: str) -> list[dict[str, Any]]:
+    labels = {"severity": severity, "service": "bot", "window": window}
+    return [{"exp_labels": labels, "exp_annotations": annotations}]
+
+
+@needs_promtool
+def test_promtool_accepts_the_rules_and_their_behaviour(tmp_path: Path) -> None:
+    write = lambda name, data: (tmp_path / name).write_text(  # noqa: E731
+        yaml.safe_dump(data, allow_unicode=True), encoding="utf-8"
+    )
+    write("rules.yml", to_prometheus_rules(CONFIG))
+    errors = firing(
+        "critical",
+        "5m",
+        summary="LLMHighErrorRate",
+        value="0.2",
+        runbook_url="https://runbooks.example/errors",
+        not_exported="clear_threshold, confidence",
+    )
+    at = lambda moment, name, alerts: {  # noqa: E731
+        "eval_time": moment, "alertname": name, "exp_alerts": alerts
+    }  # fmt: skip
+    high = [
+        series('error_rate{window="5m"}', "0.01x9 0.2x9 0.01x30"),
+        series('trace_count{window="5m"}', "100x60"),
+        series('trace_count{window="10m"}', "100x60"),
+    ]
+    few = [series('error_rate{window="5m"}', "0.5x40"), series('trace_count{window="5m"}', "3x40")]
+    burn = [
+        series('error_rate{window="1h"}', "0.2x40"),
+        series('error_rate{window="5m"}', "0.2x20 0.0x20"),
+        series('trace_count{window="5m"}', "3x40"),
+    ]
+    budget = firing("critical", "1h", summary="LLMBudget", value="0.2")
+    traffic = firing("warning", "10m", summary="LLMNoTraffic", value="1")
+    cases = [
+        (high, [at("6m", "LLMHighErrorRate", []), at("8m", "LLMHighErrorRate", errors),
+                at("14m", "LLMHighErrorRate", errors), at("16m", "LLMHighErrorRate", []),
+                at("16m", "LLMNoTraffic", [])]),
+        (few, [at("10m", "LLMHighErrorRate", []), at("15m", "LLMNoTraffic", traffic)]),
+        (burn, [at("5m", "LLMBudget", budget), at("12m", "LLMBudget", [])]),
+    ]  # fmt: skip
+    tests = [{"interval": "30s", "input_series": s, "alert_rule_test": c} for s, c in cases]
+    write("test.yml", {"rule_files": ["rules.yml"], "evaluation_interval": "30s", "tests": tests})
+    for command in (["check", "rules", "rules.yml"], ["test", "rules", "test.yml"]):
+        done = subprocess.run(
+            ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_alertmanager
+def test_amtool_accepts_the_config(tmp_path: Path) -> None:
+    path = tmp_path / "am.yml"
+    urls = {"ops": "http://127.0.0.1:1/ops", "oncall": "http://127.0.0.1:1/oncall"}
+    path.write_text(yaml.safe_dump(to_alertmanager_config(CONFIG, urls)), encoding="utf-8")
+    done = subprocess.run(
+        ["amtool", "check-config", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 inhibit rules" in done.stdout and "2 receivers" in done.stdout
+
+
+def test_a_receiver_without_a_url_is_an_error() -> None:
+    with pytest.raises(AlertConfigError, match="no URL for receiver 'oncall'"):
+        to_alertmanager_config(CONFIG, {"ops": "http://127.0.0.1:1"})
+
+
+@pytest.fixture
+def alertmanager(tmp_path: Path, webhooks: WebhookReceiver) -> Iterator[str]:
+    urls = {"ops": f"{webhooks.url}/ops", "oncall": f"{webhooks.url}/oncall"}
+    config = to_alertmanager_config(CONFIG, urls)
+    config["route"].update(group_wait="100ms", group_interval="300ms")
+    (tmp_path / "am.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    address = f"127.0.0.1:{free_port()}"
+    command = ["prometheus-alertmanager", "--config.file=am.yml", "--storage.path=data"]
+    command += [f"--web.listen-address={address}", "--cluster.listen-address="]
+    log = (tmp_path / "am.log").open("w")
+    with subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log) as process:
+        try:
+            wait_until_ready(f"http://{address}", process)
+            yield f"http://{address}"
+        finally:
+            process.terminate()
+            log.close()
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "Alertmanager did not start"
+        try:
+            if requests.get(f"{url}/-/ready", timeout=1).ok:
+                return
+        except requests.ConnectionError:
+            time.sleep(0.05)
+    raise TimeoutError("Alertmanager is not ready")
+
+
+@pytest.mark.slow
+@needs_alertmanager
+def test_a_live_alertmanager_takes_four_posts_as_one_and_hears_the_end(
+    alertmanager: str, webhooks: WebhookReceiver
+) -> None:
+    handler = AlertmanagerNotificationHandler(alertmanager)
+    labels = {"service": "bot"}
+    page = Alert(name="errors", severity=AlertSeverity.CRITICAL, labels=labels, summary="多い")
+    warn = Alert(name="slow", labels=labels)
+    for alert in (page, page, page, page, warn):  # 警告は、重大なものが続く間は知らされない
+        assert handler.send(alert).ok
+    first = webhooks.wait_for(2, timeout_seconds=10)
+    now = datetime.now(timezone.utc)
+    handler.send(Alert(name="errors", severity=AlertSeverity.CRITICAL, labels=labels,
+                       status=AlertStatus.RESOLVED, starts_at=page.starts_at,
+                       ends_at=now - timedelta(milliseconds=1)))  # fmt: skip
+    handler.send(warn)
+    rest = webhooks.wait_for(5, timeout_seconds=15)[2:]
+    heard = lambda hooks: sorted(  # noqa: E731
+        (h.path, h.json["status"], h.json["groupLabels"]["alertname"]) for h in hooks
+    )
+    assert heard(first) == [("/oncall", "firing", "errors"), ("/ops", "firing", "errors")]
+    assert heard(rest) == [
+        ("/oncall", "resolved", "errors"),
+        ("/ops", "firing", "slow"),
+        ("/ops", "resolved", "errors"),
+    ]
+
+
+def test_a_rule_becomes_a_databricks_alert() -> None:
+    pytest.importorskip("databricks.sdk", reason="databricks-sdk is not installed")
+    rule = AlertRule(name="slow", metric="latency_p95_ms", window="10m", threshold=3000)
+    query = "SELECT percentile_approx(execution_duration_ms, 0.95) AS value FROM traces"
+    made = to_databricks_alert(rule, query=query, warehouse_id="w1", destination_ids=["d1"])
+    body = made.as_dict()
+    assert body["evaluation"]["comparison_operator"] == "GREATER_THAN"
+    assert body["evaluation"]["threshold"] == {"value": {"double_value": 3000.0}}
+    assert body["evaluation"]["empty_result_state"] == "UNKNOWN"
+    assert body["evaluation"]["notification"]["subscriptions"] == [{"destination_id": "d1"}]
+    with pytest.raises(AlertConfigError, match="burn rates need two queries"):
+        to_databricks_alert(BurnRateRule(name="b"), query="", warehouse_id="")
+
+
+def test_a_tricky_assessment_name_stays_one_label() -> None:
+    assert expression(CONFIG.rules[2]).startswith(
+        '(llm_app_pass_rate{window="1h",assessment="a \\"b\\""} < 0.8)'
+    )
+
+
+def test_a_burn_rate_keeps_its_minimum_and_its_absence() -> None:
+    burn = BurnRateRule(name="b", min_samples=30, no_data="alert")
+    assert expression(burn) == (
+        '(((llm_app_error_rate{window="1h"} > 0.144) and on() '
+        '(llm_app_error_rate{window="5m"} > 0.144)) and (llm_app_trace_count{window="1h"} >= 30)) '
+        'or absent(llm_app_error_rate{window="1h"})'
+    )
+
+
+def test_repeat_and_resolve_follow_the_route_and_the_receiver(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = AlertConfig(
+        rules=[AlertRule(name="a")],
+        receivers={"ops": {"type": "console", "send_resolved": False}},
+        routes=({"match": {}, "to": ["ops"], "repeat": "24h"},),
+        mute=(MuteWindow(),),
+    )
+    exported = to_alertmanager_config(config, {"ops": "http://relay/ops"})
+    assert exported["route"]["routes"][0]["repeat_interval"] == "1d"
+    assert exported["receivers"][0]["webhook_configs"][0]["send_resolved"] is False
+    assert "mute windows are not exported" in caplog.text

@@ -1,0 +1,131 @@
+"""再生: 公開した数値を再現し、たくさんの乱数でも誤報が少ない。"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from chapter8_samples.alerting.alert_config import AlertConfig
+from chapter8_samples.alerting.alert_replay import Replay, RuleReplay, SyntheticTraffic, replay
+from chapter8_samples.alerting.alert_rules import AlertRule, BurnRateRule
+from chapter8_samples.alerting.trace_metrics import TraceRow
+
+DEFAULT = AlertConfig.default().rules[0]
+CAREFUL = AlertRule(
+    name="careful",
+    threshold=0.05,
+    clear_threshold=0.03,
+    for_="1m",
+    keep_firing_for="5m",
+    confidence=0.95,
+)
+
+
+def run(*rules: Any, traffic: SyntheticTraffic | None = None) -> Replay:
+    traffic = traffic or SyntheticTraffic()
+    return replay(AlertConfig(rules=rules), traffic.rows(), incidents=traffic.incidents())
+
+
+def minutes(rule: RuleReplay) -> list[float | None]:
+    return [None if d is None else d.total_seconds() / 60 for d in rule.detection]
+
+
+def test_the_published_incident_is_one_firing_and_one_resolution() -> None:
+    slow = AlertRule(
+        name="p95",
+        metric="latency_p95_ms",
+        window="10m",
+        threshold=3000,
+        clear_threshold=2500,
+        for_="2m",
+        keep_firing_for="5m",
+    )
+    counted = AlertRule(
+        name="counted",
+        threshold=0.05,
+        clear_threshold=0.03,
+        for_="2m",
+        keep_firing_for="5m",
+        min_samples=30,
+    )
+    burn = BurnRateRule(name="burn", objective=0.97, factor=3, long="30m", short="5m")
+    careful, p95, samples_only, burned, default = run(CAREFUL, slow, counted, burn, DEFAULT).rules
+    assert (careful.naive_notifications, careful.naive_false) == (56, 15)
+    assert (careful.notifications, careful.false_firings, minutes(careful)) == (2, 0, [3.0])
+    assert (default.notifications, default.false_firings, minutes(default)) == (2, 0, [3.0])
+    assert (len(samples_only.firings), samples_only.false_firings) == (3, 2)
+    assert (p95.naive_notifications, p95.notifications, minutes(p95)) == (46, 2, [5.0])
+    assert (burned.notifications, minutes(burned)) == (2, [8.0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("storms", "calms", "false_pages"),
+    [
+        pytest.param(range(1, 21), range(101, 181), 2, id="the seeds the setting was chosen on"),
+        pytest.param(range(101, 141), range(201, 281), 2, id="seeds it has never seen"),
+    ],
+)
+def test_480_quiet_hours_give_two_false_pages_and_every_incident_is_found(
+    storms: range, calms: range, false_pages: int
+) -> None:
+    stormy = [run(DEFAULT, traffic=SyntheticTraffic(seed=seed)) for seed in storms]
+    calm = [run(DEFAULT, traffic=SyntheticTraffic(seed=seed, incident=None)) for seed in calms]
+    results = [r.rules[0] for r in stormy + calm]
+    assert len(calm) * 6 == 480
+    assert sum(r.false_firings for r in results) <= false_pages
+    found = [minute for r in stormy for minute in minutes(r.rules[0]) if minute is not None]
+    assert len(found) == len(storms)
+    assert max(found) <= 6
+    assert all(len(r.rules[0].firings) == 1 for r in stormy)
+    assert sum(r.naive_false for r in results) > 3000  # 値だけを比べていたら
+
+
+def test_a_rule_that_was_already_firing_did_not_miss_the_incident() -> None:
+    start = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    rows = [
+        TraceRow(trace_id=f"t{i}", at_ms=round(start.timestamp() * 1000) + i * 1000, state="ERROR")
+        for i in range(600)
+    ]
+    incident = (start + timedelta(minutes=7), start + timedelta(minutes=8))
+    rule = AlertRule(name="r", threshold=0.5, window="1m")
+    (found,) = replay(AlertConfig(rules=[rule]), rows, incidents=[incident]).rules
+    assert found.detection == (timedelta(0),)
+
+
+def test_the_picture_is_well_formed_and_escapes_names() -> None:
+    rule = AlertRule(name="<a & b>", threshold=0.05)
+    result = run(rule, traffic=SyntheticTraffic(traces=300))
+    root = ElementTree.fromstring(result.svg())
+    texts = [str(t.text) for t in root.iter("{http://www.w3.org/2000/svg}text")]
+    false = result.rules[0].false_firings
+    title = f"<a & b> (発報 {len(result.rules[0].firings)} 回、うち障害の外 {false} 回)"
+    assert title in texts and "0.05" in texts
+    assert [t for t in texts if ":" in t and len(t) == 5] == [f"{h:02}:00" for h in range(6)]
+    assert "<a & b>" in result.table()
+
+
+@pytest.mark.parametrize(("minutes", "labels"), [(0, 1), (7, 8), (61, 5), (3000, 5), (40_000, 7)])
+def test_the_time_axis_has_few_marks_for_any_length(minutes: int, labels: int) -> None:
+    start = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    shown = Replay(rules=(), span=(start, start + timedelta(minutes=minutes))).svg()
+    texts = ElementTree.fromstring(shown).iter("{http://www.w3.org/2000/svg}text")
+    assert len(list(texts)) - 1 == labels
+
+
+def test_nothing_to_replay_is_said() -> None:
+    with pytest.raises(ValueError, match="no traces to replay"):
+        replay(AlertConfig(rules=[CAREFUL]), [])
+
+
+def test_a_rule_that_could_not_be_evaluated_does_not_look_quiet() -> None:
+    traffic = SyntheticTraffic(traces=300, hours=1)
+    unusable = AlertRule(name="rating", metric="pass_rate:rating", op="<", threshold=0.9)
+    result = run(unusable, CAREFUL, traffic=traffic)
+    rating, careful = result.rules
+    assert rating.failures > 50 and "needs yes/no values" in rating.error
+    assert (careful.failures, careful.error) == (0, "")
+    assert "(評価できず" in result.table().splitlines()[1]

@@ -1,0 +1,245 @@
+"""設定ファイル: 誤りはすべて一度に、場所と直し方を付けて。"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chapter8_samples.alerting.alert_config import AlertConfig, load_config
+from chapter8_samples.alerting.alert_delivery import Alert, AlertSeverity, NotificationConfigError
+from chapter8_samples.alerting.alert_rules import AlertConfigError, AlertRule, BurnRateRule
+from chapter8_samples.alerting.alert_yaml import BURN_RATE, RULE, config_from_mapping
+from chapter8_samples.alerting.notification_channels import notifier_from_config
+
+GOOD = """
+version: 1
+offset: 10s
+repeat: 4h
+labels: {service: support-bot, environment: prod}
+rules:
+  - {name: high_error_rate, metric: error_rate, window: 5m, op: ">", threshold: 0.05,
+     clear_threshold: 0.03, for: 1m, keep_firing_for: 5m, confidence: 0.95,
+     severity: critical, action: rollback, runbook_url: "https://example.com/errors"}
+  - {name: quality, metric: "pass_rate:relevance", window: 1h, op: "<", threshold: 0.88}
+burn_rates:
+  - {name: budget, objective: 0.99, factor: 14.4, long: 1h, short: 5m, severity: critical}
+inhibit: [{when: {severity: critical}, mute: {severity: warning}, equal: [service]}]
+mute: [{match: {severity: warning}, start: "22:00", end: "07:00", timezone: Asia/Tokyo}]
+receivers:
+  oncall: {type: pagerduty, routing_key_env: PD_KEY, region: eu}
+  ops: {type: slack, url_env: SLACK_URL, send_resolved: false, min_severity: warning}
+  local: {type: console}
+routes: [{match: {severity: critical}, to: [oncall, ops]}, {match: {}, to: [local]}]
+"""
+
+
+def write(tmp_path: Path, content: str) -> Path:
+    path = tmp_path / "alerts.yaml"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def problems(data: Any) -> tuple[str, ...]:
+    with pytest.raises(AlertConfigError) as caught:
+        load_config(data)
+    return caught.value.problems
+
+
+def test_a_good_file_is_read_completely(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    errors, quality, budget = config.rules
+    assert isinstance(errors, AlertRule) and isinstance(budget, BurnRateRule)
+    assert (errors.for_, errors.confidence, errors.action) == ("1m", 0.95, "rollback")
+    assert quality.metric == "pass_rate:relevance"
+    assert config.offset_delta.total_seconds() == 10
+    assert config.mute[0].timezone == "Asia/Tokyo"
+
+
+def test_receivers_and_routes_become_a_notifier(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    with pytest.raises(NotificationConfigError, match=r"PD_KEY \(receiver oncall\), SLACK_URL"):
+        notifier_from_config(config, {})
+    url = "https://hooks.example.com/services/T/B/SECRET"
+    notifier = notifier_from_config(config, {"PD_KEY": "k" * 32, "SLACK_URL": url})
+    from chapter8_samples.alerting.alert_delivery import Alert
+
+    assert notifier.route(Alert(name="a", severity="critical")) == ("oncall", "ops")  # type: ignore[arg-type]
+    assert notifier.route(Alert(name="a")) == ("local",)
+
+
+def test_every_mistake_is_reported_at_once_with_its_place() -> None:
+    rules = [
+        {"name": "a", "metric": "error_rat", "window": "5 min", "threshold": "high"},
+        {"name": "b", "metric": "error_rate", "window": "5m", "threshhold": 1, "for": "x"},
+        "not a rule",
+        {"name": "c", "metric": "error_rate", "window": "5m", "threshold": 1, "confidence": 95},
+        {"name": "c", "metric": "error_rate", "window": "5m", "threshold": 1},
+    ]
+    receivers = {"ops": {"type": "slak"}, "chat": {"type": "slack"}}
+    found = problems(
+        {"rule": [], "rules": rules, "receivers": receivers, "routes": [{"to": ["opss"]}]}
+    )
+    assert found == (
+        "rule: unknown key; did you mean 'rules'?",
+        "rules[0].metric: unknown metric 'error_rat'; did you mean 'error_rate'?",
+        "rules[0].window: '5 min' is not a duration; write 30s, 5m, 1h30m or 2d",
+        "rules[0].threshold: 'high' is not a number",
+        "rules[1].threshhold: unknown key; did you mean 'threshold'?",
+        "rules[1].for: 'x' is not a duration; write 30s, 5m, 1h30m or 2d",
+        "rules[1]: threshold is missing",
+        "rules[2]: 'not a rule' is not a mapping",
+        "rules[3]: confidence: 95.0 is not between 0.5 and 1",
+        "receivers.ops: type must be one of slack, pagerduty, teams, webhook, email, "
+        "alertmanager, console; did you mean 'slack'?",
+        "receivers.chat: url_env is missing",
+        "routes[0].to: unknown receiver 'opss'; did you mean 'ops'?",
+    )
+
+
+@pytest.mark.parametrize(
+    "receiver",
+    [
+        {"type": "slack", "url": "https://hooks.slack.com/services/T0/B0/XXXX"},
+        {"type": "slack", "url_env": "https://hooks.slack.com/services/T0/B0/XXXX"},
+        {"type": "pagerduty", "routing_key": "0123456789abcdef0123456789abcdef"},
+        {"type": "pagerduty", "routing_key_env": "0123456789abcdef0123456789abcdef"},
+        {"type": "teams", "url_env": "x.logic.azure.com/?sig=abc"},
+    ],
+)
+def test_a_secret_in_the_file_is_refused_and_not_repeated(receiver: dict[str, str]) -> None:
+    rule = {"name": "a", "metric": "error_rate", "window": "5m", "threshold": 1}
+    (problem,) = problems({"rules": [rule], "receivers": {"ops": receiver}})
+    assert "secrets stay out of the file" in problem
+    assert not any(value in problem for key, value in receiver.items() if key != "type")
+
+
+def test_routes_need_a_catch_all() -> None:
+    rule = {"name": "a", "metric": "error_rate", "window": "5m", "threshold": 1}
+    routes = [{"match": {"severity": "critical"}, "to": ["c"]}]
+    receivers = {"c": {"type": "console"}}
+    assert problems({"rules": [rule], "receivers": receivers, "routes": routes}) == (
+        "routes: the last route must match everything; add {match: {}, to: [...]}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("rules: [", "is not YAML"), ("- a", "must be a mapping"), ("", "must be a mapping")],
+)
+def test_what_is_no_mapping_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(AlertConfigError, match=message):
+        load_config(write(tmp_path, content))
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(AlertConfigError, match=r"cannot read .*nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=12,
+)
+KEYS = ["version", "rules", "burn_rates", "inhibit", "mute", "receivers", "routes", "offset"]
+PLAUSIBLE = st.sampled_from(
+    ["5m", "1h", "0s", "error_rate", "pass_rate:x", ">", "<", 0.05, 0.99, 30, "critical", "keep"]
+)
+
+
+def records(schema: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(sorted(schema)), PLAUSIBLE | JSON, max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON, max_size=6)
+    | st.fixed_dictionaries(
+        {"rules": st.lists(records(RULE), max_size=3)},
+        optional={"burn_rates": st.lists(records(BURN_RATE), max_size=2), "offset": PLAUSIBLE},
+    )
+    | JSON
+)
+def test_no_input_gives_anything_but_a_config_or_a_config_error(data: Any) -> None:
+    try:
+        assert isinstance(config_from_mapping(data), AlertConfig)
+    except AlertConfigError as error:
+        assert error.problems
+
+
+RULES = "rules: [{name: errors, metric: error_rate, window: 5m, threshold: 0.5}]\n"
+
+
+def test_a_route_may_repeat_at_its_own_pace(tmp_path: Path) -> None:
+    routes = GOOD.replace("to: [oncall, ops]}", "to: [oncall, ops], repeat: 1h}")
+    config = load_config(write(tmp_path, routes))
+    critical = Alert(name="a", severity=AlertSeverity.CRITICAL)
+    assert config.repeat_for(critical) == timedelta(hours=1)
+    assert config.repeat_for(Alert(name="b")) == timedelta(hours=4)
+    found = problems({**yaml.safe_load(RULES), "routes": [{"match": {}, "to": [], "repeat": "x"}]})
+    assert found == ("routes[0].repeat: 'x' is not a duration; write 30s, 5m, 1h30m or 2d",)
+
+
+def test_times_of_day_may_stand_without_quotes(tmp_path: Path) -> None:
+    window = load_config(write(tmp_path, RULES + "mute: [{start: 22:00, end: 06:30}]")).mute[0]
+    assert (window.start, window.end) == ("22:00", "06:30")
+
+
+@pytest.mark.parametrize("start", ["22:00+09:00", "24:00:00:00", "noon", True, 1440])
+def test_what_is_no_time_of_day_is_refused_when_it_is_written(start: Any) -> None:
+    data = {**yaml.safe_load(RULES), "mute": [{"start": start, "end": "06:00"}]}
+    assert problems(data)[0].startswith("mute[0].start: ")
+
+
+def test_a_key_written_twice_does_not_silently_replace_the_first(tmp_path: Path) -> None:
+    for text in (RULES + RULES, RULES.replace("threshold: 0.5", "threshold: 1, threshold: 0.5")):
+        assert "is written twice" in problems(write(tmp_path, text))[0]
+
+
+@pytest.mark.parametrize(
+    "receiver",
+    [
+        "{type: pagerduty, routing_key_env: R0HJ5XSECRETXSECRETXSECRETXSECRE}",
+        "{type: slack, url_env: [https://hooks.slack.com/services/T0/B0/SECRET]}",
+        '{type: slack, url_env: "not a SECRET name"}',
+        "https://hooks.slack.com/services/T0/B0/SECRET",
+        '{type: slack, url: "https://hooks.slack.com/services/T0/B0/SECRET}',
+    ],
+)
+def test_no_message_repeats_a_secret(receiver: str, tmp_path: Path) -> None:
+    found = problems(write(tmp_path, f"{RULES}receivers:\n  ops: {receiver}\n"))
+    assert found and "SECRET" not in "".join(found)
+
+
+def test_the_hint_for_a_secret_names_a_key_that_exists() -> None:
+    receivers = {"ops": {"type": "slack", "webhook_url": "https://hooks.slack.com/services/X"}}
+    found = problems({**yaml.safe_load(RULES), "receivers": receivers})
+    assert "write url_env: NAME" in found[0]
+
+
+def test_a_broken_last_route_is_not_also_a_missing_catch_all() -> None:
+    routes = [{"match": {"severity": "critical"}, "to": []}, {"match": {}, "to": "ops"}]
+    found = problems({**yaml.safe_load(RULES), "routes": routes})
+    assert found == ("routes[1].to: 'ops' is not a list of names",)
+
+
+def test_a_burn_rate_needs_a_rate() -> None:
+    burn = {"name": "b", "metric": "latency_p95_ms", "objective": 0.99, "factor": 14.4}
+    assert "'latency_p95_ms' is not a rate" in problems({"burn_rates": [burn]})[0]
+
+
+def test_receivers_written_in_python_are_checked_before_they_are_used() -> None:
+    receivers = {"ops": {"type": "slack", "url": "https://hooks.slack.com/services/SECRET"}}
+    routes = ({"match": {"severity": "critical"}, "to": ["opps"]},)
+    config = AlertConfig(rules=[AlertRule(name="a")], receivers=receivers, routes=routes)
+    with pytest.raises(NotificationConfigError) as caught:
+        notifier_from_config(config, {})
+    assert "SECRET" not in str(caught.value)
+    for expected in ("write url_env", "unknown receiver 'opps'", "must match everything"):
+        assert expected in str(caught.value)

@@ -1,0 +1,139 @@
+"""動いているアプリが、付け替えを受け取り、読めない間は最後の版で動く。"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any
+
+import pytest
+
+from chapter8_samples.alerting.aliased_prompt import (
+    Aliased,
+    AliasedModel,
+    AliasedPrompt,
+    AliasUnavailableError,
+)
+
+
+class Counted(Aliased[str]):
+    """読み込みを数え、言われたときに失敗する。"""
+
+    def __init__(self, **options: Any) -> None:
+        self.now, self.version_now = 0.0, "1"
+        self.resolved, self.loaded, self.down = 0, 0, False
+        super().__init__("m", "champion", clock=lambda: self.now, **options)
+
+    def resolve(self) -> str:
+        self.resolved += 1
+        if self.down:
+            raise ConnectionError("server is down")
+        return self.version_now
+
+    def load(self, version: str) -> str:
+        self.loaded += 1
+        return f"model {version}"
+
+
+def test_a_change_arrives_within_the_ttl_and_an_unchanged_version_is_not_reloaded() -> None:
+    app = Counted(ttl_seconds=5)
+    assert [app.get().value for _ in range(3)] == ["model 1"] * 3
+    app.now = 5
+    assert app.get().value == "model 1"
+    app.version_now, app.now = "2", 9.9
+    assert app.version == "1"
+    app.now = 10
+    assert app.version == "2"
+    assert (app.resolved, app.loaded) == (3, 2)
+
+
+def test_the_last_good_version_stays_while_the_server_is_down() -> None:
+    app = Counted(ttl_seconds=5)
+    app.get()
+    app.down, app.now = True, 5
+    assert [app.get().version for _ in range(3)] == ["1"] * 3
+    assert (app.failures, app.resolved) == (1, 2)  # 落ちた相手を、リクエストのたびには呼び出さない
+    assert "server is down" in app.last_error
+    app.down, app.now, app.version_now = False, 10, "2"
+    assert (app.version, app.last_error) == ("2", "")
+
+
+def test_a_start_without_the_server_is_an_error() -> None:
+    app = Counted()
+    app.down = True
+    with pytest.raises(AliasUnavailableError, match="cannot load m@champion: ConnectionError"):
+        app.get()
+    app.down = False
+    assert app.version == "1"
+
+
+def test_one_thread_reloads_and_the_others_do_not_wait() -> None:
+    app = Counted(ttl_seconds=5)
+    app.get()
+    entered, go = threading.Event(), threading.Event()
+
+    def slow_resolve() -> str:
+        entered.set()
+        assert go.wait(10)
+        return "2"
+
+    app.resolve = slow_resolve  # type: ignore[method-assign]
+    app.now = 5
+    reloader = threading.Thread(target=app.get)
+    reloader.start()
+    assert entered.wait(10)
+    assert app.get().version == "1"  # 読み直しの最中でも、すぐに返る
+    go.set()
+    reloader.join(10)
+    assert app.version == "2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tracking_uri", "mlflow_server_url"])
+def test_a_real_prompt_is_followed_in_process_and_over_rest(
+    backend: str, request: pytest.FixtureRequest
+) -> None:
+    import mlflow.genai
+
+    uri = request.getfixturevalue(backend)
+    name, chat = f"p-{uuid.uuid4().hex[:6]}", f"c-{uuid.uuid4().hex[:6]}"
+    for text in ("one {{q}}", "two {{ q }}"):
+        mlflow.genai.register_prompt(name, text)
+    messages = [{"role": "system", "content": "答える"}, {"role": "user", "content": "{{q}}"}]
+    mlflow.genai.register_prompt(chat, messages)
+    mlflow.genai.set_prompt_alias(chat, "production", 1)
+    mlflow.genai.set_prompt_alias(name, "production", 2)
+    now = [0.0]
+    prompt = AliasedPrompt(name, ttl_seconds=5, tracking_uri=uri, clock=lambda: now[0])
+    assert (prompt.version, prompt.format(q="\\1 {{x}}")) == ("2", "two \\1 {{x}}")
+    mlflow.genai.set_prompt_alias(name, "production", 1)
+    now[0] = 5
+    assert (prompt.version, prompt.format(q="?")) == ("1", "one ?")
+    with pytest.raises(KeyError):
+        prompt.format(question="?")
+    conversation = AliasedPrompt(chat, tracking_uri=uri)
+    assert conversation.template == messages
+    with pytest.raises(TypeError, match="is a chat prompt"):
+        conversation.format(q="?")
+    with pytest.raises(AliasUnavailableError):
+        AliasedPrompt(name, "nobody", tracking_uri=uri).get()
+
+
+@pytest.mark.slow
+def test_a_model_is_reloaded_when_the_alias_moves(tracking_uri: str) -> None:
+    import mlflow
+
+    client: Any = mlflow.MlflowClient()
+    client.create_registered_model("agent")
+    for _ in range(2):
+        client.create_model_version("agent", source="file:///models/agent")
+    client.set_registered_model_alias("agent", "champion", 2)
+    now, loaded = [0.0], list[str]()
+    model = AliasedModel(
+        "agent", loader=lambda uri: loaded.append(uri) or uri, clock=lambda: now[0]
+    )
+    assert model.get().value == "models:/agent/2"
+    client.set_registered_model_alias("agent", "champion", 1)
+    now[0] = 30
+    assert model.get().value == "models:/agent/1"
+    assert loaded == ["models:/agent/2", "models:/agent/1"]

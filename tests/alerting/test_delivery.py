@@ -1,0 +1,504 @@
+"""配送: 429、5xx、遅い応答、切断のもとで、届く、重ならない、漏らさない。"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chapter8_samples._lab.receivers import Answer, WebhookReceiver
+from chapter8_samples.alerting.alert_delivery import (
+    Alert,
+    AlertSeverity,
+    AlertStatus,
+    Delivery,
+    NotificationConfigError,
+    NotificationHandler,
+    RetryPolicy,
+    retry_after_seconds,
+)
+from chapter8_samples.alerting.notification_channels import (
+    AlertmanagerNotificationHandler,
+    EmailNotificationHandler,
+    TeamsNotificationHandler,
+)
+from chapter8_samples.alerting.notification_handlers import (
+    ConsoleNotificationHandler,
+    MultiChannelNotifier,
+    PagerDutyNotificationHandler,
+    SlackNotificationHandler,
+    slack_escape,
+    slack_message,
+)
+
+SECRET = "/services/T0SECRET/B0SECRET/XyZsecret"
+KEY = "R0UT1NGKEY" * 3 + "99"
+FAST = RetryPolicy(timeout_seconds=0.3)
+
+
+class Clock:
+    """待つと進む時計。実際には待たない。"""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, list[float]()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def slack(hooks: WebhookReceiver, clock: Clock, **more: Any) -> SlackNotificationHandler:
+    options: dict[str, Any] = {"policy": FAST, "clock": clock, "sleep": clock.sleep, **more}
+    return SlackNotificationHandler(hooks.url + SECRET, **options)
+
+
+def pagerduty(hooks: WebhookReceiver, clock: Clock) -> PagerDutyNotificationHandler:
+    return PagerDutyNotificationHandler(
+        KEY, base_url=hooks.url, policy=FAST, clock=clock, sleep=clock.sleep
+    )
+
+
+ALERT = Alert(name="high_error_rate", severity=AlertSeverity.CRITICAL, summary="boom", value=0.2)
+
+
+def test_a_rate_limited_post_waits_as_long_as_it_is_told(
+    webhooks: WebhookReceiver, clock: Clock
+) -> None:
+    webhooks.script(Answer(429, {"Retry-After": "7"}), 200)
+    delivery = slack(webhooks, clock).send(ALERT)
+    assert (delivery.ok, delivery.attempts, clock.slept) == (True, 2, [7.0])
+
+
+def test_a_retry_after_date_is_understood_and_capped() -> None:
+    later = datetime.now(timezone.utc) + timedelta(hours=6)
+    wanted = retry_after_seconds(format_datetime(later, usegmt=True))
+    assert wanted == pytest.approx(6 * 3600, abs=5)
+    assert RetryPolicy().pause_seconds(1, format_datetime(later, usegmt=True), 0.5) == 30.0
+    past = format_datetime(later - timedelta(days=1), usegmt=True)
+    assert retry_after_seconds(past) == 0.0
+    assert retry_after_seconds("-3") is None
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 301])
+def test_a_refusal_is_not_repeated(webhooks: WebhookReceiver, clock: Clock, status: int) -> None:
+    webhooks.script(Answer(status, {"Location": "/elsewhere"}, body=b"invalid_payload"))
+    delivery = slack(webhooks, clock).send(ALERT)
+    assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 1, False)
+    assert delivery.error == f"HTTP {status} from 127.0.0.1: invalid_payload"
+    assert len(webhooks.received) == 1
+
+
+def test_a_slow_answer_is_posted_once_to_slack_and_again_to_pagerduty(
+    webhooks: WebhookReceiver, clock: Clock
+) -> None:
+    slow = Answer(200, delay_seconds=0.8)
+    webhooks.script(slow, slow)
+    delivery = slack(webhooks, clock).send(ALERT)
+    assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 1, False)
+    delivery = pagerduty(webhooks, clock).send(ALERT)
+    assert (delivery.ok, delivery.attempts) == (True, 2)
+    events = [r.json for r in webhooks.wait_for(3)[1:]]
+    assert len({event["dedup_key"] for event in events}) == 1
+
+
+def test_a_dead_host_is_retried_and_stays_retryable(clock: Clock) -> None:
+    with WebhookReceiver() as hooks:
+        handler = slack(hooks, clock)
+    delivery = handler.send(ALERT)
+    assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 4, True)
+
+
+def test_the_deadline_ends_the_retries(webhooks: WebhookReceiver, clock: Clock) -> None:
+    webhooks.script(*[Answer(503, {"Retry-After": "25"})] * 9)
+    policy = RetryPolicy(attempts=9, deadline_seconds=60)
+    delivery = slack(webhooks, clock, policy=policy).send(ALERT)
+    assert (delivery.ok, delivery.attempts, clock.now) == (False, 3, 50.0)
+
+
+def test_a_burst_is_slowed_to_the_channels_rate(webhooks: WebhookReceiver, clock: Clock) -> None:
+    handler = slack(webhooks, clock)
+    for _ in range(8):
+        handler.send(ALERT)
+    assert len(webhooks.received) == 8
+    assert clock.now == pytest.approx(3.0)  # 5 件はすぐに、残り 3 件は 1 秒に 1 件
+
+
+@pytest.mark.parametrize("answer", [400, 500, Answer(reset=True), Answer(delay_seconds=0.8)])
+def test_no_secret_appears_in_a_log_a_repr_or_a_result(
+    webhooks: WebhookReceiver, clock: Clock, caplog: pytest.LogCaptureFixture, answer: int | Answer
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    echo = Answer(400, body=f"bad key {KEY} at {SECRET}".encode())
+    webhooks.script(answer, echo, answer, echo)
+    handlers = [slack(webhooks, clock), pagerduty(webhooks, clock)]
+    notifier = MultiChannelNotifier()
+    for i, handler in enumerate(handlers):
+        notifier.add_handler(f"h{i}", handler)
+    seen = [repr(handlers), repr(notifier.notify(ALERT)), caplog.text]
+    assert "POST" in caplog.text  # urllib3 は DEBUG でパスを書く: 消えているのはパスだけ
+    for secret in (SECRET, "XyZsecret", KEY):
+        assert not any(secret in text for text in seen)
+
+
+@pytest.mark.parametrize("url", ["", "hooks.slack.com/secret", "ftp://x/secret", "https:///secret"])
+def test_a_malformed_url_is_refused_without_repeating_it(url: str) -> None:
+    with pytest.raises(NotificationConfigError) as caught:
+        SlackNotificationHandler(url)
+    assert "secret" not in str(caught.value)
+
+
+class Broken(NotificationHandler):
+    def deliver(self, alert: Alert) -> Delivery:
+        raise RuntimeError("boom")
+
+
+def test_one_broken_handler_does_not_stop_the_others() -> None:
+    lines: list[str] = []
+    notifier = MultiChannelNotifier().add_handler("broken", Broken())
+    notifier.add_handler("console", ConsoleNotificationHandler(lines.append))
+    results = {d.handler: d.ok for d in notifier.notify(ALERT)}
+    assert results == {"broken": False, "console": True}
+    assert (len(lines), notifier.failures) == (1, 1)
+
+
+def test_an_alert_nobody_took_goes_to_the_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    notifier = MultiChannelNotifier().add_handler("broken", Broken())
+    assert [d.ok for d in notifier.notify(ALERT)] == [False, True]
+    assert "high_error_rate" in caplog.text
+    assert [d.handler for d in MultiChannelNotifier().notify(ALERT)] == ["console"]
+
+
+def test_routing_follows_the_severity_and_never_drops_what_was_not_listed() -> None:
+    notifier = MultiChannelNotifier()
+    sent: dict[str, list[str]] = {"page": [], "chat": []}
+    for name in sent:
+        notifier.add_handler(name, ConsoleNotificationHandler(sent[name].append))
+    notifier.set_severity_routing({AlertSeverity.WARNING: ["chat"]})
+    notifier.notify([replace(ALERT, severity=AlertSeverity.WARNING), ALERT])
+    assert {name: len(lines) for name, lines in sent.items()} == {"page": 1, "chat": 2}
+    with pytest.raises(NotificationConfigError, match=r"unknown handlers \['pager'\]"):
+        notifier.set_severity_routing({"critical": ["pager"]})
+    with pytest.raises(NotificationConfigError, match="must match everything"):
+        notifier.set_routes([({"severity": "critical"}, ["page"])])
+
+
+def test_a_handler_added_later_still_gets_what_no_route_lists() -> None:
+    notifier, late = MultiChannelNotifier(), list[str]()
+    notifier.add_handler("page", ConsoleNotificationHandler(list[str]().append))
+    notifier.set_severity_routing({"critical": ["page"]})
+    notifier.add_handler("late", ConsoleNotificationHandler(late.append))
+    notifier.notify(replace(ALERT, severity=AlertSeverity.WARNING))
+    assert len(late) == 1
+
+
+def test_keep_alive_does_not_report_what_it_did_not_have_to_send(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class EveryCycle(ConsoleNotificationHandler):
+        wants_every_cycle = True
+
+    notifier = MultiChannelNotifier()
+    notifier.add_handler("log", ConsoleNotificationHandler(list[str]().append))
+    notifier.add_handler("alertmanager", EveryCycle(list[str]().append))
+    notifier.set_severity_routing({"warning": ["log"], "critical": ["alertmanager"]})
+    assert notifier.keep_alive([replace(ALERT, severity=AlertSeverity.WARNING)]) == []
+    assert caplog.text == ""
+
+
+def test_an_alert_every_handler_skipped_is_not_lost(
+    webhooks: WebhookReceiver, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    notifier = MultiChannelNotifier().add_handler("page", pagerduty(webhooks, clock))
+    notifier.notify(replace(ALERT, severity=AlertSeverity.WARNING))
+    assert webhooks.received == [] and "high_error_rate" in caplog.text
+
+
+def test_a_resolution_says_that_its_text_is_from_the_firing() -> None:
+    lines = list[str]()
+    resolved = replace(ALERT, status=AlertStatus.RESOLVED, summary="エラー率が 21% です")
+    ConsoleNotificationHandler(lines.append).deliver(resolved)
+    assert "[解消]" in lines[0] and "発報時の内容: エラー率が 21% です" in lines[0]
+
+
+def test_pagerduty_opens_and_closes_one_incident(webhooks: WebhookReceiver, clock: Clock) -> None:
+    handler = pagerduty(webhooks, clock)
+    handler.send(ALERT)
+    handler.send(replace(ALERT, status=AlertStatus.RESOLVED))
+    trigger, resolve = (r.json for r in webhooks.received)
+    assert (trigger["event_action"], resolve["event_action"]) == ("trigger", "resolve")
+    assert trigger["dedup_key"] == resolve["dedup_key"] == ALERT.fingerprint
+    assert "payload" not in resolve
+    assert {r.path for r in webhooks.received} == {"/v2/enqueue"}
+
+
+def test_a_low_severity_pages_nobody(webhooks: WebhookReceiver, clock: Clock) -> None:
+    delivery = pagerduty(webhooks, clock).send(replace(ALERT, severity=AlertSeverity.WARNING))
+    assert delivery.ok
+    assert delivery.skipped == "severity warning is below error"
+    assert webhooks.received == []
+
+
+def test_a_change_event_has_its_own_endpoint_and_no_action(
+    webhooks: WebhookReceiver, clock: Clock
+) -> None:
+    assert pagerduty(webhooks, clock).change_event("v3 -> v2", details={"by": "ci"}).ok
+    (request,) = webhooks.received
+    assert request.path == "/v2/change/enqueue"
+    assert set(request.json) == {"routing_key", "payload"}
+    assert "severity" not in request.json["payload"]
+
+
+ANY_TEXT = st.text(max_size=6000)
+
+
+def texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+
+
+@given(ANY_TEXT, st.integers(8, 3000))
+def test_slack_text_is_harmless_and_fits_for_any_unicode(text: str, limit: int) -> None:
+    escaped = slack_escape(text, limit)
+    assert len(escaped) <= limit
+    assert "<" not in escaped and ">" not in escaped
+    rest = escaped.replace("&amp;", "").replace("&lt;", "").replace("&gt;", "")
+    assert "&" not in rest  # 実体参照の途中では切らない
+    whole = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    if len(whole) <= limit:
+        assert escaped == whole
+    else:  # 入りきらない実体参照は、残りの幅があっても置かない
+        assert escaped.endswith("…") and whole.startswith(escaped[:-1])
+
+
+@given(ANY_TEXT, ANY_TEXT, st.dictionaries(ANY_TEXT, ANY_TEXT, max_size=12))
+def test_every_slack_message_stays_within_the_limits(
+    name: str, summary: str, labels: dict[str, str]
+) -> None:
+    message = slack_message(
+        Alert(name=name, summary=summary, labels=labels, examples=("t" * 300,) * 9)
+    )
+    header, *rest = message["blocks"]
+    assert 1 <= len(header["text"]["text"]) <= 150
+    assert len(message["blocks"]) <= 50 and len(message["text"]) <= 3000
+    for block in rest:
+        assert len(block.get("fields", [])) <= 10 and len(block.get("elements", [])) <= 10
+        assert all(1 <= len(f["text"]) <= 2000 for f in block.get("fields", []))
+        if "text" in block:
+            assert 1 <= len(block["text"]["text"]) <= 3000
+    assert not any("<!" in text or "<@" in text for text in texts(message["blocks"][1:]))
+
+
+@given(ANY_TEXT, ANY_TEXT, st.dictionaries(ANY_TEXT, ANY_TEXT, max_size=12))
+def test_every_pagerduty_event_stays_within_the_limits(
+    name: str, summary: str, labels: dict[str, str]
+) -> None:
+    event = PagerDutyNotificationHandler(KEY).payload(
+        Alert(name=name, summary=summary, labels=labels, fingerprint="f" * 400)
+    )
+    assert len(event["dedup_key"]) <= 255
+    assert 1 <= len(event["payload"]["summary"]) <= 1024
+    assert len(event["payload"]["source"]) <= 255
+    assert event["payload"]["severity"] in {"critical", "error", "warning", "info"}
+
+
+@given(ANY_TEXT, ANY_TEXT, st.dictionaries(ANY_TEXT, ANY_TEXT, max_size=30))
+def test_every_teams_card_stays_below_the_size_limit(
+    name: str, summary: str, labels: dict[str, str]
+) -> None:
+    from chapter8_samples.alerting.alert_delivery import json_bytes
+
+    handler = TeamsNotificationHandler("https://example.invalid/workflow?sig=x")
+    card = handler.payload(Alert(name=name, summary=summary, labels=labels))
+    assert len(json_bytes(card)) <= 21_000
+
+
+def test_alertmanager_learns_when_an_alert_ends(webhooks: WebhookReceiver, clock: Clock) -> None:
+    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    handler = AlertmanagerNotificationHandler(webhooks.url, clock=lambda: now)
+    handler.send(ALERT)
+    handler.send(replace(ALERT, status=AlertStatus.RESOLVED, ends_at=now))
+    first, last = (r.json[0] for r in webhooks.received)
+    assert first["endsAt"] == "2026-01-01T00:05:00+00:00"
+    assert last["endsAt"] == "2026-01-01T00:00:00+00:00"
+    assert first["labels"] == last["labels"]
+
+
+def test_a_mail_is_one_thread_and_keeps_newlines_out_of_the_subject() -> None:
+    handler = EmailNotificationHandler("mail.invalid", sender="a@example.com", to=["b@example.com"])
+    mail = handler.message(replace(ALERT, summary="line 1\nBcc: everyone@example.com"))
+    assert mail["Subject"] == "[発報] high_error_rate line 1 Bcc: everyone@example.com"
+    assert mail["Bcc"] is None
+    assert ALERT.fingerprint in mail["References"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channel", ["pagerduty", "slack"])
+def test_a_thousand_alerts_survive_a_bad_network(webhooks: WebhookReceiver, channel: str) -> None:
+    rng = random.Random(8)
+    bad = [
+        Answer(429, {"Retry-After": "0"}),
+        Answer(500),
+        Answer(503),
+        Answer(reset=True),
+        Answer(delay_seconds=0.12),
+    ]
+    script = [rng.choice(bad) if rng.random() < 0.3 else Answer(200) for _ in range(3000)]
+    webhooks.script(*script)
+    clock = Clock()
+    policy = RetryPolicy(attempts=12, base_seconds=0.001, timeout_seconds=0.06)
+    handler: NotificationHandler = SlackNotificationHandler(
+        webhooks.url + SECRET, policy=policy, clock=clock, sleep=clock.sleep
+    )
+    if channel == "pagerduty":
+        handler = PagerDutyNotificationHandler(
+            KEY, base_url=webhooks.url, policy=policy, clock=clock, sleep=clock.sleep
+        )
+    alerts = [replace(ALERT, name=f"a{i}", fingerprint=f"f{i}") for i in range(1000)]
+    results = [handler.send(alert) for alert in alerts]
+    key = {"pagerduty": "dedup_key", "slack": "text"}[channel]
+    taken = [  # 断らずに受け取ったリクエスト(返事が遅い、または切れたものを含む)
+        request.json[key]
+        for request, answer in zip(list(webhooks.received), script, strict=False)
+        if answer.status == 200
+    ]
+    copies = Counter(taken)
+    assert len(copies) == 1000  # 一つも失われない
+    assert max(d.elapsed_seconds for d in results) <= policy.deadline_seconds
+    if channel == "pagerduty":
+        assert all(delivery.ok for delivery in results)  # 重複は dedup_key が吸収する
+    else:
+        assert max(copies.values()) <= 2
+        assert not any(d.retryable for d in results)  # 届いたかもしれないものは、後でも送らない
+
+
+def whole_request(connection: socket.socket) -> bytes:
+    """本文まで読む。残したまま閉じると、答えではなく切断として届く。"""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += connection.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = int(re.findall(rb"(?i)content-length: (\d+)", head)[0])
+    while len(body) < length:
+        body += connection.recv(65536)
+    return head + body
+
+
+def half_answered(status: str, body: bytes, linger: bool) -> tuple[str, list[bytes]]:
+    """本文の途中で黙る(``linger``)か切る相手。受け取ったリクエストも返す。"""
+    listener, got = socket.create_server(("127.0.0.1", 0)), list[bytes]()
+
+    def answer() -> None:
+        for _ in range(8):
+            connection, _address = listener.accept()
+            with connection:
+                got.append(whole_request(connection))
+                connection.sendall(f"HTTP/1.1 {status}\r\nConnection: close\r\n".encode() + body)
+                time.sleep(1.0 if linger else 0.0)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}{SECRET}", got
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "linger", "ok", "requests_seen"),
+    [
+        ("200 OK", b"Content-Length: 100\r\n\r\no", True, True, 1),
+        ("200 OK", b"Content-Length: 100\r\n\r\no", False, True, 1),
+        ("500 X", b"Content-Length: 100\r\n\r\nno", False, False, 4),
+        ("503 X", b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello", False, False, 4),
+    ],
+)
+def test_a_broken_reply_body_changes_nothing_about_the_status(
+    status: str, body: bytes, linger: bool, ok: bool, requests_seen: int, clock: Clock
+) -> None:
+    url, got = half_answered(status, body, linger)
+    delivery = SlackNotificationHandler(url, policy=FAST, clock=clock, sleep=clock.sleep).send(
+        ALERT
+    )
+    assert (delivery.ok, delivery.attempts, len(got)) == (ok, requests_seen, requests_seen)
+    assert delivery.retryable is not ok
+
+
+@pytest.mark.parametrize("url", ["https://[bad/services/SECRET", "https://h:port/SECRET", "", None])
+def test_a_url_that_cannot_be_read_is_refused_without_showing_it(url: Any) -> None:
+    with pytest.raises(NotificationConfigError) as caught:
+        SlackNotificationHandler(url)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_lone_surrogate_is_delivered_as_a_question_mark(clock: Clock) -> None:
+    alert = replace(ALERT, summary="broken \ud800 text", labels={"service": "\ud800"})
+    with WebhookReceiver() as hooks:
+        assert slack(hooks, clock).send(alert).ok
+        assert "broken ? text" in hooks.received[0].json["text"]
+    assert Alert(name="x", labels={"service": "\ud800"}).fingerprint
+
+
+def test_send_never_raises_and_never_quotes_the_error() -> None:
+    class Broken(NotificationHandler):
+        name = "broken"
+
+        def deliver(self, alert: Alert) -> Delivery:
+            raise RuntimeError(f"cannot post to https://hooks.example{SECRET}")
+
+    delivery = Broken().send(ALERT)
+    assert (delivery.ok, delivery.error) == (False, "raised RuntimeError")
+    mail = EmailNotificationHandler("127.0.0.1", sender="a@b.example", to=["c@d.example"], port=9)
+    assert not mail.send(replace(ALERT, summary="\ud800")).ok
+
+
+def test_a_pagerduty_event_stays_below_512_kilobytes() -> None:
+    huge = replace(
+        ALERT,
+        name="\x00" * 2000,
+        labels={f"{i}" * 300: "\x00" * 5000 for i in range(300)},
+        links={f"{i}": "https://ui/" + "x" * 9000 for i in range(20)} | {"short": "https://ui/"},
+        examples=("t" * 5000,) * 20,
+    )
+    with WebhookReceiver() as hooks:
+        event = pagerduty(hooks, Clock()).payload(huge)
+    assert len(json.dumps(event).encode()) < 512_000
+    assert all(len(link["href"]) <= 2000 for link in event["links"])
+
+
+def test_teams_and_mail_show_the_runbook_and_the_example_traces() -> None:
+    alert = replace(
+        ALERT,
+        examples=("tr-1", "tr-2"),
+        links={"tr-1": "https://ui/#/tr-1"},
+        runbook_url="https://wiki/errors",
+    )
+    card = TeamsNotificationHandler("https://x/y").payload(alert)["attachments"][0]["content"]
+    assert card["body"][-1]["text"] == (
+        "[runbook](https://wiki/errors) / [tr-1](https://ui/#/tr-1) / tr-2"
+    )
+    mail = EmailNotificationHandler("h", sender="a@b.example", to=["c@d.example"])
+    assert "runbook: https://wiki/errors" in mail.message(alert).get_content()

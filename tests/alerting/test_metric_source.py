@@ -1,0 +1,345 @@
+"""指標: SQLite でもサーバーでも、手で数えた値と同じになる。"""
+
+from __future__ import annotations
+
+import random
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from statistics import quantiles
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.entities import TraceInfo, TraceLocation, TraceState
+
+from chapter8_samples._lab.receivers import WebhookReceiver
+from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
+from chapter8_samples.alerting.alert_delivery import NotificationConfigError
+from chapter8_samples.alerting.alert_rules import AlertConfigError, AlertRule
+from chapter8_samples.alerting.metric_source import (
+    SearchTracesMetricSource,
+    ServerMetricSource,
+    TraceSearch,
+    metric_source,
+    to_ms,
+    to_row,
+)
+from chapter8_samples.alerting.trace_metrics import (
+    MetricSourceError,
+    RowNumbers,
+    TraceRow,
+    check_metric,
+    measure,
+    percentile,
+)
+
+START = datetime(2026, 1, 1, 9, 0, tzinfo=timezone.utc)
+WINDOW = timedelta(minutes=10)
+AT = START + WINDOW
+
+
+@dataclass(frozen=True)
+class Request:
+    second: float
+    latency_ms: int
+    failed: bool
+    cost: float
+    tokens: int
+    verdict: bool | None
+    thumb: bool | None
+
+
+def traffic(count: int, seed: int = 3) -> list[Request]:
+    rng = random.Random(seed)
+    return [
+        Request(
+            second=rng.uniform(-120, 720),  # 窓の外にも
+            latency_ms=int(rng.lognormvariate(6.5, 0.6)),
+            failed=rng.random() < 0.15,
+            cost=round(rng.uniform(0.0001, 0.02), 6),
+            tokens=rng.randint(50, 900),
+            verdict=rng.random() < 0.8 if rng.random() < 0.7 else None,
+            thumb=rng.random() < 0.6 if rng.random() < 0.3 else None,
+        )
+        for _ in range(count)
+    ]
+
+
+def record(requests: list[Request]) -> None:
+    import mlflow
+    from mlflow.entities import AssessmentError
+
+    traces: list[str] = []
+    for request in requests:
+        began = round((START.timestamp() + request.second) * 1e9)
+        span: Any = mlflow.start_span_no_context("answer", start_time_ns=began)
+        usage = {"input_tokens": request.tokens, "output_tokens": 7}
+        usage["total_tokens"] = request.tokens + 7
+        span.set_attribute("mlflow.chat.tokenUsage", usage)
+        cost = {"input_cost": 0.0, "output_cost": request.cost, "total_cost": request.cost}
+        span.set_attribute("mlflow.llm.cost", cost)
+        if request.failed:
+            span.set_status("ERROR")
+        span.end(end_time_ns=began + request.latency_ms * 1_000_000)
+        traces.append(span.trace_id)
+    mlflow.flush_trace_async_logging()
+    for request, trace in zip(requests, traces, strict=True):
+        if request.verdict is not None:
+            mlflow.log_feedback(trace_id=trace, name="relevance", value=request.verdict)
+        elif request.failed:
+            error = AssessmentError(error_code="TIMEOUT", error_message="judge timed out")
+            mlflow.log_feedback(trace_id=trace, name="relevance", error=error)
+        if request.thumb is not None:
+            thumb = "yes" if request.thumb else "no"
+            mlflow.log_feedback(trace_id=trace, name="it's ok?", value=thumb)
+
+
+def truth(requests: list[Request]) -> dict[str, float]:
+    inside = [r for r in requests if 0 < round(r.second * 1000) <= 600_000]
+    latency = [float(r.latency_ms) for r in inside]
+    cuts = quantiles(latency, n=100, method="inclusive")
+    judged = [r.verdict for r in inside if r.verdict is not None]
+    broken = sum(r.verdict is None and r.failed for r in inside)
+    thumbs = [r.thumb for r in inside if r.thumb is not None]
+    cost = sum(r.cost for r in inside)
+    return {
+        "trace_count": len(inside),
+        "request_rate": len(inside) / 600,
+        "error_rate": sum(r.failed for r in inside) / len(inside),
+        "latency_p50_ms": cuts[49],
+        "latency_p95_ms": cuts[94],
+        "latency_p99_ms": cuts[98],
+        "latency_avg_ms": sum(latency) / len(latency),
+        "cost_usd": cost,
+        "cost_usd_per_hour": cost * 6,
+        "cost_usd_per_request": cost / len(inside),
+        "input_tokens": sum(r.tokens for r in inside),
+        "total_tokens_per_request": sum(r.tokens + 7 for r in inside) / len(inside),
+        "pass_rate:relevance": sum(judged) / len(judged),
+        "fail_rate:relevance": 1 - sum(judged) / len(judged),
+        "scorer_error_rate:relevance": broken / (broken + len(judged)),
+        "thumbs_down_rate:it's ok?": thumbs.count(False) / len(thumbs),
+        "feedback_rate:it's ok?": len(thumbs) / len(inside),
+    }
+
+
+def assert_true(source: Any, requests: list[Request]) -> None:
+    for metric, expected in truth(requests).items():
+        sample = source.sample(metric, WINDOW, AT)
+        assert sample.value == pytest.approx(expected, rel=1e-9), metric
+        if sample.successes is not None:
+            assert sample.successes / sample.n == pytest.approx(expected, rel=1e-9), metric
+
+
+@pytest.fixture
+def experiment(request: pytest.FixtureRequest) -> Iterator[str]:
+    import mlflow
+
+    name = f"metrics-{uuid.uuid4().hex[:8]}"
+    yield mlflow.set_experiment(name).name
+
+
+@pytest.mark.slow
+def test_sqlite_counts_like_a_human(tracking_uri: str, experiment: str) -> None:
+    requests = traffic(120)
+    record(requests)
+    source = metric_source(experiment)
+    assert isinstance(source, SearchTracesMetricSource)
+    assert_true(source, requests)
+    assert len(source.examples("error_rate", WINDOW, AT)) == 3
+
+
+@pytest.mark.slow
+def test_the_server_and_the_search_agree_with_the_truth(
+    mlflow_server_url: str, experiment: str
+) -> None:
+    requests = traffic(60)
+    record(requests)
+    source = metric_source(experiment)
+    assert isinstance(source, ServerMetricSource)
+    assert_true(source, requests)
+    assert not source.falls_back
+    assert_true(SearchTracesMetricSource(TraceSearch(experiment)), requests)
+    empty = source.sample("latency_p95_ms", WINDOW, AT + timedelta(days=9))
+    assert (empty.value, empty.n) == (None, 0)
+    assert source.sample("cost_usd_per_hour", WINDOW, AT + timedelta(days=9)).value == 0.0
+    assert source.sample("error_rate", WINDOW, AT + timedelta(days=9)).value is None
+
+
+@pytest.mark.slow
+def test_thinned_traces_are_weighted_on_a_server_too(
+    mlflow_server_url: str, experiment: str
+) -> None:
+    import mlflow
+
+    for failed, weight in ((True, "1.0"), (False, "9.0")):
+        with mlflow.start_span("answer") as span:
+            mlflow.update_current_trace(metadata={"sampling.weight": weight})
+            if failed:
+                span.set_status("ERROR")
+    mlflow.flush_trace_async_logging()
+    now = datetime.now(timezone.utc)
+    sample = metric_source(experiment).sample("error_rate", WINDOW, now)
+    assert (sample.value, sample.n) == (pytest.approx(0.1), 2)
+    assert metric_source(experiment).sample("trace_count", WINDOW, now).value == 10
+
+
+@pytest.mark.slow
+def test_an_overridden_feedback_counts_once(mlflow_server_url: str, experiment: str) -> None:
+    import mlflow
+
+    with mlflow.start_span("answer") as span:
+        pass
+    mlflow.flush_trace_async_logging()
+    first: Any = mlflow.log_feedback(trace_id=span.trace_id, name="relevance", value=False)
+    mlflow.override_feedback(trace_id=span.trace_id, assessment_id=first.assessment_id, value=True)
+    now = datetime.now(timezone.utc)
+    for source in (metric_source(experiment), SearchTracesMetricSource(TraceSearch(experiment))):
+        sample = source.sample("pass_rate:relevance", WINDOW, now)
+        assert (sample.value, sample.n) == (1.0, 1)
+
+
+def test_an_unknown_experiment_is_no_silence(tracking_uri: str) -> None:
+    with pytest.raises(MetricSourceError, match="experiment 'nobody' does not exist"):
+        metric_source("nobody")
+
+
+def test_a_missing_endpoint_switches_to_the_search(
+    webhooks: WebhookReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Search:
+        tracking_uri, experiment_id = webhooks.url, "1"
+
+        def rows(self, start: int, end: int, *, where: str = "", limit: int = 9) -> list[TraceRow]:
+            return [] if where else [TraceRow(trace_id="t", at_ms=end)]
+
+    search: Any = Search()
+    source = ServerMetricSource(search, SearchTracesMetricSource(search))
+    webhooks.script(404)
+    assert source.sample("trace_count", WINDOW, AT).value == 1
+    assert source.falls_back
+    assert source.sample("error_rate", WINDOW, AT).value == 0
+    assert len(webhooks.received) == 1  # 一度断られたら、もう聞かない
+    assert "search_traces instead" in caplog.text
+
+
+def test_a_refusing_server_is_an_error_and_not_a_fallback(webhooks: WebhookReceiver) -> None:
+    class Search:
+        tracking_uri, experiment_id = webhooks.url, "1"
+
+        def rows(self, *args: Any, **kwargs: Any) -> list[TraceRow]:
+            return []
+
+    search: Any = Search()
+    source = ServerMetricSource(search, SearchTracesMetricSource(search))
+    webhooks.script(403)
+    with pytest.raises(MetricSourceError, match="answered 403"):
+        source.sample("trace_count", WINDOW, AT)
+
+
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("eror_rate", "did you mean 'error_rate'"),
+        ("pass_rate", "write pass_rate:<assessment name>"),
+        ("error_rate:x", "unknown metric"),
+        ("pass_rate:", "unknown metric"),
+        ("", "known: trace_count"),
+    ],
+)
+def test_a_misspelt_metric_gets_a_hint(metric: str, hint: str) -> None:
+    with pytest.raises(MetricSourceError, match=hint):
+        check_metric(metric)
+
+
+def test_a_scorer_without_pass_and_fail_is_refused() -> None:
+    row = TraceRow(trace_id="t", at_ms=0, assessments=(("tone", "friendly"),))
+    with pytest.raises(MetricSourceError, match=r"needs yes/no values, found \['friendly'\]"):
+        measure("pass_rate:tone", 60, RowNumbers([row]))
+
+
+def test_a_time_without_a_zone_is_refused(tracking_uri: str) -> None:
+    import mlflow
+
+    mlflow.set_experiment("naive")
+    with pytest.raises(MetricSourceError, match="has no timezone"):
+        metric_source("naive").sample("trace_count", WINDOW, datetime(2026, 1, 1))
+
+
+@given(st.text() | st.sampled_from(["0", "-1", "nan", "inf", "1e309", "", "10", " 2.5 "]))
+def test_a_broken_weight_counts_as_one_trace(text: str) -> None:
+    place = TraceLocation.from_experiment_id("1")
+    info = TraceInfo("tr-1", place, 0, TraceState.OK, trace_metadata={"sampling.weight": text})
+    weight = to_row(info).weight
+    assert 0 < weight < float("inf")
+    assert weight == 1.0 or weight == float(text)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=2, max_size=60))
+def test_percentiles_match_the_standard_library(values: list[float]) -> None:
+    cuts = quantiles(values, n=100, method="inclusive")
+    pairs = [(value, 1.0) for value in values]
+    for q in (50, 95, 99):
+        assert percentile(pairs, q) == pytest.approx(cuts[q - 1], rel=1e-9, abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 9)), min_size=1, max_size=30))
+def test_a_weight_is_as_good_as_that_many_copies(pairs: list[tuple[float, int]]) -> None:
+    weighted = percentile([(v, float(w)) for v, w in pairs], 95)
+    copies = sorted(v for v, w in pairs for _ in range(w))
+    if all(w == 1 for _, w in pairs):
+        return
+    assert weighted == copies[max(0, -(-len(copies) * 95 // 100) - 1)]
+
+
+def test_a_deleted_experiment_is_not_a_quiet_one(tracking_uri: str) -> None:
+    import mlflow
+
+    mlflow.delete_experiment(mlflow.create_experiment("gone"))
+    with pytest.raises(MetricSourceError, match="'gone' is deleted"):
+        metric_source("gone")
+
+
+def test_a_mistyped_metric_is_found_at_setup(tracking_uri: str) -> None:
+    import mlflow
+
+    mlflow.create_experiment("app")
+    config = AlertConfig(rules=[AlertRule(name="errors", metric="eror_rate")])
+    with pytest.raises(AlertConfigError, match="did you mean 'error_rate'"):
+        setup_alerting("app", config)
+
+
+def test_the_receivers_of_the_configuration_are_notified(
+    tracking_uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    mlflow.create_experiment("app")
+    quiet = AlertRule(name="quiet", metric="trace_count", op="<", threshold=1, no_data="alert")
+    rules, receivers = [quiet], {"ops": {"type": "console"}}
+    setup_alerting("app", AlertConfig(rules=rules, receivers=receivers)).evaluate()
+    assert "quiet" in capsys.readouterr().out
+    secret = {"ops": {"type": "slack", "url_env": "CH8_UNSET_URL"}}
+    with pytest.raises(NotificationConfigError, match=r"CH8_UNSET_URL \(receiver ops\)"):
+        setup_alerting("app", AlertConfig(rules=rules, receivers=secret))
+
+
+def test_a_window_too_large_to_read_completely_is_logged(
+    tracking_uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    mlflow.set_experiment("app")
+    for _ in range(3):
+        with mlflow.start_span("answer"):
+            pass
+    mlflow.flush_trace_async_logging()
+    search, now = TraceSearch("app"), to_ms(datetime.now(timezone.utc) + timedelta(minutes=1))
+    assert len(search.rows(0, now)) == 3 and "newest" not in caplog.text
+    monkeypatch.setattr(sys.modules[TraceSearch.__module__], "MAX_TRACES", 2)
+    assert len(search.rows(0, now, limit=2)) == 2
+    assert "read only the newest 2 traces" in caplog.text

@@ -1,0 +1,505 @@
+"""ロールバック: 戻る、取り消せる、途中で落ちても壊れない、同時には動かない。"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+from chapter8_samples.alerting.alert_delivery import Alert, AlertSeverity, AlertStatus
+from chapter8_samples.alerting.alias_journal import (
+    Change,
+    ConcurrentChangeError,
+    CooldownError,
+    Journal,
+    KnownBadVersionError,
+    NoHistoryError,
+    RollbackError,
+    SameVersionError,
+    UnknownVersionError,
+    VerificationError,
+    known_bad,
+)
+from chapter8_samples.alerting.rollback import (
+    AliasRollback,
+    ModelRollbackManager,
+    PromptRollbackManager,
+    get_champion_version,
+    quick_rollback,
+)
+from chapter8_samples.alerting.rollback_on_alert import auto_rollback
+
+START = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+class Power(BaseException):
+    """電源が切れた(``except Exception`` では捕まらない)。"""
+
+
+class Registry:
+    """メモリー上のレジストリ。``fuse`` 回目の呼び出しの後で電源が切れる。"""
+
+    name, alias = "m", "champion"
+
+    def __init__(self, versions: int = 4) -> None:
+        self.versions = {str(v) for v in range(1, versions + 1)}
+        self.alias_version: str | None = None
+        self.stored: dict[str, str] = {}
+        self.calls, self.fuse = 0, 10**9
+        self.before_point: Callable[[], None] = lambda: None
+
+    def _burn(self) -> None:
+        self.calls += 1
+        if self.calls == self.fuse:
+            raise Power
+
+    def current(self) -> str | None:
+        self._burn()
+        return self.alias_version
+
+    def check(self, version: str) -> None:
+        self._burn()
+        if version not in self.versions:
+            raise UnknownVersionError(f"m has no version {version}")
+
+    def point(self, version: str | None) -> None:
+        self.before_point()
+        self.alias_version = version
+        self._burn()
+
+    def tags(self) -> Mapping[str, str]:
+        self._burn()
+        return dict(self.stored)
+
+    def put_tag(self, key: str, value: str) -> None:
+        self.stored[key] = value
+        self._burn()
+
+    def drop_tag(self, key: str) -> None:
+        self.stored.pop(key, None)
+        self._burn()
+
+    def uri(self, version: str | None = None) -> str:
+        return f"models:/m/{version}" if version else "models:/m@champion"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> datetime:
+        self.now += timedelta(seconds=1)
+        return self.now
+
+
+def engine(registry: Registry, clock: Clock | None = None, **options: Any) -> AliasRollback:
+    options = {"clock": clock or Clock(), "sleep": lambda _: None, **options}
+    return AliasRollback(registry, **options)
+
+
+def three_versions(**options: Any) -> tuple[Registry, AliasRollback]:
+    registry = Registry()
+    rollback = engine(registry, **options)
+    for version in (1, 2, 3):
+        rollback.promote(version)
+    return registry, rollback
+
+
+def test_a_rollback_goes_to_the_recorded_predecessor_and_back() -> None:
+    registry, rollback = three_versions()
+    change = rollback.rollback(reason="bad answers")
+    assert (change.from_version, change.to_version, change.state) == ("3", "2", "done")
+    assert registry.alias_version == "2"
+    assert engine(registry).undo().to_version == "3"  # 別のプロセスからでも取り消せる
+    with pytest.raises(NoHistoryError, match="no rollback to undo"):
+        rollback.undo()
+
+
+def test_a_second_rollback_skips_the_version_that_was_already_bad() -> None:
+    _registry, rollback = three_versions(cooldown_seconds=0)
+    rollback.rollback()
+    assert rollback.rollback().to_version == "1"
+    with pytest.raises(NoHistoryError, match="pass target_version"):
+        rollback.rollback()
+    assert known_bad(rollback.history()) == {"3", "2"}
+
+
+def test_an_undone_rollback_is_no_longer_a_reason_to_refuse() -> None:
+    registry, rollback = three_versions(cooldown_seconds=0)
+    rollback.rollback(1)
+    with pytest.raises(KnownBadVersionError, match="version 3 was rolled back"):
+        rollback.promote(3)
+    rollback.undo()
+    rollback.promote(2)
+    rollback.promote(3)
+    assert registry.alias_version == "3"
+
+
+def test_force_overrides_the_cooldown_and_the_known_bad_list() -> None:
+    _registry, rollback = three_versions()
+    rollback.rollback()
+    with pytest.raises(CooldownError, match="cooldown is 600 s"):
+        rollback.rollback(1)
+    assert rollback.rollback(1, force=True).to_version == "1"
+    assert rollback.promote(3, force=True).to_version == "3"
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda r: r.rollback(9), UnknownVersionError),
+        (lambda r: r.rollback(3), SameVersionError),
+        (lambda r: r.rollback(1, expected=2), ConcurrentChangeError),
+        (lambda r: r.undo(), NoHistoryError),
+    ],
+)
+def test_a_wrong_request_changes_nothing(
+    call: Callable[[AliasRollback], object], error: type[RollbackError]
+) -> None:
+    registry, rollback = three_versions()
+    before = rollback.history()
+    with pytest.raises(error):
+        call(rollback)
+    assert (registry.alias_version, rollback.history()) == ("3", before)
+    assert "rollback_champion_lock" not in registry.stored
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing() -> None:
+    registry, rollback = three_versions()
+    before = dict(registry.stored)
+    assert rollback.rollback(dry_run=True).state == "dry-run"
+    with pytest.raises(UnknownVersionError):
+        rollback.rollback(9, dry_run=True)
+    assert (registry.alias_version, registry.stored) == ("3", before)
+
+
+def test_the_same_request_is_carried_out_once() -> None:
+    registry, rollback = three_versions()
+    first = rollback.rollback(request_id="alert-1")
+    assert rollback.rollback(request_id="alert-1") == first
+    assert registry.alias_version == "2"
+
+
+def test_a_version_that_fails_before_the_switch_is_never_live() -> None:
+    registry, _ = three_versions()
+    seen: list[str | None] = []
+
+    def smoke(uri: str) -> None:
+        seen.append(registry.alias_version)
+        raise ValueError("no answer")
+
+    with pytest.raises(VerificationError, match="before the switch: no answer") as caught:
+        engine(registry, smoke_check=smoke).rollback()
+    assert (registry.alias_version, seen, caught.value.restored) == ("3", ["3"], True)
+
+
+def test_a_version_that_fails_after_the_switch_is_taken_back() -> None:
+    registry, _ = three_versions()
+
+    def smoke(uri: str) -> None:
+        if "@" in uri:
+            raise ValueError("500 from the app")
+
+    rollback = engine(registry, smoke_check=smoke)
+    with pytest.raises(VerificationError, match="after the switch") as caught:
+        rollback.rollback()
+    assert caught.value.restored
+    assert registry.alias_version == "3"
+    assert rollback.history()[-1].state == "restored"
+    assert known_bad(rollback.history()) == set()
+
+
+def test_a_failed_first_promotion_leaves_no_alias() -> None:
+    registry = Registry()
+
+    def smoke(uri: str) -> None:
+        if "@" in uri:
+            raise ValueError("broken")
+
+    with pytest.raises(VerificationError):
+        engine(registry, smoke_check=smoke).promote(1)
+    assert registry.alias_version is None
+
+
+def test_somebody_elses_change_is_not_overwritten_by_the_restore() -> None:
+    registry, rollback = three_versions()
+
+    def smoke(uri: str) -> None:
+        if "@" in uri:
+            registry.alias_version = "4"  # 確認の間に、ほかの誰かが動かした
+            raise ValueError("that is not what I promoted")
+
+    with pytest.raises(VerificationError) as caught:
+        engine(registry, smoke_check=smoke).rollback()
+    assert not caught.value.restored
+    assert registry.alias_version == "4"
+    assert rollback.history()[-1].state == "superseded"
+
+
+def test_only_one_change_at_a_time() -> None:
+    registry, rollback = three_versions()
+    busy = Journal(registry, actor="deploy-job", clock=Clock(), sleep=lambda _: None).locked()
+    with busy, pytest.raises(ConcurrentChangeError, match="is being changed by deploy-job"):
+        engine(registry, clock=Clock()).rollback()
+    assert rollback.rollback().state == "done"
+
+
+def test_an_abandoned_lock_expires() -> None:
+    registry, _ = three_versions()
+    clock = Clock()
+    lock = engine(registry, clock).journal.locked()
+    lock.__enter__()  # 持ち主は、そのまま落ちた
+    clock.now += timedelta(seconds=61)
+    assert engine(registry, clock).rollback().state == "done"
+
+
+def test_a_lock_lost_during_a_slow_smoke_check_stops_the_switch() -> None:
+    registry, _ = three_versions()
+
+    def smoke(uri: str) -> None:
+        registry.stored["rollback_champion_lock"] = '{"id": "other", "until": 0, "by": "other"}'
+
+    with pytest.raises(ConcurrentChangeError, match="another process won the lock"):
+        engine(registry, smoke_check=smoke).rollback()
+    assert registry.alias_version == "3"
+
+
+def calls_of_one_rollback() -> int:
+    registry, rollback = three_versions()
+    before = registry.calls
+    rollback.rollback()
+    return registry.calls - before
+
+
+@pytest.mark.parametrize("after", range(1, calls_of_one_rollback() + 1))
+def test_a_power_cut_at_any_step_leaves_a_valid_alias_and_a_journal_to_recover(after: int) -> None:
+    registry, rollback = three_versions()
+    registry.fuse = registry.calls + after
+    with pytest.raises(Power):
+        rollback.rollback()
+    registry.fuse = 10**9
+    assert registry.alias_version in ("3", "2")
+    later = Clock()
+    later.now += timedelta(hours=1)  # 残ったロックの期限が切れた後
+    survivor = engine(registry, later)
+    survivor.recover()
+    last = survivor.history()[-1]
+    assert last.state in ("done", "aborted")
+    if last.action == "rollback":
+        assert (registry.alias_version == "2") == (last.state == "done")
+    assert "rollback_champion_lock" not in registry.stored
+    survivor.promote(4)
+    assert survivor.rollback(force=True).to_version in ("3", "2")
+
+
+def test_a_recovered_change_is_verified_before_it_counts() -> None:
+    registry, rollback = three_versions()
+    registry.before_point = lambda: (_ for _ in ()).throw(Power)  # type: ignore[assignment]
+    with pytest.raises(Power):
+        rollback.rollback()
+    registry.alias_version = "2"  # 付け替えた直後、確認の前に落ちた
+    registry.before_point = lambda: None
+
+    def smoke(uri: str) -> None:
+        raise ValueError("no answer")
+
+    later = Clock()
+    later.now += timedelta(hours=1)
+    recovered = engine(registry, later, smoke_check=smoke).recover()
+    assert recovered is not None and recovered.state == "restored"
+    assert registry.alias_version == "3"
+
+
+def test_the_journal_fits_unity_catalog() -> None:
+    registry, rollback = three_versions()
+    for i in range(12):
+        rollback.promote(4 if i % 2 else 3, reason="理由" * 2000) if i else None
+        rollback.promote(1 + i % 2, reason="x" * 999, request_id="r" * 60 + str(i), force=True)
+    assert len(rollback.history()) == 8
+    for key, value in registry.stored.items():
+        assert len(value) <= 1000
+        assert not set(key) & set(".,-=/:")
+    assert [c.seq for c in rollback.history()] == sorted(c.seq for c in rollback.history())
+
+
+def test_a_change_survives_its_tag() -> None:
+    change = Change(
+        id="a",
+        seq=1,
+        action="promote",
+        to_version="2",
+        at=START,
+        by="me",
+        reason="日本語",
+        verified=True,
+    )
+    assert Change.from_json(change.to_json()) == change
+
+
+def model(versions: int = 3) -> str:
+    import mlflow
+
+    client: Any = mlflow.MlflowClient()
+    client.create_registered_model("agent")
+    for _ in range(versions):
+        client.create_model_version("agent", source="file:///models/agent")
+    return "agent"
+
+
+@pytest.mark.slow
+def test_real_models_and_prompts_follow_the_same_story(tracking_uri: str) -> None:
+    import mlflow.genai
+
+    for i in range(3):
+        mlflow.genai.register_prompt("qa", f"v{i} {{{{q}}}}")
+    managers = (
+        ModelRollbackManager(model(), settle_seconds=0.01),
+        PromptRollbackManager("qa", settle_seconds=0.01),
+    )
+    for manager in managers:
+        for version in (1, 2, 3):
+            manager.promote(version)
+        assert manager.rollback(reason="品質低下").to_version == "2"
+        assert manager.current_version() == "2"
+        assert manager.undo_rollback().to_version == "3"
+        with pytest.raises(UnknownVersionError):
+            manager.rollback(9)
+        assert [c.action for c in manager.get_rollback_history()][-2:] == ["rollback", "undo"]
+    assert managers[0].list_aliases() == {"champion": "3"}
+    assert [v.version for v in managers[0].get_model_versions()] in ([3, 2, 1], ["3", "2", "1"])
+    assert quick_rollback("agent", 1, reason="night", force=True).to_version == "1"
+    assert get_champion_version("agent") == "1"
+
+
+def test_an_alert_rolls_back_only_a_recent_promotion_and_only_once() -> None:
+    registry, rollback = three_versions()
+
+    class Manager:
+        def for_alias(self, alias: str | None = None) -> AliasRollback:
+            return rollback
+
+    manager: Any = Manager()
+    alert = Alert(name="errors", severity=AlertSeverity.CRITICAL, action="rollback")
+    assert auto_rollback(Alert(name="cost"), manager, mode="apply").outcome == "none"
+    resolved = Alert(name="errors", action="rollback", status=AlertStatus.RESOLVED)
+    assert auto_rollback(resolved, manager, mode="apply").outcome == "none"
+    suggested = auto_rollback(alert, manager)
+    assert (suggested.outcome, registry.alias_version) == ("suggested", "3")
+    assert suggested.change is not None and suggested.change.to_version == "2"
+    old = auto_rollback(alert, manager, mode="apply", max_change_age=timedelta(seconds=1))
+    assert (old.outcome, registry.alias_version) == ("none", "3")
+    for _ in range(2):
+        assert auto_rollback(alert, manager, mode="apply").outcome == "applied"
+    assert registry.alias_version == "2"
+    again = Alert(name="errors", action="rollback", starts_at=START + timedelta(days=1))
+    assert auto_rollback(again, manager, mode="apply").reason == (
+        "the last recorded change is no promotion"
+    )
+
+
+def compete(uri: str, start: Any, rounds: int, results: Any, who: int) -> None:
+    import logging
+
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    mlflow.set_tracking_uri(uri)
+    client: Any = mlflow.MlflowClient()
+    for i in range(rounds):
+        manager = ModelRollbackManager("agent", client, settle_seconds=0.25, cooldown_seconds=0)
+        start.wait()
+        try:
+            change = manager.promote(1 + (i + 1) % 2, expected=1 + i % 2, force=True)
+            results.put((i, who, change.id))
+        except RollbackError as error:
+            results.put((i, who, type(error).__name__))
+        start.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="spawn on Windows needs an importable __main__")
+def test_of_three_racing_processes_exactly_one_wins_each_round(tracking_uri: str) -> None:
+    name, rounds = model(2), 50
+    ModelRollbackManager(name, settle_seconds=0.0).promote(1)
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(3), context.Queue()
+    workers = [
+        context.Process(target=compete, args=(tracking_uri, start, rounds, results, who))
+        for who in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    outcomes = [results.get(timeout=120) for _ in range(3 * rounds)]
+    for worker in workers:
+        worker.join(30)
+    for i in range(rounds):
+        won = [o for r, _, o in outcomes if r == i and not o.endswith("Error")]
+        assert len(won) == 1, f"round {i}: {[o for r, _, o in outcomes if r == i]}"
+    history = ModelRollbackManager(name).get_rollback_history()
+    assert [c.state for c in history] == ["done"] * 8
+
+
+def test_a_forced_promotion_clears_the_bad_mark() -> None:
+    registry = Registry()
+    rollback = engine(registry, cooldown_seconds=0)
+    for version in (1, 2):
+        rollback.promote(version)
+    rollback.rollback()
+    with pytest.raises(KnownBadVersionError):
+        rollback.promote(2)
+    rollback.promote(2, force=True)
+    rollback.promote(3)
+    assert known_bad(rollback.history()) == set()
+    assert rollback.rollback().to_version == "2"
+
+
+def test_a_tag_edited_by_hand_does_not_block_the_next_change() -> None:
+    registry, rollback = three_versions()
+    registry.stored["rollback_champion_2"] = "edited"
+    registry.stored["rollback_champion_lock"] = "edited"
+    assert [change.to_version for change in rollback.history()] == ["1", "3"]
+    assert rollback.rollback().to_version == "2"
+
+
+def test_an_alert_older_than_the_promotion_does_not_roll_back_the_fix() -> None:
+    registry, rollback = three_versions()
+    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
+    alert = Alert(name="errors", action="rollback", starts_at=START - timedelta(minutes=30))
+    decision = auto_rollback(alert, manager, mode="apply")
+    assert (decision.outcome, registry.alias_version) == ("none", "3")
+    assert decision.reason == "the alert fired before the last promotion"
+
+
+def test_undo_takes_every_option() -> None:
+    _, rollback = three_versions()
+    rollback.rollback()
+    assert rollback.undo(force=True, expected=2).to_version == "3"
+
+
+@pytest.mark.parametrize("version", ["latest", "02", "two", None])
+def test_only_the_exact_number_of_a_real_version_is_accepted(
+    version: Any, tracking_uri: str
+) -> None:
+    import mlflow.genai
+
+    for i in range(2):
+        mlflow.genai.register_prompt("qa", f"v{i} {{{{q}}}}")
+    for manager in (
+        PromptRollbackManager("qa", settle_seconds=0),
+        ModelRollbackManager(model(2), settle_seconds=0),
+    ):
+        manager.promote(1)
+        with pytest.raises(UnknownVersionError):
+            manager.promote(version)
+        assert manager.current_version() == "1"
+        assert [c.state for c in manager.get_rollback_history()] == ["done"]
+
+
+@pytest.mark.parametrize("kind", [ModelRollbackManager, PromptRollbackManager])
+def test_a_name_that_is_not_registered_is_said_so(kind: Any, tracking_uri: str) -> None:
+    with pytest.raises(UnknownVersionError, match="nobody is not a registered"):
+        kind("nobody", settle_seconds=0).promote(1)

@@ -1,0 +1,202 @@
+"""署名: 正しいものだけを通し、書き換え、古いもの、再送を断る。"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chapter8_samples._lab.receivers import WebhookReceiver
+from chapter8_samples.alerting.alert_delivery import Alert, NotificationConfigError
+from chapter8_samples.alerting.webhook_signature import (
+    ReplayGuard,
+    SignedWebhookNotificationHandler,
+    WebhookRefusedError,
+    alert_from_mlflow_webhook,
+    sign,
+    verify_signature,
+)
+
+# https://github.com/standard-webhooks の仕様にある例
+VECTOR_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+VECTOR_ID, VECTOR_TIME = "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330
+VECTOR_BODY = b'{"test": 2432232314}'
+VECTOR_SIGNATURE = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+def signed(secret: str, body: bytes, at: int, scheme: Any = "standard") -> dict[str, str]:
+    signature = sign(secret, "m1", at, body, scheme)
+    prefix = "webhook" if scheme == "standard" else "X-MLflow"
+    name = "Id" if scheme == "standard" else "Delivery-Id"
+    return {
+        f"{prefix}-{name}": "m1",
+        f"{prefix}-Timestamp": str(at),
+        f"{prefix}-Signature": signature,
+    }
+
+
+def test_the_published_test_vector() -> None:
+    assert sign(VECTOR_SECRET, VECTOR_ID, VECTOR_TIME, VECTOR_BODY) == VECTOR_SIGNATURE
+
+
+@pytest.mark.parametrize("scheme", ["standard", "mlflow"])
+def test_a_genuine_delivery_passes_once(scheme: Any) -> None:
+    seen, headers = ReplayGuard(), signed("s3cret", b"{}", 1000, scheme)
+    assert verify_signature("s3cret", headers, b"{}", scheme=scheme, seen=seen, now=1010) == "m1"
+    with pytest.raises(WebhookRefusedError) as caught:
+        verify_signature("s3cret", headers, b"{}", scheme=scheme, seen=seen, now=1011)
+    assert caught.value.reason == "replay"
+
+
+@pytest.mark.parametrize(
+    ("changes", "body", "now", "reason"),
+    [
+        ({}, b"{ }", 1000, "bad_signature"),
+        ({"webhook-Id": "m2"}, b"{}", 1000, "bad_signature"),
+        ({"webhook-Timestamp": "1001"}, b"{}", 1000, "bad_signature"),
+        ({"webhook-Signature": "v1,AAAA"}, b"{}", 1000, "bad_signature"),
+        ({"webhook-Signature": "v1,あ"}, b"{}", 1000, "bad_signature"),
+        ({}, b"{}", 1301, "stale"),
+        ({}, b"{}", 699, "stale"),
+        ({"webhook-Timestamp": "now"}, b"{}", 1000, "bad_timestamp"),
+        ({"webhook-Timestamp": "²"}, b"{}", 1000, "bad_timestamp"),
+        ({"webhook-Signature": ""}, b"{}", 1000, "missing_header"),
+    ],
+)
+def test_a_forged_delivery_is_refused(
+    changes: dict[str, str], body: bytes, now: int, reason: str
+) -> None:
+    headers = {**signed("s3cret", b"{}", 1000), **changes}
+    with pytest.raises(WebhookRefusedError) as caught:
+        verify_signature("s3cret", headers, body, now=now)
+    assert caught.value.reason == reason
+
+
+def test_a_key_rotation_is_accepted() -> None:
+    headers = signed("new", b"{}", 1000)
+    headers["webhook-Signature"] = (
+        f"{sign('old', 'm1', 1000, b'{}')} {headers['webhook-Signature']}"
+    )
+    for secret in ("old", "new"):
+        assert verify_signature(secret, headers, b"{}", now=1000)
+
+
+def test_a_malformed_secret_is_refused_without_repeating_it() -> None:
+    with pytest.raises(NotificationConfigError) as caught:
+        sign("whsec_not*base64", "m", 1, b"")
+    assert "not*base64" not in str(caught.value)
+
+
+def test_what_we_send_can_be_verified_and_nothing_reveals_the_secret(
+    webhooks: WebhookReceiver,
+) -> None:
+    handler = SignedWebhookNotificationHandler(f"{webhooks.url}/in", VECTOR_SECRET)
+    assert handler.send(Alert(name="slow", summary="遅い")).ok
+    (request,) = webhooks.received
+    verify_signature(VECTOR_SECRET, dict(request.headers.items()), request.body)
+    assert request.json["data"]["summary"] == "遅い"
+    assert VECTOR_SECRET not in repr(handler)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+        lambda inner: st.dictionaries(
+            st.sampled_from(["entity", "action", "data", "name", "current_spend"]), inner
+        ),
+    )
+)
+def test_any_webhook_payload_becomes_an_alert(payload: Any) -> None:
+    if isinstance(payload, dict):
+        assert alert_from_mlflow_webhook(payload).name.startswith("mlflow_")
+
+
+def test_an_alias_change_is_the_same_alert_whatever_the_version() -> None:
+    first, second = (
+        alert_from_mlflow_webhook(
+            {
+                "entity": "prompt_alias",
+                "action": "created",
+                "data": {"name": "qa", "alias": "production", "version": version},
+            }
+        )
+        for version in ("1", "2")
+    )
+    assert first.fingerprint == second.fingerprint
+    assert first.name == "mlflow_prompt_alias_created"
+    assert "version=1" in first.summary
+
+
+@pytest.mark.slow
+def test_a_live_signed_webhook_of_a_real_server_is_verified(
+    webhooks: WebhookReceiver, tmp_path: Path
+) -> None:
+    import mlflow.genai
+    from cryptography.fernet import Fernet
+
+    from chapter8_samples._lab.mlflow_server import MlflowServer
+
+    settings = {
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": Fernet.generate_key().decode(),
+    }
+    with MlflowServer(tmp_path / "server", env={**os.environ, **settings}) as server:
+        mlflow.set_tracking_uri(server.url)
+        client: Any = mlflow.MlflowClient()
+        client.create_webhook(
+            name="ops",
+            url=f"{webhooks.url}/hook",
+            events=["prompt_alias.created", "budget_policy.exceeded"],
+            secret="s3cret",
+        )
+        name = f"qa-{uuid.uuid4().hex[:6]}"
+        mlflow.genai.register_prompt(name, "v1 {{q}}")
+        mlflow.genai.set_prompt_alias(name, "production", 1)
+        (request,) = webhooks.wait_for(1, timeout_seconds=30)
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    headers, seen = dict(request.headers.items()), ReplayGuard()
+    verify_signature("s3cret", headers, request.body, scheme="mlflow", seen=seen)
+    alert = alert_from_mlflow_webhook(request.json)
+    assert alert.labels == {"name": name, "alias": "production"}
+    late = time.time() + 301
+    for body, now, reason in (
+        (request.body, None, "replay"),
+        (request.body.replace(b"production", b"staging___"), None, "bad_signature"),
+        (request.body, late, "stale"),
+    ):
+        with pytest.raises(WebhookRefusedError) as caught:
+            verify_signature("s3cret", headers, body, scheme="mlflow", seen=seen, now=now)
+        assert caught.value.reason == reason
+    assert json.loads(request.body)["entity"] == "prompt_alias"
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "reason"),
+    [
+        ("webhook-Timestamp", "9" * 5000, "bad_timestamp"),
+        ("webhook-Timestamp", "9" * 400, "bad_timestamp"),
+        ("webhook-Id", "\udc80", "bad_signature"),
+        ("webhook-Signature", "v1,\udc80", "bad_signature"),
+    ],
+)
+def test_hostile_headers_are_refused_and_not_a_crash(header: str, value: str, reason: str) -> None:
+    headers = {**signed("s", b"{}", 1000), header: value}
+    with pytest.raises(WebhookRefusedError) as caught:
+        verify_signature("s", headers, b"{}", now=1000)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("secret", ["", "whsec_"])
+def test_an_empty_secret_is_refused_because_anyone_could_sign_with_it(secret: str) -> None:
+    with pytest.raises(NotificationConfigError):
+        verify_signature(secret, signed("other", b"{}", 1000), b"{}", now=1000)
+    with pytest.raises(NotificationConfigError):
+        SignedWebhookNotificationHandler("https://example.com/hook", secret)
