@@ -1,0 +1,164 @@
+"""8.5.4 otel-collector-config.yaml の構造。以前の版にあった誤りは、規則が見つける。"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+from opentelemetry.semconv.resource import ResourceAttributes
+
+from .collector_rules import load, problems
+from .conftest import CONFIG
+
+TEXT = CONFIG.read_text(encoding="utf-8")
+
+
+def broken(change: Callable[[dict[str, Any]], object]) -> str:
+    """いまの設定に誤りを 1 つ入れたもの。"""
+    config = yaml.safe_load(TEXT)
+    change(config)
+    return yaml.safe_dump(config, allow_unicode=True)
+
+
+def test_has_no_known_mistake() -> None:
+    assert problems(TEXT) == []
+
+
+def _datadog(config: dict[str, Any]) -> None:
+    config["exporters"]["datadog"] = {"api": {"key": "${env:DD_API_KEY}"}}
+
+
+def _attributes(config: dict[str, Any]) -> None:
+    action = {"key": "deployment.environment.name", "value": "production", "action": "upsert"}
+    config["processors"]["attributes"] = {"actions": [action]}
+    config["service"]["pipelines"]["traces/in"]["processors"].append("attributes")
+
+
+def _old_names(config: dict[str, Any]) -> None:
+    config["exporters"]["otlp/tempo"] = config["exporters"].pop("otlp_grpc/tempo")
+
+
+def _batch(config: dict[str, Any]) -> None:
+    config["processors"]["batch"] = {}
+    config["service"]["pipelines"]["traces/in"]["processors"].insert(0, "batch")
+
+
+def _all_interfaces(config: dict[str, Any]) -> None:
+    config["receivers"]["otlp"]["protocols"]["grpc"]["endpoint"] = "0.0.0.0:4317"
+
+
+def _event_group(config: dict[str, Any]) -> None:
+    groups = config["processors"]["transform/after"]["trace_statements"]
+    groups[0]["statements"] += groups.pop()["statements"]
+
+
+MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "removed telemetry key": (
+        lambda c: c["service"]["telemetry"]["metrics"].update(address="127.0.0.1:8888"),
+        "address was removed",
+    ),
+    "vendor exporter without a key": (_datadog, "api.key is empty"),
+    "attributes instead of resource": (_attributes, "use the resource processor"),
+    "deprecated environment attribute": (
+        lambda c: c["processors"]["resource/defaults"]["attributes"][0].update(
+            key="deployment.environment"
+        ),
+        "deployment.environment.name",
+    ),
+    "old exporter name": (_old_names, "use otlp_grpc"),
+    "batch before memory_limiter": (_batch, "memory_limiter must be the first"),
+    "prints prompts": (
+        lambda c: c["exporters"]["debug"].update(verbosity="detailed"),
+        "prints prompts",
+    ),
+    "all interfaces": (_all_interfaces, "all interfaces"),
+    "resource attributes as labels": (
+        lambda c: c["exporters"]["prometheus"].update(
+            resource_to_telemetry_conversion={"enabled": True}
+        ),
+        "become labels",
+    ),
+    "queue in memory": (
+        lambda c: c["exporters"]["otlp_http/mlflow"]["sending_queue"].pop("storage"),
+        "no persistent queue",
+    ),
+    "storage not started": (
+        lambda c: c["service"]["extensions"].remove("file_storage/queue"),
+        "storage file_storage/queue is not started",
+    ),
+    "typo in a pipeline": (
+        lambda c: c["service"]["pipelines"]["traces/in"]["processors"].append("redaction/pi"),
+        "redaction/pi is not defined",
+    ),
+    "bare variable": (
+        lambda c: c["exporters"]["otlp_http/mlflow"].update(endpoint="$MLFLOW_SERVER_URL"),
+        "instead of '$MLFLOW_SERVER_URL'",
+    ),
+    "required variable": (
+        lambda c: c["exporters"]["otlp_http/mlflow"].update(endpoint="${env:MLFLOW_SERVER_URL}"),
+        "has no default",
+    ),
+    "span statements that run per event": (_event_group, "per event"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_finds_the_mistake(name: str) -> None:
+    change, message = MISTAKES[name]
+    assert any(message in problem for problem in problems(broken(change))), problems(broken(change))
+
+
+def test_finds_a_duplicate_key() -> None:
+    assert problems(TEXT + "\nexporters: {}\n") == ["duplicate key 'exporters'"]
+
+
+def test_no_span_takes_two_ways_to_one_exporter() -> None:
+    """既定でも、切り替えた後でも、1 つのスパンが同じ送信先へ 2 回行かない。"""
+    pipelines = load(TEXT)["service"]["pipelines"]
+    traces = {name: p for name, p in pipelines.items() if name.startswith("traces")}
+    assert [name for name, p in traces.items() if "otlp" in p["receivers"]] == ["traces/in"]
+    assert [name for name, p in traces.items() if "span_metrics" in p["exporters"]] == ["traces/in"]
+    exporters = [item for p in traces.values() for item in p["exporters"]]
+    assert len(exporters) == len(set(exporters))
+
+
+def test_masks_before_it_cuts_and_before_anything_leaves() -> None:
+    pipelines = load(TEXT)["service"]["pipelines"]
+    order = pipelines["traces/in"]["processors"]
+    assert order.index("redaction/pii") < order.index("transform/after")
+    assert "tail_sampling" not in order  # メトリクスは間引く前の全件から
+
+
+def test_sampling_rules_are_those_of_the_app() -> None:
+    from chapter8_samples.production_tracing.sampling_strategies import KeepRules
+
+    policies = {p["name"]: p for p in load(TEXT)["processors"]["tail_sampling"]["policies"]}
+    rules = KeepRules()
+    assert policies["slow"]["latency"]["threshold_ms"] == rules.slow_ms - 1
+    key = policies["forced"]["string_attribute"]["key"]
+    assert key == f"mlflow.traceTag.{rules.keep_tag}"
+    assert policies["error"]["status_code"]["status_codes"] == ["ERROR"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-11-23 12:34:56",
+        "gpt-4o-mini-2024-07-18",
+        "注文番号 1234567890",
+        "合計 4,980 円",
+        "v1.2.3",
+    ],
+)
+def test_masking_leaves_ordinary_text_alone(text: str) -> None:
+    patterns = load(TEXT)["processors"]["redaction/pii"]["blocked_values"]
+    assert [p for p in patterns if re.search(p, text)] == []
+
+
+def test_resource_attribute_names_follow_the_convention() -> None:
+    keys = [a["key"] for a in load(TEXT)["processors"]["resource/defaults"]["attributes"]]
+    assert ResourceAttributes.SERVICE_NAMESPACE in keys
+    assert "deployment.environment.name" in keys

@@ -1,0 +1,364 @@
+"""8.5.4 本物の Collector で otel-collector-config.yaml を動かす。"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Status, StatusCode
+from ports import free_port
+from relay import relay
+from samples import run_as_reader
+
+from chapter8_samples._lab.receivers import OtlpReceiver
+from chapter8_samples.opentelemetry.otlp_delivery import flush_all
+from chapter8_samples.opentelemetry.otlp_setup import setup_otlp_export
+
+from .conftest import CONFIG, Collector, wait_until
+
+# 初回は Collector を作る(2 コアで 5 分ほど)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+PII = [
+    "taro.yamada@example.co.jp",
+    "090-1234-5678",
+    "03(1234)5678",
+    "０９０－１２３４－５６７８",
+    "+81 90-1234-5678",
+    "08012345678",
+    "０８０１２３４５６７８",
+    "0312345678",
+    "090 1234 5678",
+    "0120 123 456",
+    "(03)1234-5678",
+    "4111-1111-1111-1111",
+    "4111111111111111",
+    "378282246310005",
+    "sk-proj-abcdefghijklmnop1234",
+    "dapi0123456789abcdef0123456789abcdef",
+    "AIzaSyA-0123456789abcdefghijklmnopqrstu",
+    "xoxb-123456789012-abcdefghijkl",
+    "github_pat_11ABCDEFG0abcdefghijkl_mnop",
+    "hf_abcdefghijklmnopqrstuvwxyz012345",
+    "Bearer abcdefghijklmnopqrstuvwxyz",
+]
+
+
+def vendor(otlp: OtlpReceiver, pipeline: str = "ALL", **settings: str) -> dict[str, str]:
+    """受信側 1 つへ、全件(ALL)か標本(SAMPLED)を送る設定。"""
+    return {
+        f"COLLECTOR_EXPORTERS_{pipeline}": "[otlp_http/vendor]",
+        "VENDOR_TRACES_URL": otlp.http_endpoint,
+        **settings,
+    }
+
+
+class PlainApp:
+    """MLflow を使わない OpenTelemetry のアプリ。開始と終了の時刻を自由に決められる。"""
+
+    def __init__(self, endpoint: str) -> None:
+        self.provider = TracerProvider(resource=Resource.create({"service.name": "plain"}))
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=30)
+        self.provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=65536))
+        self.tracer = self.provider.get_tracer("plain")
+
+    def trace(
+        self,
+        name: str,
+        attributes: dict[str, Any] | None = None,
+        *,
+        ms: float = 10,
+        error: bool = False,
+    ) -> str:
+        now = time.time_ns()
+        root = self.tracer.start_span(name, start_time=now, attributes=attributes)
+        if error:
+            root.set_status(Status(StatusCode.ERROR, "failed"))
+        root.end(now + int(ms * 1e6))
+        return f"{root.get_span_context().trace_id:032x}"
+
+    def flush(self) -> None:
+        self.provider.force_flush()
+
+
+def test_validates_without_any_environment_variable(collector_binary: Path) -> None:
+    command = [str(collector_binary), "validate", f"--config={CONFIG}"]
+    run = subprocess.run(command, env={"HOME": "/tmp"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "deprecated" not in run.stderr + run.stdout
+
+
+def test_starts_without_warnings(collector: Callable[..., Collector]) -> None:
+    running = collector()
+    running.stop()
+    log = running.log.read_text()
+    bad = [
+        line for line in log.splitlines() if re.search(r"\t(warn|error)\t|deprecat|rewrite", line)
+    ]
+    assert bad == []
+
+
+def test_a_port_taken_by_somebody_else_is_chosen_again(
+    collector_binary: Path, tmp_path: Path
+) -> None:
+    running = Collector(collector_binary, tmp_path, {})
+    with socket.create_server(("127.0.0.1", running.ports["GRPC"])):
+        taken = dict(running.ports)
+        running.start()
+    running.stop()
+    assert not set(taken.values()) & set(running.ports.values())
+
+
+def test_traces_reach_an_mlflow_server_and_a_second_sink_without_personal_data(
+    mlflow_server_url: str, otlp: OtlpReceiver, collector: Callable[..., Collector]
+) -> None:
+    experiment = mlflow.set_experiment("through-the-collector").experiment_id
+    running = collector(
+        COLLECTOR_EXPORTERS_ALL="[otlp_http/mlflow, otlp_http/vendor]",
+        VENDOR_TRACES_URL=otlp.http_endpoint,
+        MLFLOW_SERVER_URL=mlflow_server_url,
+        MLFLOW_EXPERIMENT_ID=experiment,
+    )
+    setup_otlp_export(running.grpc_endpoint, "bot", mode="otlp_only", genai_semconv=False)
+    made = [_leaky_trace(text) for text in PII]
+    assert flush_all().complete
+    wait_until(lambda: len(otlp.spans) >= 2 * len(PII), 30, lambda: running.log.read_text()[-2000:])
+    wait_until(lambda: len(_stored(experiment)) >= len(PII), 30)
+    stored = _stored(experiment)
+    assert {trace.info.trace_id for trace in stored} == set(made)
+    assert {f"tr-{span.trace_id}" for span in otlp.spans} == set(made)
+    at_sink = json.dumps([vars(span) for span in otlp.spans], default=vars, ensure_ascii=False)
+    at_mlflow = json.dumps([trace.to_dict() for trace in stored], ensure_ascii=False)
+    for text in PII:
+        assert text not in at_sink, text
+        assert text not in at_mlflow, text
+    assert "お問い合わせ" in at_sink and "お問い合わせ" in at_mlflow
+    assert {trace.info.tags["release"] for trace in stored} == {"v1"}
+
+
+def test_the_traces_of_a_sample_reach_an_mlflow_server(
+    mlflow_server_url: str, otlp: OtlpReceiver, collector: Callable[..., Collector], tmp_path: Path
+) -> None:
+    experiment = mlflow.set_experiment("a-sample-through-the-collector").experiment_id
+    running = collector(
+        COLLECTOR_EXPORTERS_ALL="[otlp_http/mlflow, otlp_http/vendor]",
+        VENDOR_TRACES_URL=otlp.http_endpoint,
+        MLFLOW_SERVER_URL=mlflow_server_url,
+        MLFLOW_EXPERIMENT_ID=experiment,
+    )
+    sample = CONFIG.with_name("otlp_setup.py")
+    run = run_as_reader([sample, "--endpoint", running.grpc_endpoint], tmp_path)
+    assert "OTLP に届いたスパン 6、失われたスパン 0" in run.stdout, run.stderr
+    wait_until(lambda: (len(otlp.spans), len(_stored(experiment))) == (6, 3), 30)
+    at_sink = {f"tr-{span.trace_id}" for span in otlp.spans}
+    assert {trace.info.trace_id for trace in _stored(experiment)} == at_sink
+    assert sum(len(trace.data.spans) for trace in _stored(experiment)) == 6
+
+
+def _leaky_trace(text: str) -> str:
+    """入力、属性、イベント、例外の文面、スパン名、秘密らしい名前の属性に ``text`` を入れる。"""
+    with mlflow.start_span("answer", span_type="AGENT") as root:
+        root.set_inputs({"question": f"お問い合わせ: {text}です"})
+        root.set_attribute("api_key", "plain-secret")
+        root.set_attribute("list", ["a", f"連絡先は{text}まで"])
+        mlflow.update_current_trace(tags={"release": "v1"})
+        with pytest.raises(ValueError), mlflow.start_span(f"lookup {text}"):
+            raise ValueError(f"利用者 {text} がありません")
+    return root.trace_id
+
+
+def _stored(experiment: str) -> list[Any]:
+    found: Any = mlflow.search_traces(locations=[experiment], return_type="list")
+    return found
+
+
+def test_secret_looking_attributes_are_masked_whole(
+    otlp: OtlpReceiver, collector: Callable[..., Collector]
+) -> None:
+    app = PlainApp(collector(**vendor(otlp)).http_endpoint)
+    app.trace("login", {"db.password": "hunter2", "gen_ai.usage.input_tokens": 41})
+    app.flush()
+    (span,) = otlp.wait_for(spans=1, timeout_seconds=20)
+    assert span.attributes["db.password"] == "****"
+    assert span.attributes["gen_ai.usage.input_tokens"] == 41
+    assert not any(name.startswith("ch8.") for name in span.attributes)
+    assert span.resource["deployment.environment.name"] == "development"
+    assert span.resource["service.name"] == "plain"
+    assert "host.name" in span.resource
+
+
+def test_long_values_are_cut_between_characters(
+    otlp: OtlpReceiver, collector: Callable[..., Collector]
+) -> None:
+    app = PlainApp(collector(**vendor(otlp)).http_endpoint)
+    app.trace("long", {"prompt": "あ" * 20_000})
+    app.flush()
+    (span,) = otlp.wait_for(spans=1, timeout_seconds=20)
+    assert span.attributes["prompt"] == "あ" * (16384 // 3)
+
+
+def test_keeps_what_the_app_would_keep_and_drops_the_rest(
+    otlp: OtlpReceiver, collector: Callable[..., Collector]
+) -> None:
+    settings = vendor(otlp, "SAMPLED", SAMPLING_PERCENTAGE="0", SAMPLING_VIP_USERS="[vip-1, vip-2]")
+    app = PlainApp(collector(**settings).http_endpoint)
+    kept = {
+        app.trace("error", error=True),
+        app.trace("slow", ms=5000),
+        app.trace("forced", {"mlflow.traceTag.sampling.keep": "true"}),
+        app.trace("vip", {"user.id": "vip-2"}),
+        app.trace("weighted", {"sampling.weight": 10.0}),
+    }
+    for _ in range(50):
+        app.trace("normal", {"user.id": "someone"}, ms=4900)
+    app.flush()
+    wait_until(lambda: len(otlp.spans) >= 5, 30, lambda: [span.name for span in otlp.spans])
+    time.sleep(2)  # 決定を待つ 1 秒の間に、余分なものが届かないことも確かめる
+    assert {span.trace_id for span in otlp.spans} == kept
+
+
+def test_samples_the_rest_at_the_given_rate(
+    otlp: OtlpReceiver, collector: Callable[..., Collector]
+) -> None:
+    app = PlainApp(collector(**vendor(otlp, "SAMPLED", SAMPLING_PERCENTAGE="20")).http_endpoint)
+    for _ in range(2000):
+        app.trace("normal")
+    app.flush()
+    wait_until(lambda: len(otlp.spans) >= 300, 30)
+    time.sleep(3)
+    assert 320 <= len(otlp.spans) <= 480  # 400 +- 4.5 標準偏差
+
+
+def test_span_metrics_count_each_span_once_and_prometheus_reads_them(
+    otlp: OtlpReceiver, collector: Callable[..., Collector], tmp_path: Path
+) -> None:
+    settings = vendor(otlp, "SAMPLED", SAMPLING_PERCENTAGE="0", COLLECTOR_METRICS_INTERVAL="1s")
+    running = collector(**settings)
+    app = PlainApp(running.http_endpoint)
+    for _ in range(20):
+        app.trace("chat gpt-4o-mini", {"gen_ai.request.model": "gpt-4o-mini", "user.id": "u"})
+    app.flush()
+    app = PlainApp(running.http_endpoint)  # 再起動したプロセス
+    for _ in range(20):
+        app.trace("chat gpt-4o-mini", {"gen_ai.request.model": "gpt-4o-mini", "user.id": "u"})
+    app.trace("chat gpt-4o-mini", {"gen_ai.request.model": "gpt-4o-mini"}, error=True)
+    app.flush()
+    wait_until(lambda: re.search(r"calls_total\{.*\} 40", running.metrics()), 20)
+    page = running.metrics()
+    calls = [
+        line for line in page.splitlines() if line.startswith("traces_span_metrics_calls_total")
+    ]
+    assert sorted(float(line.split("}")[1].split()[0]) for line in calls) == [1.0, 40.0]
+    assert all('gen_ai_request_model="gpt-4o-mini"' in line for line in calls)
+    assert not any(re.search(r"user_id|[{,](service_)?instance(_id)?=", line) for line in calls)
+    _read_with_prometheus(running, tmp_path)
+
+
+def _read_with_prometheus(running: Collector, home: Path) -> None:
+    """本物の Prometheus に読ませる(Debian のパッケージ)。"""
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        pytest.skip("needs prometheus (Debian package) for the last step")
+    target, port = f"127.0.0.1:{running.ports['PROMETHEUS']}", free_port()
+    scrape = {
+        "job_name": "collector",
+        "scrape_interval": "1s",
+        "static_configs": [{"targets": [target]}],
+    }
+    (home / "prometheus.yml").write_text(json.dumps({"scrape_configs": [scrape]}))
+    flags = [f"--config.file={home}/prometheus.yml", f"--storage.tsdb.path={home}/tsdb"]
+    flags += [f"--web.listen-address=127.0.0.1:{port}"]
+    query = "sum(traces_span_metrics_calls_total)"
+
+    def answer() -> list[Any]:
+        try:
+            url = f"http://127.0.0.1:{port}/api/v1/query?query={query}"
+            with urllib.request.urlopen(url) as page:
+                found: list[Any] = json.load(page)["data"]["result"]
+                return found
+        except OSError:
+            return []
+
+    with (home / "prometheus.log").open("wb") as log:
+        process = subprocess.Popen([prometheus, *flags], stderr=log)
+    try:
+        wait_until(answer, 30, lambda: (home / "prometheus.log").read_text()[-1000:])
+        assert answer()[0]["value"][1] == "41"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_an_outage_of_30_seconds_with_a_killed_collector_loses_nothing(
+    otlp: OtlpReceiver, collector: Callable[..., Collector]
+) -> None:
+    """送信先が 30 秒落ち、その間に Collector が kill -9 され、アプリは送り続けても、全部届く。"""
+    port = free_port()
+    settings = vendor(otlp) | {"VENDOR_TRACES_URL": f"http://127.0.0.1:{port}/v1/traces"}
+    running = collector(**settings)
+    app, started = PlainApp(running.http_endpoint), time.monotonic()
+    made = _steadily(app, per_second=100, until=started + 10)
+    running.stop(signal.SIGKILL)
+    made |= _steadily(app, per_second=100, until=started + 13)  # Collector も居ない間
+    running.start()
+    made |= _steadily(app, per_second=100, until=started + 30)
+    assert len(made) >= 2500
+    assert otlp.spans == []
+    with relay(port, otlp.http_endpoint):
+        app.flush()
+        wait_until(lambda: {span.trace_id for span in otlp.spans} >= made, 45)
+    assert {span.trace_id for span in otlp.spans} == made
+
+
+def _steadily(
+    app: PlainApp,
+    *,
+    per_second: int,
+    until: float,
+    attributes: dict[str, Any] | None = None,
+    each_step: Callable[[], object] = lambda: None,
+) -> set[str]:
+    """``until`` まで、0.1 秒ごとに少しずつトレースを作る。"""
+    made, begun = set[str](), time.monotonic()
+    while (now := time.monotonic()) < until:
+        due = (now - begun) * per_second
+        while len(made) < due:
+            made.add(app.trace("steady", attributes))
+        each_step()
+        time.sleep(0.1)
+    return made
+
+
+def test_memory_stays_below_the_limit_at_200_spans_a_second_for_a_minute(
+    otlp: OtlpReceiver, collector: Callable[..., Collector]
+) -> None:
+    """1 分間、毎秒 200 スパン(1 つ 4 KB)を送り続ける。受け取りを断られることもない。"""
+    running = collector(**vendor(otlp))
+    app, resident = PlainApp(running.http_endpoint), list[float]()
+    made = _steadily(
+        app,
+        per_second=200,
+        until=time.monotonic() + 60,
+        attributes={"prompt": "返品したい。" * 220},
+        each_step=lambda: resident.append(running.resident_mib()),
+    )
+    app.flush()
+    wait_until(lambda: len(otlp.spans) >= len(made), 30)
+    assert len(made) > 11_900
+    assert {span.trace_id for span in otlp.spans} == made and len(otlp.spans) == len(made)
+    assert max(resident) < 512
+    assert not re.search(r"data refused|Memory usage is above", running.log.read_text())

@@ -1,0 +1,190 @@
+"""8.5.3 OTLP の設定値とプリセット。"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from opentelemetry.util.re import parse_env_headers
+
+from chapter8_samples.opentelemetry.otlp_config import (
+    OtlpConfig,
+    OtlpConfigError,
+    build_otlp_config,
+    parse_resource_attributes,
+)
+from chapter8_samples.opentelemetry.otlp_presets import PRESETS, preset
+
+# どのプリセットにも足りる環境変数
+KEYS = {
+    "DATABRICKS_HOST": "https://dbc.cloud.databricks.com",
+    "DATABRICKS_TOKEN": "dapi-s3cret",
+    "DATABRICKS_UC_TABLE": "main.llm.bot_otel_spans",
+    "DD_API_KEY": "dd-s3cret",
+    "GRAFANA_API_TOKEN": "glc-s3cret",
+    "GRAFANA_INSTANCE_ID": "123",
+    "GRAFANA_ZONE": "prod-ap-northeast-0",
+    "HONEYCOMB_API_KEY": "hc-s3cret",
+    "LANGFUSE_PUBLIC_KEY": "pk-lf",
+    "LANGFUSE_SECRET_KEY": "sk-s3cret",
+    "MLFLOW_EXPERIMENT_ID": "7",
+    "NEW_RELIC_LICENSE_KEY": "nr-s3cret",
+}
+EXPECTED = {
+    "arize_phoenix": "http://127.0.0.1:4317",
+    "collector": "http://127.0.0.1:4317",
+    "databricks": "https://dbc.cloud.databricks.com/api/2.0/otel/v1/traces",
+    "datadog": "https://otlp.datadoghq.com/v1/traces",
+    "datadog_agent": "http://127.0.0.1:4317",
+    "grafana_cloud": "https://otlp-gateway-prod-ap-northeast-0.grafana.net/otlp/v1/traces",
+    "honeycomb": "https://api.honeycomb.io:443/v1/traces",
+    "jaeger": "http://127.0.0.1:4317",
+    "langfuse": "https://cloud.langfuse.com/api/public/otel/v1/traces",
+    "mlflow": "http://127.0.0.1:5000/v1/traces",
+    "new_relic": "https://otlp.nr-data.net:4318/v1/traces",
+    "tempo": "http://127.0.0.1:4317",
+}
+HTTP_ONLY = {"databricks", "datadog", "grafana_cloud", "langfuse", "mlflow"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_builds_the_documented_endpoint(name: str) -> None:
+    config = preset(name, "bot", env=KEYS)
+    assert config.endpoint == EXPECTED[name]
+    assert config.service_name == "bot"
+    assert "s3cret" not in repr(config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_names_the_variable_it_lacks(name: str) -> None:
+    if PRESETS[name].headers or PRESETS[name].basic_auth:
+        with pytest.raises(
+            OtlpConfigError, match=rf"{name}.* needs the environment variable [A-Z_]+"
+        ):
+            preset(name, "bot", env={})
+    else:
+        assert preset(name, "bot", env={}).headers == {}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_only_receivers_that_speak_grpc_accept_it(name: str) -> None:
+    if name in HTTP_ONLY:
+        with pytest.raises(OtlpConfigError, match="only, not 'grpc'"):
+            preset(name, "bot", env=KEYS, protocol="grpc")
+    else:
+        assert preset(name, "bot", env=KEYS, protocol="grpc").protocol == "grpc"
+
+
+def test_basic_auth_survives_the_environment_variable() -> None:
+    config = preset("langfuse", "bot", env=KEYS)
+    headers = parse_env_headers(config.to_env()["OTEL_EXPORTER_OTLP_TRACES_HEADERS"], liberal=True)
+    scheme, _, encoded = headers["authorization"].partition(" ")
+    assert (scheme, base64.b64decode(encoded)) == ("Basic", b"pk-lf:sk-s3cret")
+    assert headers["x-langfuse-ingestion-version"] == "4"
+
+
+def test_preset_reads_values_as_files_and_consoles_give_them() -> None:
+    """末尾の改行は鍵に入れず、空白だけの値は「ない」とし、ホストの末尾の / は重ねない。"""
+    given = {"DATABRICKS_HOST": "https://dbc.cloud.databricks.com/", "DATABRICKS_TOKEN": "dapi\n"}
+    config = preset("databricks", "bot", env=KEYS | given)
+    assert config.endpoint == EXPECTED["databricks"]
+    assert config.headers["Authorization"] == "Bearer dapi"
+    with pytest.raises(OtlpConfigError, match="needs the environment variable DD_API_KEY"):
+        preset("datadog", "bot", env={"DD_API_KEY": " "})
+
+
+def test_unknown_preset_lists_the_names() -> None:
+    with pytest.raises(OtlpConfigError, match=r"'dataduck'.*datadog"):
+        preset("dataduck", "bot", env=KEYS)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "protocol", "expected"),
+    [
+        ("http://c:4318", "http/protobuf", "http://c:4318/v1/traces"),
+        ("http://c:4318/", "http/protobuf", "http://c:4318/v1/traces"),
+        ("http://c:4318/v1/traces", "http/protobuf", "http://c:4318/v1/traces"),
+        ("https://h/otlp", "http/protobuf", "https://h/otlp/v1/traces"),
+        ("http://c:4317/v1/traces", "grpc", "http://c:4317"),
+        ("https://[::1]:4317", "grpc", "https://[::1]:4317"),
+    ],
+)
+def test_endpoint_gets_the_path_its_protocol_needs(
+    endpoint: str, protocol: str, expected: str
+) -> None:
+    assert build_otlp_config(endpoint, "bot", protocol).endpoint == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "both"}, "mode 'both'"),
+        ({"compression": "deflate"}, "compression 'deflate'"),
+        ({"timeout_seconds": 0}, "above 0"),
+        ({"timeout_seconds": float("nan")}, "above 0"),
+        ({"timeout_seconds": float("inf")}, "finite"),
+        ({"timeout_seconds": "10"}, "timeout_seconds '10'"),
+        ({"certificate_file": "/no/such.pem"}, "does not exist"),
+        ({"headers": {"a b": "1"}}, "header name 'a b'"),
+        ({"headers": {"x": "s3cret\n"}}, "value of header 'x' is not printable"),
+        ({"headers": {"x": "鍵"}}, "value of header 'x' is not printable"),
+        ({"headers": {"api-key": None}}, "value of header 'api-key'"),
+        ({"headers": {"api-key": " "}}, "value of header 'api-key' .* empty"),
+        ({"headers": None}, "headers is NoneType"),
+        ({"resource_attributes": {"a=b": "1"}}, "'a=b'"),
+        ({"resource_attributes": {"a": 1}}, "'a' is 1, not str"),
+        ({"service_versoin": "1"}, "service_versoin.*service_version"),
+    ],
+)
+def test_wrong_options_name_the_value_and_never_a_secret(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(OtlpConfigError, match=message) as raised:
+        build_otlp_config("http://c:4317", "bot", **options)
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+@pytest.mark.parametrize(
+    ("endpoint", "message"),
+    [
+        ("http://user:s3cret@c:4318", "user name or a query"),
+        ("user:s3cret@c:4318", "user name or a query"),
+        ("https://c:4318/v1/traces?key=s3cret", "user name or a query"),
+        ("", "'' is not a URL"),
+        (None, "None is not a URL"),
+        ("http://[::1", "Invalid IPv6"),
+        ("http://a b:4317", "not an http"),
+    ],
+)
+def test_wrong_endpoints_say_what_is_wrong_and_never_a_secret(
+    endpoint: Any, message: str, protocol: str
+) -> None:
+    with pytest.raises(OtlpConfigError, match=message) as raised:
+        build_otlp_config(endpoint, "bot", protocol)
+    assert "s3cret" not in str(raised.value)
+
+
+def test_a_config_made_by_hand_is_checked_too() -> None:
+    config = build_otlp_config("http://c:4317", "bot")
+    assert replace(config, protocol="http/protobuf").endpoint == "http://c:4317/v1/traces"
+    for wrong in ({"mode": "both"}, {"endpoint": "c:4317"}, {"service_name": None}):
+        with pytest.raises(OtlpConfigError):
+            replace(config, **wrong)
+    with pytest.raises(OtlpConfigError, match="no scheme"):
+        OtlpConfig(endpoint="c:4317", service_name="bot")
+
+
+def test_never_uses_the_generic_endpoint() -> None:
+    env = build_otlp_config("http://c:4317", "bot", headers={"k": "v"}).to_env()
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in env
+    assert env["MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT"] == "true"
+
+
+def test_resource_attributes_survive_the_environment_variable() -> None:
+    values = {"team": "検索, 東京=1", "owner": "a%2Cb"}
+    env = build_otlp_config("http://c:4317", "bot", resource_attributes=values).to_env("x=1,,bad")
+    read = parse_resource_attributes(env["OTEL_RESOURCE_ATTRIBUTES"])
+    assert read == {"x": "1", "service.namespace": "llm-apps", **values}

@@ -1,0 +1,194 @@
+"""8.5.2 HTTP のスパン、MLflow のルート、LLM のスパンが 1 つのトレースになる。
+
+共通のプロバイダーはプロセスに 1 つなので、本物の FastAPI と uvicorn を別のプロセスで動かす。
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlflow
+import pytest
+import requests
+
+from chapter8_samples._lab.receivers import OtlpReceiver
+from chapter8_samples.opentelemetry.otlp_setup import setup_otlp_export
+from chapter8_samples.opentelemetry.unified_provider import use_unified_tracer_provider
+
+CALLER = "4bf92f3577b34da6a3ce929d0e0e4736"
+TRACEPARENT = f"00-{CALLER}-00f067aa0ba902b7-01"
+SERVER = """
+import json, sys, mlflow, uvicorn
+from fastapi import FastAPI
+from opentelemetry import trace
+from chapter8_samples.opentelemetry.otlp_delivery import flush_all
+from chapter8_samples.opentelemetry.otlp_setup import otlp_status, setup_otlp_export
+from chapter8_samples.opentelemetry import unified_provider
+from chapter8_samples.opentelemetry.unified_provider import use_unified_tracer_provider
+
+endpoint, tracking_uri = sys.argv[1:3]
+options = json.loads(sys.argv[3])
+native = options.pop("native", True)
+if not native:  # 自分ではスパンを作らない版の FastAPI
+    unified_provider.find_spec = lambda name: None
+mlflow.set_tracking_uri(tracking_uri)
+mlflow.set_experiment("unified")
+use_unified_tracer_provider()
+setup_otlp_export(endpoint, "bot", **options)
+use_unified_tracer_provider()  # 2 回目は何も変えない
+app = FastAPI(telemetry={"operation_spans": False, "tracing": native})
+unified_provider.trace_http_requests(app)
+
+@mlflow.trace(name="answer", span_type="AGENT")
+def answer(number):
+    mlflow.update_current_trace(tags={"release": "v1"}, request_preview=f"question {number}")
+    with trace.get_tracer("other.library").start_as_current_span("search"):
+        with mlflow.start_span("llm", span_type="CHAT_MODEL") as llm:
+            llm.set_attribute("mlflow.chat.tokenUsage", {"input_tokens": 7, "output_tokens": 2})
+            headers = {}
+            from opentelemetry import propagate
+            propagate.inject(headers)
+            return {"downstream": headers["traceparent"]}
+
+@app.get("/ask")
+def ask(number: int):
+    return answer(number)
+
+@app.get("/end")
+def end():
+    report = flush_all()
+    return [report.complete, list(otlp_status().warnings)]
+
+class Server(uvicorn.Server):
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        print(self.servers[0].sockets[0].getsockname()[1], flush=True)
+
+Server(uvicorn.Config(app, port=0, log_level="warning")).run()
+"""
+
+
+@contextmanager
+def serving(endpoint: str, tracking_uri: str, options: dict[str, Any]) -> Iterator[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SERVER, endpoint, tracking_uri, json.dumps(options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize(("mode", "native"), [("dual", True), ("dual", False), ("otlp_only", True)])
+@pytest.mark.parametrize("headers", [{}, {"traceparent": TRACEPARENT}], ids=["direct", "called"])
+def test_one_trace_from_the_http_request_to_the_llm(
+    tracking_uri: str, otlp: OtlpReceiver, mode: str, native: bool, headers: dict[str, str]
+) -> None:
+    options = {"mode": mode, "genai_semconv": False, "native": native}
+    with serving(otlp.grpc_endpoint, tracking_uri, options) as url:
+        answers = [
+            requests.get(f"{url}/ask", {"number": n}, headers=headers, timeout=30) for n in range(5)
+        ]
+        assert requests.get(f"{url}/end", timeout=30).json() == [True, []]
+    spans = [span for span in otlp.spans if span.name != "GET /end"]
+    roots = [span for span in spans if not span.parent_span_id]
+    assert [root.name for root in roots] == ["GET /ask"] * 5
+    for root, answer in zip(roots, answers, strict=True):
+        mine = [span for span in spans if span.trace_id == root.trace_id]
+        assert _chain(mine) == ["GET /ask", "answer", "search", "llm"]
+        llm = next(span for span in mine if span.name == "llm")
+        assert answer.json()["downstream"].startswith(f"00-{root.trace_id}-{llm.span_id}-")
+        assert root.links == ([(CALLER, "00f067aa0ba902b7")] if headers else [])
+        assert root.attributes["mlflow.traceTag.release"] == "v1"
+    assert len(spans) == 20
+    assert CALLER not in {span.trace_id for span in spans}
+    _check_stored([root.trace_id for root in roots] if mode == "dual" else [])
+
+
+def _chain(spans: list[Any]) -> list[str]:
+    """親から子へたどったスパン名。"""
+    children = {span.parent_span_id: span for span in spans}
+    names, current = [], children.get("")
+    while current is not None:
+        names.append(current.name)
+        current = children.get(current.span_id)
+    return names
+
+
+def _check_stored(expected: list[str]) -> None:
+    found = mlflow.get_experiment_by_name("unified")
+    assert found is not None
+    stored: Any = mlflow.search_traces(locations=[found.experiment_id], return_type="list")
+    asked = [trace for trace in stored if trace.data.spans[0].name == "GET /ask"]
+    assert {trace.info.trace_id for trace in asked} == {f"tr-{id_}" for id_ in expected}
+    for trace in asked:
+        assert [span.name for span in trace.data.spans] == ["GET /ask", "answer", "search", "llm"]
+        assert trace.info.state == "OK"
+        assert trace.info.token_usage["input_tokens"] == 7
+        assert trace.info.request_preview.startswith("question ")
+        assert trace.info.tags["release"] == "v1"
+
+
+def test_refuses_when_traces_have_started_already(tracking_uri: str, otlp: OtlpReceiver) -> None:
+    before = dict(os.environ)
+    with mlflow.start_span("too early"):
+        pass
+    with pytest.raises(RuntimeError, match="before the first trace"):
+        use_unified_tracer_provider()
+    mlflow.tracing.reset()
+    setup_otlp_export(otlp.grpc_endpoint, "bot")
+    with pytest.raises(RuntimeError, match="setup_otlp_export"):
+        use_unified_tracer_provider()
+    assert "MLFLOW_USE_DEFAULT_TRACER_PROVIDER" not in {*before, *os.environ}
+
+
+APP_PROVIDER = """
+import mlflow, sys
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from chapter8_samples.opentelemetry.unified_provider import use_unified_tracer_provider
+mlflow.set_tracking_uri(sys.argv[1])
+mlflow.set_experiment("app")
+memory, own = InMemorySpanExporter(), TracerProvider()
+own.add_span_processor(SimpleSpanProcessor(memory))
+trace.set_tracer_provider(own)
+assert use_unified_tracer_provider() is own
+with trace.get_tracer("app").start_as_current_span("request"), mlflow.start_span("answer"):
+    pass
+mlflow.flush_trace_async_logging()
+print([span.name for span in memory.get_finished_spans()])
+print([span.name for span in mlflow.search_traces(return_type="list")[0].data.spans])
+"""
+
+
+def test_keeps_a_provider_the_app_has_set(tracking_uri: str) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", APP_PROVIDER, tracking_uri]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert run.stdout.splitlines() == ["['answer', 'request']", "['request', 'answer']"], run.stderr
+
+
+def test_says_that_tracing_is_switched_off(tracking_uri: str) -> None:
+    program = """
+import os
+from chapter8_samples.opentelemetry.unified_provider import use_unified_tracer_provider
+import mlflow
+mlflow.tracing.disable()
+try:
+    use_unified_tracer_provider()
+except RuntimeError as error:
+    print(error, os.environ.get("MLFLOW_USE_DEFAULT_TRACER_PROVIDER"))
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert run.stdout.endswith("None\n"), run.stderr
