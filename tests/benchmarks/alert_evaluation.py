@@ -1,0 +1,209 @@
+"""アラートの指標を求める時間を、出どころと窓の長さを並べて測る。
+
+    python tests/benchmarks/alert_evaluation.py
+
+同じトレースを、サーバーの集計、サーバーの検索、SQLite の検索、プロセスの中の 4 通りで読む。6 つの
+指標を求める時間と、標準のルールを 1 回評価する時間を表にする。値が一致しなければ失敗する。
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from bench_report import Headline, machine, markdown
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from chapter8_samples import _lab
+from chapter8_samples._lab.mlflow_server import MlflowServer
+from chapter8_samples.alerting.alert_config import AlertConfig
+from chapter8_samples.alerting.alert_engine import AlertEngine
+from chapter8_samples.alerting.alert_replay import SyntheticTraffic
+from chapter8_samples.alerting.alert_rules import format_duration
+from chapter8_samples.alerting.in_process_metrics import InProcessMetricSource
+from chapter8_samples.alerting.metric_source import (
+    SearchTracesMetricSource,
+    ServerMetricSource,
+    TraceSearch,
+)
+from chapter8_samples.alerting.trace_metrics import MetricSource, TraceRow
+
+EXPERIMENT = "alert-evaluation"
+LATENCIES = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms")
+METRICS = ("error_rate", *LATENCIES, "cost_usd", "total_tokens")
+NAMES = ("サーバーの集計", "サーバーの検索", "SQLite の検索", "プロセスの中")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    traces: int = 5000
+    hours: float = 6.0
+    repeats: int = 5
+
+
+def store(rows: list[TraceRow], uri: str) -> None:
+    """合成した通信を、本物のスパンとして SQLite に書く。"""
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment(EXPERIMENT)
+    for i, row in enumerate(rows):
+        if i % 200 == 0:  # 送信待ちの列があふれると、トレースは捨てられる
+            mlflow.flush_trace_async_logging()
+        began = row.at_ms * 1_000_000
+        span: Any = mlflow.start_span_no_context("answer", start_time_ns=began)
+        total = sum(row.tokens.values())
+        span.set_attribute("mlflow.chat.tokenUsage", {**row.tokens, "total_tokens": total})
+        span.set_attribute("mlflow.llm.cost", {"total_cost": row.cost_usd})
+        if row.state == "ERROR":
+            span.set_status("ERROR")
+        span.end(end_time_ns=began + round((row.latency_ms or 0) * 1_000_000))
+    mlflow.flush_trace_async_logging()
+
+
+def sources(uri: str, url: str, memory: InProcessMetricSource) -> list[Callable[[], MetricSource]]:
+    """測るたびに作り直す(前の回に読んだものを使い回さない)出どころ。"""
+    served, direct = TraceSearch(EXPERIMENT, url), TraceSearch(EXPERIMENT, uri)
+    return [
+        lambda: ServerMetricSource(served, SearchTracesMetricSource(served)),
+        lambda: SearchTracesMetricSource(served),
+        lambda: SearchTracesMetricSource(direct),
+        lambda: memory,
+    ]
+
+
+def in_memory(rows: list[TraceRow], keep: timedelta) -> tuple[InProcessMetricSource, float]:
+    """(出どころ, 1 件を数えるマイクロ秒)。"""
+    source = InProcessMetricSource(keep=keep)
+    rows = [
+        replace(row, tokens={**row.tokens, "total_tokens": sum(row.tokens.values())})
+        for row in rows
+    ]
+    began = time.perf_counter()
+    for row in rows:
+        source.record(row)
+    return source, (time.perf_counter() - began) / len(rows) * 1e6
+
+
+def timed(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """(ミリ秒の中央値, 最後の戻り値)。最初の 1 回は数えない。"""
+    spent: list[float] = []
+    result = call()
+    for _ in range(repeats):
+        began = time.perf_counter()
+        result = call()
+        spent.append((time.perf_counter() - began) * 1000)
+    return statistics.median(spent), result
+
+
+def check_agreement(answers: list[list[float | None]], n: int) -> None:
+    """保存した値から求めた 3 つは一致し、プロセスの中の分位点は 1% 以内。"""
+    for other, within in ((answers[1], 1e-9), (answers[2], 1e-9), (answers[3], 0.011)):
+        for metric, first, value in zip(METRICS, answers[0], other, strict=True):
+            same = first == value or math.isclose(first or 0, value or 0, rel_tol=within)
+            if not same:
+                raise SystemExit(f"{metric} over {n} traces: {first} and {value} differ")
+
+
+@dataclass(frozen=True)
+class Row:
+    """1 つの窓を、``NAMES`` の順に測ったミリ秒。"""
+
+    title: str
+    spent: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """サーバーの検索 / サーバーの集計。"""
+        return self.spent[1] / self.spent[0]
+
+
+def measure(sizes: Sizes, home: Path) -> tuple[list[Row], float]:
+    """(表の行, プロセスの中で 1 件を数えるマイクロ秒)。"""
+    traffic = SyntheticTraffic(traces=sizes.traces, hours=sizes.hours)
+    rows = traffic.rows()
+    keep = timedelta(hours=sizes.hours)
+    # 区画(10 秒)の境目で区切ると、プロセスの中の値も同じ窓になる
+    end = traffic.start + keep - timedelta(milliseconds=1)
+    uri = f"sqlite:///{(home / 'mlflow.db').as_posix()}"
+    store(rows, uri)
+    memory, per_record = in_memory(rows, keep)
+    with MlflowServer(home, backend_store_uri=uri) as server:
+        made = sources(uri, server.url, memory)
+        shares = (1 / 72, 1 / 6, 1)
+        windows = [timedelta(seconds=round(keep.total_seconds() * share)) for share in shares]
+        found = [row_of(made, window, end, sizes.repeats) for window in windows]
+        found.append(cycle_row(made, end, sizes.repeats))
+    return found, per_record
+
+
+def row_of(
+    made: list[Callable[[], MetricSource]], window: timedelta, end: datetime, repeats: int
+) -> Row:
+    def ask(make: Callable[[], MetricSource]) -> list[Any]:
+        source = make()
+        return [source.sample(metric, window, end) for metric in METRICS]
+
+    found = [timed(lambda make=make: ask(make), repeats) for make in made]
+    n = found[0][1][0].n
+    check_agreement([[sample.value for sample in samples] for _, samples in found], n)
+    return Row(f"{format_duration(window)} ({n:,} 件)", [spent for spent, _ in found])
+
+
+def cycle_row(made: list[Callable[[], MetricSource]], end: datetime, repeats: int) -> Row:
+    config = AlertConfig.default(EXPERIMENT)
+
+    def evaluate(make: Callable[[], MetricSource]) -> None:
+        engine = AlertEngine(config, make())
+        engine.evaluate(end)
+        if engine.failures:
+            raise SystemExit(f"rules failed: {engine.failures}")
+
+    spent = [timed(lambda make=make: evaluate(make), repeats)[0] for make in made]
+    return Row(f"標準の {len(config.rules)} ルールを 1 回評価", spent)
+
+
+def run(sizes: Sizes) -> tuple[list[Row], float]:
+    """空の保存先で測る。"""
+    _lab.go_offline()
+    with tempfile.TemporaryDirectory() as home:
+        return measure(sizes, Path(home))
+
+
+def headline(quick: bool) -> list[Headline]:
+    """いちばん長い窓と、ルールの評価 1 回。"""
+    rows, _ = run(Sizes(72, 1.2, 1) if quick else Sizes())
+    return [
+        Headline(
+            f"アラートの指標 {len(METRICS)} つ" if row is rows[-2] else "アラートの評価",
+            f"{row.title}: "
+            + "、".join(f"{name} {ms:.1f} ms" for name, ms in zip(NAMES, row.spent, strict=True)),
+            f"検索は集計の {row.ratio:.1f} 倍",
+        )
+        for row in rows[-2:]
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    for name, default in vars(Sizes()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    sizes = Sizes(**vars(parser.parse_args(argv)))
+    rows, per_record = run(sizes)
+    print(f"測定: {machine()}、トレース {sizes.traces:,} 件、{sizes.repeats} 回の中央値(ミリ秒)\n")
+    lines = [[row.title, *(f"{ms:.1f}" for ms in row.spent), f"{row.ratio:.1f} 倍"] for row in rows]
+    print(markdown(("窓", *NAMES, "検索 / 集計"), lines))
+    print(f"\nプロセスの中で 1 件を数える時間: {per_record:.1f} マイクロ秒")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""料金計算の速さを、ほかの道具と同じ条件で並べて測る。
+
+実行::
+
+    $ python tests/benchmarks/cost_engine.py --calls 20000
+
+相手は入っているものだけ測る: ``pip install litellm genai-prices tokencost``
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "MLFLOW_MODEL_CATALOG_URI": ""}
+
+from bench_report import Headline, best_seconds, print_table, version_of  # noqa: E402
+
+Call = Callable[[], Any]
+OURS = "chapter8_samples.cost_tracking.cost_calculator"
+
+
+def ours() -> Call:
+    calculate = import_module(OURS).CostCalculator().calculate
+    return lambda: calculate("gpt-4o", 1200, 300, 1024)
+
+
+def ours_breakdown() -> Call:
+    price = import_module(OURS).CostCalculator().price
+    return lambda: price("gpt-4o", 1200, 300, 1024)
+
+
+def genai_prices() -> Call:
+    module = import_module("genai_prices")
+    usage = module.Usage(input_tokens=1200, output_tokens=300, cache_read_tokens=1024)
+    return lambda: module.calc_price(usage, model_ref="gpt-4o", provider_id="openai")
+
+
+def litellm() -> Call:
+    price = import_module("litellm").cost_per_token
+    return lambda: price("gpt-4o", 1200, 300, cache_read_input_tokens=1024)
+
+
+def tokencost() -> Call:
+    price = import_module("tokencost.costs").calculate_cost_by_tokens
+    return lambda: (price(1200, "gpt-4o", "input"), price(300, "gpt-4o", "output"))
+
+
+def mlflow_builtin() -> Call:
+    price = import_module("mlflow.utils.providers").cost_per_token
+    return lambda: price("gpt-4o", 1200, 300, cache_read_input_tokens=1024)
+
+
+PEERS: dict[str, tuple[str, str, Callable[[], Call]]] = {
+    "CostCalculator.calculate": ("", f"import {OURS}", ours),
+    "CostCalculator.price(内訳)": ("", f"import {OURS}", ours_breakdown),
+    "MLflow 内蔵": ("mlflow", "import mlflow.utils.providers", mlflow_builtin),
+    "genai-prices": ("genai-prices", "import genai_prices", genai_prices),
+    "litellm": ("litellm", "import litellm", litellm),
+    "tokencost": ("tokencost", "import tokencost", tokencost),
+}
+
+
+def engine_rows(calls: int, imports: int) -> list[list[str]]:
+    bare = import_seconds("pass", imports)
+    rows: list[list[str]] = []
+    base = 0.0
+    for name, (package, statement, prepare) in PEERS.items():
+        label = f"{name} {version_of(package)}" if package else name
+        try:
+            call = prepare()
+            call()
+        except ImportError:
+            rows.append([label.strip(), "not installed", "-", "-"])
+            continue
+        us = best_seconds(lambda call=call: [call() for _ in range(calls)]) / calls * 1e6
+        base = base or us
+        load = (import_seconds(statement, imports) - bare) * 1000
+        rows.append([label, f"{us:.2f}", f"{us / base:.1f}", f"{load:.0f}"])
+    return rows
+
+
+def import_seconds(statement: str, repeat: int) -> float:
+    command = [sys.executable, "-c", statement]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:1] + sys.path[2:])}
+    return best_seconds(lambda: subprocess.run(command, check=True, env=environment), repeat)
+
+
+def processor_us(spans: int) -> tuple[float, float]:
+    """(スパン処理, 同じスパンの開始から属性の設定まで) の 1 スパンあたりのマイクロ秒。"""
+    import mlflow
+    from mlflow.tracing.config import get_config
+
+    costs = import_module("chapter8_samples.cost_tracking.trace_costs").setup_cost_tracking()
+    process = get_config().span_processors[-1]
+    usage = {"input_tokens": 1200, "output_tokens": 300, "total_tokens": 1500}
+    root = mlflow.start_span_no_context("root")
+
+    def opened() -> Any:
+        span = mlflow.start_span_no_context("call", "CHAT_MODEL", parent_span=root)
+        span.set_attributes({"mlflow.llm.model": "gpt-4o", "mlflow.chat.tokenUsage": usage})
+        return span
+
+    waiting: list[Any] = []
+    opening = best_seconds(lambda: waiting.extend(opened() for _ in range(spans)), 3)
+    batches = [iter(waiting[i * spans : (i + 1) * spans]) for i in range(3)]
+    closing = best_seconds(lambda: [process(span) for span in batches.pop()], 3)
+    if costs.priced != 3 * spans or costs.failed:
+        raise RuntimeError(f"priced {costs.priced} of {3 * spans}, failed {costs.failed}")
+    costs.uninstall()
+    return closing / spans * 1e6, opening / spans * 1e6
+
+
+def headline(quick: bool) -> list[Headline]:
+    """料金計算 1 回の時間。"""
+    rows = engine_rows(*((50, 1) if quick else (20_000, 3)))
+    ours, _, *others = [row for row in rows if row[1] != "not installed"]
+    return [
+        Headline(
+            "料金計算 1 回(キャッシュのある入力)",
+            "、".join(f"{label} {us} us" for label, us, *_ in [ours, *others]),
+            "、".join(f"{label} は {ratio} 倍" for label, _, ratio, _ in others),
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=20_000)
+    parser.add_argument("--spans", type=int, default=2_000)
+    parser.add_argument("--imports", type=int, default=3)
+    options = parser.parse_args()
+    columns = ("計算(入力 1200、うちキャッシュ 1024、出力 300)", "us/回", "比", "import ms")
+    print_table("料金計算", columns, engine_rows(options.calls, options.imports))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        import mlflow
+
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        processor, opening = processor_us(options.spans)
+        rows = [
+            ["コストの記録", f"{processor:.1f}"],
+            ["(参考)スパンの開始と属性", f"{opening:.1f}"],
+        ]
+        print_table("スパンの処理", ("処理", "us/スパン"), rows)
+        sys.stdout.flush()
+        os._exit(0)  # 終わらせていない測定用のスパンを、終了時に保存しない
+
+
+if __name__ == "__main__":
+    main()
