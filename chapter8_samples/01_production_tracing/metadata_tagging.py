@@ -379,7 +379,8 @@ def _search(question: str) -> str:
 
 
 def _show(title: str, traces: list[Trace]) -> None:
-    names = [str(trace.info.client_request_id) for trace in reversed(traces)]
+    # 検索は新しい順だが、同じミリ秒に始まったものの順は決まらない
+    names = sorted(str(trace.info.client_request_id) for trace in traces)
     spans = sum(len(trace.data.spans) for trace in traces)
     print(f"{title}: {len(traces)} 件 {names}、スパン {spans} 個")
 

@@ -19,6 +19,7 @@ Databricks では、スパンを成果物の置き場に送る経路になるた
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -385,10 +386,14 @@ def main() -> None:
 
 
 def _command(arguments: Sequence[str]) -> None:
-    if len(arguments) != 2 or arguments[0] != "replay":
-        sys.exit("usage: python -m chapter8_samples.production_tracing.trace_spool replay DIR")
+    parser = argparse.ArgumentParser(
+        prog="python -m chapter8_samples.production_tracing.trace_spool",
+        description="残ったファイルを、いまのトラッキング URI に送る(送り残しがあれば 1 で終わる)",
+    )
+    command = parser.add_subparsers(required=True, metavar="replay").add_parser("replay")
+    command.add_argument("directory", metavar="DIR", help="TraceSpool に渡したディレクトリー")
     try:
-        stats = replay(arguments[1])
+        stats = replay(parser.parse_args(arguments).directory)
     except FileNotFoundError as error:
         sys.exit(str(error))
     print(f"delivered={stats.delivered} pending={stats.pending} dead={stats.dead}")

@@ -276,18 +276,22 @@ def test_command_line(tmp_path: Path) -> None:
     name = "chapter8_samples.production_tracing.trace_spool"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
-    def run(folder: Path) -> tuple[int, str, str]:
-        command = [sys.executable, "-m", name, "replay", str(folder)]
+    def run(*arguments: object) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", name, *map(str, arguments)]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
         return done.returncode, done.stdout, done.stderr
 
     (tmp_path / "empty").mkdir()
-    assert run(tmp_path / "empty")[:2] == (0, "delivered=0 pending=0 dead=0\n")
-    code, _, error = run(tmp_path / "typo")
+    assert run("replay", tmp_path / "empty")[:2] == (0, "delivered=0 pending=0 dead=0\n")
+    code, _, error = run("replay", tmp_path / "typo")
     assert code == 1 and f"no spool at '{tmp_path / 'typo'}'" in error and "Traceback" not in error
     assert not (tmp_path / "typo").exists()
+    code, usage, _ = run("replay", "--help")
+    assert code == 0 and "DIR" in usage
+    code, _, error = run("repaly", tmp_path / "empty")
+    assert code == 2 and "repaly" in error
 
 
 def test_a_spool_that_otlp_would_bypass_is_refused(
