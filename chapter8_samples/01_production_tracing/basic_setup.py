@@ -125,7 +125,7 @@ def setup_production_tracing(
         deployment_region: リソース属性 ``cloud.region``。
         environment: リソース属性 ``deployment.environment.name``。
         export_profile: ``EXPORT_PROFILES`` の名前。利用者の環境変数が優先される。
-        sampling_ratio: ヘッドサンプリングの割合 [0, 1]。``sampling_strategies`` とは併用しない。
+        sampling_ratio: ヘッドサンプリングの割合 [0, 1]。``sampling_strategies`` の重みにも入る。
         strict: サーバーに届かないとき ``True`` は例外、``False`` は記録を止めて起動を続け、
             ``retry_seconds`` 秒ごとに背後で接続し直す。
         http_timeout_seconds: MLflow サーバーへの 1 回のリクエストの上限。
@@ -303,8 +303,7 @@ def _connect_or_wait(session: _Session) -> None:
     _update(session, problem)
     mlflow.tracing.disable()
     session.disabled = True
-    name = "production-tracing-reconnect"
-    threading.Thread(target=_reconnect, args=(session,), name=name, daemon=True).start()
+    _start_reconnecting(session)
 
 
 def _connect(session: _Session) -> str | None:
@@ -317,13 +316,13 @@ def _connect(session: _Session) -> str | None:
             session.options.experiment_name
         )
     except mlflow.MlflowException as error:
-        problem = _probe(session)
-        if problem or status.backend == "databricks":
-            return problem or f"databricks: {error}"
         reason = hide_secrets(str(error))
-        raise TracingSetupError(
-            f"experiment {session.options.experiment_name!r} cannot be used: {reason}"
-        ) from error
+        problem = f"experiment {session.options.experiment_name!r} cannot be used: {reason}"
+        # 500 番台は、応答の途切れや、サーバーの奥のデータベースの停止も含む(待てば直りうる)
+        server_error = status.backend == "server" and error.get_http_status_code() >= 500
+        if server_error or status.backend == "databricks":
+            return problem
+        raise TracingSetupError(problem) from error
     if status.export_profile == "otlp":
         identity = experiment.experiment_id
         session.environment.set(otlp_environment(session.uri, status.backend, identity))
@@ -362,6 +361,27 @@ def _fix_id_generator() -> None:
     kind: Any = generator.__class__
     if kind.__module__.startswith("mlflow.") and "__del__" in vars(kind):
         del kind.__del__
+
+
+_fork_hook_installed = False
+
+
+def _start_reconnecting(session: _Session) -> None:
+    global _fork_hook_installed
+    if not _fork_hook_installed and hasattr(os, "register_at_fork"):
+        _fork_hook_installed = True
+        os.register_at_fork(after_in_child=_reconnect_after_fork)
+    name = "production-tracing-reconnect"
+    threading.Thread(target=_reconnect, args=(session,), name=name, daemon=True).start()
+
+
+def _reconnect_after_fork() -> None:
+    """fork した子(gunicorn の ``--preload`` など)にスレッドは残らないので、子でも接続し直す。"""
+    global _lock
+    _lock = threading.RLock()  # 接続の途中で fork すると、子では永久に解かれない
+    if _session is not None and not _session.status.ready:
+        _session.stop = threading.Event()
+        _start_reconnecting(_session)
 
 
 def _reconnect(session: _Session) -> None:

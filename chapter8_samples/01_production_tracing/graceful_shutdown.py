@@ -87,26 +87,34 @@ class GracefulShutdownHandler:
         self._leaving = False  # シグナルで終わると決まった(次のシグナルは待たない)
         self._exiting = False
         self._registered = False
+        self._has_signals = False
         self._start_threads()
 
     def register(self) -> GracefulShutdownHandler:
-        """終了処理とシグナルを登録する(2 回目は何もしない)。メインスレッドで呼ぶ。"""
-        if self._registered:
+        """終了処理とシグナルを登録する(2 回目は何もしない)。メインスレッドで呼ぶ。
+
+        ほかのスレッドで呼んだときは、シグナルだけ、次にメインスレッドで呼ぶまで登録されない。
+        """
+        if not self._registered:
+            self._registered = True
+            atexit.register(self._at_exit)
+            _watch_forks(self)
+        if self._has_signals:
             return self
-        self._registered = True
-        atexit.register(self._at_exit)
         if threading.current_thread() is threading.main_thread():
             self._install_signals()
         else:
-            logger.warning("not in the main thread: signals still lose queued traces")
-        _watch_forks(self)
+            logger.warning(
+                "not in the main thread: signals still lose queued traces; "
+                "call register() again in the main thread"
+            )
         return self
 
     def unregister(self) -> None:
         """登録を取り消し、前のシグナルハンドラーに戻す。"""
         if not self._registered:
             return
-        self._registered = False
+        self._registered = self._has_signals = False
         atexit.unregister(self._at_exit)
         self._restore_signals()
         _watched.discard(self)
@@ -136,6 +144,7 @@ class GracefulShutdownHandler:
         os._exit(128 + number)
 
     def _install_signals(self) -> None:
+        self._has_signals = True
         for number in self.signals:
             self._previous[number] = signal.getsignal(number)
             if self._previous[number] is not signal.SIG_IGN:  # nohup などの指定はそのまま
@@ -226,11 +235,18 @@ def _before_fork() -> None:
 def _after_fork() -> None:
     if not _watched:
         return
-    from mlflow.tracing.config import get_config  # reset() が消すマスク処理を引き継ぐため
+    # reset() が消すもの(マスク処理、set_destination() の送り先、無効)を引き継ぐため
+    from mlflow.tracing.config import get_config
+    from mlflow.tracing.provider import _MLFLOW_TRACE_USER_DESTINATION as destination
+    from mlflow.tracing.provider import is_tracing_enabled
 
-    processors = get_config().span_processors
+    processors, location = get_config().span_processors, destination._global_value
+    enabled = is_tracing_enabled()
     mlflow.tracing.reset()
     mlflow.tracing.configure(span_processors=processors)
+    destination._global_value = location
+    if not enabled:
+        mlflow.tracing.disable()
     for handler in _watched:
         handler._after_fork()
 
@@ -267,7 +283,7 @@ def setup_graceful_shutdown(
     wanted = (timeout_seconds, tuple(signals), spool)
     if wanted != (_installed.timeout_seconds, _installed.signals, _installed._spool):
         raise ValueError("graceful shutdown is already set up differently; unregister() it first")
-    return _installed
+    return _installed.register()  # 1 回目がほかのスレッドだったときの、シグナルの登録
 
 
 @contextlib.asynccontextmanager
@@ -304,7 +320,9 @@ def _stop_child(tracking_uri: str, mode: str) -> tuple[int, int]:
     name = f"ch8-graceful-{mode}"
     experiment = mlflow.set_experiment(name)
     arguments = [sys.executable, __file__, "child", tracking_uri, name, mode]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as child:
+    # 既定では 5 秒ごとに送る。混んだ機械で SIGTERM が遅れても、その前に止められるようにする
+    slow = {**os.environ, "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "60000"}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=slow) as child:
         assert child.stdout is not None
         child.stdout.readline()  # 40 件を記録し終えた合図
         child.terminate()

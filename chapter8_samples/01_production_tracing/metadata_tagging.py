@@ -298,6 +298,8 @@ def find_traces(
     Raises:
         ValueError: 検索式に書けない値(``'`` と ``"`` の両方を含む文字列など)。
     """
+    if isinstance(experiment_ids, str):  # "12" が、エクスペリメント 1 と 2 の検索になってしまう
+        raise ValueError(f"experiment_ids={experiment_ids!r} must be a list of experiment ids")
     equal: dict[str, str | None] = {
         "metadata.`mlflow.trace.user`": user,
         "metadata.`mlflow.trace.session`": session,

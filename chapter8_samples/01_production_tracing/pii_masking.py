@@ -75,6 +75,8 @@ def my_number(text: str) -> bool:
     digits = [int(char) for char in text if char.isdigit()]
     weights = (6, 5, 4, 3, 2, 7, 6, 5, 4, 3, 2)
     rest = sum(d * w for d, w in zip(digits[:11], weights, strict=True)) % 11
+    if not any(digits):  # 0 だけの番号は、伏せ字や空の ID
+        return False
     return digits[11] == (0 if rest <= 1 else 11 - rest)
 
 
@@ -84,12 +86,18 @@ def _card(text: str) -> bool:
     return re.match(_ISSUERS, digits) is not None and luhn(digits)
 
 
+def _phone(text: str) -> bool:
+    """数字の区切りが電話番号として多すぎないか("01 15 22 31 40" や日時を隠さないため)。"""
+    return text.startswith(("+", "00")) or len(re.findall(r"\d+", text)) <= 4
+
+
 # Visa、Mastercard、Amex、JCB、Diners、Discover、UnionPay
 _ISSUERS = r"4|5[1-5]|2[2-7]|3[47]|35|3[0689]|6011|65|62"
 # JSON の中の "\\n" や "\\u3000" の直後も、語の始まりとみなす
 _START = r"(?:(?<![0-9A-Za-z])|(?<=\\[nrt])|(?<=\\u[0-9a-fA-F]{4}))"
-_PHONE_START = rf"(?:{_START}|(?<=(?i:tel|fax)))"
-_SEP = r"[-() ]{0,2}"
+# "2026-09-01-123456" のような日時の月からではないこと
+_PHONE_START = rf"(?:{_START}|(?<=(?i:tel|fax)))(?!(?<=\d{{4}}[- ])\d\d[- ]\d\d\D)"
+_SEP = r"[-() ]{0,3}"
 # 先頭の条件がないと、長い文字列(base64 の画像など)で時間が長さの 2 乗になる
 _LOCAL_PART = r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+"
 _API_KEYS = (
@@ -101,44 +109,68 @@ _API_KEYS = (
     r"glpat-[A-Za-z0-9_-]{20,}",  # GitLab
     r"hf_[A-Za-z0-9]{30,}",  # Hugging Face
     r"[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",  # Stripe
-    r"xox[abpr]-[A-Za-z0-9-]{10,}",  # Slack
-    r"AIza[A-Za-z0-9_-]{30,}",  # Google
+    r"(?:xox[abeprs]|xapp)-[A-Za-z0-9-]{10,}",  # Slack
+    r"hooks\.slack\.com/services/[A-Za-z0-9/]{20,}",
+    r"AIza[A-Za-z0-9_-]{30,}|ya29\.[A-Za-z0-9_-]{20,}",  # Google
+    r"(?:xai|pplx|nvapi)-[A-Za-z0-9_-]{20,}",  # xAI、Perplexity、NVIDIA
+    r"(?:gsk|r8)_[A-Za-z0-9]{20,}",  # Groq、Replicate
+    r"lsv2_[a-z]{2}_[A-Za-z0-9_]{20,}",  # LangSmith
+    r"(?i:(?:x-)?api[-_]?key|accountkey)\W{0,4}[:=]\W{0,4}[A-Za-z0-9/+_-]{20,}={0,2}",  # Azure など
     r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # JWT
-    r"(?i:bearer) [A-Za-z0-9._~+/-]{16,}=*",  # Authorization ヘッダー
+    r"(?i:bearer)\s+[A-Za-z0-9._~+/-]{16,}=*",  # Authorization ヘッダー
+    r"(?i:authorization)\W{1,5}(?i:basic)\s+[A-Za-z0-9+/]{8,}=*",
 )
+_KEY_NAME = re.compile(r"(?i)key|authorization")
 _CARDS = (
-    r"\d{4}[ -]?\d{4}[ -]?\d{4}[ -]?\d{4}",
-    r"3\d{3}[ -]?\d{6}[ -]?\d{4,5}",  # Amex、Diners
+    r"\d{4}[ -]{0,3}\d{4}[ -]{0,3}\d{4}[ -]{0,3}\d{4}",
+    r"3\d{3}[ -]{0,3}\d{6}[ -]{0,3}\d{4,5}",  # Amex、Diners
     r"\d{14,19}",  # 13 桁は JAN コードと重なり、いまは発行されていない
 )
 _PHONES = (
-    rf"0[5789]0(?:{_SEP}\d){{8}}",  # 携帯・IP
+    rf"0[5-9]0(?:{_SEP}\d){{8}}",  # 携帯(060 は 2026 年から)・IP
     rf"0[1-9](?:{_SEP}\d){{8}}",  # 固定・フリーダイヤル
-    r"(?:0[5789]0\.\d{4}|0[1-9]\.\d{4}|0[1-9]\d\.\d{3})\.\d{4}",
-    rf"(?:\+|00)81{_SEP}0?{_SEP}(?:[5789]0(?:{_SEP}\d){{8}}|[1-9](?:{_SEP}\d){{8}})",
+    r"(?:0[5-9]0\.\d{4}|0[1-9]\.\d{4}|0[1-9]\d\.\d{3})\.\d{4}",
+    rf"(?:\+|00)81{_SEP}0?{_SEP}(?:[5-9]0(?:{_SEP}\d){{8}}|[1-9](?:{_SEP}\d){{8}})",
+    r"\+81\.(?:[5-9]0\.\d{4}|[1-9]\.\d{4}|[1-9]\d\.\d{3})\.\d{4}",
 )
 
 
+def _uuid() -> str:
+    """UUID の 5 つの区切りのどこかにいること(リクエスト ID などを壊さないため)。"""
+    parts = [rf"[0-9A-Fa-f]{{{size}}}" for size in (8, 4, 4, 4, 12)]
+    places = range(len(parts))
+    return "|".join(
+        rf"(?<={''.join(f'{p}-' for p in parts[:i])}){'-'.join(parts[i:])}" for i in places
+    )
+
+
 def _whole(*choices: str, start: str = _START) -> re.Pattern[str]:
-    """前後に英数字が続かない(もっと長い番号の一部や小数ではない)もの。"""
-    return re.compile(rf"{start}(?<!\d\.)(?:{'|'.join(choices)})(?![0-9A-Za-z])")
+    """前後に英数字が続かない(もっと長い番号の一部や小数、UUID ではない)もの。"""
+    form = rf"{start}(?<!\d\.)(?!{_uuid()})(?:{'|'.join(choices)})(?![0-9A-Za-z])"
+    return re.compile(form)
 
 
 DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     # "https://user:password@host" の user:password(メールアドレスより先に見る)
     Pattern("PASSWORD", re.compile(r"""(?<=://)[^\s/:@"'<>,]*:[^\s/@"'<>,]+(?=@)""")),
     Pattern("API_KEY", re.compile(rf"{_START}(?:{'|'.join(_API_KEYS)})")),
-    Pattern("EMAIL", re.compile(rf"{_LOCAL_PART}@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{{2,}}")),
+    Pattern("EMAIL", re.compile(rf"{_LOCAL_PART}(?:@|%40)(?:[\w-]+\.)+[A-Za-z]{{2,}}")),
+    Pattern("CARD", _whole(r"\d{4}(?:[ -]\d{4}){3}[ -]\d{3}"), _card),  # 19 桁(UnionPay など)
     Pattern("CARD", _whole(*_CARDS), _card),
-    Pattern("MY_NUMBER", _whole(r"\d{4}[ -]?\d{4}[ -]?\d{4}"), my_number),
+    Pattern("MY_NUMBER", _whole(r"\d{4}[ -]{0,3}\d{4}[ -]{0,3}\d{4}"), my_number),
     # "094-2871277-5630506" のような注文番号の前半ではないこと
-    Pattern("PHONE", _whole(*(rf"{form}(?!-\d{{5}})" for form in _PHONES), start=_PHONE_START)),
+    Pattern(
+        "PHONE", _whole(*(rf"{form}(?!-\d{{5}})" for form in _PHONES), start=_PHONE_START), _phone
+    ),
 )
 """既定で隠すもの: URL の中のパスワード、API キー、メールアドレス、カード番号、個人番号、
 国内の電話番号。"""
 
 # 全角の数字・記号・空白と、各種のハイフン・罫線・長音記号で書かれたものも、同じ規則で見つける
-_HYPHENS = (*range(0x2010, 0x2016), 0x2212, 0x2500, 0x30FC, 0xFE63, 0xFF70)
+_HYPHENS = (
+    *(0x00AD, 0x02D7, *range(0x2010, 0x2016), 0x2043, 0x2212),
+    *(0x2500, 0x2501, 0x30FC, 0xFE58, 0xFE63, 0xFF70),
+)
 _SPACES = (0x00A0, 0x2009, 0x202F, 0x3000)
 _HALF_WIDTH = str.maketrans(
     {
@@ -190,7 +222,9 @@ class PiiMasker:
         """文字列の中の個人情報を ``[EMAIL]`` などに置き換える(JSON の文字列は中身を見る)。"""
         if "\\u" in value and value[:1] in '"[{':  # MLflow はストリーミングの断片を JSON で持つ
             with contextlib.suppress(json.JSONDecodeError):
-                return json.dumps(self.value(json.loads(value)))
+                plain = json.loads(value)
+                masked = self.value(plain)
+                return value if masked == plain else json.dumps(masked)
         for pattern in self._patterns:
             value = self._replace(pattern, value)
         return value
@@ -200,7 +234,7 @@ class PiiMasker:
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
-            return {self.value(key): self.value(item) for key, item in value.items()}
+            return {self.value(key): self._item(key, item) for key, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             return [self.value(item) for item in value]
         if isinstance(value, bool) or value is None:
@@ -209,6 +243,14 @@ class PiiMasker:
             masked = self.text(str(value))
             return value if masked == str(value) else masked
         return value if isinstance(value, float) else self.text(str(value))
+
+    def _item(self, key: object, item: Any) -> Any:
+        """辞書の値。``{"api_key": "..."}`` のように、名前と並べて初めて鍵と分かるものも隠す。"""
+        item = self.value(item)
+        if not (isinstance(key, str) and isinstance(item, str) and _KEY_NAME.search(key)):
+            return item
+        masked = self.text(f"{key}={item}")
+        return masked.removeprefix(f"{key}=")
 
     def _replace(self, pattern: Pattern, value: str) -> str:
         half = value.translate(_HALF_WIDTH)  # 1 文字ずつの置き換えなので位置は変わらない

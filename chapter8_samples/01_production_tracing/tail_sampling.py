@@ -34,6 +34,7 @@ import mlflow
 import mlflow.tracing
 import mlflow.tracing.provider as mlflow_provider
 from mlflow.entities import TraceInfo, TraceState
+from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE, _MlflowSampler
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.trace_manager import _Trace as LiveTrace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -127,7 +128,8 @@ class TailSampler:
 
         Args:
             policy: 終わったトレースの要約から ``Decision`` を返す関数。例外なら残す。
-            head_probability: その前に先頭で残す割合。重みに反映される。
+            head_probability: その前に先頭で残す割合。重みに反映される。1 のままなら、環境変数
+                ``MLFLOW_TRACE_SAMPLING_RATIO`` の割合が使われ、それも重みに反映される。
             max_open_traces: 子スパンを預かるトレースの上限(超えた分は古い順に残す)。
         """
         check_probability("head_probability", head_probability)
@@ -303,8 +305,6 @@ class _HeadSampler(Sampler):
         self._dropped = dropped
 
     def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:
-        from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE
-
         override = _SAMPLING_RATIO_OVERRIDE.get()
         ratio = self._ratio if override is None else override
         result = TraceIdRatioBased(ratio).should_sample(*args, **kwargs)
@@ -319,7 +319,7 @@ class _HeadSampler(Sampler):
 
 
 class _Hooks:
-    """MLflow への取り付け。非公開の名前はここと、このファイルの下の 3 つの関数だけが使う。
+    """MLflow への取り付け。非公開の名前はここと、このファイルの下の 4 つの関数だけが使う。
 
     ``_get_span_processors`` と ``_get_trace_sampler`` は、MLflow がプロバイダーを作るたびに必ず
     通る 2 か所である。ここを包めば、作り直されても外れない。
@@ -346,13 +346,12 @@ class _Hooks:
         mlflow_provider._get_trace_sampler = self._get_sampler
         for processor in self._gated:
             vars(processor).pop("on_end", None)
-        if self._sampler.head_probability < 1.0:
-            self._restore_sampler()
+        self._restore_sampler()
 
     def _restore_sampler(self) -> None:
         provider: Any = mlflow.tracing.get_bridged_tracer_provider()
-        if not isinstance(provider, TracerProvider):
-            return  # 無効になっている。有効になったときは MLflow のサンプラーで作られる
+        if not isinstance(provider, TracerProvider) or not _is_ours(provider.sampler):
+            return  # 無効になっている(有効になるとき作り直される)か、替えていない
         if provider is self._provider:
             _use_sampler(provider, self._previous_sampler)
         else:  # つないだ後に作り直されたもの
@@ -363,8 +362,8 @@ class _Hooks:
         if not isinstance(provider, TracerProvider):
             return  # トレーシングが無効。有効になったときに _processors が呼ばれる
         self._previous_sampler = provider.sampler
-        if self._sampler.head_probability < 1.0:
-            _use_sampler(provider, self._head_sampler())
+        if (head := self._weighted(provider.sampler)) is not None:
+            _use_sampler(provider, head)
         self._gate(provider._active_span_processor._span_processors)
 
     def _processors(self, disabled: bool = False) -> list[Any]:
@@ -373,12 +372,18 @@ class _Hooks:
         return processors
 
     def _head(self) -> Sampler | None:
-        head = self._sampler.head_probability < 1.0
-        return self._head_sampler() if head else self._get_sampler()
+        original = self._get_sampler()
+        return self._weighted(original) or original
 
-    def _head_sampler(self) -> Sampler:
+    def _weighted(self, original: Sampler | None) -> Sampler | None:
+        """先頭で残した割合を重みに記すサンプラー。先頭では間引かないなら ``None``。"""
+        ratio = self._sampler.head_probability
+        if ratio >= 1.0:
+            if not isinstance(root := getattr(original, "_root", None), _MlflowSampler):
+                return None
+            ratio = root._default_ratio  # MLFLOW_TRACE_SAMPLING_RATIO
         dropped = partial(self._sampler._count, "head", False)
-        return ParentBased(root=_HeadSampler(self._sampler.head_probability, dropped))
+        return ParentBased(root=_HeadSampler(ratio, dropped))
 
     def _gate(self, processors: Iterable[Any]) -> None:
         """送信の入り口(``on_end``)だけを差し替える。型や状態は MLflow のものがそのまま残る。"""
@@ -389,6 +394,10 @@ class _Hooks:
                 self._sampler._exports_otlp |= not hasattr(processor, "_start_trace")
                 processor.on_end = partial(self._sampler._on_end, processor.on_end)
                 self._gated.append(processor)
+
+
+def _is_ours(sampler: Sampler) -> bool:
+    return isinstance(getattr(sampler, "_root", None), _HeadSampler)
 
 
 def _use_sampler(provider: TracerProvider, sampler: Sampler) -> None:

@@ -45,34 +45,48 @@ class FlushResult:
 
 
 class _FailureCounter(logging.Handler):
-    """MLflow は送信の失敗を例外にせず警告として記録するので、それを数える。"""
+    """MLflow は送信の失敗を例外にせず警告として記録するので、それを数える。
+
+    アプリが MLflow の警告を出さない設定(``MLFLOW_LOGGING_LEVEL=ERROR`` など)でも数える。
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.messages: list[str] = []
+        self._muted: list[tuple[logging.Logger, int, bool]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.messages.append(record.getMessage().splitlines()[0][:200])
 
     def __enter__(self) -> _FailureCounter:
-        for name in _EXPORT_LOGGERS:
-            logging.getLogger(name).addHandler(self)
+        for target in map(logging.getLogger, _EXPORT_LOGGERS):
+            target.addHandler(self)
+            if not target.isEnabledFor(logging.WARNING):  # 数えるだけで、表示はしない
+                self._muted.append((target, target.level, target.propagate))
+                target.setLevel(logging.WARNING)
+                target.propagate = False
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in _EXPORT_LOGGERS:
-            logging.getLogger(name).removeHandler(self)
+        for target in map(logging.getLogger, _EXPORT_LOGGERS):
+            target.removeHandler(self)
+        for target, level, propagate in self._muted:
+            target.setLevel(level)
+            target.propagate = propagate
 
 
 def flush_everything() -> str | None:
     """MLflow の 2 つのキューと OTLP のキューを空にする。失敗があればその説明を返す。
 
     ``flush_trace_async_logging()`` は OTLP を含まない。``terminate=True`` は使わない(その後の
-    トレースがすべて消える)。
+    トレースがすべて消える)。まだ何も記録していなければ、接続もしない。
     """
+    # 公開の get_bridged_tracer_provider() は、なければ作る(データベースの作成や接続を待つ)
+    from mlflow.tracing.provider import provider as current
+
     with _FailureCounter() as failures:
         mlflow.flush_trace_async_logging()
-        provider = mlflow.tracing.get_bridged_tracer_provider()
+        provider: Any = current.get()
         if force_flush := getattr(provider, "force_flush", None):
             force_flush(_NO_LIMIT_MS)  # 期限は呼び出す側が決める
     if not failures.messages:

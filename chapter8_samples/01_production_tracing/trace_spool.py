@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Trace]], None]
 _RETRYABLE_4XX = (401, 403, 408, 429)
+_DRAFT_SECONDS = 3600.0
 _MAX_CACHED = 500  # 読み直しを省くために、メモリーにも置く数
 
 
@@ -82,7 +83,10 @@ def _sends_only_otlp() -> bool:
 
 
 class TraceSpool:
-    """完成したトレースを、送る前にディスクへ書く。"""
+    """完成したトレースを、送る前にディスクへ書く。
+
+    添付ファイルと、プロンプトの版とのリンクは送らない。
+    """
 
     def __init__(
         self,
@@ -95,7 +99,7 @@ class TraceSpool:
         deliver: Deliver = deliver,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """設定だけを行う。MLflow につなぐのは ``install()``。
+        """設定だけを行う。MLflow につなぎ、前回の残りを送り始めるのは ``install()``。
 
         Args:
             directory: 置き場(トレースの中身が入るため、他の利用者は読めない権限で作る)。
@@ -115,6 +119,7 @@ class TraceSpool:
         self._clock = clock
         self._originals: tuple[Any, Any] | None = None
         self._totals = SpoolStats()
+        self._remove_old_drafts()
         self._start_sender(self._on_disk())
 
     def install(self) -> TraceSpool:
@@ -146,6 +151,7 @@ class TraceSpool:
         exporter._spool = self
         exporter._log_trace = lambda _exporter, trace, *_args, **_kwargs: self.accept(trace)
         exporter._export_spans_incrementally = lambda _exporter, _spans: None  # 完成してから送る
+        self._allow_sending()
         return self
 
     def uninstall(self) -> None:
@@ -164,6 +170,7 @@ class TraceSpool:
     def accept(self, trace: Trace) -> None:
         """トレースを書いて、送信を頼む(MLflow の背後のスレッドから呼ばれる)。"""
         self._renew_after_fork()
+        self._allow_sending()
         if self._reserve() and self._write(trace):
             self._enqueue(trace)
             return
@@ -178,10 +185,11 @@ class TraceSpool:
         """送り終えるまで最大 ``timeout_seconds`` 秒待ち、ディスクに残った件数を返す。"""
         self._renew_after_fork()
         deadline = time.monotonic() + timeout_seconds
+        self._allow_sending()
         with self._changed:
             self._retry_at = 0.0
             self._changed.notify_all()
-            while self._pending and (left := deadline - time.monotonic()) > 0:
+            while self._pending and not self._stopped and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
             return len(self._pending)
 
@@ -203,8 +211,25 @@ class TraceSpool:
         self._cache: dict[str, Trace] = {}
         self._retry_at = 0.0
         self._writing = 0
-        self._stopped = False
-        threading.Thread(target=self._send_forever, name="trace-spool", daemon=True).start()
+        self._stopped = self._allowed = False
+        try:
+            threading.Thread(target=self._send_forever, name="trace-spool", daemon=True).start()
+        except RuntimeError:  # Python 3.12 以降の終了処理の中(fork した子の終わりなど)
+            self._stopped = True  # 書くだけにする。次の起動か replay で送る
+
+    def _allow_sending(self) -> None:
+        """ここまでは送らない(作っただけでは、接続先がまだ決まっていないことがある)。"""
+        with self._changed:
+            self._allowed = True
+            self._changed.notify_all()
+
+    def _remove_old_drafts(self) -> None:
+        """書きかけで強制終了されたプロセスの残りを消す(新しいものは、誰かが書いている途中)。"""
+        for draft in self.directory.glob("*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - draft.stat().st_mtime > _DRAFT_SECONDS:
+                    draft.unlink()
+                    logger.warning("half-written %s of a killed process removed", draft)
 
     def _on_disk(self) -> list[str]:
         found: list[tuple[int, str]] = []
@@ -272,9 +297,10 @@ class TraceSpool:
         with self._changed:
             while not self._stopped:
                 wait = self._retry_at - self._clock()
-                if self._pending and wait <= 0:
+                ready = self._pending and self._allowed
+                if ready and wait <= 0:
                     return [self._pending[i] for i in range(min(self._batch, len(self._pending)))]
-                self._changed.wait(wait if self._pending else None)
+                self._changed.wait(wait if ready else None)
         return []
 
     def _send(self, batch: list[str]) -> None:

@@ -22,7 +22,7 @@ def setup_production_tracing(experiment_name: str, service_name: str='llm-app', 
         deployment_region: リソース属性 ``cloud.region``。
         environment: リソース属性 ``deployment.environment.name``。
         export_profile: ``EXPORT_PROFILES`` の名前。利用者の環境変数が優先される。
-        sampling_ratio: ヘッドサンプリングの割合 [0, 1]。``sampling_strategies`` とは併用しない。
+        sampling_ratio: ヘッドサンプリングの割合 [0, 1]。``sampling_strategies`` の重みにも入る。
         strict: サーバーに届かないとき ``True`` は例外、``False`` は記録を止めて起動を続け、
             ``retry_seconds`` 秒ごとに背後で接続し直す。
         http_timeout_seconds: MLflow サーバーへの 1 回のリクエストの上限。

@@ -41,9 +41,13 @@ class GracefulShutdownHandler:
         self._leaving = False
         self._exiting = False
         self._registered = False
+        self._has_signals = False
 
     def register(self) -> GracefulShutdownHandler:
-        """終了処理とシグナルを登録する(2 回目は何もしない)。メインスレッドで呼ぶ。"""
+        """終了処理とシグナルを登録する(2 回目は何もしない)。メインスレッドで呼ぶ。
+
+        ほかのスレッドで呼んだときは、シグナルだけ、次にメインスレッドで呼ぶまで登録されない。
+        """
 
     def unregister(self) -> None:
         """登録を取り消し、前のシグナルハンドラーに戻す。"""

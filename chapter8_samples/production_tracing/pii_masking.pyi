@@ -32,17 +32,20 @@ def my_number(text: str) -> bool:
 
 def _card(text: str) -> bool:
     """発行会社の番号で始まり、Luhn に合うか(時刻や注文番号を隠さないため)。"""
+
+def _phone(text: str) -> bool:
+    """数字の区切りが電話番号として多すぎないか("01 15 22 31 40" や日時を隠さないため)。"""
 _START = '(?:(?<![0-9A-Za-z])|(?<=\\\\[nrt])|(?<=\\\\u[0-9a-fA-F]{4}))'
-_PHONE_START = f'(?:{_START}|(?<=(?i:tel|fax)))'
-_SEP = '[-() ]{0,2}'
+_PHONE_START = f'(?:{_START}|(?<=(?i:tel|fax)))(?!(?<=\\d{{4}}[- ])\\d\\d[- ]\\d\\d\\D)'
+_SEP = '[-() ]{0,3}'
 _LOCAL_PART = '(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+'
-_API_KEYS = ('sk-(?:proj-|ant-)?[A-Za-z0-9_-]{16,}', 'dapi[0-9a-f]{32}', 'A[KS]IA[0-9A-Z]{16}', '(?i:secret_?access_?key)\\W{1,5}[A-Za-z0-9/+]{40}', '(?:gh[pousr]_|github_pat_)[A-Za-z0-9_]{30,}', 'glpat-[A-Za-z0-9_-]{20,}', 'hf_[A-Za-z0-9]{30,}', '[rs]k_(?:live|test)_[A-Za-z0-9]{16,}', 'xox[abpr]-[A-Za-z0-9-]{10,}', 'AIza[A-Za-z0-9_-]{30,}', 'eyJ[A-Za-z0-9_-]{8,}\\.[A-Za-z0-9_-]{8,}\\.[A-Za-z0-9_-]{8,}', '(?i:bearer) [A-Za-z0-9._~+/-]{16,}=*')
-_CARDS = ('\\d{4}[ -]?\\d{4}[ -]?\\d{4}[ -]?\\d{4}', '3\\d{3}[ -]?\\d{6}[ -]?\\d{4,5}', '\\d{14,19}')
-_PHONES = (f'0[5789]0(?:{_SEP}\\d){{8}}', f'0[1-9](?:{_SEP}\\d){{8}}', '(?:0[5789]0\\.\\d{4}|0[1-9]\\.\\d{4}|0[1-9]\\d\\.\\d{3})\\.\\d{4}', f'(?:\\+|00)81{_SEP}0?{_SEP}(?:[5789]0(?:{_SEP}\\d){{8}}|[1-9](?:{_SEP}\\d){{8}})')
+_API_KEYS = ('sk-(?:proj-|ant-)?[A-Za-z0-9_-]{16,}', 'dapi[0-9a-f]{32}', 'A[KS]IA[0-9A-Z]{16}', '(?i:secret_?access_?key)\\W{1,5}[A-Za-z0-9/+]{40}', '(?:gh[pousr]_|github_pat_)[A-Za-z0-9_]{30,}', 'glpat-[A-Za-z0-9_-]{20,}', 'hf_[A-Za-z0-9]{30,}', '[rs]k_(?:live|test)_[A-Za-z0-9]{16,}', '(?:xox[abeprs]|xapp)-[A-Za-z0-9-]{10,}', 'hooks\\.slack\\.com/services/[A-Za-z0-9/]{20,}', 'AIza[A-Za-z0-9_-]{30,}|ya29\\.[A-Za-z0-9_-]{20,}', '(?:xai|pplx|nvapi)-[A-Za-z0-9_-]{20,}', '(?:gsk|r8)_[A-Za-z0-9]{20,}', 'lsv2_[a-z]{2}_[A-Za-z0-9_]{20,}', '(?i:(?:x-)?api[-_]?key|accountkey)\\W{0,4}[:=]\\W{0,4}[A-Za-z0-9/+_-]{20,}={0,2}', 'eyJ[A-Za-z0-9_-]{8,}\\.[A-Za-z0-9_-]{8,}\\.[A-Za-z0-9_-]{8,}', '(?i:bearer)\\s+[A-Za-z0-9._~+/-]{16,}=*', '(?i:authorization)\\W{1,5}(?i:basic)\\s+[A-Za-z0-9+/]{8,}=*')
+_CARDS = ('\\d{4}[ -]{0,3}\\d{4}[ -]{0,3}\\d{4}[ -]{0,3}\\d{4}', '3\\d{3}[ -]{0,3}\\d{6}[ -]{0,3}\\d{4,5}', '\\d{14,19}')
+_PHONES = (f'0[5-9]0(?:{_SEP}\\d){{8}}', f'0[1-9](?:{_SEP}\\d){{8}}', '(?:0[5-9]0\\.\\d{4}|0[1-9]\\.\\d{4}|0[1-9]\\d\\.\\d{3})\\.\\d{4}', f'(?:\\+|00)81{_SEP}0?{_SEP}(?:[5-9]0(?:{_SEP}\\d){{8}}|[1-9](?:{_SEP}\\d){{8}})', '\\+81\\.(?:[5-9]0\\.\\d{4}|[1-9]\\.\\d{4}|[1-9]\\d\\.\\d{3})\\.\\d{4}')
 
 def _whole(*choices: str, start: str=_START) -> re.Pattern[str]:
-    """前後に英数字が続かない(もっと長い番号の一部や小数ではない)もの。"""
-DEFAULT_PATTERNS: tuple[Pattern, ...] = (Pattern('PASSWORD', re.compile('(?<=://)[^\\s/:@"\'<>,]*:[^\\s/@"\'<>,]+(?=@)')), Pattern('API_KEY', re.compile(f"{_START}(?:{'|'.join(_API_KEYS)})")), Pattern('EMAIL', re.compile(f'{_LOCAL_PART}@(?:[A-Za-z0-9-]+\\.)+[A-Za-z]{{2,}}')), Pattern('CARD', _whole(*_CARDS), _card), Pattern('MY_NUMBER', _whole('\\d{4}[ -]?\\d{4}[ -]?\\d{4}'), my_number), Pattern('PHONE', _whole(*(f'{form}(?!-\\d{{5}})' for form in _PHONES), start=_PHONE_START)))
+    """前後に英数字が続かない(もっと長い番号の一部や小数、UUID ではない)もの。"""
+DEFAULT_PATTERNS: tuple[Pattern, ...] = (Pattern('PASSWORD', re.compile('(?<=://)[^\\s/:@"\'<>,]*:[^\\s/@"\'<>,]+(?=@)')), Pattern('API_KEY', re.compile(f"{_START}(?:{'|'.join(_API_KEYS)})")), Pattern('EMAIL', re.compile(f'{_LOCAL_PART}(?:@|%40)(?:[\\w-]+\\.)+[A-Za-z]{{2,}}')), Pattern('CARD', _whole('\\d{4}(?:[ -]\\d{4}){3}[ -]\\d{3}'), _card), Pattern('CARD', _whole(*_CARDS), _card), Pattern('MY_NUMBER', _whole('\\d{4}[ -]{0,3}\\d{4}[ -]{0,3}\\d{4}'), my_number), Pattern('PHONE', _whole(*(f'{form}(?!-\\d{{5}})' for form in _PHONES), start=_PHONE_START), _phone))
 
 class PiiMasker:
     """``mlflow.tracing.configure(span_processors=[...])`` に渡す、個人情報を隠す関数。"""
@@ -68,6 +71,9 @@ class PiiMasker:
 
     def value(self, value: Any) -> Any:
         """辞書やリストの中の文字列まで隠した写しを返す(辞書のキーも含む)。"""
+
+    def _item(self, key: object, item: Any) -> Any:
+        """辞書の値。``{"api_key": "..."}`` のように、名前と並べて初めて鍵と分かるものも隠す。"""
 
     def _replace(self, pattern: Pattern, value: str) -> str:
         ...

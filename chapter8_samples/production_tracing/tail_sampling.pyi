@@ -70,7 +70,8 @@ class TailSampler:
 
         Args:
             policy: 終わったトレースの要約から ``Decision`` を返す関数。例外なら残す。
-            head_probability: その前に先頭で残す割合。重みに反映される。
+            head_probability: その前に先頭で残す割合。重みに反映される。1 のままなら、環境変数
+                ``MLFLOW_TRACE_SAMPLING_RATIO`` の割合が使われ、それも重みに反映される。
             max_open_traces: 子スパンを預かるトレースの上限(超えた分は古い順に残す)。
         """
         self.head_probability = head_probability
@@ -125,7 +126,7 @@ class TailSampler:
         """残すトレースに確率・重み・規則を記す。OTLP にはメタデータが届かないので属性にも書く。"""
 
 class _Hooks:
-    """MLflow への取り付け。非公開の名前はここと、このファイルの下の 3 つの関数だけが使う。
+    """MLflow への取り付け。非公開の名前はここと、このファイルの下の 4 つの関数だけが使う。
 
     ``_get_span_processors`` と ``_get_trace_sampler`` は、MLflow がプロバイダーを作るたびに必ず
     通る 2 か所である。ここを包めば、作り直されても外れない。
@@ -156,8 +157,8 @@ class _Hooks:
     def _head(self) -> Sampler | None:
         ...
 
-    def _head_sampler(self) -> Sampler:
-        ...
+    def _weighted(self, original: Sampler | None) -> Sampler | None:
+        """先頭で残した割合を重みに記すサンプラー。先頭では間引かないなら ``None``。"""
 
     def _gate(self, processors: Iterable[Any]) -> None:
         """送信の入り口(``on_end``)だけを差し替える。型や状態は MLflow のものがそのまま残る。"""

@@ -19,7 +19,7 @@ def flush_everything() -> str | None:
     """MLflow の 2 つのキューと OTLP のキューを空にする。失敗があればその説明を返す。
 
     ``flush_trace_async_logging()`` は OTLP を含まない。``terminate=True`` は使わない(その後の
-    トレースがすべて消える)。
+    トレースがすべて消える)。まだ何も記録していなければ、接続もしない。
     """
 
 class FlushWorker:

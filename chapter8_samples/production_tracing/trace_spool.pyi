@@ -29,10 +29,13 @@ def deliver(traces: Sequence[Trace]) -> None:
     """トレースを同じ ID のまま保存する。同じものを 2 回送っても 1 件のままになる。"""
 
 class TraceSpool:
-    """完成したトレースを、送る前にディスクへ書く。"""
+    """完成したトレースを、送る前にディスクへ書く。
+
+    添付ファイルと、プロンプトの版とのリンクは送らない。
+    """
 
     def __init__(self, directory: str | os.PathLike[str], *, max_traces: int=10000, batch_size: int=50, cooldown_seconds: float=5.0, fsync: bool=False, deliver: Deliver=deliver, clock: Callable[[], float]=time.monotonic) -> None:
-        """設定だけを行う。MLflow につなぐのは ``install()``。
+        """設定だけを行う。MLflow につなぎ、前回の残りを送り始めるのは ``install()``。
 
         Args:
             directory: 置き場(トレースの中身が入るため、他の利用者は読めない権限で作る)。
@@ -75,6 +78,12 @@ class TraceSpool:
 
     def _start_sender(self, pending: Iterable[str]) -> None:
         ...
+
+    def _allow_sending(self) -> None:
+        """ここまでは送らない(作っただけでは、接続先がまだ決まっていないことがある)。"""
+
+    def _remove_old_drafts(self) -> None:
+        """書きかけで強制終了されたプロセスの残りを消す(新しいものは、誰かが書いている途中)。"""
 
     def _on_disk(self) -> list[str]:
         ...

@@ -9,7 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +226,56 @@ def test_unreachable_server_is_an_error_when_strict(free_port: int) -> None:
     assert not mlflow.is_tracking_uri_set()
 
 
+@pytest.fixture
+def broken_server() -> Iterator[str]:
+    """応答はするが、奥のデータベースが止まっているサーバー。"""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_server_whose_database_is_down_does_not_stop_the_app(broken_server: str) -> None:
+    def setup(**options: Any) -> Any:
+        return setup_production_tracing(
+            "a", tracking_uri=broken_server, http_max_retries=0, **options
+        )
+
+    with pytest.raises(TracingSetupError, match="503"):
+        setup(strict=True)
+    status = setup()
+    assert not status.ready and "experiment 'a' cannot be used" in status.warnings[0]
+    assert answer(1) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_worker_keeps_reconnecting(program: Any, free_port: int) -> None:
+    """サーバーの停止中に fork したワーカー(gunicorn の --preload など)も、後で記録を始める。"""
+    body = f"""
+from chapter8_samples.production_tracing.basic_setup import *
+setup_production_tracing("a", tracking_uri="http://127.0.0.1:{free_port}", retry_seconds=300)
+setup_graceful_shutdown(5)
+if os.fork() == 0:
+    names = [thread.name for thread in threading.enumerate()]
+    print("production-tracing-reconnect" in names, work(7), mlflow.get_last_active_trace_id())
+    reset_production_tracing()
+    sys.stdout.flush()
+    os._exit(0)
+print(os.wait()[1])
+"""
+    code, out, error = program.run(body)
+    assert (code, out) == (0, "True 7 None\n0\n"), error
+
+
 @pytest.mark.slow
 def test_tracing_starts_by_itself_when_the_server_appears(
     free_port: int, tmp_path: Path, stored: Any
@@ -286,8 +339,6 @@ def test_no_request_to_the_server_per_traced_call(mlflow_server_url: str) -> Non
     original = requests.Session.request
 
     def spy(self: Any, method: str, url: str, *args: Any, **kwargs: Any) -> Any:
-        import threading
-
         if threading.current_thread() is threading.main_thread():
             calls.append(url)
         return original(self, method, url, *args, **kwargs)

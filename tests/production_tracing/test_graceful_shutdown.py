@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -229,6 +231,29 @@ def test_forked_child_keeps_the_span_processors(program: Any, stored: Any) -> No
     assert [trace.data.spans[0].inputs for trace in stored("child")] == ["masked"] * 2
 
 
+@pytest.mark.slow
+def test_forked_child_keeps_the_destination(program: Any, stored: Any) -> None:
+    """reset() は set_destination() も消す。消えたままだと、子の分は既定の送り先に入ってしまう。"""
+    body = "from mlflow.entities.trace_location import MlflowExperimentLocation\n"
+    body += "other = mlflow.create_experiment('destination')\n"
+    body += "mlflow.tracing.set_destination(MlflowExperimentLocation(other))\n"
+    body += SETUP + "work(1)\nif os.fork() == 0:\n    work(2)\n    print(flush_traces())\n"
+    body += "    os._exit(0)\nos.wait()\n"
+    code, out, err = program.run(body)
+    assert code == 0 and "ok=True" in out, err
+    assert len(stored("destination")) == 2
+
+
+def test_forked_child_stays_disabled(program: Any, stored: Any) -> None:
+    body = "mlflow.tracing.disable()\n" + SETUP
+    body += (
+        "if os.fork() == 0:\n    work(1)\n    print(flush_traces())\n    os._exit(0)\nos.wait()\n"
+    )
+    code, out, err = program.run(body)
+    assert code == 0 and "ok=True" in out, err
+    assert stored("child") == []
+
+
 def test_flush_bounds_reports_and_keeps_tracing(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("flush")
 
@@ -268,6 +293,39 @@ def test_refused_delivery_is_an_error_not_ok(tracking_uri: str, free_port: int) 
     assert not result.ok and "export failures" in str(result.error)
 
 
+def test_failure_is_counted_when_mlflow_is_not_to_warn(
+    tracking_uri: str, free_port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+    import os
+
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port}")
+    mlflow.tracing.set_destination(MlflowExperimentLocation("1"))
+    quiet, export = logging.getLogger("mlflow"), logging.getLogger("mlflow.tracing.export")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with mlflow.start_span("lost"):
+            pass
+        result = flush_traces(60)
+    finally:
+        quiet.setLevel(level)
+    assert not result.ok and "export failures" in str(result.error)
+    assert not [r for r in caplog.records if r.name.startswith("mlflow") and "Failed" in r.msg]
+    assert (export.level, export.propagate) == (logging.NOTSET, True)
+
+
+def test_process_that_never_traced_touches_no_backend(program: Any, tmp_path: Path) -> None:
+    """データベースを作らず、止まったサーバーも待たない。"""
+    code = "from chapter8_samples.production_tracing.graceful_shutdown import *\n" + SETUP
+    uri = f"sqlite:///{tmp_path.as_posix()}/never.db"
+    child = program.start("", sys.executable, "-c", code, MLFLOW_TRACKING_URI=uri)
+    _, error = child.communicate(timeout=60)
+    assert child.returncode == 0, error
+    assert not (tmp_path / "never.db").exists() and "INFO" not in error
+
+
 def test_setup_is_idempotent_and_refuses_other_values() -> None:
     handler = setup_graceful_shutdown(7)
     try:
@@ -281,6 +339,18 @@ def test_setup_is_idempotent_and_refuses_other_values() -> None:
         setup_graceful_shutdown(0)
 
 
+def test_setup_in_a_thread_is_completed_in_the_main_thread() -> None:
+    import threading
+
+    thread = threading.Thread(target=setup_graceful_shutdown, args=(7,))
+    thread.start()
+    thread.join()
+    handler = setup_graceful_shutdown(7)
+    assert signal.getsignal(signal.SIGTERM) == handler._on_signal
+    handler.unregister()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_registering_outside_the_main_thread_warns(caplog: pytest.LogCaptureFixture) -> None:
     import threading
 
@@ -288,5 +358,12 @@ def test_registering_outside_the_main_thread_warns(caplog: pytest.LogCaptureFixt
     thread = threading.Thread(target=handler.register)
     thread.start()
     thread.join()
-    assert "not in the main thread" in caplog.text
+    assert "not in the main thread" in caplog.text and "call register() again" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert handler.register() is handler  # メインスレッドでもう一度呼ぶと、シグナルも登録される
+    assert signal.getsignal(signal.SIGTERM) == handler._on_signal
+    handler.unregister()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler.register()._previous[signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == handler._on_signal
     handler.unregister()

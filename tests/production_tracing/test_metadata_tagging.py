@@ -106,6 +106,11 @@ def test_find_traces(tracking_uri: str, stored: Any) -> None:
         find_traces(tags={"a`b": "1"})
 
 
+def test_one_experiment_written_as_a_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="experiment_ids='12' must be a list"):
+        find_traces(experiment_ids="12")
+
+
 def test_a_value_that_is_no_string_is_refused() -> None:
     number: Any = 5
     with pytest.raises(ValueError, match="5 must be a string"):

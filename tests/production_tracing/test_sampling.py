@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import itertools
 import math
 import random
 import statistics
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
+from chapter8_samples.production_tracing import tail_sampling
 from chapter8_samples.production_tracing.metadata_tagging import incoming_trace, run_with_context
 from chapter8_samples.production_tracing.sampling_strategies import (
     AdaptiveRate,
@@ -47,8 +49,9 @@ def half(summary: TraceSummary) -> Decision:
 
 def test_private_names_of_mlflow_and_opentelemetry() -> None:
     """非公開の名前の契約。ここが落ちたら tail_sampling.py を直す。"""
-    from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE
+    from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE, _MlflowSampler
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.sampling import ParentBased
 
     assert list(inspect.signature(provider_module._get_span_processors).parameters) == ["disabled"]
     assert not inspect.signature(provider_module._get_trace_sampler).parameters
@@ -57,6 +60,7 @@ def test_private_names_of_mlflow_and_opentelemetry() -> None:
     assert provider._active_span_processor._span_processors
     assert isinstance(provider._tracers, dict)
     assert _SAMPLING_RATIO_OVERRIDE.get() is None
+    assert vars(ParentBased(root=_MlflowSampler(0.5)))["_root"]._default_ratio == 0.5
     manager = InMemoryTraceManager.get_instance()
     assert all(hasattr(manager, name) for name in ("get_trace", "pop_trace", "set_trace_metadata"))
 
@@ -395,6 +399,34 @@ def test_head_sampling_records_the_weight_and_respects_overrides(
     assert len(stored("head")) == len(traces) + 20
 
 
+def test_ratio_in_the_environment_is_part_of_the_weight(
+    tracking_uri: str, stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0.5")
+    mlflow.set_experiment("environment")
+    sampler = ConditionalSampler(0.5).install()
+
+    @mlflow.trace(sampling_ratio_override=1.0)
+    def always() -> None: ...
+
+    for rebuild in ("first", "second"):
+        for number in range(60):
+            plain(number)
+            always()
+        traces = stored("environment", max_results=500)
+        weights = {_root(trace): set[str]() for trace in traces}
+        for trace in traces:
+            weights[_root(trace)].add(trace.info.trace_metadata["sampling.weight"])
+        assert weights == {"plain": {"4.0"}, "always": {"2.0"}}, rebuild
+        mlflow.tracing.reset()
+    stats = sampler.stats()
+    assert stats.kept + stats.dropped == 240 and stats.kept == len(traces)
+    sampler.uninstall()
+    plain(1)
+    provider: Any = mlflow.tracing.get_bridged_tracer_provider()
+    assert type(provider.sampler._root).__name__ == "_MlflowSampler"
+
+
 def test_head_and_tail_weights_multiply(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("both")
     ConditionalSampler(0.5, head_probability=0.5).install()
@@ -501,7 +533,12 @@ def test_adaptive_follows_the_load() -> None:
     assert statistics.mean(errors) <= 10
 
 
-def test_adaptive_sampler_end_to_end(tracking_uri: str, stored: Any) -> None:
+def test_adaptive_sampler_end_to_end(
+    tracking_uri: str, stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # トレース ID は毎回変わり、推定値はおよそ 120 回に 1 回、標準誤差の 4 倍より外れる
+    draws = itertools.count()
+    monkeypatch.setattr(tail_sampling, "unit_hash", lambda _id: unit_hash(str(next(draws))))
     mlflow.set_experiment("adaptive")
     ticks = iter(range(10_000))
     sampler = AdaptiveSampler(60, clock=lambda: next(ticks) * 0.1).install()

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -102,6 +103,23 @@ def test_replay_is_idempotent_and_keeps_ids(spool: TraceSpool, server: Server, s
     assert [len(trace.data.spans) for trace in traces] == [2] * 5
 
 
+def test_a_spool_that_is_only_made_sends_nothing(
+    spool: TraceSpool, server: Server, stored: Any
+) -> None:
+    """接続先を決める前に作ると、前回の残りが別の(既定の)接続先に送られ、消えてしまう。"""
+    server.error = ConnectionError("refused")
+    record("left")
+    spool.uninstall()
+    server.error = None
+    sent: list[Any] = []
+    again = TraceSpool(spool.directory, deliver=lambda traces: sent.extend(traces))
+    time.sleep(0.3)
+    assert (again.stats().pending, sent) == (1, [])
+    again.install()
+    assert again.drain(30) == 0 and len(sent) == 1
+    again.uninstall()
+
+
 def test_rejected_and_unreadable_traces_are_set_aside(
     spool: TraceSpool, server: Server, stored: Any
 ) -> None:
@@ -161,6 +179,18 @@ def test_reinstalled_spool_sends_again(spool: TraceSpool, server: Server, stored
     assert spool.drain(30) == 0 and len(stored()) == 2
 
 
+def test_old_drafts_of_killed_processes_are_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = tmp_path / "tr-old.tmp", tmp_path / "tr-new.tmp"
+    for draft in (old, new):
+        draft.write_text('{"info": ', encoding="utf-8")
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    assert TraceSpool(tmp_path).stats().pending == 0
+    assert (old.exists(), new.exists()) == (False, True)
+    assert "half-written" in caplog.text
+
+
 def test_file_that_vanishes_during_the_start_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +214,29 @@ def test_forked_child_does_not_wait_for_the_traces_of_its_parent(
     assert os.waitpid(child, 0)[1] == 0
     assert time.monotonic() - started < 10
     assert spool.stats().pending == 1
+
+
+def test_no_thread_at_interpreter_shutdown_leaves_the_trace_on_disk(
+    spool: TraceSpool, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.12 以降では、fork した子が終了処理で初めて書くとき、送るスレッドを作れない。"""
+
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "trace-spool":
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        start(thread)
+
+    sent: list[Any] = []
+    spool._deliver = lambda traces: sent.extend(traces)
+    record("warm-up")
+    assert spool.drain(30) == 0 and len(sent) == 1
+    monkeypatch.setattr(spool, "_pid", -1)  # fork した子の中と同じ
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    record("child")
+    assert spool.drain(20) == 1 and len(sent) == 1
+    assert len(list(spool.directory.glob("*.json"))) == 1
 
 
 def test_survives_provider_rebuild_and_uninstall_restores(spool: TraceSpool, stored: Any) -> None:
