@@ -21,6 +21,8 @@
 --
 -- 注意
 --   * convert_timezone は TIMESTAMP をセッションの時間帯で読む。先に SET TIME ZONE 'UTC' を実行する。
+--   * 割合などは、DECIMAL にしてから丸める。DOUBLE のまま丸めると、ちょうど半分の値(47823.45 など)が
+--     エンジンによって上にも下にもなる。
 --   * ユーザーとセッションはタグではなく trace_metadata に、時刻と状態は request_time と state にある。
 --   * spans の親の列名は、資料により parent_span_id と parent_id がある。DESCRIBE で確かめること。
 
@@ -41,14 +43,14 @@ WITH t AS (
 SELECT day, COUNT(*) AS stored, SUM(weight) AS requests,
        COUNT(CASE WHEN status IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL AND llm IS NOT NULL) THEN 1 END) AS unpriced,
        SUM(usd * weight) AS cost_usd,
-       ROUND(CAST(SUM(usd * weight) AS DOUBLE) / CAST(SUM(CASE WHEN usd IS NOT NULL THEN weight END) AS DOUBLE), 8) AS cost_per_request,
+       CAST(ROUND(CAST(CAST(SUM(usd * weight) AS DOUBLE) / CAST(SUM(CASE WHEN usd IS NOT NULL THEN weight END) AS DOUBLE) AS DECIMAL(38,10)), 8) AS DOUBLE) AS cost_per_request,
        SUM(in_tok * weight) AS input_tokens, SUM(out_tok * weight) AS output_tokens
 FROM t GROUP BY day ORDER BY day DESC;
 
 -- name: by_model
 -- モデル別のコスト。どのモデルを小さいものに替えると効くかが分かる。
--- 親と子の両方に使用量があるときは、子だけを数える(二重計上を防ぐ)。cost.status が rollup の
--- スパンは親の合計なので除く。印のないデータでは、祖先を 4 段までたどって除く。
+-- 親と子の両方に使用量があるときは、子だけを数える(二重計上を防ぐ)。cost.status が rollup か
+-- partial のスパンは親の合計なので除く。印のないデータでは、祖先を 4 段までたどって除く。
 WITH s AS (
   SELECT trace_id, weight, sp.span_id AS span_id, sp.parent_span_id AS parent_id,
          COALESCE(get_json_object(sp.attributes['mlflow.llm.model'], '$'), sp.attributes['mlflow.llm.model'], '(unknown)') AS model,
@@ -76,11 +78,11 @@ WITH s AS (
   UNION SELECT trace_id, a3 FROM covered UNION SELECT trace_id, a4 FROM covered
 ), leaf AS (
   SELECT s.* FROM s ANTI JOIN ancestor a ON a.trace_id = s.trace_id AND a.span_id = s.span_id
-  WHERE s.status <> 'rollup' AND (s.bearing OR s.status = 'missing_usage')
+  WHERE s.status NOT IN ('rollup', 'partial') AND (s.bearing OR s.status = 'missing_usage')
 )
 SELECT model, COUNT(*) AS stored_calls, SUM(weight) AS calls, COUNT(CASE WHEN usd IS NULL OR status = 'unpriced' THEN 1 END) AS unpriced,
        SUM(usd * weight) AS cost_usd, SUM(tokens * weight) AS tokens,
-       ROUND(100 * CAST(SUM(usd * weight) AS DOUBLE) / CAST(SUM(SUM(usd * weight)) OVER () AS DOUBLE), 2) AS cost_pct
+       CAST(ROUND(CAST(100 * CAST(SUM(usd * weight) AS DOUBLE) / CAST(SUM(SUM(usd * weight)) OVER () AS DOUBLE) AS DECIMAL(38,10)), 2) AS DOUBLE) AS cost_pct
 FROM leaf GROUP BY model ORDER BY cost_usd DESC NULLS LAST, model;
 
 -- name: top_users
@@ -134,7 +136,7 @@ WITH t AS (
   FROM t WHERE usd IS NOT NULL GROUP BY trace_name
 )
 SELECT t.trace_id, t.local_time, t.user_id, t.usd AS cost_usd, ROUND(q.p50, 10) AS median_usd,
-       ROUND(t.usd / NULLIF(q.p50, 0), 2) AS times_median
+       CAST(ROUND(CAST(t.usd / NULLIF(q.p50, 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS times_median
 FROM t JOIN q ON t.trace_name = q.trace_name
 WHERE t.usd > q.p95 * 3 ORDER BY t.usd DESC, t.trace_id LIMIT 50;
 
@@ -158,7 +160,7 @@ WITH t AS (
   SELECT w.*, LAG(cost_usd) OVER (ORDER BY week_start) AS prev_cost_usd FROM w
 )
 SELECT week_start, stored, requests, unpriced, cost_usd, prev_cost_usd,
-       ROUND(100 * CAST(cost_usd - prev_cost_usd AS DOUBLE) / NULLIF(CAST(prev_cost_usd AS DOUBLE), 0), 2) AS change_pct
+       CAST(ROUND(CAST(100 * CAST(cost_usd - prev_cost_usd AS DOUBLE) / NULLIF(CAST(prev_cost_usd AS DOUBLE), 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS change_pct
 FROM l ORDER BY week_start DESC;
 
 -- name: sessions
@@ -177,7 +179,7 @@ WITH t AS (
 SELECT session_id, MIN(user_id) AS user_id, COUNT(*) AS turns,
        COUNT(CASE WHEN status IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL AND llm IS NOT NULL) THEN 1 END) AS unpriced,
        SUM(usd) AS cost_usd, MIN(convert_timezone(:tz, request_time)) AS started_at,
-       ROUND((unix_timestamp(MAX(request_time)) - unix_timestamp(MIN(request_time))) / 60, 1) AS minutes
+       CAST(ROUND(CAST((unix_timestamp(MAX(request_time)) - unix_timestamp(MIN(request_time))) / 60 AS DECIMAL(38,10)), 1) AS DOUBLE) AS minutes
 FROM t GROUP BY session_id HAVING COUNT(*) > 1 ORDER BY cost_usd DESC NULLS LAST, session_id LIMIT 20;
 
 -- name: error_waste
@@ -195,8 +197,8 @@ WITH t AS (
 SELECT day, COUNT(*) AS stored, SUM(weight) AS requests, COALESCE(SUM(CASE WHEN state = 'ERROR' THEN weight END), 0) AS errors,
        COUNT(CASE WHEN status IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL AND llm IS NOT NULL) THEN 1 END) AS unpriced,
        SUM(CASE WHEN state = 'ERROR' THEN usd * weight END) AS wasted_usd,
-       ROUND(100 * CAST(SUM(CASE WHEN state = 'ERROR' THEN usd * weight END) AS DOUBLE)
-                 / NULLIF(CAST(SUM(usd * weight) AS DOUBLE), 0), 2) AS wasted_pct
+       CAST(ROUND(CAST(100 * CAST(SUM(CASE WHEN state = 'ERROR' THEN usd * weight END) AS DOUBLE)
+                 / NULLIF(CAST(SUM(usd * weight) AS DOUBLE), 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS wasted_pct
 FROM t GROUP BY day ORDER BY day DESC;
 
 -- name: budget
@@ -224,8 +226,9 @@ WITH p AS (
   FROM p CROSS JOIN c
 )
 SELECT budget AS budget_usd, spent AS spent_usd, budget - spent AS remaining_usd, unpriced,
-       ROUND(100 * CAST(spent AS DOUBLE) / CAST(budget AS DOUBLE), 2) AS used_pct, ROUND(days_elapsed, 4) AS days_elapsed, days_in_month AS days,
-       ROUND(CAST(spent AS DOUBLE) / NULLIF(days_elapsed, 0) * days_in_month, 4) AS projected_usd
+       CAST(ROUND(CAST(100 * CAST(spent AS DOUBLE) / CAST(budget AS DOUBLE) AS DECIMAL(38,10)), 2) AS DOUBLE) AS used_pct,
+       CAST(ROUND(CAST(days_elapsed AS DECIMAL(38,10)), 4) AS DOUBLE) AS days_elapsed, days_in_month AS days,
+       CAST(ROUND(CAST(CAST(spent AS DOUBLE) / NULLIF(days_elapsed, 0) * days_in_month AS DECIMAL(38,10)), 4) AS DOUBLE) AS projected_usd
 FROM d;
 
 -- name: token_efficiency
@@ -245,10 +248,10 @@ WITH t AS (
 )
 SELECT trace_name, COUNT(*) AS stored, SUM(weight) AS requests,
        COUNT(CASE WHEN status IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL AND llm IS NOT NULL) THEN 1 END) AS unpriced,
-       ROUND(CAST(SUM(i * weight) AS DOUBLE) / CAST(SUM(CASE WHEN i IS NOT NULL THEN weight END) AS DOUBLE), 2) AS avg_in,
-       ROUND(CAST(SUM(o * weight) AS DOUBLE) / CAST(SUM(CASE WHEN o IS NOT NULL THEN weight END) AS DOUBLE), 2) AS avg_out,
-       ROUND(CAST(SUM(c * weight) AS DOUBLE) / NULLIF(CAST(SUM(i * weight) AS DOUBLE), 0), 4) AS cache_hit,
-       ROUND(CAST(SUM(o * weight) AS DOUBLE) / NULLIF(CAST(SUM(i * weight) AS DOUBLE), 0), 4) AS out_in,
-       ROUND(CAST(SUM(usd * weight) AS DOUBLE) / NULLIF(CAST(SUM(CASE WHEN usd IS NOT NULL THEN (i + o) * weight END) AS DOUBLE), 0)
-             * 1000000, 4) AS usd_per_mtok
+       CAST(ROUND(CAST(CAST(SUM(i * weight) AS DOUBLE) / CAST(SUM(CASE WHEN i IS NOT NULL THEN weight END) AS DOUBLE) AS DECIMAL(38,10)), 2) AS DOUBLE) AS avg_in,
+       CAST(ROUND(CAST(CAST(SUM(o * weight) AS DOUBLE) / CAST(SUM(CASE WHEN o IS NOT NULL THEN weight END) AS DOUBLE) AS DECIMAL(38,10)), 2) AS DOUBLE) AS avg_out,
+       CAST(ROUND(CAST(CAST(SUM(c * weight) AS DOUBLE) / NULLIF(CAST(SUM(i * weight) AS DOUBLE), 0) AS DECIMAL(38,10)), 4) AS DOUBLE) AS cache_hit,
+       CAST(ROUND(CAST(CAST(SUM(o * weight) AS DOUBLE) / NULLIF(CAST(SUM(i * weight) AS DOUBLE), 0) AS DECIMAL(38,10)), 4) AS DOUBLE) AS out_in,
+       CAST(ROUND(CAST(CAST(SUM(usd * weight) AS DOUBLE) / NULLIF(CAST(SUM(CASE WHEN usd IS NOT NULL THEN (i + o) * weight END) AS DOUBLE), 0)
+             * 1000000 AS DECIMAL(38,10)), 4) AS DOUBLE) AS usd_per_mtok
 FROM t GROUP BY trace_name ORDER BY stored DESC, trace_name;

@@ -166,7 +166,7 @@ class CostCalculator:
             cached_input_tokens: 入力のうち、キャッシュから読んだ数。
             cache_write_tokens: 入力のうち、キャッシュに書いた数(1 時間分を含む)。
             cache_write_1h_tokens: 書き込みのうち、1 時間保持の数。
-            at: いつの料金か。``None`` は最新の行。
+            at: いつの料金か。日付か、タイムゾーン付きの時刻。``None`` は最新の行。
             batch: バッチ API の料金か。
 
         Raises:

@@ -162,6 +162,8 @@ class CostTracker:
         if budget_usd is not None and not budget_usd > 0:
             raise ValueError(f"budget_usd must be > 0, got {budget_usd!r}")
         self.on_budget = on_budget
+        if wrong := [share for share in thresholds if not 0 < share < 10]:  # 80 は 80% ではない
+            raise ValueError(f"thresholds must be like 0.8 for 80%, got {wrong[0]!r}")
         self.thresholds = tuple(sorted(thresholds))
         self.calculator = calculator or _default_calculator()
         self.max_keys = max_keys

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from decimal import Decimal, InvalidOperation
@@ -34,7 +35,6 @@ if TYPE_CHECKING or __package__:
         ModelPrice,
         PriceTableError,
         PriceTier,
-        canonical_model_name,
         row_problems,
     )
 else:  # price_table.py と 2 枚だけ写したとき、またはパスで実行したとき
@@ -42,13 +42,13 @@ else:  # price_table.py と 2 枚だけ写したとき、またはパスで実�
         ModelPrice,
         PriceTableError,
         PriceTier,
-        canonical_model_name,
         row_problems,
     )
 
 _COLUMNS = ("input", "cached_input", "cache_write", "output", "batch_input", "batch_output")
 _AMOUNTS = (*_COLUMNS, "cache_write_1h")
 _ROW_KEYS = (*_AMOUNTS, "aliases", "tiers", "effective_from", "effective_to", "provider", "source")
+_TABLE_KEYS = ("models", "unit")
 _TIER_KEYS = ("above_input_tokens", "input", "output", "cached_input")
 
 
@@ -69,17 +69,40 @@ def load_file(path: str | Path) -> Mapping[str, Any]:
     return table
 
 
+class _FileMapping(dict[str, Any]):
+    """ファイルの中の辞書。同じ鍵が 2 度書かれていたことを、読んだ後も覚えている。"""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]], keys: Sequence[str]) -> None:
+        super().__init__(pairs)
+        self.repeated = [key for key, count in Counter(keys).items() if count > 1]
+
+
 def _parse_json(text: str) -> Any:
-    return json.loads(text, parse_float=Decimal)
+    def keep(pairs: list[tuple[str, Any]]) -> _FileMapping:
+        return _FileMapping(pairs, [key for key, _ in pairs])
+
+    return json.loads(text, parse_float=Decimal, object_pairs_hook=keep)
 
 
 def _parse_yaml(text: str) -> Any:
     import yaml  # 料金表を YAML で持つ人だけが使う
 
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def keep(loader: Any, node: Any) -> _FileMapping:
+        keys = [str(key.value) for key, _ in node.value]  # << で取り込む前の、書かれた鍵
+        return _FileMapping(loader.construct_mapping(node, deep=True).items(), keys)
+
+    Loader.add_constructor("tag:yaml.org,2002:map", keep)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)  # SafeLoader と同じく、任意のオブジェクトは作らない
     except yaml.YAMLError as error:
         raise ValueError(error) from error
+
+
+def _path(name: str, key: object) -> str:
+    return f"{name}.{key}" if name else str(key)
 
 
 def read_prices(
@@ -109,6 +132,8 @@ class _TableReader:
         if "models" in data:
             unit = data.get("unit", "per_1m_tokens")
             self.models: Any = data["models"]
+            notes = {key for key in data if str(key).startswith("_")}  # _meta のような覚え書き
+            self._reject_unknown_keys("", data, (*_TABLE_KEYS, *notes))
         else:
             unit, self.models = "per_1k_tokens", data  # 本書の形
         scales = {"per_1m_tokens": Decimal(1), "per_1k_tokens": Decimal(1000)}
@@ -121,6 +146,7 @@ class _TableReader:
         if models is None:
             self.problems.append("models: expected a mapping of model name to price row(s)")
             return {}, {}
+        self._reject_repeated_keys("", models)
         rows: dict[str, tuple[ModelPrice, ...]] = {}
         aliases: dict[str, str] = {}
         for key, value in models.items():
@@ -164,7 +190,7 @@ class _TableReader:
 
     def _add_aliases(self, name: str, entry: Mapping[str, Any], aliases: dict[str, str]) -> None:
         for alias in self._list(name, entry, "aliases"):
-            added = canonical_model_name(str(alias))
+            added = str(alias).strip().lower()
             if aliases.setdefault(added, name) != name:
                 self.problems.append(f"{name}.aliases: {alias!r} is already {aliases[added]!r}")
 
@@ -182,10 +208,18 @@ class _TableReader:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
-                self.problems.append(f"{name}.{key}: unknown key{hint}")
+                self.problems.append(f"{_path(name, key)}: unknown key{hint}")
+        self._reject_repeated_keys(name, entry)
+
+    def _reject_repeated_keys(self, name: str, entry: Mapping[str, Any]) -> None:
+        if isinstance(entry, _FileMapping):
+            self.problems += [f"{_path(name, key)}: given twice" for key in entry.repeated]
 
     def _tiers(self, name: str, row: Mapping[str, Any]) -> tuple[PriceTier, ...]:
         tiers = [self._tier(f"{name}.tiers", value) for value in self._list(name, row, "tiers")]
+        for above, count in Counter(tier.above_input_tokens for tier in tiers if tier).items():
+            if count > 1:
+                self.problems.append(f"{name}.tiers.above_input_tokens: {above} given twice")
         return tuple(tier for tier in tiers if tier)
 
     def _tier(self, name: str, value: Any) -> PriceTier | None:

@@ -35,6 +35,7 @@ from typing import Any, Literal
 MatchKind = Literal["exact", "alias"]
 _ZERO = Decimal(0)
 _CACHE_LIMIT = 4096  # 名前の照合結果を覚える上限。名前が外から来ても、メモリーは増え続けない
+_LONGEST_NAME = 300  # これより長い名前には、近い名前を探さない
 
 
 class CostError(ValueError):
@@ -158,6 +159,9 @@ class PriceTable:
     _resolved: dict[str, Match] = field(
         default_factory=dict[str, Match], init=False, repr=False, compare=False
     )
+    _near: dict[str, list[str]] = field(
+        default_factory=dict[str, list[str]], init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         problems = [p for name, rows in self.rows.items() for p in row_problems(name, rows)]
@@ -190,17 +194,20 @@ class PriceTable:
         """JSON または YAML のファイルから作る。形は ``from_mapping`` と同じ。"""
         return cls.from_mapping(_price_file().load_file(path), name=Path(path).stem)
 
-    def with_overrides(self, data: Mapping[str, Any]) -> PriceTable:
-        """同じ名前の行を置き換え、ない名前の行を足した、新しい表。形は ``from_mapping`` と同じ。"""
-        other = PriceTable.from_mapping(data, name=f"{self.name}+overrides")
+    def with_overrides(self, data: Mapping[str, Any] | str | Path) -> PriceTable:
+        """同じ名前の行を置き換え、ない名前の行を足した、新しい表。
+
+        ``data`` は ``from_mapping`` と同じ形の辞書か、その形の JSON または YAML のファイル。
+        """
+        found = _price_file().load_file(data) if isinstance(data, (str, Path)) else data
+        other = PriceTable.from_mapping(found, name=f"{self.name}+overrides")
         kept = {alias: to for alias, to in self.aliases.items() if alias not in other.rows}
         return PriceTable({**self.rows, **other.rows}, {**kept, **other.aliases}, other.name)
 
     def with_aliases(self, aliases: Mapping[str, str]) -> PriceTable:
         """別名(Azure のデプロイ名など)を足した、新しい表。``{"my-deployment": "gpt-4o"}``"""
         added = {
-            canonical_model_name(alias): self.resolve(target).name
-            for alias, target in aliases.items()
+            alias.strip().lower(): self.resolve(target).name for alias, target in aliases.items()
         }
         return PriceTable(self.rows, {**self.aliases, **added}, self.name)
 
@@ -213,9 +220,7 @@ class PriceTable:
         match = self._resolved.get(model)
         if match is None:
             match = self._look_up(model)
-            if len(self._resolved) >= _CACHE_LIMIT:
-                self._resolved.clear()
-            self._resolved[model] = match
+            _remember(self._resolved, model, match)
         return match
 
     def _look_up(self, model: str) -> Match:
@@ -228,25 +233,55 @@ class PriceTable:
                 return Match(self.aliases[candidate], "alias")
             if candidate in self.rows:
                 return Match(candidate, "exact")
+        if raw in self._near:
+            raise UnknownModelError(model, self._near[raw])
+        # 接頭辞付きで登録した別名は、接頭辞なしでも引ける(MLflow にはデプロイ名だけが残る)
+        known = {to for alias, to in self.aliases.items() if canonical_model_name(alias) == raw}
+        if len(known) == 1:
+            return Match(known.pop(), "alias")
+        raise UnknownModelError(model, self._near_names(raw, name))
+
+    def _near_names(self, raw: str, name: str) -> list[str]:
+        """綴りの近い名前。探すのは遅いので覚えておく(未知のモデルは、呼ぶたびに来る)。"""
+        if len(raw) > _LONGEST_NAME:
+            return []
         near = difflib.get_close_matches(name, [*self.rows, *self.aliases], 3)
-        raise UnknownModelError(model, near)
+        _remember(self._near, raw, near)
+        return near
 
     def price_at(self, name: str, at: date | datetime | None = None) -> ModelPrice:
         """``resolve`` した名前の、その時点の行。``at=None`` は最新の行。
 
         Raises:
             PriceNotEffectiveError: その日に有効な行がないとき。
+            CostError: ``at`` が日付でないか、時刻なのにタイムゾーンがないとき。
         """
         rows = self.rows[name]
         if at is None:
             return rows[-1]
-        day = at.astimezone(timezone.utc).date() if isinstance(at, datetime) else at
+        day = _utc_day(at)
         for row in reversed(rows):
             if row.covers(day):
                 return row
         raise PriceNotEffectiveError(
             f"no price row of {name!r} covers {day} (rows: {', '.join(map(_period, rows))})"
         )
+
+
+def _remember(cache: dict[str, Any], key: str, value: Any) -> None:
+    if len(cache) >= _CACHE_LIMIT:
+        cache.clear()
+    cache[key] = value
+
+
+def _utc_day(at: date | datetime) -> date:
+    if not isinstance(at, date):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CostError(f"at must be a date or a datetime, got {at!r}")
+    if not isinstance(at, datetime):
+        return at
+    if at.tzinfo is None:  # 動かすコンピューターの時間帯によって、料金が変わってしまう
+        raise CostError(f"at={at!r} has no time zone; use datetime(..., tzinfo=timezone.utc)")
+    return at.astimezone(timezone.utc).date()
 
 
 def _price_file() -> Any:

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 from xml.sax.saxutils import escape
 
 VALUE_COLUMNS = ("cost_usd", "spent_usd", "wasted_usd", "usd_per_mtok")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # Excel が式とみなす始まり
 _INK, _BAR, _PAPER = "#333333", "#2f6fb0", "#ffffff"
 _ROW, _HEAD, _EDGE, _WIDE = 24, 44, 16, 420  # 行の高さ、見出し、余白、値を描く幅(px)
 
@@ -92,8 +93,13 @@ def write_csv(table: Table, directory: str | Path) -> Path:
     with path.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(table.columns)
-        writer.writerows(table.rows)
+        writer.writerows([_not_a_formula(value) for value in row] for row in table.rows)
     return path
+
+
+def _not_a_formula(value: Any) -> Any:
+    """Excel は = などで始まる文字を式として実行する。外から来る名前を、ただの文字に留める。"""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def write_svg(table: Table, path: str | Path) -> Path:

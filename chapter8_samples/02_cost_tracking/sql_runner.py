@@ -179,7 +179,7 @@ def _budget_text(usd: float | Decimal | str) -> str:
         budget = Decimal(str(usd))
     except InvalidOperation:
         budget = Decimal("NaN")
-    if not budget.is_finite() or budget <= 0:
+    if not budget.is_finite() or round(budget, 4) <= 0:  # SQL では小数点以下 4 桁
         raise SqlRunnerError(f"monthly_budget_usd must be a number > 0, got {usd!r}")
     return f"{budget:f}"
 
@@ -287,7 +287,7 @@ def command(arguments: Sequence[str]) -> int:
             parameters = _parameters(options)
             source = _source(options, Path(scratch))
             tables = ENGINES[options.engine](source, chosen, parameters)
-        except (SqlRunnerError, LookupError, ImportError) as error:
+        except (ValueError, LookupError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     for table in tables:

@@ -155,7 +155,8 @@ def get_token_usage_from_trace(trace: Trace | str) -> TokenUsage | None:
         TraceNotFoundError: ID のトレースがない。
     """
     trace = load_trace(trace)
-    if data := trace.info.token_usage:
+    data = trace.info.token_usage
+    if data and any(data.values()):  # MLflow は、報告がなくても 0 の合計を書くことがある
         return TokenUsage.from_mlflow(data)
     reported = [call.usage for call in llm_calls(trace) if call.usage]
     return sum(reported[1:], start=reported[0]) if reported else None
@@ -190,6 +191,7 @@ class TokenUsageSummary:
     ``weighted_*`` は、サンプリングで捨てた分を ``sampling.weight`` で補った推定値。
     ``traces_partly_priced`` は、自分の料金表で計算しきれなかったトレース(``cost.status`` が
     ``priced`` 以外)の数。MLflow が自前のカタログで補った金額が混ざっていることがある。
+    ``by_model`` は、``setup_cost_tracking`` が内訳を残したトレースの分だけの、補わない実数。
     ``include_cost=False`` のとき、金額は NaN、金額についての件数は ``None``、内訳は空。
     """
 
@@ -293,7 +295,8 @@ class _Totals:
 
     def add(self, info: TraceInfo) -> None:
         usage = TokenUsage.from_mlflow(info.token_usage) if info.token_usage else None
-        cost = Decimal(str(info.cost["total_cost"])) if info.cost else None
+        usd = (info.cost or {}).get("total_cost")
+        cost = None if usd is None else Decimal(str(usd))
         weight = sampling_weight(info)
         self.trace_count += 1
         self.without_usage += usage is None
@@ -314,7 +317,7 @@ class _Totals:
                 unpriced_calls=old.unpriced_calls + (calls if usd is None else 0),
                 input_tokens=old.input_tokens + prompt,
                 output_tokens=old.output_tokens + completion,
-                cost_usd=old.cost_usd + Decimal(usd or 0),
+                cost_usd=old.cost_usd + (usd or 0),
             )
 
     def summary(self, experiment_id: str, *, truncated: bool) -> TokenUsageSummary:
@@ -336,12 +339,14 @@ class _Totals:
         )
 
 
-def _breakdown(tag: str | None) -> dict[str, list[Any]]:
+def _breakdown(tag: str | None) -> dict[str, tuple[int, int, int, Decimal | None]]:
     try:
-        data = json.loads(tag or "{}")
-    except ValueError:  # 長すぎて途中で切られたタグなど
+        return {
+            model: (int(calls), int(prompt), int(output), None if usd is None else Decimal(usd))
+            for model, (calls, prompt, output, usd) in json.loads(tag or "{}").items()
+        }
+    except (ValueError, TypeError, AttributeError, ArithmeticError):  # 途中で切られたタグなど
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def main() -> None:

@@ -42,6 +42,7 @@ else:  # trace_reader.py と 2 枚だけ写したとき、またはパスで実�
     from trace_reader import find_experiment_id, iter_traces, with_time_zone
 
 COMPLETE_KEY = b"chapter8.complete"
+EXPERIMENT_KEY = b"chapter8.experiment"
 GRACE = timedelta(hours=1)  # 日付が変わる前に始まったリクエストが終わるのを待つ
 _KEPT_ATTRIBUTES = (
     "mlflow.llm.model", "mlflow.llm.provider", "mlflow.chat.tokenUsage", "mlflow.llm.cost",
@@ -119,6 +120,8 @@ def export_traces_to_parquet(
     """トレースを ``<directory>/day=YYYY-MM-DD/traces.parquet`` に書き出す。
 
     日は UTC で区切る。途中で止まっても壊れたファイルは残らず、もう一度呼ぶと続きから進む。
+    書き終えた日に後から届いたトレース(ためてあった分の再送など)は、その日のフォルダーを消して
+    もう一度呼ぶと加わる。
 
     Args:
         start: この日から(その日の 0 時まで広げる)。``None`` は最初のトレースの日。
@@ -129,10 +132,12 @@ def export_traces_to_parquet(
     Raises:
         ExperimentNotFoundError: エクスペリメントがない。
         MissingDependencyError: pyarrow がない。
-        ValueError: ``start`` か ``end`` にタイムゾーンがない。
+        ValueError: ``start`` か ``end`` にタイムゾーンがない、または ``directory`` に別の
+            エクスペリメントの書き出しがある(混ざると、合計が両方の分になってしまう)。
     """
     require("pyarrow")
     experiment_id, directory = find_experiment_id(experiment_name), Path(directory)
+    _refuse_another_experiment(directory, experiment_id)
     start, stop = start and with_time_zone("start", start), with_time_zone("end", end or now())
     files: list[Path] = []
     total = skipped = without_spans = 0
@@ -140,7 +145,7 @@ def export_traces_to_parquet(
         path = directory / f"day={day}" / "traces.parquet"
         rows = _DayRows(experiment_id, day, stop, include_spans, include_content)
         done = _is_complete(path, rows.kind)
-        count = 0 if done else _write(path, iter(rows), rows.kind if rows.closed(now()) else None)
+        count = 0 if done else _write(path, iter(rows), rows.labels(now()))
         without_spans += rows.without_spans
         files += [path] if count else []
         total, skipped = total + count, skipped + done
@@ -157,12 +162,18 @@ class _DayRows:
         self.midnight = _midnight(day + timedelta(days=1))
         self.window = (experiment_id, _midnight(day), min(self.midnight, stop))
         self.spans, self.content = spans, content
+        self.experiment_id = experiment_id
         self.kind = f"{experiment_id} spans={spans} content={content}"
         self.without_spans = 0
 
     def closed(self, now: datetime) -> bool:
         """この日の行が、もう増えないか。"""
         return self.window[2] == self.midnight and self.midnight + GRACE <= now
+
+    def labels(self, now: datetime) -> dict[bytes, bytes]:
+        """ファイルに残す印: どのエクスペリメントの分か、書き終わった日か。"""
+        complete = {COMPLETE_KEY: self.kind.encode()} if self.closed(now) else {}
+        return {EXPERIMENT_KEY: self.experiment_id.encode(), **complete}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         seen: set[str] = set()
@@ -197,16 +208,27 @@ def _utc(milliseconds: int) -> datetime:
 
 
 def _is_complete(path: Path, kind: str) -> bool:
-    if not path.exists():
-        return False
-    metadata: dict[bytes, bytes] = require("pyarrow.parquet").read_schema(path).metadata or {}
-    return metadata.get(COMPLETE_KEY) == kind.encode()
+    return path.exists() and _labels_of(path).get(COMPLETE_KEY) == kind.encode()
 
 
-def _write(path: Path, rows: Iterator[dict[str, Any]], complete: str | None) -> int:
+def _labels_of(path: Path) -> dict[bytes, bytes]:
+    return require("pyarrow.parquet").read_schema(path).metadata or {}
+
+
+def _refuse_another_experiment(directory: Path, experiment_id: str) -> None:
+    for path in directory.glob("day=*/traces.parquet"):
+        owner = _labels_of(path).get(EXPERIMENT_KEY, experiment_id.encode()).decode()
+        if owner != experiment_id:
+            raise ValueError(
+                f"{directory} holds experiment {owner}, not {experiment_id}; "
+                "use one directory per experiment"
+            )
+
+
+def _write(path: Path, rows: Iterator[dict[str, Any]], labels: dict[bytes, bytes]) -> int:
     """500 行ずつ書き、最後に本来の名前へ変える。1 行もなければファイルを作らない。"""
     pa, pq = require("pyarrow"), require("pyarrow.parquet")
-    schema = archive_schema().with_metadata({COMPLETE_KEY: complete.encode()} if complete else None)
+    schema = archive_schema().with_metadata(labels)
     first = next(rows, None)
     if first is None:
         path.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import threading
 from collections import Counter, OrderedDict
@@ -81,7 +82,7 @@ STATUS_KEY = "cost.status"  # priced / unpriced / rollup / partial / missing_usa
 SOURCE_KEY = "cost.price_source"
 BY_MODEL_TAG = "cost.by_model"  # {"モデル": [回数, 入力, 出力, "USD" か null]}
 _MAX_OPEN_TRACES = 10_000  # 終わらないトレースの分を、いつまでも覚えておかない
-_MAX_TAG_LENGTH = 250  # MLflow のタグの値の上限
+_MAX_TAG_LENGTH = 4096  # MLflow のどの保存先でも入る、タグの値の上限
 _REMOVED = "cost tracking was removed by tracing.configure or reset; call install() again"
 _ZERO = Decimal(0)
 
@@ -227,7 +228,7 @@ class CostTracking:
             with self._lock:
                 self._open.pop(span.trace_id, None)
             _tag_trace(span.trace_id, total)
-            _settle_trace_cost(span.trace_id)
+            _settle_trace_cost(span.trace_id, total)
         elif total.kinds:
             with self._lock:
                 below = self._open.setdefault(span.trace_id, {})
@@ -307,12 +308,15 @@ def _outlive_set_tracking_uri() -> None:
 
 def _write_cost(span: LiveSpan, prompt_usd: Decimal, output_usd: Decimal) -> None:
     # 料金未定のときに None を書くと、MLflow 3.17 はトレースのスパンを 1 つも保存しなくなる
-    cost = {
+    span.set_attribute(COST_ATTRIBUTE, _cost(prompt_usd, output_usd))
+
+
+def _cost(prompt_usd: Decimal, output_usd: Decimal) -> dict[str, float]:
+    return {
         "input_cost": float(prompt_usd),
         "output_cost": float(output_usd),
         "total_cost": float(prompt_usd + output_usd),
     }
-    span.set_attribute(COST_ATTRIBUTE, cost)
 
 
 def _admit_failure(span: LiveSpan, total: _Sum) -> None:
@@ -322,17 +326,20 @@ def _admit_failure(span: LiveSpan, total: _Sum) -> None:
         span.set_attribute(STATUS_KEY, "unpriced")
 
 
-def _settle_trace_cost(trace_id: str) -> None:
+def _settle_trace_cost(trace_id: str, total: _Sum) -> None:
     """トレースの合計を、トークン数の合計と同じように、保存する前に決めておく。
 
     決めなければ保存先がスパンから計算するが、非同期の書き込みが前後すると、後から届いたスパンの
     分が合計から抜ける(MLflow 3.17)。スパンが 1 つだけなら、抜けるものはない。
+    MLflow の合計は float の足し算で端数が付くので、同じ金額なら 10 進数で足したほうを書く。
     """
     with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
         if trace is None or len(trace.span_dict) < 2:
             return
         if cost := aggregate_cost_from_spans(list(trace.span_dict.values())):
-            trace.info.trace_metadata[TRACE_COST_KEY] = json.dumps(cost)
+            ours = _cost(total.prompt_usd, total.output_usd)
+            same = all(math.isclose(cost[key], usd, rel_tol=1e-9) for key, usd in ours.items())
+            trace.info.trace_metadata[TRACE_COST_KEY] = json.dumps(ours if same else cost)
 
 
 def _tag_trace(trace_id: str, total: _Sum) -> None:

@@ -64,6 +64,7 @@ def price_trace(
 
     Raises:
         TraceNotFoundError: ID のトレースがない。
+        InvalidUsageError: 負の数など、ありえない使用量を持つスパンがある。
     """
     if calculator is None:
         sibling = ".cost_calculator" if __package__ else "cost_calculator"

@@ -276,8 +276,9 @@ def _ancestors(spans: Mapping[str, Span], span_id: str) -> Iterator[str]:
 
 def span_usage(span: Span) -> TokenUsage | None:
     """スパンの使用量。埋め込みは MLflow が拾わないので、出力の ``usage`` から読む。"""
-    if data := span.get_attribute(USAGE_ATTRIBUTE):
-        return TokenUsage.from_mlflow(data)
+    data = span.get_attribute(USAGE_ATTRIBUTE)
+    if data and isinstance(data, Mapping):  # ほかの道具が書いた別の形は、報告がないのと同じ
+        return TokenUsage.from_mlflow(cast(Mapping[str, Any], data))
     if span.span_type != SpanType.EMBEDDING:
         return None
     tokens = _field(_field(span.outputs, "usage"), "prompt_tokens")

@@ -84,6 +84,7 @@ class PriceTable:
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     name: str = 'custom'
     _resolved: dict[str, Match] = field(default_factory=dict[str, Match], init=False, repr=False, compare=False)
+    _near: dict[str, list[str]] = field(default_factory=dict[str, list[str]], init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         ...
@@ -105,8 +106,11 @@ class PriceTable:
     def from_file(cls, path: str | Path) -> PriceTable:
         """JSON または YAML のファイルから作る。形は ``from_mapping`` と同じ。"""
 
-    def with_overrides(self, data: Mapping[str, Any]) -> PriceTable:
-        """同じ名前の行を置き換え、ない名前の行を足した、新しい表。形は ``from_mapping`` と同じ。"""
+    def with_overrides(self, data: Mapping[str, Any] | str | Path) -> PriceTable:
+        """同じ名前の行を置き換え、ない名前の行を足した、新しい表。
+
+        ``data`` は ``from_mapping`` と同じ形の辞書か、その形の JSON または YAML のファイル。
+        """
 
     def with_aliases(self, aliases: Mapping[str, str]) -> PriceTable:
         """別名(Azure のデプロイ名など)を足した、新しい表。``{"my-deployment": "gpt-4o"}``"""
@@ -121,11 +125,15 @@ class PriceTable:
     def _look_up(self, model: str) -> Match:
         ...
 
+    def _near_names(self, raw: str, name: str) -> list[str]:
+        """綴りの近い名前。探すのは遅いので覚えておく(未知のモデルは、呼ぶたびに来る)。"""
+
     def price_at(self, name: str, at: date | datetime | None=None) -> ModelPrice:
         """``resolve`` した名前の、その時点の行。``at=None`` は最新の行。
 
         Raises:
             PriceNotEffectiveError: その日に有効な行がないとき。
+            CostError: ``at`` が日付でないか、時刻なのにタイムゾーンがないとき。
         """
 
 def row_problems(name: str, rows: Sequence[ModelPrice]) -> list[str]:

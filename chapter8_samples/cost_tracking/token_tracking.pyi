@@ -71,6 +71,7 @@ class TokenUsageSummary:
     ``weighted_*`` は、サンプリングで捨てた分を ``sampling.weight`` で補った推定値。
     ``traces_partly_priced`` は、自分の料金表で計算しきれなかったトレース(``cost.status`` が
     ``priced`` 以外)の数。MLflow が自前のカタログで補った金額が混ざっていることがある。
+    ``by_model`` は、``setup_cost_tracking`` が内訳を残したトレースの分だけの、補わない実数。
     ``include_cost=False`` のとき、金額は NaN、金額についての件数は ``None``、内訳は空。
     """
     experiment_id: str

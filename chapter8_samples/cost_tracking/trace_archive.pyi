@@ -6,6 +6,7 @@ from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 COMPLETE_KEY = b'chapter8.complete'
+EXPERIMENT_KEY = b'chapter8.experiment'
 GRACE = timedelta(hours=1)
 
 class MissingDependencyError(ImportError):
@@ -41,6 +42,8 @@ def export_traces_to_parquet(experiment_name: str, directory: str | Path, start:
     """トレースを ``<directory>/day=YYYY-MM-DD/traces.parquet`` に書き出す。
 
     日は UTC で区切る。途中で止まっても壊れたファイルは残らず、もう一度呼ぶと続きから進む。
+    書き終えた日に後から届いたトレース(ためてあった分の再送など)は、その日のフォルダーを消して
+    もう一度呼ぶと加わる。
 
     Args:
         start: この日から(その日の 0 時まで広げる)。``None`` は最初のトレースの日。
@@ -51,7 +54,8 @@ def export_traces_to_parquet(experiment_name: str, directory: str | Path, start:
     Raises:
         ExperimentNotFoundError: エクスペリメントがない。
         MissingDependencyError: pyarrow がない。
-        ValueError: ``start`` か ``end`` にタイムゾーンがない。
+        ValueError: ``start`` か ``end`` にタイムゾーンがない、または ``directory`` に別の
+            エクスペリメントの書き出しがある(混ざると、合計が両方の分になってしまう)。
     """
 
 def enable_trace_archive(experiment_name: str, table: str) -> None:

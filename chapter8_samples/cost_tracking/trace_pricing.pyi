@@ -27,6 +27,7 @@ def price_trace(trace: Trace | str, calculator: Calculator | None=None, *, at: d
 
     Raises:
         TraceNotFoundError: ID のトレースがない。
+        InvalidUsageError: 負の数など、ありえない使用量を持つスパンがある。
     """
 
 def main() -> None:

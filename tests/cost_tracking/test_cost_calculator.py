@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from datetime import date, datetime, timezone
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapter8_samples.cost_tracking.cost_calculator import (
@@ -30,6 +31,7 @@ from chapter8_samples.cost_tracking.price_table import (
     canonical_model_name,
 )
 
+UNHURRIED = settings(deadline=None)  # 混んだコンピューターで 1 例が 0.2 秒を超えても、誤りではない
 CALCULATOR = CostCalculator()
 TABLE = PriceTable.default()
 ARN = "arn:aws:bedrock:us-east-1:1:inference-profile/us.anthropic.claude-3-5-sonnet-20241022-v2:0"
@@ -157,6 +159,19 @@ def test_dates_outside_the_rows_are_not_guessed(model: str, day: date) -> None:
         CALCULATOR.calculate(model, 1, 1, at=day)
 
 
+@pytest.mark.parametrize("model", ["claude-3-5-haiku", "gpt-4"])
+@pytest.mark.parametrize(
+    ("at", "named"),
+    [
+        (datetime(2024, 12, 3), "has no time zone; use datetime"),  # 動かす場所で単価が変わる
+        ("2024-12-03", "at must be a date or a datetime, got '2024-12-03'"),
+    ],
+)
+def test_a_time_that_could_mean_two_days_is_refused(model: str, at: Any, named: str) -> None:
+    with pytest.raises(CostError, match=named):
+        CALCULATOR.calculate(model, 1, 1, at=at)
+
+
 def test_batch() -> None:
     assert CALCULATOR.calculate("gpt-4o", 1000, 500, batch=True) == 0.00375
     with pytest.raises(NoPriceError, match="no batch price"):
@@ -205,6 +220,7 @@ TOKENS = st.integers(0, 2_000_000)
 MODELS = st.sampled_from(sorted(TABLE.rows))
 
 
+@UNHURRIED
 @given(MODELS, TOKENS, TOKENS, st.floats(0, 1), st.floats(0, 1))
 def test_equal_to_an_independent_fraction(
     model: str, prompt: int, output: int, read_share: float, write_share: float
@@ -232,6 +248,7 @@ def test_equal_to_an_independent_fraction(
     assert again == float(want)
 
 
+@UNHURRIED
 @given(MODELS, TOKENS, TOKENS, TOKENS)
 def test_more_tokens_never_cost_less(model: str, prompt: int, output: int, more: int) -> None:
     before = CALCULATOR.price(model, prompt, output).total_usd
@@ -239,6 +256,7 @@ def test_more_tokens_never_cost_less(model: str, prompt: int, output: int, more:
     assert CALCULATOR.price(model, prompt, output + more).total_usd >= before
 
 
+@UNHURRIED
 @given(st.integers(1, 200_000), st.floats(0, 1))
 def test_caching_never_costs_more(prompt: int, share: float) -> None:
     cached = int(prompt * share)
@@ -247,6 +265,7 @@ def test_caching_never_costs_more(prompt: int, share: float) -> None:
         assert CALCULATOR.price(model, prompt, 0, cached).total_usd <= full
 
 
+@UNHURRIED
 @given(st.text(max_size=40))
 def test_any_text_is_priced_exactly_or_refused(name: str) -> None:
     try:
@@ -288,6 +307,7 @@ GENAI_DIFFERS = {
 GENAI_WITHOUT_CACHE_PRICE = {"gemini-1.5-pro", "gemini-1.5-flash"}
 
 
+@UNHURRIED
 @given(st.sampled_from(sorted(set(TABLE.rows) - set(GENAI_DIFFERS))), TOKENS, TOKENS, st.data())
 def test_agrees_with_genai_prices(model: str, prompt: int, output: int, data: Any) -> None:
     """独立した相手: genai-prices。10 進数の最後の桁まで比べる。"""
@@ -344,6 +364,44 @@ def test_deployment_names_by_alias() -> None:
         CostCalculator(aliases={"x": "no-such-model"})
 
 
+def test_an_alias_with_a_prefix_does_not_change_the_plain_name() -> None:
+    """Azure のデプロイだけに付けた単価が、ほかの提供元の同じ名前に及ばない。"""
+    regional = {"input": "2.75", "output": "11", "aliases": ["azure/gpt-4o"]}
+    by_file = TABLE.with_overrides({"models": {"gpt-4o-azure-eu": regional}})
+    by_alias = TABLE.with_aliases({"azure/gpt-4o": "gpt-4o-2024-05-13"})
+    for table, want in ((by_file, "gpt-4o-azure-eu"), (by_alias, "gpt-4o-2024-05-13")):
+        calculator = CostCalculator(table)
+        names = ("Azure/GPT-4o", "gpt-4o", "openai/gpt-4o", "gpt-4o-2024-08-06")
+        found = [calculator.price(name, 1, 1).matched_model for name in names]
+        assert found == [want, "gpt-4o", "gpt-4o", "gpt-4o"]
+
+
+def test_an_alias_with_a_prefix_is_found_without_it_where_it_is_clear() -> None:
+    aliases = {"azure/my-bot": "gpt-4o", "azure/two": "gpt-4o", "openai/two": "gpt-4o-mini"}
+    calculator = CostCalculator(aliases=aliases)
+    assert calculator.price("my-bot", 1, 1).matched_model == "gpt-4o"
+    for name in ("two", "openai/my-bot"):
+        with pytest.raises(UnknownModelError):
+            calculator.price(name, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("own.json", '{"models": {"gpt-4o": {"input": 2.75, "output": 11}}}'),
+        ("own.yaml", "models: {gpt-4o: {input: 2.75, output: 11}}"),
+        ("book.yml", "gpt-4o: {input: 0.00275, output: 0.011}"),
+    ],
+)
+def test_overrides_from_a_file(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    for given_as in (path, str(path)):
+        calculator = CostCalculator(TABLE.with_overrides(given_as))
+        assert calculator.calculate("gpt-4o", 10**6, 0) == 2.75
+        assert calculator.calculate("gpt-4o-mini", 10**6, 0) == 0.15
+
+
 def test_an_empty_table_stays_empty() -> None:
     with pytest.raises(UnknownModelError):
         CostCalculator(pricing={}).calculate("gpt-4o", 1, 1)
@@ -373,6 +431,11 @@ def test_all_mistakes_of_a_table_are_listed_at_once() -> None:
             },
             "i": {"input": 1, "output": 1, "aliases": ["x"]},
             "I": [{"input": 1, "output": 1}, {"input": 2, "output": 2}],
+            "j": {
+                "input": 1,
+                "output": 1,
+                "tiers": [{"above_input_tokens": 9, "input": n, "output": n} for n in (2, 3)],
+            },
         },
     }
     with pytest.raises(PriceTableError) as error:
@@ -386,9 +449,41 @@ def test_all_mistakes_of_a_table_are_listed_at_once() -> None:
         "f.aliases: expected a list, got 'my-alias'", "f.tiers: expected a list", "g: no rows",
         "h.aliases: 'a' is another model", "h: effective_to is not after effective_from",
         "h.tiers.above: unknown key", "i.aliases: 'x' is already 'h'", "i: given twice",
-        "i: rows overlap",
+        "i: rows overlap", "j.tiers.above_input_tokens: 9 given twice",
     ):  # fmt: skip
         assert want in text, text
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml"])
+def test_what_a_file_gives_twice_or_misspells_is_not_dropped(tmp_path: Path, suffix: str) -> None:
+    """読み取りの部品は、同じ鍵の最後の値だけを残す。単位の綴りが違えば、1,000 倍の差になる。"""
+    path = tmp_path / f"prices.{suffix}"
+    text = (
+        '{"_meta": {"note": "ok"}, "units": "per_1k_tokens", "models": {'
+        '"a": {"input": 1, "output": 2, "input": 3}, "b": {"input": 1, "output": 1},'
+        '"b": {"input": -1, "output": 1}}}'
+    )
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(PriceTableError) as error:
+        PriceTable.from_file(path)
+    assert error.value.problems == (
+        "units: unknown key (did you mean 'unit'?)",
+        "b: given twice",
+        "a.input: given twice",
+        "b.input: -1 is not a price (a number >= 0)",
+    )
+
+
+def test_a_yaml_file_may_reuse_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "prices.yaml"
+    path.write_text(
+        "_base: &base {input: 1, output: 2}\nmodels: {a: *base, b: {<<: *base, output: 3}}\n",
+        encoding="utf-8",
+    )
+    rows = PriceTable.from_file(path).rows
+    assert [(name, row.input, row.output) for name, (row,) in rows.items()] == [
+        ("a", 1, 2), ("b", 1, 3),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -426,6 +521,25 @@ def test_names_from_outside_do_not_grow_memory() -> None:
     for i in range(5000):
         assert table.resolve(f"M{' ' * i}").name == "m"
     assert 0 < len(vars(table)["_resolved"]) <= 4096
+
+
+def test_an_unknown_model_is_searched_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """近い名前を探すのは遅い。料金未定のモデルの、すべての呼び出しで待たせない。"""
+    searched: list[str] = []
+
+    def search(name: str, *_: Any) -> list[str]:
+        searched.append(name)
+        return ["gpt-4o"]
+
+    calculator = CostCalculator(on_unknown="unpriced")
+    monkeypatch.setattr(difflib, "get_close_matches", search)
+    for _ in range(3):
+        assert "did you mean: gpt-4o" in calculator.price("openai/my-model", 1, 1).reason
+    assert not calculator.price("x" * 1000, 1, 1).priced
+    assert searched == ["my-model"]
+    for i in range(5000):
+        calculator.price(f"model-{i}", 1, 1)
+    assert 0 < len(vars(calculator.table)["_near"]) <= 4096
 
 
 def test_yen() -> None:

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from chapter8_samples.cost_tracking import sql_runner
-from chapter8_samples.cost_tracking.sql_report import chart_svg
+from chapter8_samples.cost_tracking.sql_report import chart_svg, write_csv
 from chapter8_samples.cost_tracking.sql_runner import (
     ResultTable,
     SqlRunnerError,
@@ -26,6 +26,8 @@ from chapter8_samples.cost_tracking.sql_runner import (
     run_on_duckdb,
     run_on_spark,
 )
+
+from .conftest import span, tokens, usd
 
 pytest.importorskip("duckdb", reason="pip install 'chapter8-samples[sql]' で入る")
 
@@ -71,6 +73,20 @@ def test_by_model_counts_each_call_once(edge_parquet: Path) -> None:
     assert models["gpt-4o-mini-2024-07-18"]["cost_usd"] == Decimal("0.0000016")
     silent = models["gpt-4o-mini"]
     assert (silent["stored_calls"], silent["unpriced"], silent["cost_usd"]) == (1, 1, None)
+
+
+def test_a_partly_priced_parent_far_above_is_not_counted_again(
+    archive_of: Callable[..., Path], row: Any
+) -> None:
+    calls = [
+        span("top", None, '"agent"', 0.5, 400, "partial"),
+        *[span(f"m{i}", f"m{i - 1}" if i else "top") for i in range(6)],
+        span("known", "m5", '"gpt-4o"', 0.5, 200, "priced"),
+        span("other", "m5", '"my-model"', None, 200, "unpriced"),
+    ]
+    path = archive_of([row(1, START, usd(0.5), tokens(300, 100), status="partial", spans=calls)])
+    found = {r["model"]: (r["stored_calls"], r["tokens"]) for r in records(path, "by_model")}
+    assert found == {"gpt-4o": (1, 200), "my-model": (1, 200)}
 
 
 def test_users_come_from_metadata(edge_parquet: Path) -> None:
@@ -165,6 +181,7 @@ def test_a_broken_weight_is_one_request(
         (["--tz", "Nowhere/City"], "tz='Nowhere/City' is not a time zone"),
         (["--tz", "UTC'; DROP TABLE x; --"], "is not a time zone"),
         (["--budget", "abc"], "monthly_budget_usd must be a number > 0, got 'abc'"),
+        (["--budget", "0.00004"], "monthly_budget_usd must be a number > 0, got '0.00004'"),
         (["--budget", "0"], "monthly_budget_usd must be a number > 0, got '0'"),
         (["--budget", "NaN"], "monthly_budget_usd must be a number > 0"),
     ],
@@ -269,6 +286,13 @@ def test_a_chart_has_one_mark_for_every_row(edge_parquet: Path, name: str) -> No
     kind = {"daily_summary": "point", "week_over_week": "point", "error_waste": "point"}
     found = marks(chart_svg(table))
     assert [m.get("class") for m in found] == [kind.get(name, "bar")] * len(table.rows)
+
+
+def test_a_name_in_a_csv_is_not_run_as_a_formula(tmp_path: Path) -> None:
+    rows: list[tuple[Any, ...]] = [("=HYPERLINK(1)", Decimal("-1.5")), ("user-1", None), ("@x", 0)]
+    table = ResultTable(load_queries()["top_users"], ("user_id", "cost_usd"), rows)
+    lines = write_csv(table, tmp_path).read_text(encoding="utf-8-sig").splitlines()
+    assert lines == ["user_id,cost_usd", "'=HYPERLINK(1),-1.5", "user-1,", "'@x,0"]
 
 
 def test_an_empty_result_is_an_empty_chart(empty_parquet: Path) -> None:

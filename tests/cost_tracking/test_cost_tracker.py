@@ -111,6 +111,12 @@ def test_a_snapshot_does_not_change() -> None:
     assert before.total.requests == before.by_model["gpt-4o"].requests == 1
 
 
+@pytest.mark.parametrize("threshold", [80, 0, -0.5, float("nan"), float("inf")])
+def test_a_threshold_that_never_alerts_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match=f"like 0.8 for 80%, got {threshold}"):
+        CostTracker(budget_usd=1, thresholds=(0.5, threshold))
+
+
 @pytest.mark.parametrize("budget", [0, -1, float("nan")])
 def test_an_impossible_budget_is_refused(budget: float) -> None:
     with pytest.raises(ValueError, match="budget_usd"):

@@ -112,6 +112,20 @@ def test_contents_are_left_out_unless_asked(three_days: str, tmp_path: Path) -> 
     assert "住所は秘密" in str(pq.read_table(tmp_path / "a").to_pylist())
 
 
+def test_two_experiments_are_not_mixed_in_one_directory(
+    three_days: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """片方の日のファイルが上書きされたり消えたりして、合計が混ざる。書く前に断る。"""
+    export_traces_to_parquet(three_days, tmp_path / "a", now=clock(50))
+    mlflow.set_experiment("other")
+    record(DAY_1 + timedelta(days=1))
+    with pytest.raises(ValueError, match="use one directory per experiment"):
+        export_traces_to_parquet("other", tmp_path / "a", now=clock(50))
+    assert pq.read_table(tmp_path / "a").num_rows == 6
+    assert sql_runner.command(["other", "--archive", str(tmp_path / "a")]) == 1
+    assert "one directory per experiment" in capsys.readouterr().err
+
+
 def test_the_queries_run_on_the_export(three_days: str, tmp_path: Path) -> None:
     pytest.importorskip("duckdb", reason="pip install 'chapter8-samples[sql]' で入る")
     export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))

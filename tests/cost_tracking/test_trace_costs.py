@@ -320,6 +320,67 @@ def test_a_broken_breakdown_does_not_stop_the_sum(costs: CostTracking) -> None:
     assert (summary.cost_usd, summary.by_model) == (Decimal("0.0075"), {})
 
 
+@pytest.mark.parametrize(
+    "tag",
+    ["5", "[1]", '{"m": 5}', '{"m": [1, 2]}', '{"m": [1, 1, 1, "x"]}', '{"m": [[], 1, 1, "1"]}'],
+)
+def test_a_breakdown_of_another_shape_does_not_stop_the_sum(costs: CostTracking, tag: str) -> None:
+    mlflow.set_experiment("other-tag")
+    record(1)
+    trace = next(iter_traces(find_experiment_id("other-tag")))
+    mlflow.set_trace_tag(trace.info.trace_id, "cost.by_model", tag)
+    summary = aggregate_token_usage_from_traces("other-tag")
+    assert (summary.cost_usd, summary.by_model) == (Decimal("0.0075"), {})
+
+
+def test_a_cost_without_a_total_is_no_cost(tracking_uri: str) -> None:
+    """ほかの道具が書いた、形の足りない金額。1 件のために全体の合計を止めない。"""
+    mlflow.set_experiment("half-cost")
+    metadata = {"mlflow.trace.cost": '{"input_cost": 1}'}
+    end(mlflow.start_span_no_context("x", start_time_ns=DECEMBER, metadata=metadata))
+    summary = aggregate_token_usage_from_traces("half-cost")
+    assert (summary.trace_count, summary.traces_without_cost, summary.cost_usd) == (1, 1, 0)
+
+
+def test_the_breakdown_of_many_models_is_kept(costs: CostTracking) -> None:
+    mlflow.set_experiment("ten-models")
+    root = mlflow.start_span_no_context("agent", start_time_ns=DECEMBER)
+    models = [*list(PriceTable.default().rows)[:9], "a-long-name-" * 8]
+    trace = end(*[call(model, 1000, 500, root) for model in models], root)
+    summary = aggregate_token_usage_from_traces("ten-models")
+    assert set(summary.by_model) == set(models)
+    assert sum(item.cost_usd for item in summary.by_model.values()) == price_trace(trace).total_usd
+
+
+def test_the_cost_of_a_trace_has_no_fraction_of_float(costs: CostTracking) -> None:
+    """0.0000266 + 0.00005 は、float で足すと 0.00007659999999999999 になる。"""
+    mlflow.set_experiment("exact")
+    for _ in range(3):
+        root = mlflow.start_span_no_context("chat", start_time_ns=DECEMBER)
+        calls = call("gpt-4o", 10, 5, root), call("text-embedding-3-small", 80, 0, root)
+        trace = end(*calls, root)
+    assert total_cost(trace) == 0.0000766
+    assert aggregate_token_usage_from_traces("exact").cost_usd == Decimal("0.0002298")
+
+
+def test_a_cost_written_by_hand_is_kept_in_the_total(costs: CostTracking) -> None:
+    root = mlflow.start_span_no_context("chat", start_time_ns=DECEMBER)
+    tool = mlflow.start_span_no_context("search", "TOOL", parent_span=root)
+    usd = {"input_cost": 0.01, "output_cost": 0.0, "total_cost": 0.01}
+    tool.set_attribute("mlflow.llm.cost", usd)
+    assert total_cost(end(call("gpt-4o", 1000, 500, root), tool, root)) == pytest.approx(0.0175)
+
+
+@pytest.mark.parametrize("usage", [{}, "1500", [1500]])
+def test_usage_of_another_shape_is_not_reported_usage(tracking_uri: str, usage: Any) -> None:
+    span = call("gpt-4o", None)
+    span.set_attribute(USAGE, usage)
+    trace = end(span)
+    assert get_token_usage_from_trace(trace) is None
+    assert usage_by_model(trace)[0].calls_without_usage == 1
+    assert not price_trace(trace).complete
+
+
 def test_no_query_per_trace(costs: CostTracking, monkeypatch: pytest.MonkeyPatch) -> None:
     """N+1 の見張り: 25 件を 10 件ずつ読むなら、問い合わせは 3 回。"""
     from mlflow.tracing.client import TracingClient
