@@ -186,7 +186,8 @@ def backfill_new_scorer(
     """新しいスコアラーを登録・開始し、``days_back`` 日前までさかのぼって採点する。"""
     end = datetime.now(timezone.utc)
     target = _target({"scorer": new_scorer, "sample_rate": sample_rate})
-    if not run.get("dry_run"):
+    options: ScoringOptions | None = run.get("options")
+    if not (run.get("dry_run") or (options and options.dry_run)):
         target = replace(target, scorer=_register(experiment_id, target))
     return backfill(
         experiment_id, [target], start_time=end - timedelta(days=days_back), end_time=end, **run
@@ -215,6 +216,8 @@ def backfill(
     Raises:
         BackfillError: 期間やスコアラーが正しくない、Databricks が断った、など。
     """
+    options = options or ScoringOptions()
+    dry_run = dry_run or options.dry_run  # どちらで頼まれても、実行しない
     start, end = _window(start_time, end_time)
     experiment_id = _experiment_id(experiment_id)
     _check_names([target.name for target in targets])
@@ -229,7 +232,7 @@ def backfill(
     )
     if on_databricks and not dry_run:
         return replace(report, job_id=_submit(experiment_id, targets, start, end))
-    options = replace(options or ScoringOptions(), dry_run=dry_run)
+    options = replace(options, dry_run=dry_run)
     return _score_here(experiment_id, targets, report, options, on_progress or show_progress)
 
 

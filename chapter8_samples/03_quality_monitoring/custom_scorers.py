@@ -53,6 +53,7 @@ else:  # scorer_setup.py と 2 枚だけ写したとき、またはパスで実�
 _ENABLE_CODE = "MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS"
 _GIVEN_NAMES = {  # 組み立て直すときに MLflow が用意する名前
     *dir(builtins),
+    "__annotations__",  # 本体の中で定義したクラスの注釈
     "mlflow",
     "Assessment",
     "AssessmentError",
@@ -173,8 +174,13 @@ def _outer_names(name: str, dump: Mapping[str, Any], source: str) -> set[str]:
 
 
 def _globals_of(code: CodeType) -> Iterator[str]:
-    for step in dis.get_instructions(code):
-        if step.opname in {"LOAD_GLOBAL", "LOAD_NAME"}:
+    steps = list(dis.get_instructions(code))
+    # 本体の中のクラスでは、そこで定義した名前も LOAD_NAME で読まれる
+    defined = {str(step.argval) for step in steps if step.opname == "STORE_NAME"}
+    for step in steps:
+        if step.opname == "LOAD_GLOBAL" or (
+            step.opname == "LOAD_NAME" and step.argval not in defined
+        ):
             yield str(step.argval)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

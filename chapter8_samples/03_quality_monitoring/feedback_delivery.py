@@ -43,6 +43,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.provider import get_bridged_tracer_provider
+from mlflow.tracing.trace_manager import InMemoryTraceManager
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,6 +61,8 @@ UNSAMPLED_TRACE_ID = "MLFLOW_NO_OP_SPAN_TRACE_ID"
 FEEDBACK_ID = "feedback_id"
 GIVEN_AT = "feedback_given_at_ms"
 _UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")  # NUL と、対になっていないサロゲート
+# トレース ID は URL の一部になる。画面から来た ID で、別の API を呼ばせない
+_LEAVES_THE_URL = re.compile(r"[\s?#%\\]|(?:^|/)\.{0,2}(?:/|$)")
 _votes: WeakValueDictionary[tuple[str, str, str], threading.Lock] = WeakValueDictionary()
 _votes_lock = threading.Lock()
 
@@ -108,10 +111,15 @@ class FeedbackRequest:
 
     def __post_init__(self) -> None:
         check_trace_id(self.trace_id)
+        check_text("name", self.name, MAX_ID_CHARS)
         check_text("user_id", self.user_id, MAX_ID_CHARS)
         check_text("feedback_id", self.feedback_id, MAX_ID_CHARS)
         if self.rationale is not None:
             check_text("rationale", self.rationale, MAX_TEXT_CHARS)
+        if not isinstance(self.value, bool | int | float | str):  # pyright: ignore
+            raise FeedbackValidationError(
+                f"value must be a bool, number or str, got {self.value!r}"
+            )
         if isinstance(self.value, float) and not math.isfinite(self.value):
             raise FeedbackValidationError(f"value must be finite, got {self.value}")
         if isinstance(self.value, str):
@@ -134,7 +142,11 @@ def check_trace_id(trace_id: object) -> None:
         raise FeedbackValidationError(
             "this request was not sampled, so it has no trace to attach feedback to"
         )
-    _check_storable("trace_id", trace_id)
+    check_text("trace_id", trace_id, MAX_ID_CHARS)
+    if _LEAVES_THE_URL.search(trace_id):
+        raise FeedbackValidationError(
+            f"trace_id must be an id as MLflow made it (tr-...), got {trace_id!r}"
+        )
 
 
 def check_text(name: str, text: object, limit: int) -> str:
@@ -164,7 +176,9 @@ def send_feedback(request: FeedbackRequest, *, timeout_seconds: float = 15.0) ->
         FeedbackError: サーバーが内容を拒否した(送り直しても成功しない)。
     """
     if mlflow.get_active_trace_id() == request.trace_id:
-        return _log_new(request)  # 実行中のトレースに付き、一緒に保存される
+        added = _add_to_running(request)
+        if added is not None:
+            return added
     deadline = time.monotonic() + timeout_seconds
     turn = _turn_of(request)
     if not turn.acquire(timeout=min(max(timeout_seconds, 0.0), threading.TIMEOUT_MAX)):
@@ -174,6 +188,19 @@ def send_feedback(request: FeedbackRequest, *, timeout_seconds: float = 15.0) ->
         return _send_until(deadline, request, timeout_seconds)
     finally:
         turn.release()
+
+
+def _add_to_running(request: FeedbackRequest) -> Assessment | None:
+    """実行中のトレースに付ける(一緒に保存される)。上流のサービスのトレースなら ``None``。"""
+    with InMemoryTraceManager.get_instance().get_trace(request.trace_id) as trace:
+        if trace is None or trace.is_remote_trace:
+            return None
+        given = trace.info.assessments
+        settled, previous = _look_up(request, given)
+        if settled is not None:
+            return settled
+        given[:] = [a for a in given if a is not previous]  # まだ保存していないので、入れ替える
+    return _log_new(request)
 
 
 def _turn_of(request: FeedbackRequest) -> threading.Lock:
@@ -249,15 +276,23 @@ def _store_once(request: FeedbackRequest) -> Assessment:
     後から届いた古い評価は記録せず、本人の新しい評価を返す。
     """
     stored = TracingClient().get_trace_info(request.trace_id).assessments
-    for assessment in stored:
+    settled, previous = _look_up(request, stored)
+    if settled is not None:
+        return settled
+    return _log_new(request) if previous is None else _replace(previous, request)
+
+
+def _look_up(
+    request: FeedbackRequest, given: list[Assessment]
+) -> tuple[Assessment | None, Assessment | None]:
+    """もう記録しなくてよいならその評価、置き換えるなら前の評価を返す。"""
+    for assessment in given:
         if (assessment.metadata or {}).get(FEEDBACK_ID) == request.feedback_id:
-            return assessment
-    previous = _previous(request, stored) if request.name in REPLACED_BY_NEWER else None
-    if previous is None:
-        return _log_new(request)
-    if int((previous.metadata or {}).get(GIVEN_AT, 0)) > request.given_at_ms:
-        return previous  # 送信箱に残っていた古い評価。本人がもう変えている
-    return _replace(previous, request)
+            return assessment, None
+    previous = _previous(request, given) if request.name in REPLACED_BY_NEWER else None
+    if previous and int((previous.metadata or {}).get(GIVEN_AT, 0)) > request.given_at_ms:
+        return previous, None  # 送信箱に残っていた古い評価。本人がもう変えている
+    return None, previous
 
 
 def _previous(request: FeedbackRequest, stored: list[Assessment]) -> Assessment | None:

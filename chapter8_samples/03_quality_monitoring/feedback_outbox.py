@@ -11,7 +11,8 @@ MLflow サーバーが止まっている間の評価も捨てない。1 件ず�
     もう一度再送: 送信 0 件、残り 0 件
     保存された評価: 3 件
 
-Databricks でも同じコードで動く。プロセスごとに別のファイルを使うこと(ファイル名に pid を入れる)。
+Databricks でも同じコードで動く。ファイルはプロセスごとに分け、再起動しても変わらない名前にする
+(例: ワーカーの番号)。pid を名前にすると、落ちたプロセスの残りを引き継ぐものがいなくなる。
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class FeedbackOutbox:
     def __init__(self, path: str | Path, *, send: Send = send_feedback) -> None:
         """``path`` は追記していくファイル。前回の残りがあれば引き継ぐ。"""
         self._path = path = Path(path)
-        self._rejected = path.with_suffix(".rejected")
+        # 名前の終わりが違うだけの、よその送信箱(box.1 と box.2)とは分ける
+        self._rejected = path.with_name(path.name.removesuffix(".jsonl") + ".rejected")
         self._send = send
         self._lock = threading.Lock()
         self._sending: set[str] = set()
@@ -142,8 +144,8 @@ class FeedbackOutbox:
             return free
 
     def _done(self, request: FeedbackRequest) -> None:
-        self._append({"done": request.feedback_id})
-        with self._lock:
+        with self._lock:  # 書いてから除くまでに再送の片付けが入ると、届いたものがファイルに戻る
+            _write(self._path, "a", _line({"done": request.feedback_id}))
             self._pending.pop(request.feedback_id, None)
 
     def _append(self, entry: dict[str, Any], path: Path | None = None) -> None:
@@ -154,7 +156,9 @@ class FeedbackOutbox:
         if not self._path.exists():
             return []
         found: dict[str, FeedbackRequest] = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        # 壊れたバイトがあっても、ほかの行は読む
+        text = self._path.read_text(encoding="utf-8", errors="backslashreplace")
+        for line in text.splitlines():
             try:
                 entry: dict[str, Any] = json.loads(line)
                 if "add" in entry:
@@ -171,7 +175,7 @@ class FeedbackOutbox:
         """届いたものを除いたファイルに置き換える(置き換えは一瞬で、途中で落ちても壊れない)。"""
         with self._lock:
             lines = [_line({"add": request.to_dict()}) for request in self._pending.values()]
-            fresh = self._path.with_suffix(".tmp")
+            fresh = self._path.with_name(self._path.name + ".tmp")
             _write(fresh, "w", "".join(lines))
             fresh.replace(self._path)
 

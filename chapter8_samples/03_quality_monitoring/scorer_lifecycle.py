@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -257,27 +258,33 @@ def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iter
 
 
 def estimate_monthly_judge_cost(
-    traces_per_month: float,
-    sample_rates: Mapping[str, float],
-    judge_price: tuple[float, float] | tuple[Decimal, Decimal] = (0.40, 1.60),
+    traffic: float,
+    rates: Mapping[str, float],
+    judge_price: tuple[float, float] | tuple[Decimal, Decimal] | float | Decimal = (0.40, 1.60),
     *,
     tokens_per_call: tuple[int, int] = (600, 60),
 ) -> float:
     """スコアラーの割合から、1 か月のジャッジのコスト(USD)を見積もる。
 
     Args:
-        traces_per_month: 1 か月のトレースの数。
-        sample_rates: LLM ジャッジごとの割合。
+        traffic: 1 か月のトレースの数。
+        rates: LLM ジャッジごとの割合。
         judge_price: 入力と出力の単価(USD / 100 万トークン)。``JudgePrice`` でもよい。
-            既定は gpt-4.1-mini。
+            数を 1 つだけ渡すと、ジャッジ 1 回の額(USD)とみなす。既定は gpt-4.1-mini。
         tokens_per_call: ジャッジ 1 回の入力と出力のトークン数。評価に残る実績から決めるとよい。
 
     Raises:
         ScorerSetupError: 割合が範囲外、数が負。
     """
-    if min(traces_per_month, *judge_price, *tokens_per_call) < 0:
-        raise ScorerSetupError("traffic, prices and tokens must not be negative")
-    calls = traces_per_month * sum(check_sample_rate(k, v) for k, v in sample_rates.items())
+    prices = judge_price if isinstance(judge_price, tuple) else (judge_price,)
+    if not all(math.isfinite(n) and n >= 0 for n in (traffic, *prices, *tokens_per_call)):
+        raise ScorerSetupError(
+            "traffic, prices and tokens must be finite and not negative, "
+            f"got {traffic}, {judge_price}, {tokens_per_call}"
+        )
+    calls = traffic * sum(check_sample_rate(name, rate) for name, rate in rates.items())
+    if not isinstance(judge_price, tuple):
+        return calls * float(judge_price)
     pairs = zip(judge_price, tokens_per_call, strict=True)
     return calls * sum(float(price) * tokens for price, tokens in pairs) / 1_000_000
 

@@ -15,6 +15,7 @@ Databricks では、登録したスコアラーを Databricks 自身が採点す
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -86,6 +87,8 @@ else:  # scoring_plan.py と 2 枚だけ写したとき、またはパスで実�
 logger = logging.getLogger(__name__)
 
 _NOT_FROM_EVALUATION = "metadata.`mlflow.sourceRun` IS NULL"
+# 探してから読むまでに消された、スパンが保存されていない、壊れている
+_UNREADABLE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "BAD_REQUEST"}
 ProgressCallback = Callable[[ScoringReport], None]
 
 
@@ -135,10 +138,15 @@ class _Outcome:
     target: ScoringTarget
     feedbacks: list[Feedback]
     started: bool = True
+    readable: bool = True
 
     @property
     def failed(self) -> bool:
-        return any(error_of(feedback) is not None for feedback in self.feedbacks)
+        return bool(self.errors)
+
+    @property
+    def errors(self) -> list[Feedback]:
+        return [feedback for feedback in self.feedbacks if error_of(feedback) is not None]
 
 
 class _Run:
@@ -235,9 +243,14 @@ class _Run:
         return todo
 
     def judge(self, info: TraceInfo, targets: list[ScoringTarget]) -> _Scored:
-        trace = mlflow.get_trace(info.trace_id, silent=True)
-        if trace is None:
-            raise ScoringError(f"trace {info.trace_id} disappeared while it was being scored")
+        try:
+            trace = TracingClient().get_trace(info.trace_id)
+        except MlflowException as error:
+            if error.error_code not in _UNREADABLE:
+                raise
+            # 読めない 1 件のために、残りのトレースを何度やり直しても採点できない、とはしない
+            logger.warning("trace %s cannot be scored: %s", info.trace_id, error.message)
+            return info, [_Outcome(target, [], readable=False) for target in targets]
         return info, [self.judge_one(trace, target) for target in targets]
 
     def judge_one(self, trace: Trace, target: ScoringTarget) -> _Outcome:
@@ -271,7 +284,11 @@ class _Run:
     def record(self, info: TraceInfo, outcome: _Outcome) -> None:
         name = outcome.target.name
         counts = self.report.scorers[name]
-        for feedback in outcome.feedbacks:
+        if not outcome.readable:
+            counts.failed += 1
+            return
+        # 一部だけ失敗したら、成功した分も次の実行で採点し直す(残すと、採点済みとして飛ばされる)
+        for feedback in outcome.errors or outcome.feedbacks:
             feedback.metadata = {**(feedback.metadata or {}), **self.identities[name]}
             _log_once(info.trace_id, feedback)
         if not outcome.started:
@@ -332,18 +349,32 @@ def call_scorer(scorer: Scorer, trace: Trace) -> list[Feedback]:
             expectations={a.name: a.expectation.value for a in expected if a.expectation},
             trace=trace,
         )
+        items = cast("list[Any]", result) if isinstance(result, list) else [result]
+        feedbacks = [
+            item
+            if isinstance(item, Feedback)
+            else Feedback(name=scorer.name, value=item, source=source)
+            for item in items
+            if item is not None
+        ]
+        for feedback in feedbacks:
+            _check_storable(feedback)
     except Exception as error:  # スコアラーは利用者のコードも含む。1 件の失敗で全体を止めない
         logger.warning("scorer %r failed on %s: %s", scorer.name, trace.info.trace_id, error)
         reason = AssessmentError(error_code="SCORER_ERROR", error_message=str(error))
         return [Feedback(name=scorer.name, error=reason, source=source)]
-    items = cast("list[Any]", result) if isinstance(result, list) else [result]
-    return [
-        item
-        if isinstance(item, Feedback)
-        else Feedback(name=scorer.name, value=item, source=source)
-        for item in items
-        if item is not None
-    ]
+    return feedbacks
+
+
+def _check_storable(feedback: Feedback) -> None:
+    """NaN や、対になっていないサロゲートは、HTTP で送れない(SQLite には入る)。"""
+    told = [feedback.value, feedback.rationale]
+    try:
+        json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{feedback.name} = {feedback.value!r} cannot be stored: {error}"
+        ) from error
 
 
 def _log_once(trace_id: str, assessment: Assessment) -> None:

@@ -25,7 +25,7 @@ class FeedbackOutbox:
     def __init__(self, path: str | Path, *, send: Send=send_feedback) -> None:
         """``path`` は追記していくファイル。前回の残りがあれば引き継ぐ。"""
         self._path = path = Path(path)
-        self._rejected = path.with_suffix('.rejected')
+        self._rejected = path.with_name(path.name.removesuffix('.jsonl') + '.rejected')
         self._send = send
         self._lock = threading.Lock()
         self._sending: set[str] = set()

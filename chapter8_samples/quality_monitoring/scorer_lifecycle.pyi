@@ -74,14 +74,14 @@ def set_trace_archive(experiment_name: str, table: str | None) -> None:
 def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iterator[LifecycleStep]:
     """登録から削除までを行い、操作のたびに保存先から読み直した状態を返す。"""
 
-def estimate_monthly_judge_cost(traces_per_month: float, sample_rates: Mapping[str, float], judge_price: tuple[float, float] | tuple[Decimal, Decimal]=(0.4, 1.6), *, tokens_per_call: tuple[int, int]=(600, 60)) -> float:
+def estimate_monthly_judge_cost(traffic: float, rates: Mapping[str, float], judge_price: tuple[float, float] | tuple[Decimal, Decimal] | float | Decimal=(0.4, 1.6), *, tokens_per_call: tuple[int, int]=(600, 60)) -> float:
     """スコアラーの割合から、1 か月のジャッジのコスト(USD)を見積もる。
 
     Args:
-        traces_per_month: 1 か月のトレースの数。
-        sample_rates: LLM ジャッジごとの割合。
+        traffic: 1 か月のトレースの数。
+        rates: LLM ジャッジごとの割合。
         judge_price: 入力と出力の単価(USD / 100 万トークン)。``JudgePrice`` でもよい。
-            既定は gpt-4.1-mini。
+            数を 1 つだけ渡すと、ジャッジ 1 回の額(USD)とみなす。既定は gpt-4.1-mini。
         tokens_per_call: ジャッジ 1 回の入力と出力のトークン数。評価に残る実績から決めるとよい。
 
     Raises:

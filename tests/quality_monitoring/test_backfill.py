@@ -24,7 +24,10 @@ from chapter8_samples.quality_monitoring.backfill_scorers import (
     backfill_with_custom_sample_rates,
     backfill_with_scorer_names,
 )
-from chapter8_samples.quality_monitoring.scorer_lifecycle import pause_scorer
+from chapter8_samples.quality_monitoring.scorer_lifecycle import (
+    list_scorer_statuses,
+    pause_scorer,
+)
 from chapter8_samples.quality_monitoring.scorer_setup import (
     ScorerPlan,
     setup_quality_scorers,
@@ -67,6 +70,20 @@ def test_a_dry_run_counts_calls_and_money_and_writes_nothing(
     assert plan.cost_usd == pytest.approx(10 * (600 * 0.40 + 60 * 1.60) / 1e6)
     assert not stub_llm.requests
     assert all(not info.assessments for info in infos().values())
+
+
+def test_a_dry_run_asked_for_in_the_options_writes_nothing_either(
+    store: str, ask: Any, infos: Any
+) -> None:
+    ask(2)
+    pii, options = PIIDetection(name="pii"), ScoringOptions(dry_run=True)
+    plans = [
+        backfill(store, [ScoringTarget(scorer=pii)], options=options),
+        backfill_new_scorer(store, pii, 1.0, options=options),
+    ]
+    assert [(plan.dry_run, plan.scored) for plan in plans] == [(True, 2)] * 2
+    assert all(not info.assessments for info in infos().values())
+    assert list_scorer_statuses("quality") == []
 
 
 def test_a_dry_run_learns_the_price_from_past_verdicts(store: str, ask: Any, stub_llm: Any) -> None:

@@ -127,6 +127,22 @@ def test_a_complete_scorer_gives_its_value() -> None:
     assert "MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS" not in os.environ
 
 
+@scorer
+def with_a_class_inside(outputs):
+    from dataclasses import dataclass
+
+    @dataclass
+    class Limits:
+        low: int = 1
+        high: int = low + 99
+
+    return Limits.low <= len(outputs) <= Limits().high
+
+
+def test_a_class_defined_inside_is_not_an_outer_name() -> None:
+    assert validate_custom_scorer(with_a_class_inside, SAMPLE) is True
+
+
 def test_failures_on_the_sample_are_named() -> None:
     @scorer
     def wants_a_dict(outputs):

@@ -39,6 +39,7 @@ from chapter8_samples.quality_monitoring.scorer_setup import (
     setup_quality_scorers,
     setup_scorers,
 )
+from chapter8_samples.quality_monitoring.scoring_plan import ScoringOptions
 
 NAME = "/production/my-llm-app"
 
@@ -223,6 +224,14 @@ def test_the_other_four_functions_submit_jobs_too(workspace: FakeWorkspace) -> N
     assert days.start.isoformat() == "2026-01-01T00:00:00+09:00"
     assert days.end.isoformat() == "2026-01-03T00:00:00+09:00"
     assert all(job["start_timestamp_ms"] < job["end_timestamp_ms"] for job in workspace.backfills)
+
+
+def test_a_dry_run_submits_no_job(workspace: FakeWorkspace) -> None:
+    setup_quality_scorers(NAME)
+    for asked in ({"dry_run": True}, {"options": ScoringOptions(dry_run=True)}):
+        report = backfill_last_week("1", ["safety_check"], **asked)
+        assert (report.dry_run, report.runs) == (True, "databricks")
+    assert workspace.backfills == []
 
 
 def test_a_stopped_scorer_is_refused_instead_of_scoring_nothing(workspace: FakeWorkspace) -> None:

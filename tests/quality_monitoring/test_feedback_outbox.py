@@ -79,6 +79,51 @@ def test_any_text_and_any_torn_line_survive_a_restart(tmp_path: Path) -> None:
     assert kept == [vote.rationale for vote in votes]
 
 
+@pytest.mark.parametrize("torn", [b"\xff\xfe\n", '{"add": "送'.encode()[:-1], b"\x00" * 64])
+def test_bytes_no_text_can_hold_do_not_stop_the_app(tmp_path: Path, torn: bytes) -> None:
+    box = tmp_path / "box.jsonl"
+    FeedbackOutbox(box, send=offline).submit(request("tr-1"))
+    box.write_bytes(box.read_bytes() + torn)
+    assert len(FeedbackOutbox(box, send=offline)) == 1
+    assert len(FeedbackOutbox(box, send=offline)) == 1  # 読めない行は、もう取り除いてある
+    assert (tmp_path / "box.rejected").exists()
+
+
+def test_boxes_with_similar_names_do_not_share_files(tmp_path: Path) -> None:
+    def refuse(request: FeedbackRequest, *, timeout_seconds: float):  # type: ignore[no-untyped-def]
+        raise FeedbackError("not allowed")
+
+    boxes = [tmp_path / name for name in ("box.1", "box.2", "box.jsonl.3", "box.jsonl")]
+    for i, box in enumerate(boxes):
+        FeedbackOutbox(box, send=offline).submit(request(f"tr-{i}"))
+        FeedbackOutbox(box, send=refuse).replay()
+    rejected = sorted(file.name for file in tmp_path.glob("*.rejected"))
+    assert rejected == ["box.1.rejected", "box.2.rejected", "box.jsonl.3.rejected", "box.rejected"]
+
+
+def test_a_cleanup_never_brings_delivered_feedback_back(tmp_path: Path) -> None:
+    """届いたと書いた直後に、別のスレッドの再送の片付けが入る。"""
+
+    class Interleaved:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+            if '"done"' in box.read_text(encoding="utf-8"):
+                outbox._compact()  # pyright: ignore[reportPrivateUsage]
+
+    box = tmp_path / "box.jsonl"
+    box.touch()
+    outbox = FeedbackOutbox(box, send=lambda request, **_: None)  # type: ignore[arg-type]
+    outbox._lock = Interleaved()  # type: ignore[assignment]
+    outbox.submit(request("tr-1"))
+    assert len(FeedbackOutbox(box, send=offline)) == 0
+
+
 def test_a_line_of_another_version_is_set_aside(tmp_path: Path) -> None:
     box = tmp_path / "box.jsonl"
     FeedbackOutbox(box, send=offline).submit(request("tr-1"))

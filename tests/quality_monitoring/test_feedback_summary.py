@@ -7,7 +7,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from mlflow.entities import AssessmentSource
+from mlflow.entities import AssessmentSource, Feedback
 
 from chapter8_samples.quality_monitoring.feedback_collection import (
     log_issue_report,
@@ -43,8 +43,9 @@ def test_one_user_counts_once_and_odd_values_do_not_count(store: str, ask: Any) 
         ("user_rating", "good"),  # 画面から、数でない値が入れられた
     ]
     source = AssessmentSource("HUMAN", "a")
-    for name, value in values:
-        mlflow.log_feedback(trace_id=trace_id, name=name, value=value, source=source)
+    for at_ms, (name, value) in enumerate(values, start=1_767_225_600_000):
+        given = Feedback(name=name, value=value, source=source, create_time_ms=at_ms)
+        mlflow.log_assessment(trace_id, given)
     mlflow.log_feedback(
         trace_id=trace_id, name="user_thumbs", value="yes", source=AssessmentSource("HUMAN", "b")
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -273,8 +274,13 @@ def test_monthly_cost_is_traffic_times_rate_times_price() -> None:
     price = JudgePrice(Decimal("0.40"), Decimal("1.60"))
     default = estimate_monthly_judge_cost(1000, {"a": 1.0})
     assert estimate_monthly_judge_cost(1000, {"a": 1.0}, price) == pytest.approx(default)
-    with pytest.raises(ScorerSetupError, match="negative"):
-        estimate_monthly_judge_cost(-1, {"a": 1.0})
+    per_call = estimate_monthly_judge_cost(traffic=1000, rates={"a": 0.5}, judge_price=0.002)
+    assert per_call == pytest.approx(500 * 0.002)  # 数 1 つは、ジャッジ 1 回の額
+    for odd in (-1, math.nan, math.inf):
+        with pytest.raises(ScorerSetupError, match=f"not negative, got {odd}"):
+            estimate_monthly_judge_cost(odd, {"a": 1.0})
+    with pytest.raises(ScorerSetupError, match=r"got 1000, -0\.1"):
+        estimate_monthly_judge_cost(1000, {"a": 1.0}, -0.1)
     assert set(RECOMMENDED_SAMPLE_RATES.values()) <= {1.0, 0.5, 0.1}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
@@ -12,10 +14,19 @@ from zoneinfo import ZoneInfo
 import mlflow
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import AssessmentSource, AssessmentSourceType, Feedback
+from mlflow.entities import (
+    AssessmentError,
+    AssessmentSource,
+    AssessmentSourceType,
+    Feedback,
+    TraceInfo,
+    TraceLocation,
+    TraceState,
+)
 from mlflow.genai.scorers import Guidelines, PIIDetection, Safety, Scorer, scorer
 from mlflow.genai.scorers.base import ScorerSamplingConfig
 from mlflow.genai.scorers.online.sampler import OnlineScorerSampler
+from mlflow.tracing.client import TracingClient
 
 from chapter8_samples.quality_monitoring.scorer_setup import (
     ScorerPlan,
@@ -238,6 +249,71 @@ def test_a_scorer_may_return_several_feedbacks(store: str, ask: Any, infos: Any)
     assert cycle(two).scored == 1
     assert names(infos()[trace_id]) == ["a", "b"]
     assert cycle(two).skipped == 1
+
+
+def test_a_verdict_that_failed_in_part_is_scored_again_as_a_whole(
+    store: str, ask: Any, infos: Any
+) -> None:
+    broken = True
+
+    @scorer
+    def per_chunk(outputs):  # type: ignore[no-untyped-def]
+        bad = Feedback(name="second", error=AssessmentError("JUDGE_DOWN", "no answer"))
+        return [
+            Feedback(name="first", value=1),
+            bad if broken else Feedback(name="second", value=2),
+        ]
+
+    (trace_id,) = ask()
+    assert cycle(per_chunk).failed == 1
+    assert names(infos()[trace_id]) == ["second"]
+    broken = False
+    assert cycle(per_chunk).scored == 1
+    stored = infos()[trace_id].assessments
+    assert sorted((a.name, a.feedback.value) for a in stored) == [("first", 1), ("second", 2)]
+
+
+def trace_without_spans(experiment_id: str, number: int) -> str:
+    info = TraceInfo(
+        trace_id=f"tr-{number:032x}",
+        trace_location=TraceLocation.from_experiment_id(experiment_id),
+        request_time=int(time.time() * 1000) - 60_000,
+        state=TraceState.OK,
+        execution_duration=1,
+    )
+    return TracingClient().store.start_trace(info).trace_id
+
+
+def test_traces_that_cannot_be_read_do_not_stop_the_rest(
+    store: str, ask: Any, infos: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = [trace_without_spans(store, i) for i in range(3)]
+    ids = ask(5)
+    report = cycle(length, max_consecutive_failures=2)
+    assert (report.scored, report.failed, report.stopped_by) == (5, 3, None)
+    assert all(f"{i} cannot be scored" in caplog.text for i in lost)
+    assert [len(infos()[i].assessments) for i in [*lost, *ids]] == [0] * 3 + [1] * 5
+    again = cycle(length)
+    assert (again.skipped, again.failed) == (5, 3)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, "\ud800"], ids=["nan", "inf", "surrogate"])
+def test_a_value_the_server_cannot_take_is_a_failure_not_a_stop(
+    value: Any, mlflow_server_url: str, ask: Any
+) -> None:
+    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"
+    experiment_id = mlflow.set_experiment(f"unstorable-{value!a}").experiment_id
+
+    @scorer
+    def odd(outputs):  # type: ignore[no-untyped-def]
+        return value
+
+    (trace_id,) = ask()
+    report = run_scoring_cycle(experiment_id, [odd, length])
+    assert (report.scorers["odd"].failed, report.scorers["length"].scored) == (1, 1)
+    stored: Any = TracingClient().get_trace_info(trace_id).assessments
+    (failure,) = [a.feedback.error for a in stored if a.name == "odd"]
+    assert "cannot be stored" in failure.error_message
 
 
 def test_scorers_see_inputs_outputs_and_human_expectations(store: str, ask: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,6 +63,8 @@ def test_a_call_cancelled_before_it_began_is_not_waited_for(
 ) -> None:
     """1 件目を採点し、2 件目が順番を待っているときに Ctrl-C が押される。"""
 
+    judging, cancelled = threading.Event(), threading.Event()
+
     class Interrupted(ThreadPoolExecutor):
         def __init__(self, _workers: int, **options: Any) -> None:
             super().__init__(1, **options)
@@ -70,13 +73,19 @@ def test_a_call_cancelled_before_it_began_is_not_waited_for(
         def submit(self, *arguments: Any, **options: Any) -> Any:
             self.submitted += 1
             if self.submitted == 3:
+                assert judging.wait(30)
                 raise KeyboardInterrupt
             return super().submit(*arguments, **options)
 
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            cancelled.set()
+            super().shutdown(wait=wait)
+
     @scorer
     def slow(outputs) -> bool:  # type: ignore[no-untyped-def]
-        time.sleep(0.5)
-        return True
+        judging.set()
+        return cancelled.wait(30)
 
     ask(3)
     monkeypatch.setattr(scoring_engine, "ThreadPoolExecutor", Interrupted)

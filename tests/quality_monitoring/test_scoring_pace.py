@@ -44,6 +44,7 @@ def test_calls_are_spaced_by_the_rate_limit(store: str, ask: Any) -> None:
 
 def test_concurrency_is_bounded(store: str, ask: Any) -> None:
     lock, running, peak = threading.Lock(), 0, 0
+    together = threading.Barrier(3)  # 3 件がそろうまで、どれも終わらない
 
     @scorer
     def busy(outputs) -> bool:  # type: ignore[no-untyped-def]
@@ -51,7 +52,7 @@ def test_concurrency_is_bounded(store: str, ask: Any) -> None:
         with lock:
             running += 1
             peak = max(peak, running)
-        time.sleep(0.02)
+        together.wait(60)
         with lock:
             running -= 1
         return True
