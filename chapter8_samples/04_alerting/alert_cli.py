@@ -96,14 +96,20 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument(
             "--heartbeat-url-env", metavar="NAME", help="評価のたびに呼び出す URL を入れた環境変数"
         )
-    watch.add_argument("--interval", type=float, default=30.0, help="評価の間隔(秒)")
+    watch.add_argument("--interval", type=_positive, default=30.0, help="評価の間隔(秒)")
     watch.add_argument("--heartbeat", help="評価のたびに時刻を書くファイル")
-    replay.add_argument("--hours", type=float, default=24.0)
+    replay.add_argument("--hours", type=_positive, default=24.0)
     replay.add_argument("--svg", type=Path, help="図の書き出し先")
     command("export-prometheus", _export_prometheus, "Prometheus のルールにする")
     made = command("export-alertmanager", _export_alertmanager, "Alertmanager の設定にする")
     made.add_argument("--url", action="append", default=[], metavar="RECEIVER=URL")
     return parser
+
+
+def _positive(text: str) -> float:
+    if not 0 < (value := float(text)) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1000000")
+    return value
 
 
 def _load(options: argparse.Namespace) -> Any:

@@ -75,7 +75,8 @@ WATCHDOG = "alert_evaluation_failed"
 class Inhibit:
     """``when`` に合うアラートの発報中は、``mute`` に合うアラートを知らせない。
 
-    ``equal`` のラベルが両方で同じときだけ働く。
+    ``equal`` のラベルが両方で同じときだけ働く。互いに抑え合う組では、どちらも抑えない
+    (Alertmanager と同じ。でなければ、両方とも誰にも知らされない)。
     """
 
     when: Mapping[str, str]
@@ -85,8 +86,9 @@ class Inhibit:
     def applies(self, alert: Alert, other: Alert) -> bool:
         """``other`` の発報中に ``alert`` を抑えるか。"""
         same = all(alert.labels.get(k) == other.labels.get(k) for k in self.equal)
-        different = alert.fingerprint != other.fingerprint
-        return same and different and alert.matches(self.mute) and other.matches(self.when)
+        mutual = alert.matches(self.when) and other.matches(self.mute)
+        applies = alert.matches(self.mute) and other.matches(self.when)
+        return same and applies and not mutual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,7 @@ class MuteWindow:
         found += [
             f"days: {day!r} is not one of {', '.join(DAYS)}" for day in self.days if day not in DAYS
         ]
+        found += [] if self.days else ["days: the list is empty; name at least one"]
         if found:
             raise AlertConfigError([f"mute: {problem}" for problem in found])
 
@@ -122,7 +125,7 @@ class MuteWindow:
         )
 
     def _on(self, day: datetime) -> bool:
-        return day.strftime("%a").lower() in self.days
+        return DAYS[day.weekday()] in self.days  # strftime("%a") は、ロケールによって「金」になる
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,7 @@ class AlertConfig:
         found = [
             f"rules: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1})
         ]
+        found += [f"rules: {WATCHDOG!r} is a built-in alert; rename the rule"] * (WATCHDOG in names)
         durations = ("offset", "evaluation_failure_for", "repeat")
         found += refusals((key, parse_duration, getattr(self, key) or "0s") for key in durations)
         repeats = ((f"routes[{i}].repeat", r.get("repeat")) for i, r in enumerate(self.routes))
@@ -267,7 +271,8 @@ def setup_alerting(
         from trace_metrics import metric_problem
 
     loaded = AlertConfig.default() if config is None else load_config(config)
-    wrong = [f"rule {r.name!r}: {p}" for r in loaded.rules if (p := metric_problem(r.metric))]
+    checked = ((r, metric_problem(r.metric, rate_for=_rate_for(r))) for r in loaded.rules)
+    wrong = [f"rule {rule.name!r}: {problem}" for rule, problem in checked if problem]
     if wrong:
         raise AlertConfigError(wrong)
     if loaded.receivers and notifier is None:
@@ -283,15 +288,23 @@ def setup_alerting(
     )
 
 
+def _rate_for(rule: Rule) -> str:
+    """割合の指標でなければ意味のない項目。なければ空。"""
+    if isinstance(rule, BurnRateRule):
+        return "a burn rate"
+    return "" if rule.confidence is None else "confidence"
+
+
 def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]) -> AlertConfig:
     """``AlertConfig`` にする。誤りはまとめて ``AlertConfigError`` になる。"""
     if isinstance(config, AlertConfig):
         return config
+    is_path = isinstance(config, str | os.PathLike)
     if TYPE_CHECKING or __package__:
         from .alert_yaml import config_from_mapping, read_yaml
     else:
         from alert_yaml import config_from_mapping, read_yaml
-    return config_from_mapping(config if isinstance(config, Mapping) else read_yaml(config))
+    return config_from_mapping(read_yaml(config) if is_path else config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 import sys
 import threading
 import time
@@ -234,10 +235,11 @@ class HttpPoster:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = _http_url(url)
+        parts, wire = _http_url(url)
         self._url, self.host, self.idempotent = url, parts.hostname or "", idempotent
         target = url.partition(parts.netloc)[2]
-        _log_filter.protect(s for s in (*secrets, target, parts.path, parts.query) if len(s) > 3)
+        hidden = [*secrets, target, *_revealing(parts), *_revealing(wire)]
+        _log_filter.protect(secret for secret in hidden if len(secret) > 3)
         self.policy, self._session = policy or RetryPolicy(), session or requests.Session()
         self._clock, self._sleep, self._rate, self._burst = clock, sleep, per_second, burst
         self._tokens, self._filled_at, self._lock = float(burst), clock(), threading.Lock()
@@ -250,19 +252,20 @@ class HttpPoster:
         started, tries = self._clock(), list[_Try]()
         while True:
             self._wait_for_turn()
-            tries.append(self._once(body, headers or {}))
+            left = self.policy.deadline_seconds - (self._clock() - started if tries else 0)
+            tries.append(self._once(body, headers or {}, max(0.1, left)))
             pause = self._pause_before_retry(tries, self._clock() - started)
             if pause is None:
                 return self._summary(tries, self._clock() - started)
             self._sleep(pause)
 
-    def _once(self, body: bytes, headers: Mapping[str, str]) -> _Try:
+    def _once(self, body: bytes, headers: Mapping[str, str], seconds_left: float) -> _Try:
         try:
             with self._session.post(
                 self._url,
                 data=body,
                 headers={"Content-Type": "application/json", **headers},
-                timeout=self.policy.timeout_seconds,
+                timeout=min(self.policy.timeout_seconds, seconds_left),
                 allow_redirects=False,
                 stream=True,
             ) as answer:
@@ -272,11 +275,12 @@ class HttpPoster:
 
     def _judge(self, answer: requests.Response) -> _Try:
         code = answer.status_code
-        reply = _first_words(answer)
+        # 隠してから切る: 先に切ると、途中で切れた秘密の前半が残る
+        reply = redact(_first_words(answer), _log_filter.secrets)[:200]
         if 200 <= code < 300:
             return _Try("ok", "", code)
         kind = "retry" if code in (408, 425, 429) or code >= 500 else "permanent"
-        error = redact(f"HTTP {code} from {self.host}: {reply}", _log_filter.secrets)
+        error = f"HTTP {code} from {self.host}: {reply}"
         return _Try(kind, error, code, answer.headers.get("Retry-After"))
 
     def _pause_before_retry(self, tries: list[_Try], elapsed_seconds: float) -> float | None:
@@ -310,22 +314,31 @@ class HttpPoster:
             self._sleep(debt)
 
 
-def _http_url(url: str) -> SplitResult:
+def _http_url(url: str) -> tuple[SplitResult, SplitResult]:
+    """書かれたままの URL と、実際に送られる(エンコードし直された)URL。"""
     try:
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts
-    except ValueError:  # 括弧やポートの誤り。例外の文に URL が入りうるので、つなげない
+            return parts, urlsplit(requests.Request("POST", url).prepare().url or url)
+    except (ValueError, requests.RequestException):  # 例外の文に URL が入りうるので、つなげない
         pass
     raise NotificationConfigError(
         f"expected an http(s) URL, got a value of {len(url or '')} characters without one"
     )
 
 
+def _revealing(url: SplitResult) -> list[str]:
+    """URL のうち隠す部分。相手が一部だけを答えに書き写すこともあるので、鍵らしい語も含める。"""
+    whole = f"{url.path}?{url.query}" if url.query else url.path
+    words = re.split(r"[/?&=;,]", whole)
+    keys = [w for w in words if len(w) >= 8 and any(c.isdigit() or c.isupper() for c in w)]
+    return [whole, url.path, url.query, *keys]
+
+
 def _first_words(answer: requests.Response) -> str:
     """答えの本文の始まり。本文が途中で切れても、届いたかどうかは状態コードで決まっている。"""
     try:
-        return next(answer.iter_content(200), b"").decode("utf-8", "replace").strip()
+        return next(answer.iter_content(2048), b"").decode("utf-8", "replace").strip()
     except requests.RequestException:
         return ""
 
@@ -375,6 +388,15 @@ class NotificationHandler(ABC):
     def result(self, alert: Alert, **fields: Any) -> Delivery:
         """このハンドラーの ``Delivery``。"""
         return Delivery(handler=self.name, fingerprint=alert.fingerprint, **fields)
+
+
+def encodable(text: str, encoding: str = "utf-8") -> str:
+    """``encoding`` で書けない文字(対になっていないサロゲートなど)を「?」にする。
+
+    >>> encodable("broken \\ud800 text"), encodable("発報 \\U0001f600", "cp932")
+    ('broken ? text', '発報 ?')
+    """
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def json_bytes(data: Any) -> bytes:

@@ -83,10 +83,15 @@ class RuleState:
     ) -> None:
         """判定を一つ受け取って進む。``None``(標本なし)では何も変わらない。
 
+        時計が戻ったら、未来になった記録を ``at`` に直す(でないと、追いつくまで発報も解消もない)。
+
         Args:
             hold: pending でいる期間(``for``)。
             keep: 戻ってから解消までの期間(``keep_firing_for``)。
         """
+        for key in ("since", "last_true", "notified_at"):
+            if (noted := getattr(self, key)) and noted > at:
+                setattr(self, key, at)
         if breached:
             self.last_true = at
             if self.phase == "inactive":
@@ -113,7 +118,9 @@ class StateFile:
             if data["version"] != STATE_VERSION:
                 raise ValueError(f"version {data['version']}")
             _ = [_state_from(s) for s in data["rules"].values()]
-            _ = [Alert.from_dict(entry["alert"]) for entry in data["outbox"]]
+            for entry in data["outbox"]:
+                Alert.from_dict(entry["alert"])
+                _check_names(entry["only"] or [])
         except FileNotFoundError:
             return {}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -140,10 +147,18 @@ def _iso(value: Any) -> str:
     raise TypeError(f"cannot write {type(value).__name__} to the alert state")
 
 
+def _check_names(value: Any) -> None:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{value!r} is not a list of names")
+
+
 def _state_from(data: Mapping[str, Any]) -> RuleState:
     fields = dict(data)
-    if fields["phase"] not in PHASES:
-        raise ValueError(f"phase {fields['phase']!r}")
+    if fields["phase"] not in PHASES or (fields["phase"] != "inactive" and not fields["since"]):
+        raise ValueError(f"phase {fields['phase']!r} since {fields['since']!r}")
+    if not isinstance(fields.get("value"), int | float | None):
+        raise ValueError(f"value {fields['value']!r}")
+    _check_names(fields.get("examples", []))
     for key in ("since", "fired_at", "last_true", "notified_at"):
         fields[key] = datetime.fromisoformat(data[key]) if data[key] else None
     return RuleState(**fields)
@@ -254,19 +269,18 @@ class AlertEngine:
             stop.wait(interval_seconds)
 
     def _evaluate_rule(self, rule: Rule, at: datetime) -> None:
-        end = at - self.config.offset_delta
         try:
+            end = at - self.config.offset_delta
             samples = [self.source.sample(metric, window, end) for metric, window in rule.queries()]
             state = self._state(rule)
             breached = rule.judge(samples, state.phase == "firing")
+            state.advance(breached, at, *self.config.hold_and_keep(rule))
         except Exception as error:  # 一つのルールの失敗で他を止めない
             logger.warning("rule %s could not be evaluated: %s", rule.name, error)
             self.failures[rule.name] = f"{type(error).__name__}: {error}"
             return
         self._samples[rule.name] = samples[0]
         state.value, state.n = samples[0].value, samples[0].n
-        hold, keep = self.config.hold_and_keep(rule)
-        state.advance(breached, at, hold, keep)
 
     def _due(self, at: datetime) -> list[Alert]:
         firing = self.active()
@@ -303,22 +317,24 @@ class AlertEngine:
 
     def _alert(self, rule: Rule, state: RuleState, status: AlertStatus) -> Alert:
         failures = "; ".join(f"{k}: {v}" for k, v in sorted(self.failures.items()))
-        summary = (
-            failures[:500] if rule.name == self.config.watchdog.name and failures else rule.summary
-        )
-        url = self._trace_url
+        watchdog, url = rule.name == self.config.watchdog.name, self._trace_url
+        measured: dict[str, Any] = {
+            "metric": rule.metric,
+            "value": state.value,
+            "threshold": rule.threshold,
+            "n": state.n,
+            "window_seconds": rule.queries()[0][1].total_seconds(),
+        }
+        starts_at = state.fired_at or state.since or self._clock()
+        ends_at = max(state.since or starts_at, starts_at)  # 時計が戻っても、始まりより前にしない
         return Alert(
             name=rule.name,
-            summary=summary,
+            summary=failures[:500] if watchdog and failures else rule.summary,
             severity=AlertSeverity(rule.severity),
             status=status,
-            metric=rule.metric,
-            value=state.value,
-            threshold=rule.threshold,
-            n=state.n,
-            window_seconds=rule.queries()[0][1].total_seconds(),
-            starts_at=state.fired_at or state.since or self._clock(),
-            ends_at=state.since if status is AlertStatus.RESOLVED else None,
+            **({} if watchdog else measured),
+            starts_at=starts_at,
+            ends_at=ends_at if status is AlertStatus.RESOLVED else None,
             labels={**self.config.labels, **rule.labels},
             examples=tuple(state.examples),
             links={t: link for t in state.examples if url and (link := url(t))},
@@ -351,7 +367,15 @@ class AlertEngine:
             self.last_deliveries += deliveries
             if again := [d.handler for d in deliveries if not d.ok and d.retryable]:
                 self._outbox.append({**entry, "only": again})
-        self.last_deliveries += self.notifier.keep_alive(self.active())
+        heard = [  # まだ知らせていないもの(抑制中、時間帯)は、送り直しもしない
+            self._alert(rule, state, AlertStatus.FIRING)
+            for rule, state in self._all_rules()
+            if state.phase == "firing" and state.notified_at
+        ]
+        try:
+            self.last_deliveries += self.notifier.keep_alive(heard)
+        except Exception as error:  # 次の評価でまた送る
+            logger.error("the notifier raised %s", type(error).__name__)
 
     def _save(self) -> None:
         if self._file is None:

@@ -22,6 +22,7 @@ Databricks では ``to_databricks_alert`` で SQL アラートにする(``databr
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,15 @@ def selector(metric: str, window: str) -> str:
     return f'{PREFIX}{base}{{window="{window}"{label}}}'
 
 
+def label_name(key: str) -> str:
+    """Prometheus のラベルの名前にする(英数字と ``_`` だけ)。
+
+    >>> label_name("team-name")
+    'team_name'
+    """
+    return re.sub(r"\W|^(?=\d)", "_", key, flags=re.ASCII)
+
+
 def expression(rule: Rule) -> str:
     """PromQL の条件式。信頼区間は式にできないので、件数の下限だけを移す。"""
     window = format_duration(rule.window)
@@ -81,10 +91,10 @@ def to_prometheus_rules(config: AlertConfig, *, interval: str = "30s") -> dict[s
 
 
 def _prometheus_rule(rule: Rule, labels: Mapping[str, str]) -> dict[str, Any]:
-    annotations = {"summary": (rule.summary or rule.name).replace("{{", "{ {")}
+    annotations = {"summary": _plain(rule.summary or rule.name)}
     annotations["value"] = "{{ $value }}"
     if rule.runbook_url:
-        annotations["runbook_url"] = rule.runbook_url
+        annotations["runbook_url"] = _plain(rule.runbook_url)
     lost = [
         key for key in ("clear_threshold", "confidence") if getattr(rule, key, None) is not None
     ]
@@ -94,12 +104,20 @@ def _prometheus_rule(rule: Rule, labels: Mapping[str, str]) -> dict[str, Any]:
         "alert": rule.name,
         "expr": expression(rule),
         "for": format_duration(rule.for_),
-        "labels": {**labels, **rule.labels, "severity": str(rule.severity)},
+        "labels": {
+            **{label_name(k): _plain(v) for k, v in {**labels, **rule.labels}.items()},
+            "severity": str(rule.severity),
+        },
         "annotations": annotations,
     }
     if format_duration(rule.keep_firing_for) != "0s":
         made["keep_firing_for"] = format_duration(rule.keep_firing_for)
     return made
+
+
+def _plain(text: str) -> str:
+    """Prometheus がテンプレートとして読まない形。"""
+    return text.replace("{{", "{ {")
 
 
 def to_alertmanager_config(config: AlertConfig, urls: Mapping[str, str]) -> dict[str, Any]:
@@ -114,7 +132,7 @@ def to_alertmanager_config(config: AlertConfig, urls: Mapping[str, str]) -> dict
         AlertConfigError: ``urls`` にない通知先がある。
     """
     names = list(config.receivers) or sorted(urls)
-    if missing := [name for name in names if name not in urls]:
+    if missing := [name for name in names if not urls.get(name)]:
         raise AlertConfigError([f"urls: no URL for receiver {name!r}" for name in missing])
     if config.mute:
         logger.warning("mute windows are not exported; write time_intervals in Alertmanager")
@@ -134,7 +152,7 @@ def to_alertmanager_config(config: AlertConfig, urls: Mapping[str, str]) -> dict
         {
             "source_matchers": _matchers(rule.when),
             "target_matchers": _matchers(rule.mute),
-            "equal": list(rule.equal),
+            "equal": [label_name(key) for key in rule.equal],
         }
         for rule in config.inhibit
     ]
@@ -172,7 +190,9 @@ def _route(route: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def _matchers(labels: Mapping[str, str]) -> list[str]:
     names = {"name": "alertname"}
     return [
-        '{}="{}"'.format(names.get(key, key), value.replace("\\", "\\\\").replace('"', '\\"'))
+        '{}="{}"'.format(
+            names.get(key) or label_name(key), value.replace("\\", "\\\\").replace('"', '\\"')
+        )
         for key, value in labels.items()
     ]
 

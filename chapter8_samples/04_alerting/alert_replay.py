@@ -226,15 +226,22 @@ def replay(
 ) -> Replay:
     """``rows`` の期間を ``step`` ごとに評価し、通知の数と、障害の外での発報を数える。
 
+    発報中の繰り返し(``repeat``)は数えない。
+
     Args:
         incidents: 障害だった期間。終わってから最も長い窓の分は、障害のうちとみなす。
+
+    Raises:
+        ValueError: トレースかルールがない、または ``step`` が正でない。
     """
+    if not config.rules or step <= timedelta(0):
+        raise ValueError(f"replay needs rules and a step, got {len(config.rules)} and {step}")
     source = RecordedTraces(rows)
     start, end = source.span
-    quiet = replace(config, offset="0s", experiment=config.experiment or "replay")
+    quiet = replace(config, offset="0s", repeat=None, routes=())
     engine = import_module(f"{_package()}alert_engine").AlertEngine(quiet, source)
     warm_up = max(window for rule in config.rules for _, window in rule.queries()[-1:])
-    moments = list(_moments(min(start + warm_up, end), end, step))
+    moments = list(_moments(start + min(warm_up, end - start), end, step))
     events: list[tuple[datetime, Any]] = []
     samples: dict[str, list[tuple[datetime, MetricSample]]] = {r.name: [] for r in config.rules}
     failed: dict[str, list[str]] = {r.name: [] for r in config.rules}

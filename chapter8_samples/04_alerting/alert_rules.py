@@ -32,8 +32,11 @@ from zoneinfo import ZoneInfo
 Duration = str | timedelta
 """``"30s"``、``"5m"``、``"1h30m"``、``"500ms"`` のような文字列か ``timedelta``。"""
 
+MAX_DURATION = timedelta(days=3650)
+"""これより長い期間は、書き誤りとして断る。"""
 SEVERITIES = ("info", "warning", "error", "critical")
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+MAX_NUMBER = 1e300
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
@@ -54,11 +57,18 @@ def parse_duration(value: Duration) -> timedelta:
     (datetime.timedelta(seconds=5400), datetime.timedelta(microseconds=500000))
     """
     if isinstance(value, timedelta):
-        return value
-    text = str(value).strip()
-    if not _DURATION.fullmatch(text):
-        raise ValueError(f"{text!r} is not a duration; write 30s, 5m, 1h30m or 2d")
-    return timedelta(seconds=sum(float(n) * _UNITS[unit] for n, unit in _PART.findall(text)))
+        length = value
+    else:
+        text = str(value).strip()
+        if not _DURATION.fullmatch(text):
+            raise ValueError(f"{text!r} is not a duration; write 30s, 5m, 1h30m or 2d")
+        seconds = sum(float(n) * _UNITS[unit] for n, unit in _PART.findall(text))
+        length = timedelta(seconds=min(seconds, 2 * MAX_DURATION.total_seconds()))
+    if length > MAX_DURATION:
+        raise ValueError(f"{str(value)[:40]!r} is longer than {MAX_DURATION.days}d; shorten it")
+    if length < timedelta(0):
+        raise ValueError(f"{str(value)!r} is not a duration: negative; write 30s, 5m or 2d")
+    return length
 
 
 def parse_clock(text: str) -> time:
@@ -92,8 +102,9 @@ def refusals(checks: Iterable[tuple[str, Callable[[Any], object], Any]]) -> list
 
 
 def _number(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a number")
+    wrong = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong or not -MAX_NUMBER <= value <= MAX_NUMBER:
+        raise ValueError(f"{value!r:.60} is not a number")
 
 
 def format_duration(value: Duration) -> str:

@@ -22,7 +22,6 @@ Databricks では、ファイルを Workspace か Volume に置き、秘密は�
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import sys
@@ -33,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING or __package__:
     from .alert_rules import (
         DAYS,
+        MAX_NUMBER,
         AlertConfigError,
         AlertRule,
         BurnRateRule,
@@ -43,6 +43,7 @@ if TYPE_CHECKING or __package__:
 else:  # alert_rules.py と 2 枚だけ写したとき、またはパスで実行したとき
     from alert_rules import (
         DAYS,
+        MAX_NUMBER,
         AlertConfigError,
         AlertRule,
         BurnRateRule,
@@ -60,7 +61,6 @@ Schema = Mapping[str, Convert]
 SECRET_LIKE = re.compile(
     r"https?://\S*|\S*sig=\S*|\b(?=\w*\d)[0-9a-z]{32}\b|\bwhsec_\S*|\bxox[bp]-\S*", re.IGNORECASE
 )
-MAX_PROBLEMS = 50
 
 
 def _text(value: Any) -> str:
@@ -70,8 +70,9 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a number")
+    wrong = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong or not -MAX_NUMBER <= value <= MAX_NUMBER:
+        raise ValueError(f"{value!r:.60} is not a number")
     return float(value)
 
 
@@ -104,6 +105,12 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(_text(item) for item in value)
 
 
+def _some_names(value: Any) -> tuple[str, ...]:
+    if not (found := _names(value)):
+        raise ValueError("the list is empty; name at least one")
+    return found
+
+
 def _one_of(*choices: str) -> Convert:
 
     def convert(value: Any) -> str:
@@ -114,12 +121,20 @@ def _one_of(*choices: str) -> Convert:
     return convert
 
 
-def _metric(value: Any, rate_for: str = "") -> str:
+def _metric_problem(metric: str, rate_for: str) -> str:
     if TYPE_CHECKING or __package__:
         from .trace_metrics import metric_problem
     else:
         from trace_metrics import metric_problem
-    if problem := metric_problem(_text(value), rate_for=rate_for):
+    return metric_problem(metric, rate_for=rate_for)
+
+
+def _gate_problem(metric: str) -> str:
+    return _metric_problem(metric, "confidence")
+
+
+def _metric(value: Any, rate_for: str = "") -> str:
+    if problem := _metric_problem(_text(value), rate_for):
         raise ValueError(problem)
     return value
 
@@ -137,7 +152,7 @@ def _clock_time(value: Any) -> str:
 
 
 def _days(value: Any) -> tuple[str, ...]:
-    return tuple(_one_of(*DAYS)(day) for day in _names(value))
+    return tuple(_one_of(*DAYS)(day) for day in _some_names(value))
 
 
 def _zone(value: Any) -> str:
@@ -202,7 +217,7 @@ RECEIVERS: Mapping[str, tuple[Schema, tuple[str, ...]]] = {
             **dict.fromkeys(("host", "sender"), _text),
             **dict.fromkeys(("user_env", "password_env"), _variable),
             "port": _whole,
-            "to": _names,
+            "to": _some_names,
         },
         ("host", "sender", "to"),
     ),
@@ -227,9 +242,10 @@ class _Reader:
         self.problems: list[str] = []
 
     def note(self, path: str, problem: object) -> None:
-        """誤りを一つ加える。引用した値に秘密があれば隠す。"""
+        """誤りを一つ加える。場所や引用した値に秘密があれば隠す。"""
         text = SECRET_LIKE.sub("***", str(problem))
-        self.problems.append(f"{path}: {text}" if path else text)
+        where = SECRET_LIKE.sub("***", path)  # 秘密が、値ではなくキーに書かれていることもある
+        self.problems.append(f"{where}: {text}" if path else text)
 
     def fields(
         self, path: str, data: Any, schema: Schema, required: Sequence[str] = ()
@@ -311,7 +327,7 @@ def config_from_mapping(data: Any) -> AlertConfig:
     settings.update(receivers=receivers, routes=tuple(routes))
     made = reader.build("", AlertConfig, settings)
     if reader.problems:
-        raise AlertConfigError(reader.problems[:MAX_PROBLEMS])
+        raise AlertConfigError(reader.problems)
     return made[0]
 
 
@@ -334,7 +350,10 @@ def _many(
 ) -> list[Any]:
     found: list[Any] = []
     for path, item in reader.items(data, key):
-        found += reader.build(path, make, reader.fields(path, item, schema, required.split()))
+        fields = reader.fields(path, item, schema, required.split())
+        if fields and "confidence" in fields and (problem := _gate_problem(fields["metric"])):
+            reader.note(f"{path}.confidence", problem)
+        found += reader.build(path, make, fields)
     return found
 
 

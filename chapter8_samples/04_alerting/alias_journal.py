@@ -110,6 +110,7 @@ class Change:
     def from_json(cls, text: str) -> Change:
         """``to_json`` の逆。"""
         data: dict[str, Any] = json.loads(text)
+        data["seq"] = int(data["seq"])
         data["at"] = datetime.fromtimestamp(data["at"], timezone.utc)
         return cls(**data)
 
@@ -229,8 +230,9 @@ class Journal:
             settle_seconds,
         )
         self.clock, self._sleep, self.actor = clock, sleep, actor or default_actor()
-        # Unity Catalog のタグのキーは . , - = / : を含めない
-        self._prefix = f"rollback_{re.sub(r'[^A-Za-z0-9_]', '_', target.alias)}_"
+        # Unity Catalog のタグのキーは . , - = / : を含めない。a-b と a_b の記録は混ぜない
+        alias = re.sub(r"[^A-Za-z0-9_]", lambda found: f"_{ord(found[0]):x}_", target.alias)
+        self._prefix = f"rollback_{alias}_"
         self._lock_key = f"{self._prefix}lock"
 
     def history(self) -> list[Change]:
@@ -246,7 +248,7 @@ class Journal:
         """タグを読む。手で書き換えられて読めないものは、ないものとする。"""
         try:
             return parse(text)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
             logger.warning("tag %s of %s is unreadable: %s", key, self._label, error)
             return None
 
@@ -278,8 +280,14 @@ class Journal:
         try:
             yield lambda: self._renew(me)
         finally:
+            self._release(me)
+
+    def _release(self, me: str) -> None:
+        try:
             if (self._holder() or {}).get("id") == me:
                 self.target.drop_tag(self._lock_key)
+        except Exception as error:  # 変更の結果(成功か失敗か)を、後始末の失敗で隠さない
+            logger.warning("lock on %s is left to expire: %s", self._label, error)
 
     @property
     def _label(self) -> str:

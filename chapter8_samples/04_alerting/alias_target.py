@@ -38,7 +38,8 @@ class _RegistryAlias:
         try:
             self._set_tag(key, value)
         except MlflowException as error:
-            if "UNIQUE" in str(error) or "IntegrityError" in str(error):
+            lost = ("UNIQUE", "IntegrityError", "expected to update")  # 読んだ行が、書く前に消えた
+            if any(sign in str(error) for sign in lost):
                 raise ConcurrentChangeError(f"lost the race to write {key}") from error
             raise
 

@@ -218,7 +218,8 @@ class AliasedModel(Aliased[Any]):
     Args:
         loader: ``models:/名前/版`` から読み込む関数。省略すると ``mlflow.pyfunc.load_model``
             (mlflow 本体が要る)。
-        tracking_uri: レジストリの URI。省略すると、環境の設定に従う。
+        tracking_uri: レジストリの URI。省略すると、環境の設定に従う。``loader`` を渡さないなら、
+            ``mlflow.set_registry_uri`` と同じものにする。
     """
 
     def __init__(
@@ -253,6 +254,12 @@ class AliasedModel(Aliased[Any]):
             return self._loader(uri)
         import mlflow.pyfunc
 
+        wanted = self._tracking_uri or mlflow.get_registry_uri()
+        if wanted.rstrip("/") != mlflow.get_registry_uri().rstrip("/"):
+            raise ValueError(  # load_model には接続先を渡せない: 同じ名前の別のモデルを読んでしまう
+                "tracking_uri is not the registry that mlflow.pyfunc.load_model reads; "
+                "call mlflow.set_registry_uri(tracking_uri), or pass loader"
+            )
         return mlflow.pyfunc.load_model(uri)
 
 

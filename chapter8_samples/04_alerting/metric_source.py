@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
@@ -108,7 +109,7 @@ class TraceSearch:
         found = _guard(lambda: self._client.store.get_experiment_by_name(experiment))
         if found is None:
             raise MetricSourceError(
-                f"experiment {experiment!r} does not exist at {self.tracking_uri}; "
+                f"experiment {experiment!r} does not exist at {hide_password(self.tracking_uri)}; "
                 "log a trace to it first, or fix the name"
             )
         if found.lifecycle_stage == "deleted":
@@ -120,7 +121,7 @@ class TraceSearch:
         if not self.tracking_uri.startswith(("http://", "https://")):
             return ""
         path = f"#/experiments/{self.experiment_id}/traces?selectedEvaluationId={trace_id}"
-        return f"{self.tracking_uri.rstrip('/')}/{path}&traceId={trace_id}"
+        return f"{hide_password(self.tracking_uri, '').rstrip('/')}/{path}&traceId={trace_id}"
 
     def rows(
         self, start_ms: int, end_ms: int, *, where: str = "", limit: int = MAX_TRACES
@@ -160,7 +161,16 @@ def _guard(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except (MlflowException, requests.RequestException) as error:
-        raise MetricSourceError(f"cannot read traces: {error}") from error
+        raise MetricSourceError(hide_password(f"cannot read traces: {error}")) from error
+
+
+def hide_password(text: str, mask: str = "***@") -> str:
+    """接続先の URI に書かれたユーザー名とパスワードを隠す(誤りの文もリンクも、通知に載る)。
+
+    >>> hide_password("postgresql://app:pw@db/mlflow"), hide_password("http://u:p@ml", "")
+    ('postgresql://***@db/mlflow', 'http://ml')
+    """
+    return re.sub(r"(?<=://)[^/\s]*@", mask, text)
 
 
 class SearchTracesMetricSource:
@@ -285,7 +295,7 @@ def query_metrics(tracking_uri: str, body: Mapping[str, Any]) -> list[dict[str, 
     """
     answer = _rest(tracking_uri, ENDPOINT, "POST", json=dict(body))
     if answer.status_code in (404, 501) or "ENDPOINT_NOT_FOUND" in answer.text[:300]:
-        raise EndpointMissingError(f"{tracking_uri} has no {ENDPOINT}")
+        raise EndpointMissingError(f"{hide_password(tracking_uri)} has no {ENDPOINT}")
     if answer.status_code != 200:
         text = answer.text[:200]
         raise MetricSourceError(f"{ENDPOINT} answered {answer.status_code}: {text}")

@@ -18,6 +18,7 @@ Databricks では、シークレットを環境変数に入れてジョブを動
 from __future__ import annotations
 
 import os
+import re
 import smtplib
 import ssl
 import sys
@@ -38,6 +39,7 @@ if TYPE_CHECKING or __package__:
         HttpPoster,
         NotificationConfigError,
         NotificationHandler,
+        encodable,
         json_bytes,
     )
 else:  # alert_delivery.py と 2 枚だけ写したとき、またはパスで実行したとき
@@ -49,6 +51,7 @@ else:  # alert_delivery.py と 2 枚だけ写したとき、またはパスで�
         HttpPoster,
         NotificationConfigError,
         NotificationHandler,
+        encodable,
         json_bytes,
     )
 
@@ -87,11 +90,11 @@ class TeamsNotificationHandler(HttpHandler):
 
     def payload(self, alert: Alert) -> dict[str, Any]:
         """カードの JSON。大きすぎるときは、表と説明を削る。"""
-        for limit in (2000, 200, 20):
+        for limit in (2000, 200):
             card = self._card(alert, limit)
             if len(json_bytes(card)) <= TEAMS_MAX_BYTES:
                 return card
-        return self._card(Alert(name=alert.name[:200], status=alert.status), 20)
+        return self._card(alert, 20)
 
     def _card(self, alert: Alert, limit: int) -> dict[str, Any]:
         facts = [{"title": k[:100], "value": v[:limit]} for k, v in details(alert)[:20]]
@@ -143,7 +146,8 @@ class AlertmanagerNotificationHandler(HttpHandler):
         ends_at = self._now() + self.hold
         if alert.status is AlertStatus.RESOLVED:
             ends_at = alert.ends_at or self._now()
-        labels = {**alert.labels, "alertname": alert.name, "severity": alert.severity.value}
+        labels = {_label_name(key): value for key, value in alert.labels.items()}
+        labels |= {"alertname": alert.name, "severity": alert.severity.value}
         annotations = {"summary": alert.summary, "examples": " ".join(alert.examples)}
         if alert.value is not None:
             annotations["value"] = f"{alert.value:.6g}"
@@ -158,6 +162,11 @@ class AlertmanagerNotificationHandler(HttpHandler):
                 "generatorURL": next(iter(alert.links.values()), ""),
             }
         ]
+
+
+def _label_name(key: str) -> str:
+    """Prometheus のラベルの名前(英数字と ``_``)。ほかの文字があると、400 で断られる。"""
+    return re.sub(r"\W|^(?=\d)", "_", key, flags=re.ASCII)
 
 
 class EmailNotificationHandler(NotificationHandler):
@@ -190,14 +199,14 @@ class EmailNotificationHandler(NotificationHandler):
     def message(self, alert: Alert) -> EmailMessage:
         """送る文面。同じアラートのメールは一つのスレッドにまとまる。"""
         mail = EmailMessage()
-        mail["Subject"] = " ".join(f"{title(alert)} {alert.summary}".split())[:200]
+        mail["Subject"] = encodable(" ".join(f"{title(alert)} {alert.summary}".split())[:200])
         mail["From"], mail["To"] = self.sender, ", ".join(self.to)
         mail["References"] = f"<{alert.fingerprint}@alerts.invalid>"
         lines = [f"{key}: {value}" for key, value in details(alert)]
         lines += [f"runbook: {alert.runbook_url}"] if alert.runbook_url else []
         lines += [f"トレース: {trace}" for trace in alert.examples]
         lines += [f"{key}: {url}" for key, url in alert.links.items()]
-        mail.set_content("\n".join([alert.summary, "", *lines]))
+        mail.set_content(encodable("\n".join([alert.summary, "", *lines])))
         return mail
 
     def deliver(self, alert: Alert) -> Delivery:

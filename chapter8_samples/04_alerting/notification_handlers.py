@@ -21,6 +21,7 @@ Databricks でもそのまま使う。URL とキーはシークレットから�
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
@@ -42,6 +43,7 @@ if TYPE_CHECKING or __package__:
         HttpPoster,
         NotificationConfigError,
         NotificationHandler,
+        encodable,
         json_bytes,
     )
 else:  # alert_delivery.py と 2 枚だけ写したとき、またはパスで実行したとき
@@ -54,6 +56,7 @@ else:  # alert_delivery.py と 2 枚だけ写したとき、またはパスで�
         HttpPoster,
         NotificationConfigError,
         NotificationHandler,
+        encodable,
         json_bytes,
     )
 
@@ -63,6 +66,8 @@ PAGERDUTY_URLS = {
     "us": "https://events.pagerduty.com",
     "eu": "https://events.eu.pagerduty.com",
 }
+PAGERDUTY_MAX_BYTES = 500_000
+"""イベントの上限は 512 KB。"""
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
@@ -132,7 +137,7 @@ def slack_message(alert: Alert) -> dict[str, Any]:
         {"type": "mrkdwn", "verbatim": True, "text": slack_escape(f"*{k}*\n{v}", 2000)}
         for k, v in facts(alert)
     ]
-    notes = [f"<{slack_escape(url, 900)}|{slack_escape(k, 60)}>" for k, url in links(alert)[:5]]
+    notes = [_slack_link(name, url) for name, url in links(alert)[:5]]
     notes += ["トレース " + slack_escape(trace, 60) for trace in alert.examples[:5]]
     blocks: list[dict[str, Any]] = [
         {"type": "header", "text": {"type": "plain_text", "text": clip(headline(alert), 150)}},
@@ -146,6 +151,12 @@ def slack_message(alert: Alert) -> dict[str, Any]:
         blocks.append({"type": "context", "elements": elements})
     text = slack_escape(f"{headline(alert)} {summary(alert)}".strip(), 3000)
     return {"text": text, "blocks": blocks}
+
+
+def _slack_link(name: str, url: str) -> str:
+    """リンク。長すぎる URL は、切ると別の場所を指すので、名前だけにする。"""
+    target, label = slack_escape(url.replace("|", "%7C"), 900), slack_escape(name, 60)
+    return f"<{target}|{label}>" if target and not target.endswith("…") else label
 
 
 class SlackNotificationHandler(HttpHandler):
@@ -197,6 +208,11 @@ class PagerDutyNotificationHandler(HttpHandler):
 
     def payload(self, alert: Alert) -> dict[str, Any]:
         """Events API v2 の本文。項目ごとの上限と、全体の 512 KB を守る。"""
+        event = self._event(alert, 1024)
+        too_large = len(json.dumps(event)) > PAGERDUTY_MAX_BYTES
+        return self._event(alert, 100) if too_large else event
+
+    def _event(self, alert: Alert, limit: int) -> dict[str, Any]:
         event: dict[str, Any] = {
             "routing_key": self._routing_key,
             "event_action": "trigger" if alert.status is AlertStatus.FIRING else "resolve",
@@ -206,10 +222,12 @@ class PagerDutyNotificationHandler(HttpHandler):
             return event
         event["payload"] = {
             "summary": clip(f"{alert.name}: {alert.summary or alert.metric}", 1024),
-            "source": clip(alert.labels.get("service", self.source), 255),
+            "source": clip(alert.labels.get("service") or self.source, 255),
             "severity": alert.severity.value,
             "timestamp": alert.starts_at.isoformat(),
-            "custom_details": {clip(k, 255): clip(v, 1024) for k, v in islice(facts(alert), 50)}
+            "custom_details": {
+                clip(k, min(limit, 255)): clip(v, limit) for k, v in islice(facts(alert), 50)
+            }
             | {"examples": [clip(trace, 255) for trace in alert.examples[:10]]},
         }
         event["links"] = [
@@ -225,7 +243,7 @@ class PagerDutyNotificationHandler(HttpHandler):
             "summary": clip(summary, 1024),
             "source": self.source,
             "timestamp": (at or datetime.now(timezone.utc)).isoformat(),
-            "custom_details": dict(details or {}),
+            "custom_details": json.loads(json.dumps(dict(details or {}), default=str)),
         }
         event = {"routing_key": self._routing_key, "payload": payload}
         body = json_bytes(event)
@@ -233,7 +251,10 @@ class PagerDutyNotificationHandler(HttpHandler):
 
 
 class ConsoleNotificationHandler(NotificationHandler):
-    """1 行の文にして渡す(既定は標準出力)。開発用であり、最後の頼みの綱でもある。"""
+    """1 行の文にして渡す(既定は標準出力)。開発用であり、最後の頼みの綱でもある。
+
+    端末の文字コードで書けない文字は「?」になる(書けないからといって、アラートを失わない)。
+    """
 
     name = "console"
 
@@ -243,8 +264,12 @@ class ConsoleNotificationHandler(NotificationHandler):
     def deliver(self, alert: Alert) -> Delivery:
         """書き出す。"""
         parts = ", ".join(f"{key} {value}" for key, value in list(facts(alert))[:3])
-        line = " ".join(filter(None, [headline(alert), summary(alert), f"({parts})"]))
-        self._write(line) if self._write else sys.stdout.write(line + "\n")
+        text = " ".join(filter(None, [headline(alert), summary(alert), f"({parts})"]))
+        line = encodable(" ".join(text.split()))
+        if self._write:
+            self._write(line)
+        else:
+            sys.stdout.write(encodable(line, sys.stdout.encoding or "utf-8") + "\n")
         return self.result(alert, ok=True)
 
 

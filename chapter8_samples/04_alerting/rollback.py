@@ -91,7 +91,8 @@ class AliasRollback:
         """戻す。省略すると、記録にある一つ前の、退けられていないバージョンへ戻る。"""
 
         def pick(history: list[Change]) -> tuple[str, str | None]:
-            return str(target_version or self.previous(history)), None
+            wanted = self.previous(history) if target_version is None else target_version
+            return str(wanted), None
 
         return self._change("rollback", pick, reason, Options(**options))
 
@@ -313,6 +314,11 @@ class ModelRollbackManager(_Manager):
         """登録済みのバージョン(新しい順)。"""
         found = self.client.search_model_versions(f"name = '{self.model_name}'")
         return sorted(found, key=lambda version: -int(version.version))
+
+    def get_alias_info(self, alias: str = "champion") -> Any:
+        """エイリアスの指すバージョン(MLflow の ``ModelVersion``)。なければ ``None``。"""
+        version = self.current_version(alias)
+        return version and self.client.get_model_version(self.model_name, version)
 
     def list_aliases(self) -> dict[str, str]:
         """エイリアス -> バージョン。"""

@@ -35,6 +35,7 @@ if TYPE_CHECKING or __package__:
     from .alert_delivery import (
         Alert,
         AlertSeverity,
+        Delivery,
         HttpHandler,
         HttpPoster,
         NotificationConfigError,
@@ -43,6 +44,7 @@ else:  # alert_delivery.py と 2 枚だけ写したとき、またはパスで�
     from alert_delivery import (
         Alert,
         AlertSeverity,
+        Delivery,
         HttpHandler,
         HttpPoster,
         NotificationConfigError,
@@ -54,6 +56,8 @@ HEADERS: Mapping[Scheme, tuple[str, str, str]] = {
     "mlflow": ("x-mlflow-delivery-id", "x-mlflow-timestamp", "x-mlflow-signature"),
 }
 TOLERANCE_SECONDS = 300
+MAX_UNSETTLED = 1000
+"""ID を覚えておく、まだ届いていない通知の数。"""
 
 
 class WebhookRefusedError(ValueError):
@@ -155,6 +159,7 @@ class SignedWebhookNotificationHandler(HttpHandler):
         self, url: str, secret: str, *, clock: Callable[[], float] = time.time, **http: Any
     ) -> None:
         self._secret, self._now = secret, clock
+        self._unsettled: OrderedDict[tuple[str, ...], str] = OrderedDict()
         _key(secret, "standard")  # 空の秘密や読めない秘密は、送るときではなく作るときに断る
         self.poster = HttpPoster(url, idempotent=True, secrets=[secret], **http)
 
@@ -163,10 +168,24 @@ class SignedWebhookNotificationHandler(HttpHandler):
         return {"type": f"alert.{alert.status.value}", "data": alert.to_dict()}
 
     def headers(self, alert: Alert, body: bytes) -> Mapping[str, str]:
-        """署名のヘッダー。"""
-        message_id, timestamp = f"msg_{uuid.uuid4().hex}", str(int(self._now()))
+        """署名のヘッダー。届いたか分からない通知を後で送り直すときは、前と同じ ID を使う。"""
+        message_id = self._unsettled.setdefault(_identity(alert), f"msg_{uuid.uuid4().hex}")
+        timestamp = str(int(self._now()))
         values = (message_id, timestamp, sign(self._secret, message_id, timestamp, body))
         return dict(zip(HEADERS["standard"], values, strict=True))
+
+    def deliver(self, alert: Alert) -> Delivery:
+        """署名を付けて送る。"""
+        delivery = super().deliver(alert)
+        if not delivery.retryable:
+            self._unsettled.pop(_identity(alert), None)
+        while len(self._unsettled) > MAX_UNSETTLED:
+            self._unsettled.popitem(last=False)
+        return delivery
+
+
+def _identity(alert: Alert) -> tuple[str, ...]:
+    return (alert.fingerprint, alert.status.value, alert.starts_at.isoformat())
 
 
 def alert_from_mlflow_webhook(payload: Mapping[str, Any]) -> Alert:

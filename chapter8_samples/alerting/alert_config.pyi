@@ -14,7 +14,8 @@ WATCHDOG = 'alert_evaluation_failed'
 class Inhibit:
     """``when`` に合うアラートの発報中は、``mute`` に合うアラートを知らせない。
 
-    ``equal`` のラベルが両方で同じときだけ働く。
+    ``equal`` のラベルが両方で同じときだけ働く。互いに抑え合う組では、どちらも抑えない
+    (Alertmanager と同じ。でなければ、両方とも誰にも知らされない)。
     """
     when: Mapping[str, str]
     mute: Mapping[str, str]

@@ -145,7 +145,7 @@ class HttpPoster:
     def post(self, body: bytes, headers: Mapping[str, str] | None=None) -> dict[str, Any]:
         """送って、``Delivery`` の欄(ok、attempts、http_status、error、...)を返す。"""
 
-    def _once(self, body: bytes, headers: Mapping[str, str]) -> _Try:
+    def _once(self, body: bytes, headers: Mapping[str, str], seconds_left: float) -> _Try:
         ...
 
     def _judge(self, answer: requests.Response) -> _Try:
@@ -181,6 +181,13 @@ class NotificationHandler(ABC):
 
     def result(self, alert: Alert, **fields: Any) -> Delivery:
         """このハンドラーの ``Delivery``。"""
+
+def encodable(text: str, encoding: str='utf-8') -> str:
+    """``encoding`` で書けない文字(対になっていないサロゲートなど)を「?」にする。
+
+    >>> encodable("broken \\ud800 text"), encodable("発報 \\U0001f600", "cp932")
+    ('broken ? text', '発報 ?')
+    """
 
 def json_bytes(data: Any) -> bytes:
     """UTF-8 の JSON。UTF-8 にできない文字(対になっていないサロゲート)は「?」になる。"""

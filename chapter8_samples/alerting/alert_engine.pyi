@@ -48,6 +48,8 @@ class RuleState:
     def advance(self, breached: bool | None, at: datetime, hold: timedelta, keep: timedelta) -> None:
         """判定を一つ受け取って進む。``None``(標本なし)では何も変わらない。
 
+        時計が戻ったら、未来になった記録を ``at`` に直す(でないと、追いつくまで発報も解消もない)。
+
         Args:
             hold: pending でいる期間(``for``)。
             keep: 戻ってから解消までの期間(``keep_firing_for``)。

@@ -15,6 +15,13 @@ def selector(metric: str, window: str) -> str:
     'llm_app_pass_rate{window="1h",assessment="relevance"}'
     """
 
+def label_name(key: str) -> str:
+    """Prometheus のラベルの名前にする(英数字と ``_`` だけ)。
+
+    >>> label_name("team-name")
+    'team_name'
+    """
+
 def expression(rule: Rule) -> str:
     """PromQL の条件式。信頼区間は式にできないので、件数の下限だけを移す。"""
 

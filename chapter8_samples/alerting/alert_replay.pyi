@@ -75,8 +75,13 @@ class Replay:
 def replay(config: AlertConfig, rows: Sequence[TraceRow], *, step: timedelta=timedelta(seconds=30), incidents: Sequence[Span]=()) -> Replay:
     """``rows`` の期間を ``step`` ごとに評価し、通知の数と、障害の外での発報を数える。
 
+    発報中の繰り返し(``repeat``)は数えない。
+
     Args:
         incidents: 障害だった期間。終わってから最も長い窓の分は、障害のうちとみなす。
+
+    Raises:
+        ValueError: トレースかルールがない、または ``step`` が正でない。
     """
 
 @dataclass(frozen=True, kw_only=True)

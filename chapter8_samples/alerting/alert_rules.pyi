@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from datetime import time, timedelta, tzinfo
 from typing import Any, Literal, Protocol
 Duration = str | timedelta
+MAX_DURATION = timedelta(days=3650)
 SEVERITIES = ('info', 'warning', 'error', 'critical')
 DAYS = ('mon', 'tue', 'wed', 'thu', 'fri', 'sat', 'sun')
+MAX_NUMBER = 1e+300
 
 class AlertConfigError(ValueError):
     """設定の誤り。見つけたすべてを ``problems`` に持つ。"""

@@ -8,7 +8,6 @@ from .alert_config import AlertConfig
 Convert = Callable[[Any], Any]
 Schema = Mapping[str, Convert]
 SECRET_LIKE = re.compile('https?://\\S*|\\S*sig=\\S*|\\b(?=\\w*\\d)[0-9a-z]{32}\\b|\\bwhsec_\\S*|\\bxox[bp]-\\S*', re.IGNORECASE)
-MAX_PROBLEMS = 50
 
 def _text(value: Any) -> str:
     ...
@@ -29,6 +28,9 @@ def _labels(value: Any) -> dict[str, str]:
     ...
 
 def _names(value: Any) -> tuple[str, ...]:
+    ...
+
+def _some_names(value: Any) -> tuple[str, ...]:
     ...
 
 def _one_of(*choices: str) -> Convert:
@@ -59,7 +61,7 @@ INHIBIT: Schema = {'when': _labels, 'mute': _labels, 'equal': _names}
 MUTE: Schema = {**dict.fromkeys(('start', 'end'), _clock_time), **{'match': _labels, 'days': _days, 'timezone': _zone}}
 ROUTE: Schema = {'match': _labels, 'to': _names, 'repeat': _duration}
 RECEIVER_COMMON: Schema = {'send_resolved': _flag, 'min_severity': SEVERITY}
-RECEIVERS: Mapping[str, tuple[Schema, tuple[str, ...]]] = {'slack': ({'url_env': _variable}, ('url_env',)), 'pagerduty': ({'routing_key_env': _variable, 'region': _one_of('us', 'eu'), 'source': _text}, ('routing_key_env',)), 'teams': ({'url_env': _variable}, ('url_env',)), 'webhook': ({'url_env': _variable, 'secret_env': _variable}, ('url_env', 'secret_env')), 'email': ({**dict.fromkeys(('host', 'sender'), _text), **dict.fromkeys(('user_env', 'password_env'), _variable), 'port': _whole, 'to': _names}, ('host', 'sender', 'to')), 'alertmanager': ({'url_env': _variable}, ('url_env',)), 'console': ({}, ())}
+RECEIVERS: Mapping[str, tuple[Schema, tuple[str, ...]]] = {'slack': ({'url_env': _variable}, ('url_env',)), 'pagerduty': ({'routing_key_env': _variable, 'region': _one_of('us', 'eu'), 'source': _text}, ('routing_key_env',)), 'teams': ({'url_env': _variable}, ('url_env',)), 'webhook': ({'url_env': _variable, 'secret_env': _variable}, ('url_env', 'secret_env')), 'email': ({**dict.fromkeys(('host', 'sender'), _text), **dict.fromkeys(('user_env', 'password_env'), _variable), 'port': _whole, 'to': _some_names}, ('host', 'sender', 'to')), 'alertmanager': ({'url_env': _variable}, ('url_env',)), 'console': ({}, ())}
 TOP: Schema = {'version': _whole, 'experiment': _text, 'offset': _duration, 'repeat': _duration, 'evaluation_failure_for': _duration, 'labels': _labels}
 LISTS = ('rules', 'burn_rates', 'inhibit', 'mute', 'routes')
 

@@ -1,7 +1,6 @@
 """8.4.5 エイリアスの付け替えを、レジストリ自身のタグに記録する。"""
 
 import logging
-import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -129,7 +128,7 @@ class Journal:
     def __init__(self, target: AliasTarget, *, lease_seconds: float=60.0, settle_seconds: float=0.25, clock: Callable[[], datetime]=lambda: datetime.now(timezone.utc), sleep: Callable[[float], None]=time.sleep, actor: str='') -> None:
         self.target, self.lease, self.settle = (target, timedelta(seconds=lease_seconds), settle_seconds)
         self.clock, self._sleep, self.actor = (clock, sleep, actor or default_actor())
-        self._prefix = f"rollback_{re.sub('[^A-Za-z0-9_]', '_', target.alias)}_"
+        self._prefix = f'rollback_{alias}_'
         self._lock_key = f'{self._prefix}lock'
 
     def history(self) -> list[Change]:
@@ -151,6 +150,9 @@ class Journal:
         Raises:
             ConcurrentChangeError: ほかの誰かが変更中。
         """
+
+    def _release(self, me: str) -> None:
+        ...
 
     @property
     def _label(self) -> str:

@@ -101,7 +101,8 @@ class AliasedModel(Aliased[Any]):
     Args:
         loader: ``models:/名前/版`` から読み込む関数。省略すると ``mlflow.pyfunc.load_model``
             (mlflow 本体が要る)。
-        tracking_uri: レジストリの URI。省略すると、環境の設定に従う。
+        tracking_uri: レジストリの URI。省略すると、環境の設定に従う。``loader`` を渡さないなら、
+            ``mlflow.set_registry_uri`` と同じものにする。
     """
 
     def __init__(self, name: str, alias: str='champion', *, loader: Callable[[str], Any] | None=None, ttl_seconds: float=30.0, tracking_uri: str | None=None, clock: Callable[[], float]=time.monotonic) -> None:

@@ -33,6 +33,13 @@ class TraceSearch:
     def _page(self, query: str, size: int, token: str | None) -> Any:
         ...
 
+def hide_password(text: str, mask: str='***@') -> str:
+    """接続先の URI に書かれたユーザー名とパスワードを隠す(誤りの文もリンクも、通知に載る)。
+
+    >>> hide_password("postgresql://app:pw@db/mlflow"), hide_password("http://u:p@ml", "")
+    ('postgresql://***@db/mlflow', 'http://ml')
+    """
+
 class SearchTracesMetricSource:
     """トレースを集めて数える、どこでも動く出どころ。一度集めた窓は、同じ時刻の間は使い回す。"""
 

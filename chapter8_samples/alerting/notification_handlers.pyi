@@ -8,6 +8,7 @@ from typing import Any
 from .alert_delivery import Alert, AlertSeverity, Delivery, HttpHandler, HttpPoster, NotificationHandler
 logger = logging.getLogger(__name__)
 PAGERDUTY_URLS = {'us': 'https://events.pagerduty.com', 'eu': 'https://events.eu.pagerduty.com'}
+PAGERDUTY_MAX_BYTES = 500000
 
 def slack_escape(text: str, limit: int) -> str:
     """Slack の制御文字を無害にし、エスケープ後の長さを ``limit`` 文字以内にする。
@@ -73,11 +74,17 @@ class PagerDutyNotificationHandler(HttpHandler):
     def payload(self, alert: Alert) -> dict[str, Any]:
         """Events API v2 の本文。項目ごとの上限と、全体の 512 KB を守る。"""
 
+    def _event(self, alert: Alert, limit: int) -> dict[str, Any]:
+        ...
+
     def change_event(self, summary: str, *, details: Mapping[str, Any] | None=None, at: datetime | None=None) -> Delivery:
         """リリースやロールバックを変更イベントとして記録する(人は呼ばれない)。"""
 
 class ConsoleNotificationHandler(NotificationHandler):
-    """1 行の文にして渡す(既定は標準出力)。開発用であり、最後の頼みの綱でもある。"""
+    """1 行の文にして渡す(既定は標準出力)。開発用であり、最後の頼みの綱でもある。
+
+    端末の文字コードで書けない文字は「?」になる(書けないからといって、アラートを失わない)。
+    """
     name = 'console'
 
     def __init__(self, write: Callable[[str], object] | None=None) -> None:

@@ -115,6 +115,9 @@ class ModelRollbackManager(_Manager):
     def get_model_versions(self) -> list[Any]:
         """登録済みのバージョン(新しい順)。"""
 
+    def get_alias_info(self, alias: str='champion') -> Any:
+        """エイリアスの指すバージョン(MLflow の ``ModelVersion``)。なければ ``None``。"""
+
     def list_aliases(self) -> dict[str, str]:
         """エイリアス -> バージョン。"""
 

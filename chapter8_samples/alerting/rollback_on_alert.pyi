@@ -43,6 +43,10 @@ def auto_rollback(alert: AlertLike, manager: ModelRollbackManager | PromptRollba
     昇格より前から続く発報では何もしない(直すための昇格を戻さない)。
     同じ発報で何度呼んでも、実行は一度だけになる(``request_id``)。戻る先がない、間がないときは
     ``outcome="none"`` と理由を返す。同時の変更と確認の失敗は、``RollbackError`` のまま上げる。
+
+    Raises:
+        ValueError: ``mode`` の書き誤り(提案だけで済んだと思い込まないように断る)。
+        RollbackError: 同時の変更、または確認の失敗。
     """
 
 def main() -> None:

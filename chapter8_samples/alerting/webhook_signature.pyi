@@ -5,10 +5,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
-from .alert_delivery import Alert, HttpHandler, HttpPoster
+from .alert_delivery import Alert, Delivery, HttpHandler, HttpPoster
 Scheme = Literal['standard', 'mlflow']
 HEADERS: Mapping[Scheme, tuple[str, str, str]] = {'standard': ('webhook-id', 'webhook-timestamp', 'webhook-signature'), 'mlflow': ('x-mlflow-delivery-id', 'x-mlflow-timestamp', 'x-mlflow-signature')}
 TOLERANCE_SECONDS = 300
+MAX_UNSETTLED = 1000
 
 class WebhookRefusedError(ValueError):
     """受け取った Webhook を信じられない。``reason`` に一語の理由が入る。"""
@@ -50,13 +51,17 @@ class SignedWebhookNotificationHandler(HttpHandler):
 
     def __init__(self, url: str, secret: str, *, clock: Callable[[], float]=time.time, **http: Any) -> None:
         self._secret, self._now = (secret, clock)
+        self._unsettled: OrderedDict[tuple[str, ...], str] = OrderedDict()
         self.poster = HttpPoster(url, idempotent=True, secrets=[secret], **http)
 
     def payload(self, alert: Alert) -> dict[str, Any]:
         """アラートの全項目。"""
 
     def headers(self, alert: Alert, body: bytes) -> Mapping[str, str]:
-        """署名のヘッダー。"""
+        """署名のヘッダー。届いたか分からない通知を後で送り直すときは、前と同じ ID を使う。"""
+
+    def deliver(self, alert: Alert) -> Delivery:
+        """署名を付けて送る。"""
 
 def alert_from_mlflow_webhook(payload: Mapping[str, Any]) -> Alert:
     """MLflow の Webhook(予算の超過、エイリアスの変更など)をアラートにする。

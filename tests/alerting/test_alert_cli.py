@@ -124,3 +124,14 @@ def test_a_server_that_is_down_is_said_within_seconds(
     assert main(["once", config, "--tracking-uri", f"http://127.0.0.1:{free_port()}"]) == 3
     assert "cannot read traces" in capsys.readouterr().err
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "1e9", "soon"])
+def test_a_number_that_makes_no_sense_is_an_error_and_no_traceback(
+    hours: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["replay", config, "--hours", hours], ["watch", config, "--interval", hours]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert hours in capsys.readouterr().err

@@ -294,3 +294,112 @@ def test_an_alert_is_acknowledged_by_its_fingerprint_too() -> None:
     engine.evaluate(START)
     engine.acknowledge(engine.active()[0].fingerprint)
     assert engine.evaluate(START + 2 * STEP) == []
+
+
+def test_a_clock_set_back_stops_neither_the_firing_nor_the_end() -> None:
+    source = Scripted(error_rate=[1])
+    engine = AlertEngine(config(rule(for_="1m", keep_firing_for="1m"), repeat="2m"), source)
+    assert engine.evaluate(START + timedelta(days=365)) == []  # 1 年進んでいた時計で pending になる
+    assert run(engine, 7) == [(2, "firing", "errors"), (6, "firing", "errors")]
+    engine.source = Scripted(error_rate=[0])
+    assert run(engine, 3) == [(2, "resolved", "errors")]
+
+
+def test_an_alert_never_ends_before_it_started() -> None:
+    source = Scripted(error_rate=[1])
+    engine = AlertEngine(config(rule()), source)
+    (firing,) = engine.evaluate(START + timedelta(days=1))
+    engine.source = Scripted(error_rate=[0])
+    (resolved,) = engine.evaluate(START)
+    assert resolved.starts_at == firing.starts_at == resolved.ends_at
+
+
+def test_two_alerts_that_mute_each_other_are_not_both_lost() -> None:
+    inhibit = Inhibit(when={"severity": "critical"}, mute={})
+    rules = config(
+        rule("a", severity="critical"),
+        rule("b", severity="critical"),
+        rule("c"),
+        inhibit=(inhibit,),
+    )
+    engine = AlertEngine(rules, Scripted(error_rate=[1]))
+    assert {name for _, _, name in run(engine, 2)} == {"a", "b"}
+
+
+def test_the_day_of_a_mute_window_does_not_depend_on_the_locale() -> None:
+    class Japanese(datetime):
+        """日本語のロケールでは、曜日の名前は「金」になる。"""
+
+        def strftime(self, format: str) -> str:
+            return "金"
+
+    friday = Japanese(2026, 1, 2, 12, tzinfo=timezone.utc)
+    assert MuteWindow(days=("fri",)).covers(friday)
+    assert not MuteWindow(days=("sat",)).covers(friday)
+
+
+def test_a_mute_window_needs_a_day() -> None:
+    with pytest.raises(AlertConfigError, match="the list is empty"):
+        MuteWindow(days=())
+
+
+def test_a_muted_alert_is_not_kept_alive_but_a_known_one_is() -> None:
+    recorder = Recorder()
+    quiet = MuteWindow(start="00:01", end="00:02")
+    engine = AlertEngine(
+        config(rule(), rule("late", metric="late"), mute=(quiet,)),
+        Scripted(error_rate=[1], late=[0, 0, 1]),
+        recorder,
+    )
+    run(engine, 5)
+    assert recorder.alive == ["errors", "errors", "errors", "errors", "errors,late"]
+
+
+def test_a_notifier_that_fails_to_keep_alive_sends_nothing_twice(tmp_path: Path) -> None:
+    recorder, path = Recorder(), tmp_path / "state.json"
+    recorder.keep_alive = broken  # type: ignore[method-assign]
+    for i in range(3):
+        engine = AlertEngine(config(rule()), Scripted(error_rate=[1]), recorder, state_path=path)
+        engine.evaluate(START + i * STEP)
+    assert recorder.sent == [("firing", "errors")]
+
+
+def state(**changes: Any) -> dict[str, Any]:
+    known = {"phase": "inactive", "since": None, "fired_at": None, "last_true": None}
+    return {**known, "notified_at": None, "value": 0.1, "n": 1, "examples": [], **changes}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"rules": {"k": state(phase="pending")}, "outbox": []},
+        {"rules": {"k": state(value="high")}, "outbox": []},
+        {"rules": {"k": state(examples=None)}, "outbox": []},
+        {"rules": {}, "outbox": [{"alert": Alert(name="a").to_dict(), "only": 3}]},
+        {"rules": {}, "outbox": [{"alert": Alert(name="a").to_dict()}]},
+    ],
+)
+def test_a_state_with_a_wrong_field_is_set_aside(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "alerts.json"
+    path.write_text(json.dumps({"version": 1, **content}), encoding="utf-8")
+    engine = AlertEngine(config(rule()), Scripted(error_rate=[1]), Recorder(), state_path=path)
+    assert [alert.name for alert in engine.evaluate(START)] == ["errors"]
+    assert path.with_suffix(".json.bad").exists()
+
+
+def test_a_state_without_a_time_zone_fails_one_rule_and_not_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "alerts.json"
+    engine = AlertEngine(config(rule(), rule("busy")), Scripted(error_rate=[1, 0]), state_path=path)
+    engine.evaluate(START)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved["rules"][engine.active()[0].fingerprint]["last_true"] = "2026-01-01T00:00:00"
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    engine = AlertEngine(config(rule(), rule("busy")), Scripted(error_rate=[1, 0]), state_path=path)
+    assert [alert.name for alert in engine.evaluate(START + STEP)] == ["busy"]
+    assert list(engine.failures) == ["errors"]
+
+
+def test_the_alert_about_a_failure_shows_no_numbers_of_another_metric() -> None:
+    source = Scripted(error_rate=[ValueError("bad")])
+    (alert,) = AlertEngine(config(rule(), evaluation_failure_for="0s"), source).evaluate(START)
+    assert (alert.metric, alert.value, alert.threshold, alert.n) == ("", None, None, None)

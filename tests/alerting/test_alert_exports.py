@@ -241,3 +241,27 @@ def test_repeat_and_resolve_follow_the_route_and_the_receiver(
     assert exported["route"]["routes"][0]["repeat_interval"] == "1d"
     assert exported["receivers"][0]["webhook_configs"][0]["send_resolved"] is False
     assert "mute windows are not exported" in caplog.text
+
+
+def test_labels_and_texts_prometheus_would_refuse_are_made_acceptable() -> None:
+    rule = AlertRule(name="a", labels={"team-name": "{{ ml }}"}, runbook_url="https://x/{{y}}")
+    inhibit = Inhibit(when={"team-name": "a"}, mute={"name": "b"}, equal=("1st team",))
+    config = AlertConfig(rules=[rule], inhibit=(inhibit,), labels={"環境": "prod"})
+    (exported,) = to_prometheus_rules(config)["groups"][0]["rules"]
+    assert exported["labels"] == {"__": "prod", "team_name": "{ { ml }}", "severity": "warning"}
+    assert exported["annotations"]["runbook_url"] == "https://x/{ {y}}"
+    (rules,) = to_alertmanager_config(config, {"ops": "http://relay"})["inhibit_rules"]
+    assert rules == {
+        "source_matchers": ['team_name="a"'],
+        "target_matchers": ['alertname="b"'],
+        "equal": ["_1st_team"],
+    }
+    (sent,) = AlertmanagerNotificationHandler("http://am").payload(
+        Alert(name="a", labels={"team-name": "ml", "1": "x"})
+    )
+    assert sent["labels"] == {"team_name": "ml", "_1": "x", "alertname": "a", "severity": "warning"}
+
+
+def test_an_empty_url_for_a_receiver_is_an_error() -> None:
+    with pytest.raises(AlertConfigError, match="no URL for receiver 'ops'"):
+        to_alertmanager_config(CONFIG, {"ops": "", "oncall": "http://127.0.0.1:1"})

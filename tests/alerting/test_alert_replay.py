@@ -129,3 +129,25 @@ def test_a_rule_that_could_not_be_evaluated_does_not_look_quiet() -> None:
     assert rating.failures > 50 and "needs yes/no values" in rating.error
     assert (careful.failures, careful.error) == (0, "")
     assert "(評価できず" in result.table().splitlines()[1]
+
+
+def test_a_repeat_is_no_second_page_and_the_picture_ends_with_the_alert() -> None:
+    traffic = SyntheticTraffic()
+    routes = ({"match": {}, "to": [], "repeat": "1m"},)
+    plain = replay(AlertConfig(rules=[CAREFUL]), traffic.rows(), incidents=traffic.incidents())
+    again = replay(
+        AlertConfig(rules=[CAREFUL], repeat="1m", routes=routes),
+        traffic.rows(),
+        incidents=traffic.incidents(),
+    )
+    assert len(again.rules[0].firings) == len(again.rules[0].resolutions) == 1
+    assert again.svg() == plain.svg()
+
+
+@pytest.mark.parametrize("step", [timedelta(0), timedelta(seconds=-1)])
+def test_a_step_that_never_arrives_is_refused(step: timedelta) -> None:
+    rows = SyntheticTraffic(traces=10).rows()
+    with pytest.raises(ValueError, match="needs rules and a step"):
+        replay(AlertConfig(rules=[AlertRule(name="a")]), rows, step=step)
+    with pytest.raises(ValueError, match="needs rules and a step, got 0"):
+        replay(AlertConfig(), rows)

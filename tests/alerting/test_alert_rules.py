@@ -156,3 +156,24 @@ def test_what_is_no_number_is_refused_when_the_rule_is_made(make: Any, fields: A
     with pytest.raises(AlertConfigError, match="is not a number") as caught:
         make(name="a", severity="urgent", **fields)
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "named"),
+    [
+        (AlertRule, {"window": "9" * 30 + "d"}, "window: "),
+        (AlertRule, {"window": "1" * 400 + "s"}, "window: "),
+        (AlertRule, {"for_": timedelta(seconds=-1)}, "for_: "),
+        (AlertRule, {"window": timedelta(days=4000)}, "window: "),
+        (AlertRule, {"min_samples": 10**400}, "min_samples: "),
+        (AlertRule, {"threshold": 10**400}, "threshold: "),
+        (BurnRateRule, {"factor": 10**400}, "factor: "),
+    ],
+)
+def test_a_number_of_any_size_is_refused_by_name_and_never_a_crash(
+    make: Any, fields: Any, named: str
+) -> None:
+    with pytest.raises(AlertConfigError) as caught:
+        make(name="a", **fields)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"rule 'a': {named}") and len(problem) < 200

@@ -243,3 +243,62 @@ def test_receivers_written_in_python_are_checked_before_they_are_used() -> None:
     assert "SECRET" not in str(caught.value)
     for expected in ("write url_env", "unknown receiver 'opps'", "must match everything"):
         assert expected in str(caught.value)
+
+
+def test_no_mistake_is_left_out_however_many_there_are() -> None:
+    rule = {"metric": "error_rate", "window": "5m", "threshold": 1, "treshold": 1}
+    assert len(problems({"rules": [{**rule, "name": f"r{i}"} for i in range(80)]})) == 80
+
+
+@pytest.mark.parametrize("where", ["receivers", "ops", "top"])
+def test_a_secret_written_as_a_key_is_not_repeated_either(where: str) -> None:
+    secret = "https://hooks.slack.com/services/T0/B0/SECRET"
+    data: dict[str, Any] = yaml.safe_load(RULES)
+    settings = {"type": "slack", secret: 1} if where == "ops" else {"type": "slak"}
+    data["receivers"] = {secret if where == "receivers" else "ops": settings}
+    if where == "top":
+        data[secret] = 1
+    assert "SECRET" not in "".join(problems(data))
+
+
+def test_a_gate_on_what_is_no_rate_is_not_silently_ignored() -> None:
+    rule = {"name": "a", "metric": "latency_p95_ms", "window": "5m", "threshold": 1}
+    (problem,) = problems({"rules": [{**rule, "confidence": 0.95}]})
+    assert problem.startswith("rules[0].confidence: 'latency_p95_ms' is not a rate; confidence")
+
+
+@pytest.mark.parametrize("value", [10**400, "9" * 40 + "d", "9" * 400 + "s", 1e308, "-5m"])
+def test_numbers_of_any_size_are_a_mistake_with_a_place(value: Any) -> None:
+    data: dict[str, Any] = yaml.safe_load(RULES)
+    data["rules"][0].update(min_samples=value, threshold=value, window=value)
+    data["rules"][0]["for"] = value
+    found = problems({**data, "offset": value})
+    assert all(problem.startswith(("rules[0].", "offset: ")) for problem in found)
+    assert len(found) >= 4
+
+
+def test_a_count_too_large_for_a_float_is_a_mistake_with_a_place() -> None:
+    data: dict[str, Any] = yaml.safe_load(RULES)
+    data["rules"][0]["min_samples"] = 10**400
+    (problem,) = problems(data)
+    assert problem.startswith("rules[0]: min_samples: 1000") and "is not a number" in problem
+
+
+def test_an_empty_list_that_would_silence_everything_is_refused() -> None:
+    mail = {"type": "email", "host": "h", "sender": "a@b", "to": []}
+    mute = [{"start": "22:00", "end": "06:00", "days": []}]
+    found = problems({**yaml.safe_load(RULES), "mute": mute, "receivers": {"mail": mail}})
+    assert found == (
+        "mute[0].days: the list is empty; name at least one",
+        "receivers.mail.to: the list is empty; name at least one",
+    )
+
+
+@pytest.mark.parametrize("data", [[1], None, b"x", 5])
+def test_what_is_neither_a_mapping_nor_a_path_is_refused(data: Any) -> None:
+    assert "must be a mapping" in problems(data)[0]
+
+
+def test_the_name_of_the_built_in_alert_is_taken() -> None:
+    found = problems(yaml.safe_load(RULES.replace("name: errors", "name: alert_evaluation_failed")))
+    assert found == ("rules: 'alert_evaluation_failed' is a built-in alert; rename the rule",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +138,20 @@ def test_a_model_is_reloaded_when_the_alias_moves(tracking_uri: str) -> None:
     now[0] = 30
     assert model.get().value == "models:/agent/1"
     assert loaded == ["models:/agent/2", "models:/agent/1"]
+
+
+def test_a_model_is_never_loaded_from_another_registry_than_the_alias(
+    tracking_uri: str, tmp_path: Path
+) -> None:
+    import mlflow
+
+    client: Any = mlflow.MlflowClient()
+    client.create_registered_model("agent")
+    client.create_model_version("agent", source="file:///models/agent")
+    client.set_registered_model_alias("agent", "champion", 1)
+    mlflow.set_tracking_uri(f"sqlite:///{(tmp_path / 'other.db').as_posix()}")
+    model = AliasedModel("agent", tracking_uri=tracking_uri)
+    with pytest.raises(AliasUnavailableError, match=r"call mlflow\.set_registry_uri"):
+        model.get()
+    loaded = AliasedModel("agent", tracking_uri=tracking_uri, loader=lambda uri: uri)
+    assert loaded.get().value == "models:/agent/1"

@@ -23,7 +23,7 @@ from chapter8_samples.alerting.trace_metrics import MetricSample
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "/ping/0a1b2c3d-SECRET"
-FAST = RetryPolicy(attempts=2, base_seconds=0.01, timeout_seconds=0.3, deadline_seconds=2)
+FAST = RetryPolicy(attempts=2, base_seconds=0.01, timeout_seconds=1.0, deadline_seconds=20)
 
 
 class Calm:
@@ -54,18 +54,18 @@ def test_every_cycle_says_that_it_is_alive(webhooks: WebhookReceiver) -> None:
 
 
 def test_a_silent_service_never_holds_the_evaluation(webhooks: WebhookReceiver) -> None:
-    webhooks.script(Answer(200, delay_seconds=1.0))
+    webhooks.script(Answer(200, delay_seconds=3.0))
     push = HeartbeatPush(webhooks.url + SECRET)
     began = time.monotonic()
     for _ in range(100):
         push()
-    assert time.monotonic() - began < 0.9  # 返事(1 秒)を待っていない
+    assert time.monotonic() - began < 2.5  # 返事(3 秒)を待っていない
     assert push.skipped == 99
     assert push.wait()
     assert len(webhooks.received) == 1
 
 
-@pytest.mark.parametrize("answer", [404, 500, Answer(reset=True), Answer(delay_seconds=0.8)])
+@pytest.mark.parametrize("answer", [404, 500, Answer(reset=True), Answer(delay_seconds=4.0)])
 def test_a_failure_is_noted_and_the_next_beat_goes_out(
     webhooks: WebhookReceiver, caplog: pytest.LogCaptureFixture, answer: int | Answer
 ) -> None:
@@ -87,7 +87,7 @@ def test_nobody_listening_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     with WebhookReceiver() as hooks:
         push = HeartbeatPush(hooks.url + SECRET, policy=FAST)
     push()
-    assert push.wait(5)
+    assert push.wait()
     assert push.failed == 1
     push({"status": object()})  # JSON にできないものを渡しても、例外にならない
     assert push.failed == 2

@@ -12,19 +12,23 @@ from statistics import quantiles
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.entities import TraceInfo, TraceLocation, TraceState
+from ports import free_port
 
 from chapter8_samples._lab.receivers import WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
 from chapter8_samples.alerting.alert_delivery import NotificationConfigError
-from chapter8_samples.alerting.alert_rules import AlertConfigError, AlertRule
+from chapter8_samples.alerting.alert_rules import AlertConfigError, AlertRule, BurnRateRule
 from chapter8_samples.alerting.metric_source import (
+    EndpointMissingError,
     SearchTracesMetricSource,
     ServerMetricSource,
     TraceSearch,
+    hide_password,
     metric_source,
+    query_metrics,
     to_ms,
     to_row,
 )
@@ -270,6 +274,7 @@ def test_a_time_without_a_zone_is_refused(tracking_uri: str) -> None:
         metric_source("naive").sample("trace_count", WINDOW, datetime(2026, 1, 1))
 
 
+@settings(deadline=None)
 @given(st.text() | st.sampled_from(["0", "-1", "nan", "inf", "1e309", "", "10", " 2.5 "]))
 def test_a_broken_weight_counts_as_one_trace(text: str) -> None:
     place = TraceLocation.from_experiment_id("1")
@@ -279,6 +284,7 @@ def test_a_broken_weight_counts_as_one_trace(text: str) -> None:
     assert weight == 1.0 or weight == float(text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=60))
 def test_percentiles_match_the_standard_library(values: list[float]) -> None:
     cuts = quantiles(values, n=100, method="inclusive")
@@ -287,6 +293,7 @@ def test_percentiles_match_the_standard_library(values: list[float]) -> None:
         assert percentile(pairs, q) == pytest.approx(cuts[q - 1], rel=1e-9, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 9)), min_size=1, max_size=30))
 def test_a_weight_is_as_good_as_that_many_copies(pairs: list[tuple[float, int]]) -> None:
     weighted = percentile([(v, float(w)) for v, w in pairs], 95)
@@ -343,3 +350,38 @@ def test_a_window_too_large_to_read_completely_is_logged(
     monkeypatch.setattr(sys.modules[TraceSearch.__module__], "MAX_TRACES", 2)
     assert len(search.rows(0, now, limit=2)) == 2
     assert "read only the newest 2 traces" in caplog.text
+
+
+def test_a_password_in_the_tracking_uri_reaches_no_message_and_no_link(
+    tracking_uri: str, webhooks: WebhookReceiver
+) -> None:
+    import mlflow
+
+    mlflow.set_experiment("app")
+    search = TraceSearch("app")
+    search.tracking_uri = "https://app:p%40ss@mlflow.example/"
+    assert search.trace_url("tr-1").startswith("https://mlflow.example/#/experiments/")
+    secret = webhooks.url.replace("//", "//app:p%40ss@")
+    webhooks.script(404)
+    with pytest.raises(EndpointMissingError) as missing:
+        query_metrics(secret, {})
+    with pytest.raises(MetricSourceError) as unreachable:
+        TraceSearch("app", f"http://app:p%40ss@127.0.0.1:{free_port()}")
+    for message in (str(missing.value), str(unreachable.value)):
+        assert "p%40ss" not in message and "***@127.0.0.1" in message
+    hidden = hide_password("failed at postgresql://app:p@ss@db:5432/mlflow?x=1 and http://h/a@b")
+    assert hidden == "failed at postgresql://***@db:5432/mlflow?x=1 and http://h/a@b"
+
+
+def test_a_rule_in_python_that_needs_a_rate_is_checked_at_setup(tracking_uri: str) -> None:
+    rules = [
+        AlertRule(name="gate", metric="latency_p95_ms", confidence=0.95),
+        BurnRateRule(name="burn", metric="cost_usd"),
+        AlertRule(name="fine", confidence=0.95),
+    ]
+    with pytest.raises(AlertConfigError) as caught:
+        setup_alerting("app", AlertConfig(rules=rules))
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "rule 'gate'",
+        "rule 'burn'",
+    ]

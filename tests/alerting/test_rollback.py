@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from chapter8_samples.alerting.alias_journal import (
     VerificationError,
     known_bad,
 )
+from chapter8_samples.alerting.alias_target import ModelAlias
 from chapter8_samples.alerting.rollback import (
     AliasRollback,
     ModelRollbackManager,
@@ -503,3 +505,91 @@ def test_only_the_exact_number_of_a_real_version_is_accepted(
 def test_a_name_that_is_not_registered_is_said_so(kind: Any, tracking_uri: str) -> None:
     with pytest.raises(UnknownVersionError, match="nobody is not a registered"):
         kind("nobody", settle_seconds=0).promote(1)
+
+
+@pytest.mark.parametrize("version", [0, "", "0"])
+def test_a_version_that_is_empty_is_not_taken_for_the_predecessor(version: Any) -> None:
+    registry, rollback = three_versions()
+    with pytest.raises(UnknownVersionError):
+        rollback.rollback(version)
+    assert registry.alias_version == "3"
+
+
+def lost_connection(*_: Any) -> Any:
+    raise ConnectionError("server is down")
+
+
+def test_a_lock_that_cannot_be_released_does_not_hide_what_happened(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry, rollback = three_versions()
+    registry.drop_tag = lost_connection  # type: ignore[method-assign]
+    assert rollback.rollback().state == "done"
+    assert "left to expire" in caplog.text
+    later = Clock()
+    later.now += timedelta(hours=1)
+
+    def smoke(uri: str) -> None:
+        if "@" in uri:  # 切り替えた後で、サーバーごと落ちた
+            for name in ("current", "point", "tags", "put_tag"):
+                setattr(registry, name, lost_connection)
+            raise ValueError("no answer")
+
+    with pytest.raises(VerificationError, match="NOT restored"):
+        engine(registry, later, smoke_check=smoke).promote(4)
+
+
+@pytest.mark.parametrize("mode", ["Apply", "", None])
+def test_a_misspelt_mode_is_not_taken_for_a_suggestion(mode: Any) -> None:
+    _, rollback = three_versions()
+    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
+    with pytest.raises(ValueError, match="mode must be 'suggest' or 'apply'"):
+        auto_rollback(Alert(name="errors", action="rollback"), manager, mode=mode)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seq": None}, {"seq": "x"}, {"at": 1e300}, {"at": 1e18}, {"at": None}]
+)
+def test_a_tag_with_a_wrong_field_does_not_block_the_next_change(changes: Any) -> None:
+    registry, rollback = three_versions()
+    tag = "rollback_champion_2"
+    registry.stored[tag] = json.dumps({**json.loads(registry.stored[tag]), **changes})
+    assert [change.to_version for change in rollback.history()] == ["1", "3"]
+    assert rollback.rollback().to_version == "2"
+
+
+def test_a_number_written_as_text_is_still_a_number() -> None:
+    registry, rollback = three_versions()
+    tag = "rollback_champion_2"
+    registry.stored[tag] = json.dumps({**json.loads(registry.stored[tag]), "seq": "2"})
+    assert [change.seq for change in rollback.history()] == [1, 2, 3]
+
+
+def test_aliases_that_look_alike_keep_separate_journals() -> None:
+    registry = Registry()
+    for alias, version in (("blue-green", 1), ("blue_green", 2)):
+        registry.alias, registry.alias_version = alias, None
+        engine(registry).promote(version)
+        assert [change.to_version for change in engine(registry).history()] == [str(version)]
+    assert not set("".join(registry.stored)) & set(".,-=/:")
+
+
+def test_a_row_that_vanished_while_it_was_written_is_a_lost_race() -> None:
+    from mlflow.exceptions import MlflowException
+
+    class Client:
+        def set_registered_model_tag(self, *_: Any) -> None:
+            raise MlflowException(
+                "UPDATE statement on table 'registered_model_tags' expected to update 1 row(s); "
+                "0 were matched."
+            )
+
+    with pytest.raises(ConcurrentChangeError, match="lost the race"):
+        ModelAlias(Client(), "m", "champion").put_tag("k", "v")
+
+
+def test_the_version_an_alias_points_at_can_be_looked_up(tracking_uri: str) -> None:
+    manager = ModelRollbackManager(model(2), settle_seconds=0)
+    assert manager.get_alias_info("champion") is None
+    manager.promote(2)
+    assert str(manager.get_alias_info().version) == "2"

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapter8_samples._lab.receivers import WebhookReceiver
-from chapter8_samples.alerting.alert_delivery import Alert, NotificationConfigError
+from chapter8_samples.alerting.alert_delivery import (
+    Alert,
+    NotificationConfigError,
+    RetryPolicy,
+)
 from chapter8_samples.alerting.webhook_signature import (
     ReplayGuard,
     SignedWebhookNotificationHandler,
@@ -105,6 +109,7 @@ def test_what_we_send_can_be_verified_and_nothing_reveals_the_secret(
     assert VECTOR_SECRET not in repr(handler)
 
 
+@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=9),
@@ -200,3 +205,28 @@ def test_an_empty_secret_is_refused_because_anyone_could_sign_with_it(secret: st
         verify_signature(secret, signed("other", b"{}", 1000), b"{}", now=1000)
     with pytest.raises(NotificationConfigError):
         SignedWebhookNotificationHandler("https://example.com/hook", secret)
+
+
+def test_a_notice_sent_again_after_a_failure_keeps_its_id_and_a_reminder_gets_a_new_one(
+    webhooks: WebhookReceiver,
+) -> None:
+    policy = RetryPolicy(attempts=1)
+    handler = SignedWebhookNotificationHandler(webhooks.url, "s3cret", policy=policy)
+    alert = Alert(name="slow")
+    webhooks.script(500, 200, 200, 200)
+    assert [handler.send(alert).ok for _ in range(3)] == [False, True, True]
+    handler.send(Alert(name="other"))
+    ids = [request.headers["webhook-id"] for request in webhooks.received]
+    assert ids[0] == ids[1] and len(set(ids)) == 3
+    for request in webhooks.received:
+        verify_signature("s3cret", dict(request.headers.items()), request.body)
+
+
+def test_the_ids_of_what_never_arrives_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{SignedWebhookNotificationHandler.__module__}.MAX_UNSETTLED", 5)
+    with WebhookReceiver() as hooks:
+        policy = RetryPolicy(attempts=1)
+        handler = SignedWebhookNotificationHandler(hooks.url, "s3cret", policy=policy, burst=50)
+    for i in range(20):
+        assert not handler.send(Alert(name=f"a{i}")).ok
+    assert len(handler._unsettled) == 5
