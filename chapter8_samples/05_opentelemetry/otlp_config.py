@@ -51,6 +51,8 @@ Compression = Literal["gzip", "none"]
 PROTOCOLS, TRACES_PATH = ("grpc", "http/protobuf"), "/v1/traces"
 # HTTP ヘッダー名に使える文字(RFC 9110 の token)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# gRPC はもっと狭い。-bin で終わる名前は、値がバイト列でなければならない
+_GRPC_NAME = re.compile(r"(?!.*-bin$)[._0-9a-z-]+", re.IGNORECASE)
 # 設定のたびに、値を入れるか消すかを決める環境変数(前の設定の鍵などを残さない)
 OWNED_ENV = (
     "MLFLOW_ENABLE_DUAL_EXPORT",
@@ -145,12 +147,10 @@ class OtlpConfig:
         return {name: value for name, value in sorted(values.items()) if value}
 
 
-class OtlpOptions(TypedDict, total=False):
-    """``build_otlp_config`` に名前で渡せる項目。意味は ``OtlpConfig`` と同じ。"""
+class OtlpTransportOptions(TypedDict, total=False):
+    """``OtlpOptions`` のうち、サービスの版と環境名のほかの項目。"""
 
     mode: Mode
-    service_version: str | None
-    deployment_environment: str | None
     service_namespace: str | None
     resource_attributes: Mapping[str, str]
     headers: Mapping[str, str]
@@ -158,6 +158,13 @@ class OtlpOptions(TypedDict, total=False):
     timeout_seconds: float
     certificate_file: str | None
     genai_semconv: bool
+
+
+class OtlpOptions(OtlpTransportOptions, total=False):
+    """``build_otlp_config`` に名前で渡せる項目。意味は ``OtlpConfig`` と同じ。"""
+
+    service_version: str | None
+    deployment_environment: str | None
 
 
 @dataclass(frozen=True)
@@ -252,9 +259,15 @@ def _split(endpoint: Any) -> SplitResult:
         _ = parts.port
     except ValueError as error:
         raise OtlpConfigError(f"endpoint {endpoint!r}: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or " " in parts.netloc:
+    if parts.scheme not in ("http", "https") or not _is_host(parts.hostname or ""):
         raise OtlpConfigError(f"endpoint {endpoint!r} is not an http(s) URL with a host")
     return parts
+
+
+def _is_host(name: str) -> bool:
+    """ホスト名として引けるか。点の間が空、64 文字以上、空白入りのものは、送るたびに例外になる。"""
+    parts = name.removesuffix(".").split(".")
+    return " " not in name and all(0 < len(part) < 64 for part in parts)
 
 
 def _check_choices(protocol: str, mode: str, compression: str) -> None:
@@ -270,6 +283,9 @@ def _check_choices(protocol: str, mode: str, compression: str) -> None:
 def _check_values(config: OtlpConfig) -> None:
     if not _is_text(config.service_name):
         raise OtlpConfigError("service_name is empty; name the service as dashboards show it")
+    for option in ("service_version", "deployment_environment", "service_namespace"):
+        if not isinstance(text := getattr(config, option), str | None):
+            raise OtlpConfigError(f"{option} {text!r} is {type(text).__name__}, not str")
     seconds: Any = config.timeout_seconds
     if not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
         raise OtlpConfigError(f"timeout_seconds {seconds!r} must be a finite number above 0")
@@ -278,6 +294,11 @@ def _check_values(config: OtlpConfig) -> None:
     for name, value in _pairs(config.headers, "headers"):
         if not (_is_text(name) and _TOKEN.fullmatch(name)):
             raise OtlpConfigError(f"header name {name!r} has characters HTTP does not allow")
+        if config.protocol == "grpc" and not _GRPC_NAME.fullmatch(name):
+            raise OtlpConfigError(
+                f"header name {name!r} cannot be sent over grpc (letters, digits, '_', '-' and '.' "
+                "only, no -bin at the end); rename it or use http/protobuf"
+            )
         if not (_is_text(value) and value.isascii() and value.isprintable()):
             raise OtlpConfigError(f"the value of header {name!r} is not printable ASCII, or empty")
     for name, value in _pairs(config.resource_attributes, "resource_attributes"):

@@ -26,7 +26,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ class _Installed:
     config: OtlpConfig
     saved_env: dict[str, str | None]
     tracking_uri: str
-    span_processors: list[Callable[..., Any]]
+    span_processors: list[str]
     warnings: list[str]
 
 
@@ -92,10 +92,19 @@ def setup_otlp_export(
     """
     config = _resolve(endpoint, service_name, protocol, options)
     with _LOCK:
-        if not (_installed and _installed.config == config and _is_exporting(config.mode)):
+        if not _is_current(config):
             _check_environment(config)
             _install(config)
         return otlp_status()
+
+
+def _is_current(config: OtlpConfig) -> bool:
+    return (
+        _installed is not None
+        and _installed.config == config
+        and _installed.tracking_uri == mlflow.get_tracking_uri()
+        and _is_exporting(config.mode)
+    )
 
 
 def _resolve(
@@ -150,7 +159,10 @@ def _install(config: OtlpConfig) -> None:
         warnings = _rebuild_provider()
         _start_counting()
         if not _is_exporting(config.mode):
-            raise OtlpSetupError(f"MLflow built {_processor_names()}, not {config.mode} export")
+            raise OtlpSetupError(
+                f"MLflow built {_processor_names()}, not {config.mode} export; a destination "
+                "(mlflow.tracing.set_destination, Unity Catalog) replaces OTLP unless mode='dual'"
+            )
     except Exception as error:
         _uninstall(saved)
         if isinstance(error, OtlpSetupError):
@@ -158,8 +170,18 @@ def _install(config: OtlpConfig) -> None:
         raise OtlpSetupError(f"MLflow could not start the OTLP exporter: {error}") from error
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)  # プロバイダーの終了処理(期限を守らない)より先に動く
-    kept = list(get_config().span_processors)
-    _installed = _Installed(config, saved, mlflow.get_tracking_uri(), kept, warnings)
+    _installed = _Installed(config, saved, mlflow.get_tracking_uri(), _kept(), warnings)
+
+
+def _kept() -> list[str]:
+    """失ってはいけない span_processors。消えたものも、足し直されるまで覚えておく。"""
+    moved = _installed and _installed.tracking_uri != mlflow.get_tracking_uri()
+    gone = _installed.span_processors if _installed and moved else []
+    return list(dict.fromkeys([*_span_processor_names(), *gone]))
+
+
+def _span_processor_names() -> list[str]:
+    return [getattr(p, "__name__", type(p).__name__) for p in get_config().span_processors]
 
 
 def _desired_env(config: OtlpConfig, saved: Mapping[str, str | None]) -> dict[str, str | None]:
@@ -250,16 +272,16 @@ def otlp_status() -> OtlpStatus:
 
 def _drift(installed: _Installed) -> Iterator[str]:
     """設定した後で変わってしまったこと。"""
-    now = get_config().span_processors
-    gone = [getattr(p, "__name__", repr(p)) for p in installed.span_processors if p not in now]
-    if gone:
+    now = _span_processor_names()
+    if gone := [name for name in installed.span_processors if name not in now]:
         yield f"span processors {gone} are gone; configure them again after set_tracking_uri"
     if mlflow.get_tracking_uri() != installed.tracking_uri:
         yield "set_tracking_uri was called after setup_otlp_export; call it before"
     if not _is_exporting(installed.config.mode):
         yield f"MLflow exports with {_processor_names()}; call setup_otlp_export again"
-    if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
-        yield "OTEL_EXPORTER_OTLP_ENDPOINT makes MLflow send a metric with user ids as labels"
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"):
+        if os.environ.get(name):
+            yield f"{name} makes MLflow send a metric with user ids as labels"
 
 
 def disable_otlp_export(timeout_seconds: float = 10.0) -> OtlpStatus:
@@ -301,11 +323,18 @@ def _at_exit() -> None:
 def setup_otlp_via_collector(
     service_name: str,
     collector_endpoint: str = "http://otel-collector:4317",
-    **options: Unpack[OtlpOptions],
+    service_version: str | None = None,
+    deployment_environment: str | None = "production",
+    **options: Unpack[settings.OtlpTransportOptions],
 ) -> OtlpStatus:
-    """Collector へ送る。``deployment_environment`` の既定は ``"production"``。"""
-    options.setdefault("deployment_environment", "production")
-    return setup_otlp_export(collector_endpoint, service_name, **options)
+    """Collector へ gRPC で送る。"""
+    return setup_otlp_export(
+        collector_endpoint,
+        service_name,
+        service_version=service_version,
+        deployment_environment=deployment_environment,
+        **options,
+    )
 
 
 def setup_otlp_for_datadog(

@@ -59,11 +59,9 @@ class OtlpConfig:
         そのラベルにユーザーやセッションの ID が入って、系列が際限なく増えるため。
         """
 
-class OtlpOptions(TypedDict, total=False):
-    """``build_otlp_config`` に名前で渡せる項目。意味は ``OtlpConfig`` と同じ。"""
+class OtlpTransportOptions(TypedDict, total=False):
+    """``OtlpOptions`` のうち、サービスの版と環境名のほかの項目。"""
     mode: Mode
-    service_version: str | None
-    deployment_environment: str | None
     service_namespace: str | None
     resource_attributes: Mapping[str, str]
     headers: Mapping[str, str]
@@ -71,6 +69,11 @@ class OtlpOptions(TypedDict, total=False):
     timeout_seconds: float
     certificate_file: str | None
     genai_semconv: bool
+
+class OtlpOptions(OtlpTransportOptions, total=False):
+    """``build_otlp_config`` に名前で渡せる項目。意味は ``OtlpConfig`` と同じ。"""
+    service_version: str | None
+    deployment_environment: str | None
 
 @dataclass(frozen=True)
 class OtlpStatus:

@@ -36,7 +36,7 @@ class FlushReport:
 
     @property
     def complete(self) -> bool:
-        """期限内に終わり、OTLP に渡したスパンが 1 つも失われていない。"""
+        """期限内に終わり、OTLP に渡したスパンが全部届いた(呼んだ後に増えた分があれば False)。"""
 
 def delivery_counts() -> DeliveryCounts:
     """いまの累計。"""

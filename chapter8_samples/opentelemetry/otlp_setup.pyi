@@ -1,5 +1,6 @@
 """8.5.3 OTLP エクスポートの設定(リスト8.14-8.16, 表8.16)。"""
 
+from . import otlp_config as settings
 from .otlp_config import OtlpConfig, OtlpOptions, OtlpStatus
 from typing_extensions import Unpack
 
@@ -33,8 +34,8 @@ def disable_otlp_export(timeout_seconds: float=10.0) -> OtlpStatus:
     送信待ちは ``timeout_seconds`` 秒まで送り、残りはあきらめる。MLflow への記録は続く。
     """
 
-def setup_otlp_via_collector(service_name: str, collector_endpoint: str='http://otel-collector:4317', **options: Unpack[OtlpOptions]) -> OtlpStatus:
-    """Collector へ送る。``deployment_environment`` の既定は ``"production"``。"""
+def setup_otlp_via_collector(service_name: str, collector_endpoint: str='http://otel-collector:4317', service_version: str | None=None, deployment_environment: str | None='production', **options: Unpack[settings.OtlpTransportOptions]) -> OtlpStatus:
+    """Collector へ gRPC で送る。"""
 
 def setup_otlp_for_datadog(service_name: str, dd_api_key: str | None=None, dd_site: str='datadoghq.com', **options: Unpack[OtlpOptions]) -> OtlpStatus:
     """Datadog の受信エンドポイントへ直接送る(HTTP だけ)。キーは省略すると ``DD_API_KEY``。"""

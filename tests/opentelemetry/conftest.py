@@ -133,7 +133,15 @@ class Collector:
             process.wait(30)
 
     def metrics(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['PROMETHEUS']}/metrics") as page:
+        """スパンから作ったメトリクス。"""
+        return self._page("PROMETHEUS")
+
+    def telemetry(self) -> str:
+        """Collector 自身のメトリクス。"""
+        return self._page("TELEMETRY")
+
+    def _page(self, name: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[name]}/metrics") as page:
             return str(page.read().decode())
 
     def resident_mib(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,10 +22,12 @@ chmod +x "$GOBIN/builder"
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """otelcol-contrib のない PATH。先頭のフォルダーに偽の ``go`` を置ける。"""
+    """偽の ``go`` を置ける、ただ 1 つの PATH。本物の otelcol-contrib は、入っていても見えない。"""
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    for command in ("cat", "chmod", "dirname", "mkdir", "nice"):
+        (folder / command).symlink_to(shutil.which(command) or "")
+    monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setenv("CI", "true")
     return folder
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import yaml
 from opentelemetry.semconv.resource import ResourceAttributes
 
-from .collector_rules import load, problems
+from .collector_rules import PII, load, problems
 from .conftest import CONFIG
 
 TEXT = CONFIG.read_text(encoding="utf-8")
@@ -151,11 +153,44 @@ def test_sampling_rules_are_those_of_the_app() -> None:
         "注文番号 1234567890",
         "合計 4,980 円",
         "v1.2.3",
+        "1000 - 200 - 300 = 500",
+        "1200 (15) 3400",
+        "192.168.0.1",
+        "２０２６年１１月２８日",
+        "1764333333333333",
+        "claude-sonnet-4-20250514",
+        "task-12345678-abcdefgh-ijkl",
+        "tr-4bf92f3577b34da6a3ce929d0e0e4736",
     ],
 )
 def test_masking_leaves_ordinary_text_alone(text: str) -> None:
+    assert masked(text) == text
+
+
+@functools.cache
+def blocked_values() -> list[re.Pattern[str]]:
+    """redaction/pii の規則。Collector の \\b と \\w は ASCII だけを見る。"""
     patterns = load(TEXT)["processors"]["redaction/pii"]["blocked_values"]
-    assert [p for p in patterns if re.search(p, text)] == []
+    return [re.compile(pattern, re.ASCII) for pattern in patterns]
+
+
+def masked(text: str) -> str:
+    for pattern in blocked_values():
+        text = pattern.sub("****", text)
+    return text
+
+
+@pytest.mark.parametrize("secret", PII)
+@pytest.mark.parametrize("before", ["連絡先は", "これだ", "連絡先\n", "\t", "\r\n"])
+def test_masks_what_follows_an_escape_and_keeps_the_json(secret: str, before: str) -> None:
+    """JSON にすると、改行は n に、「は」は u306f になって、番号や鍵の直前の文字になる。"""
+    plain = {"question": f"{before}{secret}\n以上", "other": 1}
+    for escaped in {False, secret.isascii()}:
+        once = json.dumps(plain, ensure_ascii=escaped)
+        twice = json.dumps(once, ensure_ascii=escaped)
+        for text, inside in ((once, masked(once)), (twice, json.loads(masked(twice)))):
+            assert secret not in masked(text) and "****" in masked(text)
+            assert json.loads(inside).keys() == plain.keys()
 
 
 def test_resource_attribute_names_follow_the_convention() -> None:

@@ -109,6 +109,7 @@ def test_unknown_preset_lists_the_names() -> None:
         ("https://h/otlp", "http/protobuf", "https://h/otlp/v1/traces"),
         ("http://c:4317/v1/traces", "grpc", "http://c:4317"),
         ("https://[::1]:4317", "grpc", "https://[::1]:4317"),
+        ("http://c.ns.svc.cluster.local.:4317", "grpc", "http://c.ns.svc.cluster.local.:4317"),
     ],
 )
 def test_endpoint_gets_the_path_its_protocol_needs(
@@ -132,7 +133,12 @@ def test_endpoint_gets_the_path_its_protocol_needs(
         ({"headers": {"x": "鍵"}}, "value of header 'x' is not printable"),
         ({"headers": {"api-key": None}}, "value of header 'api-key'"),
         ({"headers": {"api-key": " "}}, "value of header 'api-key' .* empty"),
+        ({"headers": {"x!key": "s3cret"}}, "'x!key' cannot be sent over grpc"),
+        ({"headers": {"x-key-BIN": "s3cret"}}, "'x-key-BIN' cannot be sent over grpc"),
         ({"headers": None}, "headers is NoneType"),
+        ({"service_version": 1.2}, "service_version 1.2 is float, not str"),
+        ({"deployment_environment": 5}, "deployment_environment 5 is int"),
+        ({"service_namespace": ["a"]}, "service_namespace .* is list"),
         ({"resource_attributes": {"a=b": "1"}}, "'a=b'"),
         ({"resource_attributes": {"a": 1}}, "'a' is 1, not str"),
         ({"service_versoin": "1"}, "service_versoin.*service_version"),
@@ -157,6 +163,8 @@ def test_wrong_options_name_the_value_and_never_a_secret(
         (None, "None is not a URL"),
         ("http://[::1", "Invalid IPv6"),
         ("http://a b:4317", "not an http"),
+        ("http://a..b:4317", "not an http"),
+        (f"http://{'a' * 64}.example.com:4317", "not an http"),
     ],
 )
 def test_wrong_endpoints_say_what_is_wrong_and_never_a_secret(
@@ -165,6 +173,12 @@ def test_wrong_endpoints_say_what_is_wrong_and_never_a_secret(
     with pytest.raises(OtlpConfigError, match=message) as raised:
         build_otlp_config(endpoint, "bot", protocol)
     assert "s3cret" not in str(raised.value)
+
+
+def test_http_takes_header_names_that_grpc_cannot_send() -> None:
+    headers = {"x!key": "1", "x-key-bin": "2"}
+    env = build_otlp_config("http://c:4318", "bot", "http/protobuf", headers=headers).to_env()
+    assert parse_env_headers(env["OTEL_EXPORTER_OTLP_TRACES_HEADERS"]) == headers
 
 
 def test_a_config_made_by_hand_is_checked_too() -> None:

@@ -197,6 +197,41 @@ def test_survives_set_experiment_and_a_late_tracking_uri(
     assert any("mask" in w and "set_tracking_uri" in w for w in warnings), warnings
 
 
+def test_setting_up_again_after_a_late_tracking_uri_is_the_cure(
+    tracking_uri: str, otlp: OtlpReceiver, tmp_path: Any
+) -> None:
+    """もう一度呼べば警告は消える。ただし、消えたままのマスクの警告は残る。"""
+
+    def mask(span: Any) -> None: ...
+
+    mlflow.tracing.configure(span_processors=[mask])
+    setup_otlp_export(otlp.grpc_endpoint, "bot")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'other.db'}")
+    answer(1)  # ここでプロバイダーが作り直される
+    (warning,) = setup_otlp_export(otlp.grpc_endpoint, "bot").warnings
+    assert "'mask'" in warning
+    mlflow.tracing.configure(span_processors=[mask])
+    assert setup_otlp_export(otlp.grpc_endpoint, "bot").warnings == ()
+    assert flush_all().delivered == 0 and len(otlp.spans) == 3  # 作り直すときに送り終えた
+
+
+def test_a_server_that_dual_mode_writes_to_later_is_refused_too(tracking_uri: str) -> None:
+    setup_otlp_export("http://127.0.0.1:5000", "bot", "http/protobuf", timeout_seconds=1)
+    mlflow.set_tracking_uri("http://127.0.0.1:5000")
+    mlflow.tracing.get_bridged_tracer_provider()
+    with pytest.raises(OtlpConfigError, match="otlp_only"):
+        setup_otlp_export("http://127.0.0.1:5000", "bot", "http/protobuf", timeout_seconds=1)
+
+
+def test_names_what_replaces_otlp_only(tracking_uri: str) -> None:
+    from mlflow.entities.trace_location import MlflowExperimentLocation
+
+    experiment = mlflow.create_experiment("destination")
+    mlflow.tracing.set_destination(MlflowExperimentLocation(experiment))
+    with pytest.raises(OtlpSetupError, match=r"set_destination.*mode='dual'"):
+        setup_otlp_export("http://127.0.0.1:4317", "bot", mode="otlp_only")
+
+
 def test_second_call_changes_nothing_and_another_endpoint_moves(
     tracking_uri: str, otlp: OtlpReceiver
 ) -> None:
@@ -339,11 +374,19 @@ def test_no_metric_with_user_ids_as_labels(tracking_uri: str, otlp: OtlpReceiver
     assert otlp.metrics == []
     os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://collector:4317"
     assert any("OTEL_EXPORTER_OTLP_ENDPOINT" in w for w in otlp_status().warnings)
+    del os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"]
+    os.environ["OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"] = "http://collector:4318/v1/metrics"
+    (warning,) = otlp_status().warnings
+    assert "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT" in warning
 
 
 def test_wrappers_keep_the_books_names(tracking_uri: str, otlp: OtlpReceiver) -> None:
     assert setup_otlp_via_collector("bot", otlp.grpc_endpoint).endpoint == otlp.grpc_endpoint
     assert "deployment.environment.name=production" in os.environ["OTEL_RESOURCE_ATTRIBUTES"]
+    setup_otlp_via_collector("bot", otlp.grpc_endpoint, "1.2.0", "staging")  # 書籍の引数の並び
+    resource = os.environ["OTEL_RESOURCE_ATTRIBUTES"]
+    assert "service.version=1.2.0" in resource
+    assert "deployment.environment.name=staging" in resource
     assert setup_otlp_for_grafana_tempo("bot").endpoint == "http://tempo:4317"
     assert setup_otlp_for_jaeger("bot").endpoint == "http://jaeger:4317"
     status = setup_otlp_for_datadog("bot", dd_api_key="k", dd_site="ap1.datadoghq.com")
