@@ -27,6 +27,7 @@ OFFLINE_DEFAULTS = {
     "MLFLOW_MODEL_CATALOG_URI": "",
 }
 NOISY_LOGGERS = ("mlflow", "alembic", "httpx")
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def home() -> Path:
@@ -47,6 +48,15 @@ def go_offline() -> None:
             from mlflow.telemetry import set_telemetry_client
 
             set_telemetry_client()
+
+
+def bypass_proxy() -> None:
+    """手元の相手への通信を、``HTTP_PROXY`` などのプロキシに送らないようにする。"""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    excluded = [host.strip() for host in given.split(",") if host.strip()]
+    if "*" not in excluded:
+        value = ",".join(dict.fromkeys([*excluded, *LOOPBACK]))
+        os.environ.update(NO_PROXY=value, no_proxy=value)
 
 
 def use_real_llm() -> bool:
@@ -87,6 +97,7 @@ def sample(
     saved_environment = dict(os.environ)
     saved_uri = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     go_offline()
+    bypass_proxy()
     with contextlib.ExitStack() as stack:
         stack.callback(_restore, saved_environment, saved_uri)
         stack.enter_context(explained())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from .setup_problems import (
 
 # 途中でサーバーが止まっても、数分も待たせない
 SHORT_WAITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+STATE = ("mlflow.db*", "artifacts", "archive", "judge_endpoint", "outbox", "samples", "spool")
 OTHER_SETTINGS = ("MLFLOW_", "OTEL_", "OPENAI_", "DATABRICKS_")
 
 
@@ -42,9 +44,9 @@ def own_lab(*, llm: bool = False) -> Iterator[Lab]:
 
 
 def erase_state() -> None:
-    """手元のデータベースを消す。"""
-    for file in home().glob("mlflow.db*"):
-        file.unlink()
+    """データベースと、サンプルや画面が残したものを消す。ほかのファイルには触れない。"""
+    for path in (path for name in STATE for path in home().glob(name)):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def story(output: Path, *, fresh: bool, keep: bool) -> int:

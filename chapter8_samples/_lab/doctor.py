@@ -23,7 +23,9 @@ MARKS = {"ok": ("OK", "32"), "warning": ("注意", "33"), "error": ("NG", "31")}
 _SECRET_NAME = re.compile(
     r"KEY|TOKEN|PASSW|PASSPHRASE|SECRET|HEADERS|WEBHOOK|CREDENTIAL|AUTH", re.IGNORECASE
 )
-_SHORTEST_SECRET = 4  # これより短い値を伏せると、関係のない文字まで消える
+# 短い値や true / false を伏せると、直し方の文まで読めなくなる(TOKENIZERS_PARALLELISM=false など)
+_SHORTEST_SECRET = 4
+_NO_SECRETS = ("true", "false")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,11 @@ def secrets(environment: Mapping[str, str]) -> set[str]:
         if "://" in value:
             found |= set(_parts_of_url(value))
     spelled = {form for value in found for form in (value, unquote(value), quote(value, safe=""))}
-    return {value for value in spelled if len(value) >= _SHORTEST_SECRET}
+    return {
+        value
+        for value in spelled
+        if len(value) >= _SHORTEST_SECRET and value.lower() not in _NO_SECRETS
+    }
 
 
 def _header_values(text: str) -> Iterator[str]:

@@ -292,7 +292,7 @@ def _proxy(environment: Environment) -> Iterator[Finding]:
         yield Finding(
             "プロキシ",
             "warning",
-            "手元(127.0.0.1)への通信もプロキシに送られ、サンプルが失敗することがあります。",
+            "手元(127.0.0.1)のサーバーへの通信もプロキシに送られ、失敗することがあります。",
             "NO_PROXY=127.0.0.1,localhost を設定してください。",
         )
 

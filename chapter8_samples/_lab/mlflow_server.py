@@ -115,7 +115,7 @@ class MlflowServer:
         return self
 
     def stop(self) -> None:
-        """SIGTERM で止め、残ればグループごと強制終了する。何度呼んでもよい。"""
+        """SIGTERM で止め、残ればグループごと強制終了し、ポートが空くまで待つ。何度呼んでもよい。"""
         guard, self._guard = self._guard, None
         if guard is None:
             return
@@ -125,6 +125,7 @@ class MlflowServer:
             guard.wait(_GRACE_SECONDS + 5)
         except subprocess.TimeoutExpired:
             _kill_group(guard)
+        _wait_until_closed(self._port or 0)
 
     def kill(self) -> None:
         """グループ全体を SIGKILL で落とし、ポートが空くまで待つ(サーバー停止の試験用)。"""

@@ -74,14 +74,13 @@ class _Filler:
         return makers.get(_type(schema), lambda: None)()
 
     def _resolve(self, schema: Schema, depth: int) -> Schema:
-        options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
         if "$ref" in schema:
             return self._resolve(self._referenced(str(schema["$ref"])), depth)
-        if options:
+        parts = list(schema.get("allOf") or [])
+        if options := schema.get("anyOf") or schema.get("oneOf"):
             # 深い入れ子では null を選んで、再帰する型を終わらせる
-            options = sorted(options, key=lambda o: (o.get("type") == "null") ^ (depth > 4))
-            return self._resolve(options[0], depth)
-        return schema
+            parts += sorted(options, key=lambda o: (o.get("type") == "null") ^ (depth > 4))[:1]
+        return _merged(schema, [self._resolve(part, depth) for part in parts])
 
     def _referenced(self, pointer: str) -> Schema:
         found: Any = self._root
@@ -132,6 +131,18 @@ class _Filler:
         if _VERDICT_KEY.search(name) and not _REASON_KEY.search(name):
             text = self._verdict.label or ("yes" if self._verdict.passed else "no")
         return text[: schema.get("maxLength", len(text))]
+
+
+def _merged(schema: Schema, parts: list[Schema]) -> Schema:
+    """``schema`` に、選んだ部分を重ねたもの。キー(properties)は、すべての部分のものを合わせる。"""
+    if not parts:
+        return schema
+    merged = {k: v for k, v in schema.items() if k not in ("allOf", "anyOf", "oneOf")}
+    for part in parts:
+        together = {**merged.get("properties", {}), **part.get("properties", {})}
+        required = [*merged.get("required", []), *part.get("required", [])]
+        merged |= {**part, "properties": together, "required": required} if together else part
+    return merged
 
 
 def _type(schema: Schema) -> str:

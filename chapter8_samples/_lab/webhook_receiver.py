@@ -18,6 +18,8 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from . import bypass_proxy
+
 __all__ = ["Answer", "Received", "WebhookReceiver"]
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -71,6 +73,7 @@ class WebhookReceiver:
         """空いているポートで待ち受けを始める。"""
         if self._server is None:
             self._stopping.clear()
+            bypass_proxy()
             self._server = _Server(self)
             threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self

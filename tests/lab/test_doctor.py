@@ -115,6 +115,14 @@ def test_the_whole_doctor_keeps_secrets(tmp_path: Path) -> None:
         assert not [secret for secret in secrets if secret in run.stdout + run.stderr]
 
 
+def test_ordinary_words_are_not_taken_for_secrets() -> None:
+    """``TOKENIZERS_PARALLELISM=false`` のせいで、直し方の ``false`` まで伏せてしまわない。"""
+    environment = {**GRPC, "TOKENIZERS_PARALLELISM": "false", "USE_AUTH": "True", "A_KEY": "tru3"}
+    assert doctor.secrets(environment) == {"tru3"}
+    text = doctor.to_text(doctor.diagnose({**environment, "PYTHONUTF8": "1"}))
+    assert "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT=true にするか" in text
+
+
 # 食い違う設定 --------------------------------------------------------------
 
 

@@ -137,6 +137,26 @@ def test_gateway_of_the_job_server_reaches_the_stub(tmp_path: Path, stub_llm: St
     assert reply["model"] == "gpt-4.1-mini-2025-04-14"
 
 
+def test_stop_waits_until_the_port_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """強制終了では、見張りが先に終わり、サーバーがまだポートを閉じていないことがある。"""
+    code = (
+        "import http.server, sys\n"
+        "class Ok(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_response(200); self.end_headers()\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Ok).serve_forever()\n"
+    )
+    server, waited = MlflowServer(tmp_path), list[int]()
+    monkeypatch.setattr(
+        server, "_command", lambda: [sys.executable, "-c", code, server.url.rsplit(":", 1)[1]]
+    )
+    monkeypatch.setattr(mlflow_server, "_wait_until_closed", waited.append)
+    with server:
+        port = int(server.url.rsplit(":", 1)[1])
+    assert waited == [port]
+
+
 @pytest.mark.slow
 def test_failed_start_shows_the_end_of_the_log(tmp_path: Path) -> None:
     server = MlflowServer(tmp_path, backend_store_uri="nonsense://db")

@@ -22,6 +22,7 @@ NOWHERE = "http://127.0.0.1:9"
 UNWRITABLE = "/dev/null/x"  # root でも書けない
 SAMPLE = ROOT / "chapter8_samples/02_cost_tracking/trace_reader.py"
 LLM_SAMPLE = ROOT / "chapter8_samples/02_cost_tracking/trace_costs.py"
+NOTIFYING_SAMPLE = ROOT / "chapter8_samples/04_alerting/notification_handlers.py"
 JOB = ("-m", "chapter8_samples")
 
 
@@ -170,6 +171,35 @@ def test_names_that_are_not_there(tracking_uri: str) -> None:
         with pytest.raises(MlflowException) as error:
             ask()
         assert words in str(explain(error.value))
+
+
+@pytest.mark.parametrize("sample", [LLM_SAMPLE, NOTIFYING_SAMPLE], ids=lambda path: path.stem)
+def test_a_proxy_is_not_asked_for_what_is_here(tmp_path: Path, sample: Path) -> None:
+    """社内のプロキシを設定した端末でも、手元の LLM スタブと受信サーバーに届く。"""
+    names = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    proxy = dict.fromkeys(names, NOWHERE) | {"NO_PROXY": "intra.example", "no_proxy": ""}
+    run = run_as_reader([sample], tmp_path, environment=proxy)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, "127.0.0.1,localhost"),
+        ({"NO_PROXY": "a.example, localhost"}, "a.example,localhost,127.0.0.1"),
+        ({"no_proxy": "b.example", "NO_PROXY": "a.example"}, "b.example,127.0.0.1,localhost"),
+        ({"no_proxy": "*"}, "*"),
+    ],
+)
+def test_what_the_user_excludes_from_the_proxy_is_kept(
+    given: dict[str, str], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    _lab.bypass_proxy()
+    assert os.environ["no_proxy"] == wanted
 
 
 def test_port_taken(tmp_path: Path) -> None:

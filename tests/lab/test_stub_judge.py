@@ -247,6 +247,22 @@ def test_any_key_set_is_answered(kinds: dict[str, str]) -> None:
     }
 
 
+GRADE = {"properties": {"grade": {"enum": ["good", "bad"]}}, "required": ["grade"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"allOf": [{"$ref": "#/$defs/Grade"}, {"properties": {"ok": {"type": "boolean"}}}]},
+        {"properties": {"ok": {"type": "boolean"}}, "allOf": [{"$ref": "#/$defs/Grade"}]},
+        {"properties": {"ok": {"type": "boolean"}}, "anyOf": [{"$ref": "#/$defs/Grade"}]},
+    ],
+)
+def test_keys_of_combined_schemas_are_all_there(schema: dict[str, Any]) -> None:
+    whole = {"type": "object", **schema, "$defs": {"Grade": GRADE}}
+    assert fill(whole, FAILED) == {"grade": "bad", "ok": False}
+
+
 @pytest.mark.parametrize(
     ("answer", "passed"),
     [

@@ -170,11 +170,13 @@ def test_long_answers_really_take_longer(client: OpenAI) -> None:
 
 
 def test_keep_alive_has_no_delayed_ack_pause(stub_llm: StubLlm) -> None:
+    times: list[float] = []
     with requests.Session() as session:
-        started = time.monotonic()
         for _ in range(100):
+            started = time.monotonic()
             session.post(f"{stub_llm.base_url}/embeddings", json={"model": "e", "input": "a"})
-    assert time.monotonic() - started < 3  # 遅延 ACK を待つと 4 秒を超える
+            times.append(time.monotonic() - started)
+    assert sorted(times)[30] < 0.035  # 遅延 ACK は、ほとんどの回で 40 ms。混んだ機械はときどき遅い
 
 
 def test_requests_are_recorded_oldest_first(client: OpenAI, stub_llm: StubLlm) -> None:
