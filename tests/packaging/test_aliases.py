@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import filecmp
+import ast
 import importlib
 import json
 import pickle
@@ -138,8 +138,13 @@ def test_alias_folders_are_up_to_date(tmp_path: Path) -> None:
         assert names == {
             path.name for path in committed.iterdir() if path.suffix in (".py", ".pyi")
         }
-        _, different, errors = filecmp.cmpfiles(fresh, committed, names, shallow=False)
-        assert (different, errors) == ([], []), "run: python tests/make_stubs.py"
+        old = [n for n in sorted(names) if meaning(fresh / n) != meaning(committed / n)]
+        assert old == [], "run: python tests/make_stubs.py"
+
+
+def meaning(path: Path) -> str:
+    """構文木。書き出したときの空白やかっこは、Python の版によって違う。"""
+    return ast.dump(ast.parse(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.slow
