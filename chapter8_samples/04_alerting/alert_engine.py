@@ -21,7 +21,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,6 +73,8 @@ class RuleState:
     """発報を最後に知らせた時刻。知らせていなければ ``None``。"""
     acknowledged: bool = False
     examples: list[str] = field(default_factory=list[str])
+    told: dict[str, Any] | None = None
+    """知らせた発報。ルールを設定から消しても、同じ相手に解消を知らせられるように残す。"""
 
     def enter(self, phase: str, at: datetime) -> None:
         """次の phase に移る。"""
@@ -159,6 +161,8 @@ def _state_from(data: Mapping[str, Any]) -> RuleState:
     if not isinstance(fields.get("value"), int | float | None):
         raise ValueError(f"value {fields['value']!r}")
     _check_names(fields.get("examples", []))
+    if fields.get("told") is not None:
+        Alert.from_dict(fields["told"])
     for key in ("since", "fired_at", "last_true", "notified_at"):
         fields[key] = datetime.fromisoformat(data[key]) if data[key] else None
     return RuleState(**fields)
@@ -293,11 +297,24 @@ class AlertEngine:
                 ):
                     state.examples = self._examples(rule, at)
                     state.notified_at = at
-                    found.append(self._alert(rule, state, AlertStatus.FIRING))
+                    alert = self._alert(rule, state, AlertStatus.FIRING)
+                    state.told = alert.to_dict()
+                    found.append(alert)
             elif state.notified_at is not None:
                 found.append(self._alert(rule, state, AlertStatus.RESOLVED))
                 state.notified_at, state.acknowledged, state.examples = None, False, []
-        return found
+                state.told = None
+        return found + self._close_removed_rules(at)
+
+    def _close_removed_rules(self, at: datetime) -> list[Alert]:
+        """発報中に消したルール(名前やラベルの変更も)の解消。でないと、相手では開いたままになる。"""
+        known = {self._key(rule) for rule, _ in self._all_rules()}
+        gone = [self._states.pop(key) for key in list(self._states) if key not in known]
+        told = [Alert.from_dict(state.told) for state in gone if state.told]
+        return [
+            replace(alert, status=AlertStatus.RESOLVED, ends_at=max(at, alert.starts_at))
+            for alert in told
+        ]
 
     def _should_notify(self, state: RuleState, alert: Alert, at: datetime) -> bool:
         if state.notified_at is None:

@@ -41,6 +41,8 @@ class RuleState:
     '発報を最後に知らせた時刻。知らせていなければ ``None``。'
     acknowledged: bool = False
     examples: list[str] = field(default_factory=list[str])
+    told: dict[str, Any] | None = None
+    '知らせた発報。ルールを設定から消しても、同じ相手に解消を知らせられるように残す。'
 
     def enter(self, phase: str, at: datetime) -> None:
         """次の phase に移る。"""
@@ -121,6 +123,9 @@ class AlertEngine:
 
     def _due(self, at: datetime) -> list[Alert]:
         ...
+
+    def _close_removed_rules(self, at: datetime) -> list[Alert]:
+        """発報中に消したルール(名前やラベルの変更も)の解消。でないと、相手では開いたままになる。"""
 
     def _should_notify(self, state: RuleState, alert: Alert, at: datetime) -> bool:
         ...

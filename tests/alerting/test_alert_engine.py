@@ -403,3 +403,19 @@ def test_the_alert_about_a_failure_shows_no_numbers_of_another_metric() -> None:
     source = Scripted(error_rate=[ValueError("bad")])
     (alert,) = AlertEngine(config(rule(), evaluation_failure_for="0s"), source).evaluate(START)
     assert (alert.metric, alert.value, alert.threshold, alert.n) == ("", None, None, None)
+
+
+@pytest.mark.parametrize("changed", [rule("renamed"), rule(labels={"team": "ops"})])
+def test_a_rule_removed_while_firing_is_resolved_once(changed: AlertRule, tmp_path: Path) -> None:
+    """設定を直して再起動しても、前の名前やラベルで開いた PagerDuty のインシデントが閉じる。"""
+    notifier, path = Recorder(), tmp_path / "state.json"
+    calm = Scripted(error_rate=[1, 0])
+    fired = AlertEngine(config(rule()), calm, notifier, state_path=path).evaluate(START)
+    engine = AlertEngine(config(changed), calm, notifier, state_path=path)
+    resolved = engine.evaluate(START + STEP)
+    assert [(a.status.value, a.fingerprint) for a in resolved] == [
+        ("resolved", fired[0].fingerprint)
+    ]
+    assert notifier.sent == [("firing", "errors"), ("resolved", "errors")]
+    again = AlertEngine(config(changed), calm, notifier, state_path=path)
+    assert again.evaluate(START + 2 * STEP) == []
