@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -43,6 +44,9 @@ def go_offline() -> None:
         os.environ.setdefault(name, value)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # mlflow.genai の関数は、中で古い名前を呼ぶ間だけこの警告を止める。止め方がスレッドごとでは
+    # ないので、複数のスレッドから呼ぶと漏れることがある
+    warnings.filterwarnings("ignore", r"The `mlflow\..* API is moved to", FutureWarning)
     if "mlflow" in sys.modules:  # import 済みなら、起動時に作られたテレメトリーも止める
         with contextlib.suppress(ImportError):
             from mlflow.telemetry import set_telemetry_client

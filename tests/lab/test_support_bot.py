@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from statistics import mean
 
 import mlflow
 import pytest
 from openai import OpenAI
 
+from chapter8_samples import _lab
 from chapter8_samples._lab.documents import load_documents, load_questions
 from chapter8_samples._lab.stub_llm import StubLlm
 from chapter8_samples._lab.support_bot import (
@@ -100,3 +102,12 @@ def test_releases_start_over_without_history(bot: SupportBot) -> None:
     mlflow.MlflowClient().set_prompt_tag(PROMPT_NAME, "rollback_production_1", "old")
     assert register_releases() == ("1", "2")
     assert "rollback_production_1" not in mlflow.MlflowClient().get_prompt(PROMPT_NAME).tags
+
+
+def test_the_migration_warning_that_leaks_between_threads_is_not_shown(bot: SupportBot) -> None:
+    """MLflow の止め方はスレッドごとではないので、ほかのスレッドからは出たままに見える。"""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _lab.go_offline()
+        mlflow.load_prompt(f"prompts:/{PROMPT_NAME}@{PROMPT_ALIAS}")  # 警告を出す古い名前
+    assert [str(warning.message) for warning in seen] == []
