@@ -302,14 +302,18 @@ class _HeadSampler(Sampler):
 
     def __init__(self, ratio: float, dropped: Callable[[], None]) -> None:
         self._ratio = ratio
+        self._default = TraceIdRatioBased(ratio)
         self._dropped = dropped
 
     def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:
         override = _SAMPLING_RATIO_OVERRIDE.get()
         ratio = self._ratio if override is None else override
-        result = TraceIdRatioBased(ratio).should_sample(*args, **kwargs)
+        sampler = self._default if override is None else TraceIdRatioBased(override)
+        result = sampler.should_sample(*args, **kwargs)
         if result.decision is HeadDecision.DROP:
             self._dropped()
+            return result
+        if ratio >= 1.0:  # 記さなければ 1 とみなす(リクエストごとの手間を省く)
             return result
         attributes = {**(result.attributes or {}), _HEAD_KEY: repr(ratio)}
         return SamplingResult(result.decision, attributes, result.trace_state)
