@@ -198,6 +198,7 @@ class Story:
         paging = [alert for alert in self.alerts if alert.severity is AlertSeverity.CRITICAL]
         check("呼び出しのアラート", paging, [])
         check("Slack の通知", len(self.slack.received), 0)
+        self.slow_machine = SLOW_RULE in self._firing()
         return "担当者の呼び出し 0 件"
 
     # 事故 ------------------------------------------------------------------
@@ -238,8 +239,11 @@ class Story:
         return f"根拠あり {rate:.0%}、通知は発報 1 件と解消 1 件"
 
     def still_firing(self) -> list[str]:
-        """まだ鳴っているアラート。遅さの警告は、機械が混んでいるだけでも続くので問わない。"""
-        return [alert.name for alert in self.engine.active() if alert.name != SLOW_RULE]
+        """まだ鳴っているアラート。リリースの前から鳴っていた遅さの警告は、機械のせいなので除く。"""
+        return [name for name in self._firing() if not (name == SLOW_RULE and self.slow_machine)]
+
+    def _firing(self) -> list[str]:
+        return [alert.name for alert in self.engine.active()]
 
     # 照合 ------------------------------------------------------------------
 

@@ -157,7 +157,7 @@ def records(schema: Any) -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(st.sampled_from(sorted(schema)), PLAUSIBLE | JSON, max_size=12)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.dictionaries(st.sampled_from(KEYS), JSON, max_size=6)
     | st.fixed_dictionaries(

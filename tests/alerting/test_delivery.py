@@ -278,7 +278,7 @@ def test_a_change_event_has_its_own_endpoint_and_no_action(
 
 
 ANY_TEXT = st.text(max_size=6000)
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+unhurried = settings(suppress_health_check=[HealthCheck.too_slow])
 
 
 def texts(value: object) -> Iterator[str]:

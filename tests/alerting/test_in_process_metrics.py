@@ -10,7 +10,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chapter8_samples.alerting.alert_config import AlertConfig
@@ -64,7 +64,6 @@ def test_counts_are_exact_and_percentiles_within_one_percent(metric: str, weight
         assert sample.successes == pytest.approx(successes)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.001, 1e7), min_size=1, max_size=200), st.sampled_from([50, 95, 99]))
 def test_any_percentile_is_within_one_percent(values: list[float], q: int) -> None:
     slot = Slot()
@@ -74,13 +73,11 @@ def test_any_percentile_is_within_one_percent(values: list[float], q: int) -> No
     assert slot.latency_ms(f"p{q}") == pytest.approx(exact, rel=0.0101)
 
 
-@settings(deadline=None)
 @given(st.floats(0.001, 1e9))
 def test_a_bucket_stands_for_its_values(value: float) -> None:
     assert bucket_value(bucket_of(value)) == pytest.approx(value, rel=0.0101)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 600_000), st.floats(0, 1e5)),
                 max_size=60))  # fmt: skip
 def test_merged_workers_are_one_process(items: list[tuple[int, int, float]]) -> None:

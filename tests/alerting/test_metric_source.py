@@ -12,7 +12,7 @@ from statistics import quantiles
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import TraceInfo, TraceLocation, TraceState
 from ports import free_port
@@ -274,7 +274,6 @@ def test_a_time_without_a_zone_is_refused(tracking_uri: str) -> None:
         metric_source("naive").sample("trace_count", WINDOW, datetime(2026, 1, 1))
 
 
-@settings(deadline=None)
 @given(st.text() | st.sampled_from(["0", "-1", "nan", "inf", "1e309", "", "10", " 2.5 "]))
 def test_a_broken_weight_counts_as_one_trace(text: str) -> None:
     place = TraceLocation.from_experiment_id("1")
@@ -284,7 +283,6 @@ def test_a_broken_weight_counts_as_one_trace(text: str) -> None:
     assert weight == 1.0 or weight == float(text)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=2, max_size=60))
 def test_percentiles_match_the_standard_library(values: list[float]) -> None:
     cuts = quantiles(values, n=100, method="inclusive")
@@ -293,7 +291,6 @@ def test_percentiles_match_the_standard_library(values: list[float]) -> None:
         assert percentile(pairs, q) == pytest.approx(cuts[q - 1], rel=1e-9, abs=1e-9)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 9)), min_size=1, max_size=30))
 def test_a_weight_is_as_good_as_that_many_copies(pairs: list[tuple[float, int]]) -> None:
     weighted = percentile([(v, float(w)) for v, w in pairs], 95)

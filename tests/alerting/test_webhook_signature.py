@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chapter8_samples._lab.receivers import WebhookReceiver
@@ -109,7 +109,6 @@ def test_what_we_send_can_be_verified_and_nothing_reveals_the_secret(
     assert VECTOR_SECRET not in repr(handler)
 
 
-@settings(deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=9),

@@ -78,7 +78,7 @@ def test_queries_and_paths_of_addresses_are_dropped(secret: str, host: str) -> N
     assert secret not in shown(f"https://{host}/{secret}/v1/traces?token={secret}#{secret}")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SECRETS)
 def test_no_finding_repeats_a_secret(secret: str) -> None:
     """どの診断が何を書こうと、最後に必ず伏せる。"""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -62,21 +63,29 @@ def test_a_slow_machine_has_enough_answers_to_fire_and_to_resolve() -> None:
     assert told == [("answers_not_grounded", "firing"), ("answers_not_grounded", "resolved")]
 
 
+SLOW = _OnlyAnswers("yes", latency_ms=10 * SLOW_MS)
+
+
 @pytest.mark.parametrize(
-    ("source", "firing"),
+    ("before", "after", "firing"),
     [
-        (_OnlyAnswers("yes", latency_ms=10 * SLOW_MS), []),  # 混んだ機械
-        (_OnlyAnswers("yes", cost_usd=2 * COST_CEILING_USD), ["expensive"]),
-        (_OnlyAnswers("no"), ["answers_not_grounded"]),
+        (SLOW, SLOW, []),  # 混んだ機械
+        (_OnlyAnswers("yes"), SLOW, ["slow_p95"]),  # 戻しても遅いまま
+        (SLOW, _OnlyAnswers("yes", cost_usd=2 * COST_CEILING_USD), ["expensive"]),
+        (SLOW, _OnlyAnswers("no"), ["answers_not_grounded"]),
     ],
 )
-def test_the_end_does_not_depend_on_the_speed_of_the_machine(
-    source: _OnlyAnswers, firing: list[str], tmp_path: Path
+def test_the_end_blames_the_release_but_not_the_machine(
+    before: _OnlyAnswers, after: _OnlyAnswers, firing: list[str], tmp_path: Path
 ) -> None:
     nobody: Any = None
-    story = Story(nobody, nobody, nobody, nobody, tmp_path)
-    story.engine = AlertEngine(alert_config(), source)
-    assert story.engine.evaluate(NOW)
+    receiver: Any = SimpleNamespace(received=[])
+    story = Story(nobody, receiver, receiver, nobody, tmp_path)
+    story.engine = AlertEngine(alert_config(), before)
+    story.traffic = cast("Any", SimpleNamespace(last_at=NOW))
+    story.stay_quiet()
+    story.engine.source = after
+    story.engine.evaluate(NOW + timedelta(seconds=30))
     assert story.still_firing() == firing
 
 

@@ -237,7 +237,7 @@ def test_nested_and_recursive_schemas_end() -> None:
     assert len(json.dumps(filled, ensure_ascii=False)) < 1_000_000
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text(min_size=1, max_size=8), st.sampled_from(["string", "boolean"])))
 def test_any_key_set_is_answered(kinds: dict[str, str]) -> None:
     properties = {name: {"type": kind} for name, kind in kinds.items()}
