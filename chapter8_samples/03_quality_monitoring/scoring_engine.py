@@ -23,11 +23,13 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 import mlflow
@@ -150,7 +152,11 @@ class _Outcome:
 
 
 class _Run:
-    """採点 1 回。ジャッジは並列に呼び、書き込みは 1 スレッドで行う(SQLite はその方が速い)。"""
+    """採点 1 回。ジャッジは並列に呼び、書き込みは 1 スレッドで行う(SQLite はその方が速い)。
+
+    結果は ``concurrent.futures.wait()`` ではなくキューで受け取る。``wait()`` は Future のロックを
+    取って回るので、その途中で Ctrl-C が押されるとロックが残り、採点中のスレッドが永久に終わらない。
+    """
 
     def __init__(
         self,
@@ -166,7 +172,8 @@ class _Run:
         self.identities = {target.name: identity(target.scorer) for target in targets}
         self.groups: dict[str | None, list[ScoringTarget]] = defaultdict(list)
         self.seen: set[str] = set()
-        self.running: set[Future[_Scored]] = set()
+        self.results: SimpleQueue[_Scored | BaseException] = SimpleQueue()
+        self.running = 0
         for target in targets:
             if target.name in report.scorers:
                 raise ScoringError(f"scorer {target.name!r} is listed twice")
@@ -181,18 +188,15 @@ class _Run:
                     for target in targets:
                         self.report.scorers[target.name].scored += 1
                     continue
-                self.running.add(pool.submit(self.judge, info, targets))
-                if len(self.running) >= self.options.concurrency:
+                pool.submit(self.work, info, targets)
+                self.running += 1
+                if self.running >= self.options.concurrency:
                     self.collect()
             while self.running:
                 self.collect()
         except BaseException:  # Ctrl-C など: 始めた採点の結果を書いてから終わる
             pool.shutdown(cancel_futures=True)
-            # 始まる前に取り消されたものを wait() で待つと、永久に終わらない
-            self.running = {future for future in self.running if not future.cancelled()}
-            self.on_progress = lambda _: None
-            while self.running:
-                self.collect()
+            self.drain()
             raise
         finally:
             pool.shutdown()
@@ -242,6 +246,12 @@ class _Run:
                 todo.append(target)
         return todo
 
+    def work(self, info: TraceInfo, targets: list[ScoringTarget]) -> None:
+        try:
+            self.results.put(self.judge(info, targets))
+        except BaseException as error:  # 書き込むスレッドで投げ直す
+            self.results.put(error)
+
     def judge(self, info: TraceInfo, targets: list[ScoringTarget]) -> _Scored:
         try:
             trace = TracingClient().get_trace(info.trace_id)
@@ -271,15 +281,23 @@ class _Run:
         return [cost for cost in costs if cost is not None]
 
     def collect(self) -> None:
-        done, _ = wait(self.running, return_when=FIRST_COMPLETED)
-        for future in done:
-            self.running.discard(future)  # 書く前に外す(途中で止まっても、二度書かない)
-            if future.cancelled():
-                continue
-            info, outcomes = future.result()
-            for outcome in outcomes:
-                self.record(info, outcome)
-            self.on_progress(self.report)
+        scored = self.results.get()
+        self.running -= 1
+        if isinstance(scored, BaseException):
+            raise scored
+        self.write(*scored)
+        self.on_progress(self.report)
+
+    def drain(self) -> None:
+        while not self.results.empty():
+            scored = self.results.get()
+            if not isinstance(scored, BaseException):
+                with suppress(BudgetError):  # 書いたあとに送出される。残りも書く
+                    self.write(*scored)
+
+    def write(self, info: TraceInfo, outcomes: list[_Outcome]) -> None:
+        for outcome in outcomes:
+            self.record(info, outcome)
 
     def record(self, info: TraceInfo, outcome: _Outcome) -> None:
         name = outcome.target.name

@@ -14,16 +14,16 @@ from typing import Any
 
 import mlflow
 import pytest
-from mlflow.entities import Assessment
-from mlflow.genai.scorers import PIIDetection, scorer
+from mlflow.entities import Assessment, Trace
+from mlflow.genai.scorers import PIIDetection, Safety, scorer
 
 from chapter8_samples.quality_monitoring import scoring_engine
 from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring_plan import ScoringOptions
+from chapter8_samples.quality_monitoring.scoring_plan import BudgetError, ScoringOptions
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import sys, time
+import faulthandler, sys, time
 import mlflow
 from mlflow.genai.scorers import scorer
 from chapter8_samples.quality_monitoring.backfill_scorers import backfill
@@ -34,6 +34,7 @@ def slow(outputs):
     time.sleep(0.05)
     return True
 
+faulthandler.dump_traceback_later(120, exit=True)  # 止まったら、止まった場所を画面に出して終わる
 mlflow.set_tracking_uri(sys.argv[1])
 report = backfill(sys.argv[2], [ScoringTarget(scorer=slow)], options=ScoringOptions(concurrency=2))
 print(report.scored, report.skipped, report.failed)
@@ -94,6 +95,37 @@ def test_a_call_cancelled_before_it_began_is_not_waited_for(
     assert sorted(len(info.assessments) for info in infos().values()) == [0, 0, 1]
 
 
+def test_ctrl_c_on_any_line_neither_hangs_nor_loses_a_result(tmp_path: Path) -> None:
+    program = str(Path(__file__).with_name("interrupt_every_line.py"))
+    done = subprocess.run(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines, stored = map(int, done.stdout.split())
+    assert lines > 100 and stored == 6  # 最後の 1 回は中断していない
+
+
+def test_results_of_running_judges_are_kept_when_the_budget_cannot_be(
+    store: str, ask: Any, infos: Any, stub_llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(4)
+    started, read = threading.Barrier(4), scoring_engine.TracingClient.get_trace
+
+    def all_at_once(client: Any, trace_id: str) -> Trace:
+        started.wait(30)
+        return read(client, trace_id)
+
+    monkeypatch.setattr(scoring_engine.TracingClient, "get_trace", all_at_once)
+    unknown = Safety(name="s", model="openai:/my-own-model")
+    with pytest.raises(BudgetError):
+        run_scoring_cycle(store, [unknown], options=ScoringOptions(concurrency=4, budget_usd=1.0))
+    assert [len(info.assessments) for info in infos().values()] == [1] * 4
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
 def test_ctrl_c_on_a_terminal_keeps_what_was_scored(
@@ -119,7 +151,7 @@ def test_ctrl_c_on_a_terminal_keeps_what_was_scored(
                 screen += chunk.decode()
         except OSError:  # 相手が閉じた端末は EIO になる
             pass
-    assert process.wait(30) != 0 and "KeyboardInterrupt" in screen
+    assert process.wait(30) != 0 and "KeyboardInterrupt" in screen, screen
 
     kept = [len(info.assessments) for info in infos().values()]
     assert set(kept) == {0, 1} and sum(kept) >= 5
