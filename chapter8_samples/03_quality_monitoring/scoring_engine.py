@@ -25,11 +25,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import mlflow
@@ -110,7 +112,7 @@ def score_traces(
         targets: 使うスコアラー。
         start: この時刻以降に始まったトレースを対象にする(タイムゾーン付き)。
         end: この時刻より前に始まったトレースを対象にする(タイムゾーン付き)。
-        on_progress: トレースを 1 件処理するたびに、途中の結果を渡して呼ぶ。
+        on_progress: トレースを 1 件処理するたびに、途中の結果を渡して、採点のスレッドから呼ぶ。
 
     Raises:
         JudgeNotConfiguredError: ジャッジの API キーなどがない。
@@ -129,10 +131,28 @@ def score_traces(
     )
     began = time.perf_counter()
     try:
-        _Run(report, targets, options, on_progress or (lambda _: None)).run()
+        _run_apart(_Run(report, targets, options, on_progress or (lambda _: None)))
     finally:
         report.seconds = time.perf_counter() - began
     return report
+
+
+def _run_apart(run: _Run) -> None:
+    """採点を別のスレッドで行い、終わるのを待つ。
+
+    Ctrl-C はメインスレッドに届く。そこで保存先を読み書きしていると、トランザクションの途中で
+    中断し、ロックが残って、始めた採点の結果を書けなくなる。
+    """
+    try:
+        Thread(target=copy_context().run, args=(run.guarded,), name="scoring").start()
+        run.wait()
+    except BaseException:
+        run.stopping = True
+        if run.started:
+            run.wait()
+        raise
+    if run.error is not None:
+        raise run.error
 
 
 @dataclass(frozen=True)
@@ -152,11 +172,7 @@ class _Outcome:
 
 
 class _Run:
-    """採点 1 回。ジャッジは並列に呼び、書き込みは 1 スレッドで行う(SQLite はその方が速い)。
-
-    結果は ``concurrent.futures.wait()`` ではなくキューで受け取る。``wait()`` は Future のロックを
-    取って回るので、その途中で Ctrl-C が押されるとロックが残り、採点中のスレッドが永久に終わらない。
-    """
+    """採点 1 回。ジャッジは並列に呼び、書き込みは 1 スレッドで行う(SQLite はその方が速い)。"""
 
     def __init__(
         self,
@@ -174,11 +190,35 @@ class _Run:
         self.seen: set[str] = set()
         self.results: SimpleQueue[_Scored | BaseException] = SimpleQueue()
         self.running = 0
+        self.stopping = False  # 呼んだ側が Ctrl-C などで中断した
+        self.error: BaseException | None = None
+        self.started = self.finished = False
+        self.ended = Lock()
+        self.ended.acquire()
         for target in targets:
             if target.name in report.scorers:
                 raise ScoringError(f"scorer {target.name!r} is listed twice")
             report.scorers[target.name] = ScorerCounts()
             self.groups[target.filter_string].append(target)
+
+    def guarded(self) -> None:
+        self.started = True
+        try:
+            self.check_stopping()
+            self.run()
+        except BaseException as error:  # 呼んだ側のスレッドで投げ直す
+            self.error = error
+        finally:
+            self.finished = True
+            self.ended.release()
+
+    def wait(self) -> None:
+        """終わるのを待つ。
+
+        ``Thread.join()`` は、Ctrl-C で中断するとスレッドが終わったことになる(Python 3.12 まで)。
+        """
+        while not self.finished:
+            self.ended.acquire(timeout=0.1)  # 期限がないと、Windows では Ctrl-C が届かない
 
     def run(self) -> None:
         pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="scoring")
@@ -194,7 +234,7 @@ class _Run:
                     self.collect()
             while self.running:
                 self.collect()
-        except BaseException:  # Ctrl-C など: 始めた採点の結果を書いてから終わる
+        except BaseException:  # 中断も含む: 始めた採点の結果を書いてから終わる
             pool.shutdown(cancel_futures=True)
             self.drain()
             raise
@@ -204,6 +244,7 @@ class _Run:
     def pending(self) -> Iterator[tuple[TraceInfo, list[ScoringTarget]]]:
         for filter_string, group in self.groups.items():
             for info in self.trace_infos(filter_string):
+                self.check_stopping()
                 self.seen.add(info.trace_id)
                 self.report.traces = len(self.seen)
                 todo = self.unscored(info, group)
@@ -286,7 +327,12 @@ class _Run:
         if isinstance(scored, BaseException):
             raise scored
         self.write(*scored)
+        self.check_stopping()
         self.on_progress(self.report)
+
+    def check_stopping(self) -> None:
+        if self.stopping:
+            raise _Interrupted
 
     def drain(self) -> None:
         while not self.results.empty():
@@ -347,6 +393,10 @@ class _Run:
                 f"the cost of {outcome.target.name!r} is unknown, so budget_usd="
                 f"{self.options.budget_usd} cannot be kept: pass judge_price=JudgePrice(...)"
             )
+
+
+class _Interrupted(Exception):
+    """呼んだ側には、中断した例外(KeyboardInterrupt など)が届く。"""
 
 
 _Scored = tuple[TraceInfo, list[_Outcome]]

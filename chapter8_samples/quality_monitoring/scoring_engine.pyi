@@ -17,7 +17,7 @@ def score_traces(experiment_id: str, targets: Sequence[ScoringTarget], *, start:
         targets: 使うスコアラー。
         start: この時刻以降に始まったトレースを対象にする(タイムゾーン付き)。
         end: この時刻より前に始まったトレースを対象にする(タイムゾーン付き)。
-        on_progress: トレースを 1 件処理するたびに、途中の結果を渡して呼ぶ。
+        on_progress: トレースを 1 件処理するたびに、途中の結果を渡して、採点のスレッドから呼ぶ。
 
     Raises:
         JudgeNotConfiguredError: ジャッジの API キーなどがない。

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ import mlflow
 import pytest
 from mlflow.entities import Assessment, Trace
 from mlflow.genai.scorers import PIIDetection, Safety, scorer
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from chapter8_samples.quality_monitoring import scoring_engine
 from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring_plan import BudgetError, ScoringOptions
+from chapter8_samples.quality_monitoring.scoring_engine import score_traces
+from chapter8_samples.quality_monitoring.scoring_plan import (
+    BudgetError,
+    ScoringOptions,
+    ScoringTarget,
+)
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -95,6 +103,7 @@ def test_a_call_cancelled_before_it_began_is_not_waited_for(
     assert sorted(len(info.assessments) for info in infos().values()) == [0, 0, 1]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_on_any_line_neither_hangs_nor_loses_a_result(tmp_path: Path) -> None:
     program = str(Path(__file__).with_name("interrupt_every_line.py"))
     done = subprocess.run(
@@ -107,6 +116,30 @@ def test_ctrl_c_on_any_line_neither_hangs_nor_loses_a_result(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     lines, stored = map(int, done.stdout.split())
     assert lines > 100 and stored == 6  # 最後の 1 回は中断していない
+
+
+def test_ctrl_c_cannot_stop_a_transaction(store: str, ask: Any, infos: Any) -> None:
+    """中断した接続が SQLite のロックを持ったまま残ると、始めた採点の結果を書けない。"""
+    ask(3)
+    caller = threading.current_thread()
+
+    def interrupt(*_: Any) -> None:
+        if threading.current_thread() is caller:
+            pytest.fail("Ctrl-C could arrive here")
+
+    event.listen(Engine, "after_cursor_execute", interrupt)
+    now = datetime.now(timezone.utc)
+    hour = timedelta(hours=1)
+    try:
+        score_traces(
+            store,
+            [ScoringTarget(scorer=PIIDetection(name="pii"))],
+            start=now - hour,
+            end=now + hour,
+        )
+    finally:
+        event.remove(Engine, "after_cursor_execute", interrupt)
+    assert [len(info.assessments) for info in infos().values()] == [1] * 3
 
 
 def test_results_of_running_judges_are_kept_when_the_budget_cannot_be(
