@@ -319,6 +319,11 @@ def who_runs(scorer: Scorer) -> tuple[Runs, str]:
         )
     key = _PROVIDER_KEYS.get(model.partition(":")[0], "")
     missing = f"; it needs {key} to call {model}" if key and not os.environ.get(key) else ""
+    if scorer.is_session_level_scorer:
+        return "client", (
+            "it scores whole sessions: pass their traces to mlflow.genai.evaluate(), "
+            f"or let an MLflow server score with a gateway:/ judge{missing}"
+        )
     return "client", f"call run_scoring_cycle() from a scheduler{missing}"
 
 

@@ -96,7 +96,10 @@ class ScoringTarget:
         if not number or not 0 < rate <= 1:
             raise ScoringError(f"sample_rate of {self.name!r} must be in (0, 1], got {rate!r}")
         if self.scorer.is_session_level_scorer:
-            raise ScoringError(f"{self.name!r} scores whole sessions, not single traces")
+            raise ScoringError(
+                f"{self.name!r} scores whole sessions, not single traces: pass the traces of the "
+                "sessions to mlflow.genai.evaluate() instead"
+            )
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
-from mlflow.genai.scorers import PIIDetection, Safety, scorer
+from mlflow.genai.scorers import PIIDetection, Safety, UserFrustration, scorer
 from mlflow.genai.scorers.registry import list_scorer_versions
 from ports import free_port
 
@@ -42,7 +42,7 @@ from chapter8_samples.quality_monitoring.scorer_setup import (
     setup_scorers,
 )
 from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring_plan import JudgePrice
+from chapter8_samples.quality_monitoring.scoring_plan import JudgePrice, ScoringError
 
 ROOT = Path(__file__).parents[2]
 
@@ -291,3 +291,24 @@ def test_server_progress_is_read_from_the_checkpoint(store: str) -> None:
     )
     progress = server_scored_until("quality")
     assert progress is not None and progress.isoformat() == "2026-01-01T00:00:00+00:00"
+
+
+def test_a_scorer_of_whole_sessions_is_told_where_it_can_run(
+    store: str, infos: Any, stub_llm: Any
+) -> None:
+    frustrated = UserFrustration(name="frustrated", model="openai:/gpt-4.1-mini")
+    (status,) = setup_scorers("quality", [ScorerPlan(scorer=frustrated)])
+    assert status.runs == "client" and "mlflow.genai.evaluate()" in status.reason
+    with pytest.raises(ScoringError, match=r"mlflow\.genai\.evaluate\(\)"):
+        run_scoring_cycle("quality", [status])
+
+    @mlflow.trace
+    def answer(question: str) -> str:
+        mlflow.update_current_trace(metadata={"mlflow.trace.session": "s-1"})
+        return f"{question}は購入から 30 日以内に承ります。"
+
+    answer("返品")
+    answer("交換")
+    mlflow.genai.evaluate(data=mlflow.search_traces(locations=[store]), scorers=[frustrated])
+    names = [a.name for info in infos().values() for a in info.assessments]
+    assert names == ["frustrated"]
