@@ -452,7 +452,8 @@ def _log_once(trace_id: str, assessment: Assessment) -> None:
     try:
         mlflow.log_assessment(trace_id, assessment)
     except MlflowException:  # 書けたのに応答だけが失われ、再試行が「同じ ID がある」と断られた
-        stored = TracingClient().get_trace_info(trace_id).assessments
+        store: Any = TracingClient().store  # 書き出している途中のトレースでも、手元の写しを見ない
+        stored = store.get_trace_info(trace_id).assessments
         if assessment.assessment_id not in {a.assessment_id for a in stored}:
             raise
 

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any
 
 import mlflow
 import pytest
+from mlflow.entities import LiveSpan
 from mlflow.exceptions import MlflowException
 from mlflow.tracing import set_tracing_context_from_http_request_headers
 from mlflow.tracing.client import TracingClient
+from mlflow.tracing.provider import safe_set_span_in_context
+from mlflow.tracing.trace_manager import InMemoryTraceManager
 from ports import free_port
 
 from chapter8_samples._lab.mlflow_server import MlflowServer, MlflowServerError
@@ -67,6 +71,38 @@ def test_a_change_of_mind_inside_the_active_trace_does_not_pile_up(store: str) -
         assert send_feedback(late) is changed
     found = [(a.source.source_id, a.feedback.value) for a in assessments(span.trace_id)]
     assert sorted(found) == [("u1", False), ("u2", True)]
+
+
+@pytest.fixture
+def half_exported(store: str) -> Iterator[LiveSpan]:
+    """保存先にはもうあるが、書き出しが終わらず、手元にも残っているトレース。"""
+    span = mlflow.start_span_no_context("answer")
+    with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
+        assert trace is not None
+        writing: Any = TracingClient().store
+        writing.start_trace(trace.info)
+    yield span
+
+
+def test_votes_during_the_export_do_not_pile_up(half_exported: LiveSpan) -> None:
+    first = thumbs(half_exported.trace_id)
+    for request in (first, first, thumbs(half_exported.trace_id, value=False)):
+        send_feedback(request)
+    half_exported.end()
+    found = [(a.feedback.value, a.valid) for a in assessments(half_exported.trace_id)]
+    assert sorted(found) == [(False, True), (True, False)]
+
+
+def test_a_vote_waits_for_the_one_that_is_saved_with_the_trace(half_exported: LiveSpan) -> None:
+    with safe_set_span_in_context(half_exported):
+        send_feedback(thumbs(half_exported.trace_id))
+    changed = thumbs(half_exported.trace_id, value=False)
+    with pytest.raises(TraceNotFoundError):
+        send_feedback(changed, timeout_seconds=0.2)
+    half_exported.end()
+    send_feedback(changed)
+    found = [(a.feedback.value, a.valid) for a in assessments(half_exported.trace_id)]
+    assert sorted(found) == [(False, True), (True, False)]
 
 
 def test_the_trace_of_an_upstream_service_is_waited_for(store: str) -> None:
