@@ -124,7 +124,8 @@ class _Sum:
             self._add(model, numbers)
 
     def _add(self, model: str, more: tuple[Any, ...]) -> None:
-        self.models[model] = tuple(map(add, self.models.get(model, (0, 0, 0, _ZERO)), more))
+        known = self.models.get(model)
+        self.models[model] = tuple(map(add, known, more)) if known else more
 
 
 class CostTracking:
@@ -232,7 +233,9 @@ class CostTracking:
         elif total.kinds:
             with self._lock:
                 below = self._open.setdefault(span.trace_id, {})
-                below.setdefault(span.parent_id, _Sum()).merge(total)
+                siblings = below.setdefault(span.parent_id, total)
+                if siblings is not total:
+                    siblings.merge(total)
                 while len(self._open) > _MAX_OPEN_TRACES:
                     self._open.popitem(last=False)
 
