@@ -53,7 +53,7 @@ def test_prints_what_the_docstring_says(
     first.mkdir()
     (again / ".chapter8").mkdir(parents=True)
     shutil.copy(database_template, again / ".chapter8/mlflow.db")
-    with ThreadPoolExecutor(2) as pool:  # 隣の読者に構わず動くので、同時に実行して時間を縮める
+    with ThreadPoolExecutor(2) as pool:  # 互いに影響しないので、同時に実行して時間を縮める
         by_path = pool.submit(run_as_reader, [path], first, environment=guard)
         as_module = pool.submit(
             run_as_reader, ["-m", alias_of(path)], again, environment={"PYTHONPATH": str(ROOT)}

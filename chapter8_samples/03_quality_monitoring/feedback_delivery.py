@@ -276,26 +276,26 @@ def _store_once(request: FeedbackRequest) -> Assessment:
 
     後から届いた古い評価は記録せず、本人の新しい評価を返す。
     """
-    settled, previous = _look_up(request, _in_store(request))
+    with InMemoryTraceManager.get_instance().get_trace(request.trace_id) as trace:
+        settled, unsaved = _look_up(request, trace.info.assessments if trace else [])
+    if settled is not None:
+        return settled
+    if unsaved is not None:  # トレースと一緒に保存される評価。置き換えられるまで待つ
+        raise MlflowException("the earlier vote is not stored yet", RESOURCE_DOES_NOT_EXIST)
+    settled, previous = _look_up(request, _in_store(request.trace_id))
     if settled is not None:
         return settled
     return _log_new(request) if previous is None else _replace(previous, request)
 
 
-def _in_store(request: FeedbackRequest) -> list[Assessment]:
+def _in_store(trace_id: str) -> list[Assessment]:
     """保存先にある評価。
 
     ``TracingClient.get_trace_info()`` は、書き出している途中のトレースについては手元の写しを返す。
     そこには、保存先にもう届いた評価が入っていないので、保存先に直接尋ねる。
     """
-    with InMemoryTraceManager.get_instance().get_trace(request.trace_id) as trace:
-        if trace is not None and any(_look_up(request, trace.info.assessments)):
-            raise MlflowException(
-                f"the earlier vote on {request.trace_id} is not stored yet",
-                RESOURCE_DOES_NOT_EXIST,
-            )
     store: Any = TracingClient().store
-    return store.get_trace_info(request.trace_id).assessments
+    return store.get_trace_info(trace_id).assessments
 
 
 def _look_up(

@@ -306,10 +306,13 @@ def who_runs(scorer: Scorer) -> tuple[Runs, str]:
     backend = detect_backend()
     if backend == "databricks":
         return "databricks", "Databricks scores the sampled traces"
+    how = "call run_scoring_cycle() from a scheduler"
+    if scorer.is_session_level_scorer:
+        how = "it scores whole sessions: pass their traces to mlflow.genai.evaluate()"
     if is_custom_code(scorer):
         return "client", (
             "custom code stays on the client: the open-source server would execute it, and one "
-            "registered code scorer breaks list_scorers() for everyone; call run_scoring_cycle()"
+            f"registered code scorer breaks list_scorers() for everyone; {how}"
         )
     model = str(getattr(scorer, "model", None) or "")
     if backend == "oss_http" and model.startswith("gateway:/"):
@@ -319,12 +322,7 @@ def who_runs(scorer: Scorer) -> tuple[Runs, str]:
         )
     key = _PROVIDER_KEYS.get(model.partition(":")[0], "")
     missing = f"; it needs {key} to call {model}" if key and not os.environ.get(key) else ""
-    if scorer.is_session_level_scorer:
-        return "client", (
-            "it scores whole sessions: pass their traces to mlflow.genai.evaluate(), "
-            f"or let an MLflow server score with a gateway:/ judge{missing}"
-        )
-    return "client", f"call run_scoring_cycle() from a scheduler{missing}"
+    return "client", f"{how}{missing}"
 
 
 def is_custom_code(scorer: Scorer) -> bool:

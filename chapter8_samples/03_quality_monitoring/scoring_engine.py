@@ -148,8 +148,10 @@ def _run_apart(run: _Run) -> None:
         run.wait()
     except BaseException:
         run.stopping = True
-        if run.started:
+        if run.started:  # スレッドを始める前に中断したのなら、待っても終わらない
             run.wait()
+        if run.error is not None and not isinstance(run.error, _Interrupted):
+            logger.error("scoring failed while it was being stopped: %s", run.error)
         raise
     if run.error is not None:
         raise run.error
@@ -204,7 +206,6 @@ class _Run:
     def guarded(self) -> None:
         self.started = True
         try:
-            self.check_stopping()
             self.run()
         except BaseException as error:  # 呼んだ側のスレッドで投げ直す
             self.error = error
@@ -337,9 +338,11 @@ class _Run:
     def drain(self) -> None:
         while not self.results.empty():
             scored = self.results.get()
-            if not isinstance(scored, BaseException):
-                with suppress(BudgetError):  # 書いたあとに送出される。残りも書く
-                    self.write(*scored)
+            if isinstance(scored, BaseException):  # 次の実行で採点し直す
+                logger.warning("one more trace could not be scored: %s", scored)
+                continue
+            with suppress(BudgetError):  # 書いたあとに送出される。残りも書く
+                self.write(*scored)
 
     def write(self, info: TraceInfo, outcomes: list[_Outcome]) -> None:
         for outcome in outcomes:

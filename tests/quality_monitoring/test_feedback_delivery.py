@@ -6,7 +6,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -74,14 +73,14 @@ def test_a_change_of_mind_inside_the_active_trace_does_not_pile_up(store: str) -
 
 
 @pytest.fixture
-def half_exported(store: str) -> Iterator[LiveSpan]:
+def half_exported(store: str) -> LiveSpan:
     """保存先にはもうあるが、書き出しが終わらず、手元にも残っているトレース。"""
     span = mlflow.start_span_no_context("answer")
     with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
         assert trace is not None
         writing: Any = TracingClient().store
         writing.start_trace(trace.info)
-    yield span
+    return span
 
 
 def test_votes_during_the_export_do_not_pile_up(half_exported: LiveSpan) -> None:
@@ -94,8 +93,10 @@ def test_votes_during_the_export_do_not_pile_up(half_exported: LiveSpan) -> None
 
 
 def test_a_vote_waits_for_the_one_that_is_saved_with_the_trace(half_exported: LiveSpan) -> None:
+    first = thumbs(half_exported.trace_id)
     with safe_set_span_in_context(half_exported):
-        send_feedback(thumbs(half_exported.trace_id))
+        saved_later = send_feedback(first)
+    assert send_feedback(first, timeout_seconds=0.2) is saved_later  # 同じものなら待たない
     changed = thumbs(half_exported.trace_id, value=False)
     with pytest.raises(TraceNotFoundError):
         send_feedback(changed, timeout_seconds=0.2)

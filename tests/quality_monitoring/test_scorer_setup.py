@@ -299,6 +299,13 @@ def test_a_scorer_of_whole_sessions_is_told_where_it_can_run(
     frustrated = UserFrustration(name="frustrated", model="openai:/gpt-4.1-mini")
     (status,) = setup_scorers("quality", [ScorerPlan(scorer=frustrated)])
     assert status.runs == "client" and "mlflow.genai.evaluate()" in status.reason
+
+    @scorer
+    def turns(session) -> int:  # type: ignore[no-untyped-def]
+        return len(session)
+
+    (custom,) = setup_scorers("quality", [ScorerPlan(scorer=turns)])
+    assert custom.runs == "client" and "mlflow.genai.evaluate()" in custom.reason
     with pytest.raises(ScoringError, match=r"mlflow\.genai\.evaluate\(\)"):
         run_scoring_cycle("quality", [status])
 
