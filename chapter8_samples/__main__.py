@@ -60,7 +60,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
 
 
 def _since(text: str) -> datetime:
-    from ._lab.periods import since
+    from ._lab.report.periods import since
 
     try:
         return since(text)
@@ -97,12 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
     if mistake := _misplaced(options):
         root.error(mistake)
     from . import _lab
-    from ._lab.setup_problems import explained, mlflow_problem, require
+    from ._lab.doctor.setup_problems import explained, mlflow_problem, require
 
     _lab.go_offline()  # mlflow を import する前に
     try:
         if options.command == "doctor":  # MLflow が古くてもなくても動く
-            from ._lab import doctor
+            from ._lab.doctor import run as doctor
 
             return doctor.run(experiment=options.experiment, as_json=options.json)
         require(mlflow_problem())

@@ -88,7 +88,7 @@ def tracking_uri(tmp_path: Path, database_template: Path) -> str:
 
 @pytest.fixture(scope="session")
 def _mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    from chapter8_samples._lab.mlflow_server import MlflowServer
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
     with MlflowServer(tmp_path_factory.mktemp("mlflow-server")) as server:
         yield server.url
@@ -105,7 +105,7 @@ def mlflow_server_url(_mlflow_server: str) -> str:
 
 @pytest.fixture(scope="session")
 def _stub_llm_server():  # type: ignore[no-untyped-def]
-    from chapter8_samples._lab.stub_llm import StubLlm
+    from chapter8_samples._lab.llm.server import StubLlm
 
     with StubLlm() as stub:
         yield stub
@@ -116,7 +116,7 @@ def stub_llm(_stub_llm_server):  # type: ignore[no-untyped-def]
     """LLM スタブ。openai SDK がここへ話すように環境変数も向ける。"""
     import dataclasses
 
-    from chapter8_samples._lab.stub_llm import Faults
+    from chapter8_samples._lab.llm.server import Faults
 
     _stub_llm_server.set_faults(**dataclasses.asdict(Faults()))
     _stub_llm_server.requests.clear()
@@ -128,7 +128,7 @@ def stub_llm(_stub_llm_server):  # type: ignore[no-untyped-def]
 @pytest.fixture
 def webhooks():  # type: ignore[no-untyped-def]
     """Slack や PagerDuty の代わりに受け取るサーバー。"""
-    from chapter8_samples._lab.receivers import WebhookReceiver
+    from chapter8_samples._lab.servers.receivers import WebhookReceiver
 
     with WebhookReceiver() as receiver:
         yield receiver
@@ -137,7 +137,7 @@ def webhooks():  # type: ignore[no-untyped-def]
 @pytest.fixture
 def otlp():  # type: ignore[no-untyped-def]
     """OTLP(gRPC と HTTP)の受信側。"""
-    from chapter8_samples._lab.receivers import OtlpReceiver
+    from chapter8_samples._lab.servers.receivers import OtlpReceiver
 
     with OtlpReceiver() as receiver:
         yield receiver

@@ -20,8 +20,8 @@ import yaml
 from quality_monitoring.fake_workspace import FakeWorkspace
 from samples import ROOT, SECTIONS, run_as_reader
 
-from chapter8_samples._lab.receivers import OtlpReceiver
-from chapter8_samples._lab.stub_llm import StubLlm
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
+from chapter8_samples._lab.llm.server import StubLlm
 
 EXPERIMENT = "/production/my-llm-app"
 FOLDER = ROOT / "chapter8_samples"
@@ -260,7 +260,7 @@ def test_listing_8_10(store: str) -> None:
 def test_listing_8_11(store: str, stub_llm: StubLlm) -> None:
     from mlflow.genai.scorers import Guidelines, RelevanceToQuery, Safety
 
-    from chapter8_samples.quality_monitoring.scoring_plan import ScoringTarget
+    from chapter8_samples.quality_monitoring.scoring.plan import ScoringTarget
 
     (run_scoring_cycle,) = functions("8.11")
     for environment in ("production", "staging"):

@@ -19,53 +19,36 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import mlflow.tracing
 import requests
 
-if TYPE_CHECKING or __package__:
-    from .export_profiles import (
-        EnvironmentPatch,
-        ExportProfile,
-        SpanFilter,
-        TracingOptions,
-        TracingSetupError,
-        TracingStatus,
-        backend_of,
-        default_tracking_uri,
-        export_environment,
-        hide_secrets,
-        otlp_environment,
-    )
-else:  # export_profiles.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from export_profiles import (
-        EnvironmentPatch,
-        ExportProfile,
-        SpanFilter,
-        TracingOptions,
-        TracingSetupError,
-        TracingStatus,
-        backend_of,
-        default_tracking_uri,
-        export_environment,
-        hide_secrets,
-        otlp_environment,
-    )
+from chapter8_samples.production_tracing.delivery.profiles import (
+    EnvironmentPatch,
+    ExportProfile,
+    SpanFilter,
+    TracingOptions,
+    TracingSetupError,
+    TracingStatus,
+    backend_of,
+    default_tracking_uri,
+    export_environment,
+    hide_secrets,
+    otlp_environment,
+)
 
 if TYPE_CHECKING:
-    from .manual_spans import atraced_stream as atraced_stream
-    from .manual_spans import traced_stream as traced_stream
-    from .pii_masking import mask_pii as mask_pii
+    from chapter8_samples.production_tracing.masking import mask_pii as mask_pii
+    from chapter8_samples.production_tracing.spans import atraced_stream as atraced_stream
+    from chapter8_samples.production_tracing.spans import traced_stream as traced_stream
 
 logger = logging.getLogger(__name__)
 
@@ -445,5 +428,4 @@ def _burst(experiment: str, count: int, profile: ExportProfile) -> tuple[str, in
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

@@ -29,17 +29,18 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import mlflow
 import mlflow.tracing
 
-if TYPE_CHECKING or __package__:
-    from .trace_flush import FlushResult, FlushWorker, flush_everything, flush_traces
-else:  # trace_flush.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from trace_flush import FlushResult, FlushWorker, flush_everything, flush_traces
+from chapter8_samples.production_tracing.delivery.flush import (
+    FlushResult,
+    FlushWorker,
+    flush_everything,
+    flush_traces,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -352,5 +353,4 @@ def _child(tracking_uri: str, experiment: str, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     _child(*sys.argv[2:]) if sys.argv[1:2] == ["child"] else main()

@@ -19,20 +19,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 
-if TYPE_CHECKING or __package__:
-    from .tail_sampling import WEIGHT_KEY, Decision, TailSampler, TraceSummary, check_probability
-else:  # tail_sampling.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from tail_sampling import WEIGHT_KEY, Decision, TailSampler, TraceSummary, check_probability
+from chapter8_samples.production_tracing.sampling import (
+    WEIGHT_KEY,
+    Decision,
+    TailSampler,
+    TraceSummary,
+    check_probability,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Trace
@@ -323,5 +324,4 @@ def _answer(number: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

@@ -32,24 +32,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING or __package__:
-    from .price_table import (
-        CostError,
-        Match,
-        ModelPrice,
-        NoPriceError,
-        PriceTable,
-        UnknownModelError,
-    )
-else:  # price_table.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from price_table import (
-        CostError,
-        Match,
-        ModelPrice,
-        NoPriceError,
-        PriceTable,
-        UnknownModelError,
-    )
+from chapter8_samples.cost_tracking.prices.table import (
+    CostError,
+    Match,
+    ModelPrice,
+    NoPriceError,
+    PriceTable,
+    UnknownModelError,
+)
 
 _MILLION = Decimal(1_000_000)
 _ZERO = Decimal(0)
@@ -57,7 +47,7 @@ _NAN = Decimal("NaN")
 
 
 if TYPE_CHECKING:
-    from .cost_tracker import CostTracker as CostTracker
+    from chapter8_samples.cost_tracking.usage.tracker import CostTracker as CostTracker
 
 
 def __getattr__(name: str) -> Any:

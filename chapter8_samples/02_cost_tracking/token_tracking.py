@@ -30,43 +30,35 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import mlflow
 from mlflow.entities import Trace, TraceInfo
 
-if TYPE_CHECKING or __package__:
-    from .trace_reader import (
-        PAGE_SIZE,
-        StoreTotals,
-        TokenUsage,
-        find_experiment_id,
-        iter_traces,
-        llm_calls,
-        load_trace,
-        sampling_weight,
-        totals_from_store,
-    )
-else:  # trace_reader.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from trace_reader import (
-        PAGE_SIZE,
-        StoreTotals,
-        TokenUsage,
-        find_experiment_id,
-        iter_traces,
-        llm_calls,
-        load_trace,
-        sampling_weight,
-        totals_from_store,
-    )
+from chapter8_samples.cost_tracking.usage.reader import (
+    PAGE_SIZE,
+    StoreTotals,
+    TokenUsage,
+    find_experiment_id,
+    iter_traces,
+    llm_calls,
+    load_trace,
+    sampling_weight,
+    totals_from_store,
+)
 
 if TYPE_CHECKING:
-    from .trace_archive import enable_trace_archive as enable_trace_archive
-    from .trace_archive import export_traces_to_parquet as export_traces_to_parquet
-    from .trace_costs import CostTracking
-    from .trace_costs import setup_cost_tracking as setup_cost_tracking
-    from .trace_pricing import price_trace as price_trace
+    from chapter8_samples.cost_tracking.archive.parquet import (
+        enable_trace_archive as enable_trace_archive,
+    )
+    from chapter8_samples.cost_tracking.archive.parquet import (
+        export_traces_to_parquet as export_traces_to_parquet,
+    )
+    from chapter8_samples.cost_tracking.usage.pricing import price_trace as price_trace
+    from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
+    from chapter8_samples.cost_tracking.usage.span_costs import (
+        setup_cost_tracking as setup_cost_tracking,
+    )
 
 STATUS_KEY = "cost.status"
 BY_MODEL_TAG = "cost.by_model"  # trace_costs.py が付ける、モデル別の内訳
@@ -408,5 +400,4 @@ def sum_one_by_one(experiment_id: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

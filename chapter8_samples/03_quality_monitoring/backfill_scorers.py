@@ -22,12 +22,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from zoneinfo import ZoneInfo
 
@@ -36,27 +34,17 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer, list_scorers
 
-if TYPE_CHECKING or __package__:
-    from .scoring_plan import (
-        ScoringError,
-        ScoringOptions,
-        ScoringReport,
-        ScoringTarget,
-        judge_bill,
-        show_progress,
-    )
-else:  # scoring_plan.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from scoring_plan import (
-        ScoringError,
-        ScoringOptions,
-        ScoringReport,
-        ScoringTarget,
-        judge_bill,
-        show_progress,
-    )
+from chapter8_samples.quality_monitoring.scoring.plan import (
+    ScoringError,
+    ScoringOptions,
+    ScoringReport,
+    ScoringTarget,
+    judge_bill,
+    show_progress,
+)
 
 if TYPE_CHECKING:
-    from .scoring_engine import ProgressCallback
+    from chapter8_samples.quality_monitoring.scoring.engine import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -243,10 +231,8 @@ def _score_here(
     options: ScoringOptions,
     on_progress: ProgressCallback,
 ) -> BackfillReport:
-    if TYPE_CHECKING or __package__:
-        from .scoring_engine import score_traces
-    else:
-        from scoring_engine import score_traces
+    from chapter8_samples.quality_monitoring.scoring.engine import score_traces
+
     scoring = score_traces(
         experiment_id,
         targets,
@@ -327,10 +313,8 @@ def _not_a_string(names: Sequence[str]) -> Sequence[str]:
 
 
 def _registered(experiment_id: str, name: str) -> ScoringTarget:
-    if TYPE_CHECKING or __package__:
-        from .scorer_lifecycle import find_status
-    else:
-        from scorer_lifecycle import find_status
+    from chapter8_samples.quality_monitoring.scorer_lifecycle import find_status
+
     status = find_status(experiment_id, name)
     if status is None:
         known = [scorer.name for scorer in list_scorers(experiment_id=experiment_id)]
@@ -348,10 +332,8 @@ def _registered(experiment_id: str, name: str) -> ScoringTarget:
 
 def _register(experiment_id: str, target: ScoringTarget) -> Scorer:
     """登録して開始する(開始していないスコアラーを、Databricks のジョブは採点しない)。"""
-    if TYPE_CHECKING or __package__:
-        from .scorer_setup import ScorerPlan, setup_scorers
-    else:
-        from scorer_setup import ScorerPlan, setup_scorers
+    from chapter8_samples.quality_monitoring.scorer_setup import ScorerPlan, setup_scorers
+
     experiment = MlflowClient().get_experiment(experiment_id)
     plan = ScorerPlan(
         scorer=target.scorer, sample_rate=target.sample_rate, filter_string=target.filter_string
@@ -430,5 +412,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

@@ -25,47 +25,29 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import sys
 import uuid
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlflow
 from mlflow.entities import Assessment
 from mlflow.tracing.client import TracingClient
 
-if TYPE_CHECKING or __package__:
-    from .feedback_delivery import (
-        COMMENT,
-        CORRECTION,
-        ISSUE,
-        MAX_ID_CHARS,
-        MAX_TEXT_CHARS,
-        RATING,
-        THUMBS,
-        FeedbackRequest,
-        FeedbackValidationError,
-        check_text,
-        check_trace_id,
-        send_feedback,
-    )
-else:  # feedback_delivery.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from feedback_delivery import (
-        COMMENT,
-        CORRECTION,
-        ISSUE,
-        MAX_ID_CHARS,
-        MAX_TEXT_CHARS,
-        RATING,
-        THUMBS,
-        FeedbackRequest,
-        FeedbackValidationError,
-        check_text,
-        check_trace_id,
-        send_feedback,
-    )
+from chapter8_samples.quality_monitoring.feedback.delivery import (
+    COMMENT,
+    CORRECTION,
+    ISSUE,
+    MAX_ID_CHARS,
+    MAX_TEXT_CHARS,
+    RATING,
+    THUMBS,
+    FeedbackRequest,
+    FeedbackValidationError,
+    check_text,
+    check_trace_id,
+    send_feedback,
+)
 
 
 class FeedbackType(str, Enum):
@@ -327,5 +309,4 @@ def _value(assessment: Assessment) -> object:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

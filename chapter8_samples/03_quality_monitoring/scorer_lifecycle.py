@@ -23,50 +23,31 @@ import contextlib
 import io
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from decimal import Decimal
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer, delete_scorer, list_scorers
 
-if TYPE_CHECKING or __package__:
-    from .scorer_setup import (
-        KeptSetting,
-        ScorerPlan,
-        ScorerSetupError,
-        ScorerStatus,
-        check_filter,
-        check_sample_rate,
-        detect_backend,
-        find_scorer,
-        keep_setting,
-        kept_setting,
-        set_sampling,
-        setup_scorers,
-        who_runs,
-    )
-else:  # scorer_setup.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from scorer_setup import (
-        KeptSetting,
-        ScorerPlan,
-        ScorerSetupError,
-        ScorerStatus,
-        check_filter,
-        check_sample_rate,
-        detect_backend,
-        find_scorer,
-        keep_setting,
-        kept_setting,
-        set_sampling,
-        setup_scorers,
-        who_runs,
-    )
+from chapter8_samples.quality_monitoring.scorer_setup import (
+    KeptSetting,
+    ScorerPlan,
+    ScorerSetupError,
+    ScorerStatus,
+    check_filter,
+    check_sample_rate,
+    detect_backend,
+    find_scorer,
+    keep_setting,
+    kept_setting,
+    set_sampling,
+    setup_scorers,
+    who_runs,
+)
 
 State = Literal["UNREGISTERED", "STARTED", "STOPPED"]
 _CHECKPOINT_TAG = "mlflow.latestOnlineScoring.trace.checkpoint"
@@ -356,5 +337,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

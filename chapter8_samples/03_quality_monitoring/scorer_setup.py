@@ -29,11 +29,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import mlflow
 from mlflow import MlflowClient
@@ -227,10 +225,12 @@ def resolve_judge_model(
 
 
 def _server_judge(create: bool) -> str | None:
-    if TYPE_CHECKING or __package__:
-        from .judge_endpoint import JudgeEndpointError, ensure_judge_endpoint, judge_endpoint_exists
-    else:
-        from judge_endpoint import JudgeEndpointError, ensure_judge_endpoint, judge_endpoint_exists
+    from chapter8_samples.quality_monitoring.scoring.judge_endpoint import (
+        JudgeEndpointError,
+        ensure_judge_endpoint,
+        judge_endpoint_exists,
+    )
+
     key, base = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
     try:
         if judge_endpoint_exists(JUDGE_ENDPOINT):
@@ -374,10 +374,8 @@ def evaluate_with_scorers(
     """本番と同じスコアラーで ``inputs`` と ``outputs`` の行を評価し、平均を返す。"""
     from mlflow.genai import evaluate  # pyright: ignore[reportUnknownVariableType]
 
-    if TYPE_CHECKING or __package__:
-        from .scoring_plan import require_judges
-    else:
-        from scoring_plan import require_judges
+    from chapter8_samples.quality_monitoring.scoring.plan import require_judges
+
     require_judges([status.scorer for status in statuses])  # evaluate() は黙って空を返す
     result = evaluate(data=list(eval_data), scorers=[status.scorer for status in statuses])
     return {name: float(value) for name, value in result.metrics.items()}
@@ -390,7 +388,7 @@ def main() -> None:
     from mlflow.entities import Document, SpanType
 
     from chapter8_samples import _lab
-    from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
+    from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
 
     @mlflow.trace(span_type=SpanType.RETRIEVER)
     def search(question: str) -> list[Document]:
@@ -420,5 +418,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

@@ -21,39 +21,24 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING or __package__:
-    from .alert_rules import (
-        DAYS,
-        AlertConfigError,
-        AlertRule,
-        BurnRateRule,
-        Duration,
-        Rule,
-        parse_clock,
-        parse_duration,
-        parse_zone,
-        refusals,
-    )
-else:  # alert_rules.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from alert_rules import (
-        DAYS,
-        AlertConfigError,
-        AlertRule,
-        BurnRateRule,
-        Duration,
-        Rule,
-        parse_clock,
-        parse_duration,
-        parse_zone,
-        refusals,
-    )
+from chapter8_samples.alerting.rules.model import (
+    DAYS,
+    AlertConfigError,
+    AlertRule,
+    BurnRateRule,
+    Duration,
+    Rule,
+    parse_clock,
+    parse_duration,
+    parse_zone,
+    refusals,
+)
 
 if TYPE_CHECKING:
-    from .alert_delivery import Alert
-    from .alert_engine import AlertEngine, Notifier
+    from chapter8_samples.alerting.delivery.posting import Alert
+    from chapter8_samples.alerting.engine import AlertEngine, Notifier
 
 __all__ = [
     "AlertConfig",
@@ -259,16 +244,10 @@ def setup_alerting(
         NotificationConfigError: 通知先の秘密が環境変数にない。
         MetricSourceError: エクスペリメントがない、または接続できない。
     """
-    if TYPE_CHECKING or __package__:
-        from .alert_engine import AlertEngine
-        from .metric_source import TraceSearch, metric_source
-        from .notification_channels import notifier_from_config
-        from .trace_metrics import metric_problem
-    else:
-        from alert_engine import AlertEngine
-        from metric_source import TraceSearch, metric_source
-        from notification_channels import notifier_from_config
-        from trace_metrics import metric_problem
+    from chapter8_samples.alerting.delivery.channels import notifier_from_config
+    from chapter8_samples.alerting.engine import AlertEngine
+    from chapter8_samples.alerting.metrics.measures import metric_problem
+    from chapter8_samples.alerting.metrics.source import TraceSearch, metric_source
 
     loaded = AlertConfig.default() if config is None else load_config(config)
     checked = ((r, metric_problem(r.metric, rate_for=_rate_for(r))) for r in loaded.rules)
@@ -300,10 +279,8 @@ def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]
     if isinstance(config, AlertConfig):
         return config
     is_path = isinstance(config, str | os.PathLike)
-    if TYPE_CHECKING or __package__:
-        from .alert_yaml import config_from_mapping, read_yaml
-    else:
-        from alert_yaml import config_from_mapping, read_yaml
+    from chapter8_samples.alerting.rules.file import config_from_mapping, read_yaml
+
     return config_from_mapping(read_yaml(config) if is_path else config)
 
 
@@ -311,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """引数があれば CLI(``alert_cli.py``)。なければ、障害が一度だけ発報し、解消することを見る。"""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if arguments:
-        from chapter8_samples.alerting import alert_cli
+        from chapter8_samples.alerting import __main__ as alert_cli
 
         return alert_cli.main(arguments)
     from chapter8_samples import _lab
@@ -356,5 +333,4 @@ def _demo(_lab: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     sys.exit(main())

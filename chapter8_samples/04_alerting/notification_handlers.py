@@ -30,35 +30,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING or __package__:
-    from .alert_delivery import (
-        Alert,
-        AlertSeverity,
-        AlertStatus,
-        Delivery,
-        HttpHandler,
-        HttpPoster,
-        NotificationConfigError,
-        NotificationHandler,
-        encodable,
-        json_bytes,
-    )
-else:  # alert_delivery.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from alert_delivery import (
-        Alert,
-        AlertSeverity,
-        AlertStatus,
-        Delivery,
-        HttpHandler,
-        HttpPoster,
-        NotificationConfigError,
-        NotificationHandler,
-        encodable,
-        json_bytes,
-    )
+from chapter8_samples.alerting.delivery.posting import (
+    Alert,
+    AlertSeverity,
+    AlertStatus,
+    Delivery,
+    HttpHandler,
+    HttpPoster,
+    NotificationConfigError,
+    NotificationHandler,
+    encodable,
+    json_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -383,7 +368,7 @@ class MultiChannelNotifier:
 
 def main() -> None:
     """429 を返す Slack、PagerDuty の発報と解消、壊れた通知先を、手元の受信サーバーで試す。"""
-    from chapter8_samples._lab.receivers import Answer, WebhookReceiver
+    from chapter8_samples._lab.servers.receivers import Answer, WebhookReceiver
 
     alert = Alert(
         name="high_error_rate",
@@ -415,5 +400,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

@@ -20,33 +20,28 @@ Databricks では、名前を ``カタログ.スキーマ.名前`` にするだ�
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING or __package__:
-    from .alias_journal import (
-        AliasTarget,
-        Change,
-        ConcurrentChangeError,
-        CooldownError,
-        Journal,
-        KnownBadVersionError,
-        NoHistoryError,
-        Options,
-        RollbackError,
-        SameVersionError,
-        VerificationError,
-        done_changes,
-        find_request,
-        known_bad,
-    )
-else:  # alias_journal.py と 2 枚だけ写したとき、またはパスで実行したとき
-    from alias_journal import *  # noqa: F403
+from chapter8_samples.alerting.releases.journal import (
+    AliasTarget,
+    Change,
+    ConcurrentChangeError,
+    CooldownError,
+    Journal,
+    KnownBadVersionError,
+    NoHistoryError,
+    Options,
+    RollbackError,
+    SameVersionError,
+    VerificationError,
+    done_changes,
+    find_request,
+    known_bad,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -403,5 +398,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

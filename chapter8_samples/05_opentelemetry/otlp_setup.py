@@ -28,7 +28,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -39,12 +38,14 @@ from mlflow.tracing.processor.otel import OtelSpanProcessor
 from mlflow.tracing.provider import is_tracing_enabled, provider
 from opentelemetry.sdk.trace import SpanProcessor
 
-if TYPE_CHECKING or __package__:
-    from . import otlp_config as settings
-    from .otlp_config import OtlpConfig, OtlpConfigError, OtlpOptions, OtlpSetupError, OtlpStatus
-else:  # otlp_config.py と 2 枚だけ写したとき、またはパスで実行したとき
-    import otlp_config as settings
-    from otlp_config import OtlpConfig, OtlpConfigError, OtlpOptions, OtlpSetupError, OtlpStatus
+from chapter8_samples.opentelemetry.export import config as settings
+from chapter8_samples.opentelemetry.export.config import (
+    OtlpConfig,
+    OtlpConfigError,
+    OtlpOptions,
+    OtlpSetupError,
+    OtlpStatus,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -367,7 +368,7 @@ def setup_otlp_for_jaeger(
 def main() -> None:
     """3 件のリクエストを両方へ送り、届いたものを見てから、受信側を止める。"""
     from chapter8_samples import _lab
-    from chapter8_samples._lab.receivers import OtlpReceiver
+    from chapter8_samples._lab.servers.receivers import OtlpReceiver
 
     chosen = _arguments()
     with _lab.sample("ch8-otlp-export") as lab, OtlpReceiver() as sink:
@@ -454,5 +455,4 @@ def _show(spans: Sequence[Any], experiment_id: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
     main()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .stub_llm import StubLlm
+    from .llm.server import StubLlm
 
 OFFLINE_DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -93,7 +93,7 @@ def sample(
     用意の誤り(サーバーがない、鍵が違う、書けない、など)は、直し方の分かる説明を標準エラーに書き、
     終了ステータス 1 で終わる。
     """
-    from .setup_problems import backend_problem, explained, mlflow_problem, require
+    from .doctor.setup_problems import backend_problem, explained, mlflow_problem, require
 
     require(mlflow_problem())
     import mlflow
@@ -145,7 +145,7 @@ def set_aside(experiment: str) -> None:
 @contextlib.contextmanager
 def _stub_llm() -> Iterator[StubLlm]:
     try:
-        from .stub_llm import StubLlm
+        from .llm.server import StubLlm
     except ModuleNotFoundError as error:
         raise SystemExit(
             f"LLM スタブに {error.name} が要ります: pip install -r requirements.txt "

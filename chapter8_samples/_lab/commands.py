@@ -13,8 +13,7 @@ from pathlib import Path
 import mlflow
 
 from . import Lab, home, local_store, sample, set_aside
-from .periods import since
-from .setup_problems import (
+from .doctor.setup_problems import (
     backend_problem,
     explained,
     missing_database,
@@ -22,6 +21,7 @@ from .setup_problems import (
     require,
     shown,
 )
+from .report.periods import since
 
 # 途中でサーバーが止まっても、数分も待たせない
 SHORT_WAITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -57,7 +57,7 @@ def story(output: Path, *, fresh: bool, keep: bool) -> int:
         erase_state()
     with own_lab(llm=True) as lab, contextlib.ExitStack() as stack:
         from .console import run_steps
-        from .story import EXPERIMENT, cast
+        from .story.play import EXPERIMENT, cast
 
         if not keep:
             set_aside(EXPERIMENT)
@@ -82,8 +82,8 @@ def _next(output: Path) -> str:
 
 def report(output: Path) -> int:
     """シナリオの保存されたトレースから、レポートを作り直す。"""
-    from .story import EXPERIMENT
-    from .story_report import NoStoryError, write_story_report
+    from .story.play import EXPERIMENT
+    from .story.report import NoStoryError, write_story_report
 
     require(output_problem(output))
     with own_lab():
@@ -101,7 +101,7 @@ def report(output: Path) -> int:
 
 def experiment_report(output: Path, options: Namespace) -> int:
     """任意のエクスペリメントのレポートを書く。接続先は引数、環境変数、手元のデータベースの順。"""
-    from .experiment_report import (
+    from .report.experiment import (
         EmptyExperimentError,
         ReportInputError,
         ReportRequest,
@@ -147,7 +147,7 @@ def _report_source(tracking_uri: str | None) -> tuple[str, str]:
 
 def ui(port: int) -> int:
     """手元のデータベースで MLflow UI を開き、Ctrl-C まで待つ。"""
-    from .mlflow_server import MlflowServer
+    from .servers.mlflow_server import MlflowServer
 
     with (
         own_lab() as lab,
@@ -161,8 +161,8 @@ def ui(port: int) -> int:
 def serve(port: int) -> int:
     """お客様窓口のチャット画面と MLflow サーバーを開き、Ctrl-C まで待つ。"""
     with own_lab(llm=True) as lab:
-        from .chat_server import PortTakenError, serve_chat
-        from .mlflow_server import MlflowServerError
+        from .servers.mlflow_server import MlflowServerError
+        from .shop.chat_server import PortTakenError, serve_chat
 
         try:
             serve_chat(lab, port)

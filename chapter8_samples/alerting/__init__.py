@@ -1,5 +1,53 @@
-"""``04_alerting`` の別名(自動生成)。"""
+"""8.4 アラートとロールバック。
 
-from chapter8_samples import _sections
+本書のファイル(``04_alerting/``)も、この名前の下で import できる。
+公開名は、使われたときに読み込む。
+"""
 
-_sections.become_real(__name__)
+__path__.append(__path__[0].removesuffix("alerting") + "04_alerting")
+
+_MODULES = {
+    "alert_config": "setup_alerting",
+    "notification_handlers": (
+        "ConsoleNotificationHandler MultiChannelNotifier PagerDutyNotificationHandler "
+        "SlackNotificationHandler"
+    ),
+    "rollback": "ModelRollbackManager PromptRollbackManager get_champion_version quick_rollback",
+    "rules.model": "AlertConfigError AlertRule BurnRateRule",
+    "rules.config": "AlertConfig Inhibit MuteWindow",
+    "rules.file": "load_config",
+    "metrics.measures": "MetricSample MetricSourceError",
+    "engine": "AlertEngine",
+    "delivery.posting": (
+        "Alert AlertSeverity AlertStatus Delivery NotificationConfigError "
+        "NotificationHandler RetryPolicy"
+    ),
+    "delivery.channels": (
+        "AlertmanagerNotificationHandler EmailNotificationHandler "
+        "TeamsNotificationHandler notifier_from_config"
+    ),
+    "delivery.signature": (
+        "ReplayGuard SignedWebhookNotificationHandler WebhookRefusedError "
+        "alert_from_mlflow_webhook verify_signature"
+    ),
+    "releases.journal": "Change RollbackError",
+    "releases.aliased": "AliasedModel AliasedPrompt",
+    "releases.on_alert": "RollbackDecision auto_rollback",
+    "releases.traffic": "shift_serving_traffic",
+    "tools.replay": "RecordedTraces Replay SyntheticTraffic replay",
+    "tools.exports": "to_alertmanager_config to_databricks_alert to_prometheus_rules",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,5 +1,40 @@
-"""``05_opentelemetry`` の別名(自動生成)。"""
+"""8.5 OpenTelemetry との連携。
 
-from chapter8_samples import _sections
+本書のファイル(``05_opentelemetry/``)も、この名前の下で import できる。
+公開名は、使われたときに読み込む。
+"""
 
-_sections.become_real(__name__)
+if __name__ == "opentelemetry":  # OpenTelemetry 本体と取り違えられた
+    raise ImportError(
+        f"{__path__[0]} hides the real opentelemetry package: put its parent package on sys.path, "
+        "not the folder that holds it (run from another directory, or move it under your package)"
+    )
+
+__path__.append(__path__[0].removesuffix("opentelemetry") + "05_opentelemetry")
+
+_MODULES = {
+    "otlp_setup": (
+        "setup_otlp_export disable_otlp_export otlp_status setup_otlp_for_datadog "
+        "setup_otlp_for_grafana_tempo setup_otlp_for_jaeger setup_otlp_via_collector"
+    ),
+    "export.config": "OtlpConfig OtlpConfigError OtlpSetupError OtlpStatus build_otlp_config",
+    "export.delivery": "ConnectionCheck FlushReport check_config check_otlp_connection flush_all",
+    "export.presets": "OtlpPreset preset",
+    "genai.semconv": "GENAI_SEMANTIC_CONVENTIONS find_semconv_gaps print_semantic_conventions",
+    "genai.metrics": "GenAIMetrics setup_genai_metrics",
+    "web": "trace_http_requests use_unified_tracer_provider",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

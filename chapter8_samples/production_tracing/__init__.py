@@ -1,5 +1,41 @@
-"""``01_production_tracing`` の別名(自動生成)。"""
+"""8.1 本番環境のトレーシング。
 
-from chapter8_samples import _sections
+本書のファイル(``01_production_tracing/``)も、この名前の下で import できる。
+公開名は、使われたときに読み込む。
+"""
 
-_sections.become_real(__name__)
+__path__.append(__path__[0].removesuffix("production_tracing") + "01_production_tracing")
+
+_MODULES = {
+    "basic_setup": "setup_production_tracing reset_production_tracing tracing_status",
+    "graceful_shutdown": "GracefulShutdownHandler setup_graceful_shutdown tracing_lifespan",
+    "metadata_tagging": (
+        "RequestContext RequestContextMiddleware add_trace_metadata find_traces "
+        "incoming_trace init_flask outgoing_headers request_scope run_with_context"
+    ),
+    "sampling_strategies": (
+        "AdaptiveSampler ConditionalSampler KeepRules ProbabilisticSampler "
+        "WeightedEstimates weighted_estimates"
+    ),
+    "autologging": "enable_autologging",
+    "spans": "atraced_stream record_error traced_step traced_stream",
+    "masking": "mask_pii",
+    "sampling": "Decision TraceSummary",
+    "delivery.flush": "FlushResult flush_traces",
+    "delivery.profiles": "EXPORT_PROFILES TracingSetupError TracingStatus",
+    "delivery.spool": "TraceSpool",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

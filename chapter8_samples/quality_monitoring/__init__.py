@@ -1,5 +1,59 @@
-"""``03_quality_monitoring`` の別名(自動生成)。"""
+"""8.3 品質の監視。
 
-from chapter8_samples import _sections
+本書のファイル(``03_quality_monitoring/``)も、この名前の下で import できる。
+公開名は、使われたときに読み込む。
+"""
 
-_sections.become_real(__name__)
+__path__.append(__path__[0].removesuffix("quality_monitoring") + "03_quality_monitoring")
+
+_MODULES = {
+    "scorer_setup": (
+        "setup_quality_scorers ScorerPlan ScorerSetupError ScorerStatus "
+        "evaluate_with_scorers setup_builtin_scorers setup_custom_guidelines_scorer "
+        "setup_scorers"
+    ),
+    "scorer_lifecycle": (
+        "RECOMMENDED_SAMPLE_RATES ScorerNotFoundError change_sample_rate "
+        "delete_all_scorers demonstrate_scorer_lifecycle estimate_monthly_judge_cost "
+        "get_scorer_status list_scorer_statuses pause_scorer remove_scorer resume_scorer "
+        "server_scored_until set_trace_archive stop_all_scorers"
+    ),
+    "feedback_collection": (
+        "FeedbackCollector FeedbackType IssueType Severity log_issue_report "
+        "log_rating_feedback log_text_feedback log_thumbs_feedback log_user_correction "
+        "pseudonymize"
+    ),
+    "backfill_scorers": (
+        "BackfillError BackfillReport backfill backfill_date_range backfill_last_week "
+        "backfill_new_scorer backfill_with_custom_sample_rates backfill_with_scorer_names"
+    ),
+    "feedback.delivery": (
+        "FeedbackDeliveryError FeedbackError FeedbackRequest FeedbackValidationError "
+        "TraceNotFoundError send_feedback"
+    ),
+    "feedback.outbox": "FeedbackOutbox ReplayReport",
+    "feedback.router": "create_feedback_router",
+    "feedback.summary": "FeedbackSummary summarize_feedback",
+    "feedback.corrections": "corrections_to_dataset",
+    "scoring.cycle": "run_scoring_cycle",
+    "scoring.custom": "CustomScorerError setup_custom_code_scorer validate_custom_scorer",
+    "scoring.judge_endpoint": "JudgeEndpointError ensure_judge_endpoint",
+    "scoring.plan": (
+        "BudgetError JudgeNotConfiguredError JudgePrice ScoringError ScoringOptions "
+        "ScoringReport ScoringTarget"
+    ),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

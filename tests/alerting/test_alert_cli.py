@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ports import free_port
 
-from chapter8_samples.alerting.alert_cli import main
+from chapter8_samples.alerting.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE = "{name: errors, metric: error_rate, window: 5m, threshold: 0.5, severity: critical}"

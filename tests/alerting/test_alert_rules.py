@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chapter8_samples.alerting.alert_rules import (
+from chapter8_samples.alerting.rules.model import (
     AlertConfigError,
     AlertRule,
     BurnRateRule,

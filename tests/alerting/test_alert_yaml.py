@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapter8_samples.alerting.alert_config import AlertConfig, load_config
-from chapter8_samples.alerting.alert_delivery import Alert, AlertSeverity, NotificationConfigError
-from chapter8_samples.alerting.alert_rules import AlertConfigError, AlertRule, BurnRateRule
-from chapter8_samples.alerting.alert_yaml import BURN_RATE, RULE, config_from_mapping
-from chapter8_samples.alerting.notification_channels import notifier_from_config
+from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, NotificationConfigError
+from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
+from chapter8_samples.alerting.rules.file import BURN_RATE, RULE, config_from_mapping
+from chapter8_samples.alerting.delivery.channels import notifier_from_config
 
 GOOD = """
 version: 1
@@ -67,7 +67,7 @@ def test_receivers_and_routes_become_a_notifier(tmp_path: Path) -> None:
         notifier_from_config(config, {})
     url = "https://hooks.example.com/services/T/B/SECRET"
     notifier = notifier_from_config(config, {"PD_KEY": "k" * 32, "SLACK_URL": url})
-    from chapter8_samples.alerting.alert_delivery import Alert
+    from chapter8_samples.alerting.delivery.posting import Alert
 
     assert notifier.route(Alert(name="a", severity="critical")) == ("oncall", "ops")  # type: ignore[arg-type]
     assert notifier.route(Alert(name="a")) == ("local",)

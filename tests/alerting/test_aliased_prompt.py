@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chapter8_samples.alerting.aliased_prompt import (
+from chapter8_samples.alerting.releases.aliased import (
     Aliased,
     AliasedModel,
     AliasedPrompt,

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chapter8_samples._lab.receivers import Answer, WebhookReceiver
-from chapter8_samples.alerting.alert_delivery import (
+from chapter8_samples._lab.servers.receivers import Answer, WebhookReceiver
+from chapter8_samples.alerting.delivery.posting import (
     Alert,
     AlertSeverity,
     AlertStatus,
@@ -34,7 +34,7 @@ from chapter8_samples.alerting.alert_delivery import (
     json_bytes,
     retry_after_seconds,
 )
-from chapter8_samples.alerting.notification_channels import (
+from chapter8_samples.alerting.delivery.channels import (
     AlertmanagerNotificationHandler,
     EmailNotificationHandler,
     TeamsNotificationHandler,

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from mlflow.entities import TraceInfo, TraceLocation, TraceState
 from ports import free_port
 
-from chapter8_samples._lab.receivers import WebhookReceiver
+from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
-from chapter8_samples.alerting.alert_delivery import NotificationConfigError
-from chapter8_samples.alerting.alert_rules import AlertConfigError, AlertRule, BurnRateRule
-from chapter8_samples.alerting.metric_source import (
+from chapter8_samples.alerting.delivery.posting import NotificationConfigError
+from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
+from chapter8_samples.alerting.metrics.source import (
     EndpointMissingError,
     SearchTracesMetricSource,
     ServerMetricSource,
@@ -32,7 +32,7 @@ from chapter8_samples.alerting.metric_source import (
     to_ms,
     to_row,
 )
-from chapter8_samples.alerting.trace_metrics import (
+from chapter8_samples.alerting.metrics.measures import (
     MetricSourceError,
     RowNumbers,
     TraceRow,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from chapter8_samples.alerting.alert_delivery import Alert, AlertSeverity, AlertStatus
-from chapter8_samples.alerting.alias_journal import (
+from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
+from chapter8_samples.alerting.releases.journal import (
     Change,
     ConcurrentChangeError,
     CooldownError,
@@ -25,7 +25,7 @@ from chapter8_samples.alerting.alias_journal import (
     VerificationError,
     known_bad,
 )
-from chapter8_samples.alerting.alias_target import ModelAlias
+from chapter8_samples.alerting.releases.targets import ModelAlias
 from chapter8_samples.alerting.rollback import (
     AliasRollback,
     ModelRollbackManager,
@@ -33,7 +33,7 @@ from chapter8_samples.alerting.rollback import (
     get_champion_version,
     quick_rollback,
 )
-from chapter8_samples.alerting.rollback_on_alert import auto_rollback
+from chapter8_samples.alerting.releases.on_alert import auto_rollback
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 

@@ -15,7 +15,7 @@ pytest.importorskip("databricks.sdk", reason="databricks-sdk is not installed")
 
 from databricks.sdk import WorkspaceClient
 
-from chapter8_samples.alerting.serving_traffic import ServingTrafficError, shift_serving_traffic
+from chapter8_samples.alerting.releases.traffic import ServingTrafficError, shift_serving_traffic
 
 PATH = "/api/2.0/serving-endpoints/bot"
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chapter8_samples._lab.receivers import WebhookReceiver
-from chapter8_samples.alerting.alert_delivery import (
+from chapter8_samples._lab.servers.receivers import WebhookReceiver
+from chapter8_samples.alerting.delivery.posting import (
     Alert,
     NotificationConfigError,
     RetryPolicy,
 )
-from chapter8_samples.alerting.webhook_signature import (
+from chapter8_samples.alerting.delivery.signature import (
     ReplayGuard,
     SignedWebhookNotificationHandler,
     WebhookRefusedError,
@@ -145,7 +145,7 @@ def test_a_live_signed_webhook_of_a_real_server_is_verified(
     import mlflow.genai
     from cryptography.fernet import Fernet
 
-    from chapter8_samples._lab.mlflow_server import MlflowServer
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
     settings = {
         "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",

@@ -26,18 +26,18 @@ from bench_report import Headline, machine, markdown
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from chapter8_samples import _lab
-from chapter8_samples._lab.mlflow_server import MlflowServer
+from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 from chapter8_samples.alerting.alert_config import AlertConfig
-from chapter8_samples.alerting.alert_engine import AlertEngine
-from chapter8_samples.alerting.alert_replay import SyntheticTraffic
-from chapter8_samples.alerting.alert_rules import format_duration
+from chapter8_samples.alerting.engine import AlertEngine
+from chapter8_samples.alerting.tools.replay import SyntheticTraffic
+from chapter8_samples.alerting.rules.model import format_duration
 from chapter8_samples.alerting.in_process_metrics import InProcessMetricSource
-from chapter8_samples.alerting.metric_source import (
+from chapter8_samples.alerting.metrics.source import (
     SearchTracesMetricSource,
     ServerMetricSource,
     TraceSearch,
 )
-from chapter8_samples.alerting.trace_metrics import MetricSource, TraceRow
+from chapter8_samples.alerting.metrics.measures import MetricSource, TraceRow
 
 EXPERIMENT = "alert-evaluation"
 LATENCIES = ("latency_p50_ms", "latency_p95_ms", "latency_p99_ms")

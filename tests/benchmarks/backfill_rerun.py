@@ -22,7 +22,7 @@ from bench_report import Headline, print_table
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 if TYPE_CHECKING:
-    from chapter8_samples.quality_monitoring.scoring_plan import ScoringTarget
+    from chapter8_samples.quality_monitoring.scoring.plan import ScoringTarget
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def measure(count: int) -> list[Turn]:
     import mlflow
 
     from chapter8_samples import _lab
-    from chapter8_samples._lab.stub_llm import StubLlm
+    from chapter8_samples._lab.llm.server import StubLlm
     from chapter8_samples.quality_monitoring.backfill_scorers import backfill
 
     _lab.go_offline()
@@ -104,7 +104,7 @@ def three_scorers() -> list[ScoringTarget]:
     """LLM ジャッジ 2 つと、コード 1 つ。"""
     from mlflow.genai.scorers import Guidelines, PIIDetection, Safety
 
-    from chapter8_samples.quality_monitoring.scoring_plan import ScoringTarget
+    from chapter8_samples.quality_monitoring.scoring.plan import ScoringTarget
 
     model = "openai:/gpt-4.1-mini"
     scorers = (

@@ -34,7 +34,7 @@ def fill(database: Path, traces: int) -> None:
     """10 件を普通に記録し、残りはデータベースの行を複製する。"""
     import mlflow
 
-    from chapter8_samples.cost_tracking.trace_costs import setup_cost_tracking
+    from chapter8_samples.cost_tracking.usage.span_costs import setup_cost_tracking
 
     mlflow.set_tracking_uri(f"sqlite:///{database}")
     mlflow.set_experiment(NAME)
@@ -79,7 +79,7 @@ def measure(way: str, uri: str, limit: int) -> dict[str, Any]:
     import mlflow
 
     from chapter8_samples.cost_tracking import token_tracking
-    from chapter8_samples.cost_tracking.trace_reader import find_experiment_id, iter_traces
+    from chapter8_samples.cost_tracking.usage.reader import find_experiment_id, iter_traces
 
     mlflow.set_tracking_uri(uri)
     experiment_id = find_experiment_id(NAME)
@@ -123,7 +123,7 @@ def main() -> None:
 
 def compare(traces: int, one_by_one: int) -> dict[str, dict[str, Any]]:
     """全部の方法を測る。合計が食い違えば失敗する。"""
-    from chapter8_samples._lab.mlflow_server import MlflowServer
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         database = Path(folder) / "bench.db"

@@ -39,7 +39,7 @@ def write_rows(path: Path, count: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from chapter8_samples.cost_tracking.trace_archive import archive_schema
+    from chapter8_samples.cost_tracking.archive.parquet import archive_schema
 
     rows, schema = iter(test_module("conftest").synthetic_rows(count)), archive_schema()
     with pq.ParquetWriter(path, schema) as writer:
@@ -49,7 +49,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def seconds_per_query(path: Path, repeat: int) -> dict[str, float]:
     """クエリの名前 -> 秒。"""
-    from chapter8_samples.cost_tracking import sql_runner
+    from chapter8_samples.cost_tracking.archive import sql as sql_runner
 
     archive = test_module("conftest")
     parameters = sql_runner.cost_parameters(archive.START, archive.END)
@@ -62,7 +62,7 @@ def seconds_per_query(path: Path, repeat: int) -> dict[str, float]:
 
 def same_on_spark(path: Path) -> list[bool]:
     """クエリごとに、DuckDB と PySpark の結果が等しいか。"""
-    from chapter8_samples.cost_tracking import sql_runner
+    from chapter8_samples.cost_tracking.archive import sql as sql_runner
 
     archive, normal = test_module("conftest"), test_module("test_cost_sql").normal
     parameters = sql_runner.cost_parameters(archive.START, archive.END)

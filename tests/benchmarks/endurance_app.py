@@ -28,7 +28,7 @@ import openai
 import uvicorn
 from fastapi import FastAPI, Response
 
-from chapter8_samples._lab.support_bot import GOOD_PROMPT, Prompt, SupportBot
+from chapter8_samples._lab.shop.support_bot import GOOD_PROMPT, Prompt, SupportBot
 from chapter8_samples.opentelemetry import flush_all, setup_otlp_export
 from chapter8_samples.production_tracing import (
     RequestContext,
@@ -36,7 +36,7 @@ from chapter8_samples.production_tracing import (
     setup_production_tracing,
     tracing_lifespan,
 )
-from chapter8_samples.production_tracing.trace_spool import TraceSpool
+from chapter8_samples.production_tracing.delivery.spool import TraceSpool
 from chapter8_samples.quality_monitoring import FeedbackOutbox, create_feedback_router
 
 logger = logging.getLogger(__name__)

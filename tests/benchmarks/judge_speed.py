@@ -31,7 +31,7 @@ def measure(count: int) -> dict[int, float]:
     import mlflow
 
     from chapter8_samples import _lab
-    from chapter8_samples._lab.stub_llm import StubLlm
+    from chapter8_samples._lab.llm.server import StubLlm
 
     _lab.go_offline()
     os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"
@@ -48,8 +48,8 @@ def score(experiment_id: str, concurrency: int, count: int) -> float:
     """全部のトレースを採点し、かかった秒数を返す。"""
     from mlflow.genai.scorers import Safety
 
-    from chapter8_samples.quality_monitoring.scoring_engine import score_traces
-    from chapter8_samples.quality_monitoring.scoring_plan import ScoringOptions, ScoringTarget
+    from chapter8_samples.quality_monitoring.scoring.engine import score_traces
+    from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions, ScoringTarget
 
     now = datetime.now(timezone.utc)
     safety = Safety(name=f"safety_{concurrency}", model="openai:/gpt-4.1-mini")

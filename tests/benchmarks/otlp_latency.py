@@ -154,7 +154,7 @@ def silent() -> Iterator[str]:
 def stub_llm() -> Iterator[str]:
     """別のプロセスの LLM スタブ。"""
     port = free_port()
-    command = [sys.executable, "-m", "chapter8_samples._lab.stub_llm", "--port", str(port)]
+    command = [sys.executable, "-m", "chapter8_samples._lab.llm.server", "--port", str(port)]
     with subprocess.Popen(command, cwd=sys.path[0], stdout=subprocess.DEVNULL) as process:
         try:
             while True:
@@ -180,7 +180,7 @@ def conditions(grpc: str, http: str, hanging: str) -> list[Condition]:
 
 def run(rounds: int, per_second: float) -> dict[str, App]:
     """全部のアプリへ、1 周に 1 件ずつ送る。"""
-    from chapter8_samples._lab.mlflow_server import MlflowServer
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory()))

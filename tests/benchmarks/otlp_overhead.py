@@ -35,14 +35,14 @@ from bench_report import Headline, print_table
 from ports import free_port
 
 from chapter8_samples import _lab
-from chapter8_samples.opentelemetry.otlp_delivery import flush_all
+from chapter8_samples.opentelemetry.export.delivery import flush_all
 from chapter8_samples.opentelemetry.otlp_setup import disable_otlp_export, setup_otlp_export
 
 SPANS, WARM_UP = 5, 5
 ANSWER = "返品は、商品の到着から 30 日以内に承ります。" * 10
 SINK = """
 import sys
-from chapter8_samples._lab.receivers import OtlpReceiver
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
 with OtlpReceiver() as sink:
     print(sink.grpc_endpoint, sink.http_endpoint, flush=True)
     for line in sys.stdin:

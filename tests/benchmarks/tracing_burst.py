@@ -86,7 +86,7 @@ def measure(sqlite: int, server: int) -> list[tuple[str, str, int, int, float, f
 
 def _start_server(stack: ExitStack, folder: Path) -> str:
     sys.path.insert(0, str(REPOSITORY))
-    from chapter8_samples._lab.mlflow_server import MlflowServer
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
     return stack.enter_context(MlflowServer(folder / "server")).url
 

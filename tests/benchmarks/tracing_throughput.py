@@ -206,7 +206,7 @@ def sink() -> Iterator[tuple[str, Callable[[], int]]]:
 @contextmanager
 def store(home: Path) -> Iterator[tuple[str, Callable[[], int]]]:
     """本物の MLflow サーバー。(URL, 前に数えてから保存されたスパンの数)。"""
-    from chapter8_samples._lab.mlflow_server import MlflowServer
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
     database, counted = home / "mlflow.db", 0
     with MlflowServer(home, backend_store_uri=f"sqlite:///{database}") as server:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from chapter8_samples.cost_tracking.cost_tracker import CostTracker
-    from chapter8_samples.cost_tracking.trace_costs import CostTracking
+    from chapter8_samples.cost_tracking.usage.tracker import CostTracker
+    from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
 
 START = datetime(2026, 10, 1, tzinfo=timezone.utc)
 END = datetime(2026, 11, 20, tzinfo=timezone.utc)
@@ -23,7 +23,7 @@ def write_archive(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from chapter8_samples.cost_tracking.trace_archive import archive_schema
+    from chapter8_samples.cost_tracking.archive.parquet import archive_schema
 
     pq.write_table(pa.Table.from_pylist(list(rows), schema=archive_schema()), path)
     return path
@@ -208,14 +208,14 @@ def synthetic_parquet(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int
 
 @pytest.fixture
 def tracker() -> CostTracker:
-    from chapter8_samples.cost_tracking.cost_tracker import CostTracker
+    from chapter8_samples.cost_tracking.usage.tracker import CostTracker
 
     return CostTracker()
 
 
 @pytest.fixture
 def costs(tracking_uri: str, tracker: CostTracker) -> Iterator[CostTracking]:
-    from chapter8_samples.cost_tracking.trace_costs import setup_cost_tracking
+    from chapter8_samples.cost_tracking.usage.span_costs import setup_cost_tracking
 
     tracking = setup_cost_tracking(tracker=tracker)
     yield tracking

@@ -20,7 +20,7 @@ from chapter8_samples.cost_tracking.cost_calculator import (
     InvalidUsageError,
     format_yen,
 )
-from chapter8_samples.cost_tracking.price_table import (
+from chapter8_samples.cost_tracking.prices.table import (
     CostError,
     ModelPrice,
     NoPriceError,

@@ -13,8 +13,8 @@ from mlflow.tracing import configure
 from mlflow.tracing.config import get_config
 from mlflow.tracking._tracking_service import utils as tracking_service
 
-from chapter8_samples.cost_tracking.cost_tracker import CostTracker
-from chapter8_samples.cost_tracking.trace_costs import CostTracking, setup_cost_tracking
+from chapter8_samples.cost_tracking.usage.tracker import CostTracker
+from chapter8_samples.cost_tracking.usage.span_costs import CostTracking, setup_cost_tracking
 
 
 def test_other_span_processors_are_kept(costs: CostTracking) -> None:

@@ -16,9 +16,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from chapter8_samples.cost_tracking import sql_runner
+from chapter8_samples.cost_tracking.archive import sql as sql_runner
 from chapter8_samples.cost_tracking.sql_report import chart_svg, write_csv
-from chapter8_samples.cost_tracking.sql_runner import (
+from chapter8_samples.cost_tracking.archive.sql import (
     ResultTable,
     SqlRunnerError,
     cost_parameters,

@@ -10,7 +10,7 @@ import pytest
 
 from chapter8_samples.cost_tracking import CostTracker as exported
 from chapter8_samples.cost_tracking import cost_calculator
-from chapter8_samples.cost_tracking.cost_tracker import OTHER, BudgetAlert, CostTracker
+from chapter8_samples.cost_tracking.usage.tracker import OTHER, BudgetAlert, CostTracker
 
 
 def test_the_functions_of_listing_8_9_are_found_where_the_reader_looks() -> None:

@@ -26,10 +26,10 @@ from pathlib import Path
 import mlflow
 from chapter8_samples.cost_tracking.cost_calculator import CostCalculator, CostTracker
 from chapter8_samples.cost_tracking.token_tracking import aggregate_token_usage_from_traces
-from chapter8_samples.cost_tracking.trace_archive import export_traces_to_parquet
-from chapter8_samples.cost_tracking.trace_costs import setup_cost_tracking
-from chapter8_samples.cost_tracking.trace_pricing import price_trace
-from chapter8_samples.cost_tracking.sql_runner import command
+from chapter8_samples.cost_tracking.archive.parquet import export_traces_to_parquet
+from chapter8_samples.cost_tracking.usage.span_costs import setup_cost_tracking
+from chapter8_samples.cost_tracking.usage.pricing import price_trace
+from chapter8_samples.cost_tracking.archive.sql import command
 
 mlflow.set_tracking_uri("sqlite:///offline.db")
 mlflow.set_experiment("offline")

@@ -15,13 +15,13 @@ from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, Me
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 
-from chapter8_samples.cost_tracking import trace_reader
+from chapter8_samples.cost_tracking.usage import reader as trace_reader
 from chapter8_samples.cost_tracking.token_tracking import (
     TokenUsageSummary,
     aggregate_token_usage_from_traces,
 )
-from chapter8_samples.cost_tracking.trace_costs import setup_cost_tracking
-from chapter8_samples.cost_tracking.trace_reader import find_experiment_id
+from chapter8_samples.cost_tracking.usage.span_costs import setup_cost_tracking
+from chapter8_samples.cost_tracking.usage.reader import find_experiment_id
 
 START = datetime(2024, 12, 20, tzinfo=timezone.utc)
 

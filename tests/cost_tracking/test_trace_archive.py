@@ -12,15 +12,15 @@ import mlflow
 import pytest
 from quality_monitoring.fake_workspace import FakeWorkspace
 
-from chapter8_samples.cost_tracking import sql_runner, trace_archive
-from chapter8_samples.cost_tracking.trace_archive import (
+from chapter8_samples.cost_tracking.archive import sql as sql_runner, parquet as trace_archive
+from chapter8_samples.cost_tracking.archive.parquet import (
     ExportProgress,
     MissingDependencyError,
     enable_trace_archive,
     export_traces_to_parquet,
 )
-from chapter8_samples.cost_tracking.trace_costs import setup_cost_tracking
-from chapter8_samples.cost_tracking.trace_reader import ExperimentNotFoundError
+from chapter8_samples.cost_tracking.usage.span_costs import setup_cost_tracking
+from chapter8_samples.cost_tracking.usage.reader import ExperimentNotFoundError
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'chapter8-samples[sql]' で入る")
 DAY_1 = datetime(2024, 12, 20, 6, tzinfo=timezone.utc)

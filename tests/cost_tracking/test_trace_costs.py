@@ -14,19 +14,19 @@ import mlflow
 import pytest
 from cost_tracking.llm_spans import DECEMBER, MODEL, USAGE, call, end, total_cost
 
-from chapter8_samples.cost_tracking import trace_costs
+from chapter8_samples.cost_tracking.usage import span_costs as trace_costs
 from chapter8_samples.cost_tracking.cost_calculator import CostCalculator
-from chapter8_samples.cost_tracking.cost_tracker import CostTracker
-from chapter8_samples.cost_tracking.price_table import PriceTable
+from chapter8_samples.cost_tracking.usage.tracker import CostTracker
+from chapter8_samples.cost_tracking.prices.table import PriceTable
 from chapter8_samples.cost_tracking.token_tracking import (
     aggregate_token_usage_from_traces,
     get_token_usage_from_trace,
     setup_token_tracking,
     usage_by_model,
 )
-from chapter8_samples.cost_tracking.trace_costs import CostTracking, setup_cost_tracking
-from chapter8_samples.cost_tracking.trace_pricing import price_trace
-from chapter8_samples.cost_tracking.trace_reader import (
+from chapter8_samples.cost_tracking.usage.span_costs import CostTracking, setup_cost_tracking
+from chapter8_samples.cost_tracking.usage.pricing import price_trace
+from chapter8_samples.cost_tracking.usage.reader import (
     ExperimentNotFoundError,
     TokenUsage,
     TraceNotFoundError,

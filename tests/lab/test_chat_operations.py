@@ -11,12 +11,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
-from chapter8_samples._lab.chat_panel import create_panel_router
-from chapter8_samples._lab.operations import OperationRefusedError, Operations
-from chapter8_samples._lab.stub_llm import StubLlm
-from chapter8_samples._lab.support_bot import SupportBot
-from chapter8_samples._lab.traffic import Traffic
-from chapter8_samples.alerting.metric_source import metric_source
+from chapter8_samples._lab.shop.chat_panel import create_panel_router
+from chapter8_samples._lab.shop.operations import OperationRefusedError, Operations
+from chapter8_samples._lab.llm.server import StubLlm
+from chapter8_samples._lab.shop.support_bot import SupportBot
+from chapter8_samples._lab.shop.traffic import Traffic
+from chapter8_samples.alerting.metrics.source import metric_source
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_slow_judge_is_told_and_does_not_hold_up_the_alert(
 ) -> None:
     operations.traffic.send(1)
     mlflow.flush_trace_async_logging()
-    monkeypatch.setattr("chapter8_samples._lab.operations.SLOW_SCORING_SECONDS", 0.0)
+    monkeypatch.setattr("chapter8_samples._lab.shop.operations.SLOW_SCORING_SECONDS", 0.0)
     stub_llm.set_faults(latency_seconds=3)
     operations.start_watching()
     wait_for(lambda: "採点が進みません" in operations.status()["problem"])
@@ -103,7 +103,7 @@ def test_slow_judge_is_told_and_does_not_hold_up_the_alert(
 def test_unreadable_traces_are_told_and_forgotten(
     operations: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chapter8_samples._lab.operations.CHECK_SECONDS", 0.05)
+    monkeypatch.setattr("chapter8_samples._lab.shop.operations.CHECK_SECONDS", 0.05)
     monkeypatch.setattr(operations, "experiment", "renamed")
     operations.start_watching()
     wait_for(lambda: "トレースを読めません" in operations.status()["problem"])

@@ -23,15 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ROOT, run_as_reader
 
-from chapter8_samples._lab import (
-    doctor,
-    doctor_checks,
-    doctor_services,
-    doctor_settings,
+from chapter8_samples._lab.doctor import (
+    run as doctor,
+    checks as doctor_checks,
+    services as doctor_services,
+    settings as doctor_settings,
     setup_problems,
 )
-from chapter8_samples._lab.doctor import Finding
-from chapter8_samples._lab.setup_problems import shown
+from chapter8_samples._lab.doctor.run import Finding
+from chapter8_samples._lab.doctor.setup_problems import shown
 
 DUAL = {"MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT": "true"}
 GRPC = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:4317"}
@@ -400,7 +400,7 @@ def test_the_key_of_the_otlp_receiver_is_sent(stranger: Any) -> None:
 
 
 def test_every_answer_of_the_connection_check_is_translated() -> None:
-    from chapter8_samples.opentelemetry import otlp_delivery
+    from chapter8_samples.opentelemetry.export import delivery as otlp_delivery
 
     assert {*doctor_services._ANSWERS, "ok"} == {*otlp_delivery._FIXES}
 

@@ -17,9 +17,9 @@ import mlflow
 import pytest
 import requests
 
-from chapter8_samples._lab import mlflow_server
-from chapter8_samples._lab.mlflow_server import MlflowServer, MlflowServerError
-from chapter8_samples._lab.stub_llm import StubLlm
+from chapter8_samples._lab.servers import mlflow_server
+from chapter8_samples._lab.servers.mlflow_server import MlflowServer, MlflowServerError
+from chapter8_samples._lab.llm.server import StubLlm
 
 GUARD = Path(mlflow_server.__file__).with_name("process_guard.py")
 
@@ -86,7 +86,7 @@ def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
     script = f"""
         import sys, time
         from pathlib import Path
-        from chapter8_samples._lab.mlflow_server import MlflowServer
+        from chapter8_samples._lab.servers.mlflow_server import MlflowServer
         server = MlflowServer(Path({str(tmp_path / "home")!r}), jobs=True).start()
         print(server.pid, server.url, flush=True)
         time.sleep(600)

@@ -34,7 +34,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 from opentelemetry.trace import SpanKind
 
-from chapter8_samples._lab.receivers import OtlpReceiver
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
 
 Factory = Callable[[OtlpReceiver], SpanExporter]
 

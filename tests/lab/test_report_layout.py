@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from chapter8_samples._lab.health import Point
-from chapter8_samples._lab.incidents import Event
-from chapter8_samples._lab.report import write_report
-from chapter8_samples._lab.report_sections import Limit, Subject, cards, sections
-from chapter8_samples.alerting.trace_metrics import TraceRow
+from chapter8_samples._lab.report.health import Point
+from chapter8_samples._lab.report.incidents import Event
+from chapter8_samples._lab.report.page import write_report
+from chapter8_samples._lab.report.sections import Limit, Subject, cards, sections
+from chapter8_samples.alerting.metrics.measures import TraceRow
 
 START = datetime(2026, 1, 31, 8, 30, tzinfo=timezone.utc)
 pytestmark = [

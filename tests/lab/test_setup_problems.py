@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from samples import ROOT, run_as_reader
 
 from chapter8_samples import _lab
-from chapter8_samples._lab.setup_problems import bounded, explain
+from chapter8_samples._lab.doctor.setup_problems import bounded, explain
 
 NOWHERE = "http://127.0.0.1:9"
 UNWRITABLE = "/dev/null/x"  # root でも書けない

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from chapter8_samples._lab import commands
-from chapter8_samples._lab.story import (
+from chapter8_samples._lab.story.play import (
     COST_CEILING_USD,
     MIN_SAMPLES,
     QUALITY,
@@ -19,9 +19,9 @@ from chapter8_samples._lab.story import (
     Story,
     alert_config,
 )
-from chapter8_samples._lab.traffic import WORKERS
+from chapter8_samples._lab.shop.traffic import WORKERS
 from chapter8_samples.alerting import AlertEngine
-from chapter8_samples.alerting.trace_metrics import MetricSample, RowNumbers, TraceRow, measure
+from chapter8_samples.alerting.metrics.measures import MetricSample, RowNumbers, TraceRow, measure
 
 NOW = datetime(2026, 2, 1, tzinfo=timezone.utc)
 SLOW_SECONDS_PER_VISIT = 2.5

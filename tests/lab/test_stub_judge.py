@@ -16,10 +16,10 @@ from mlflow.genai import scorers
 from mlflow.genai.judges import make_judge
 from openai import OpenAI
 
-from chapter8_samples._lab import stub_rules
-from chapter8_samples._lab.stub_llm import StubLlm
-from chapter8_samples._lab.stub_rules import Case, Verdict
-from chapter8_samples._lab.stub_schema import fill
+from chapter8_samples._lab.llm import rules as stub_rules
+from chapter8_samples._lab.llm.server import StubLlm
+from chapter8_samples._lab.llm.rules import Case, Verdict
+from chapter8_samples._lab.llm.schema import fill
 
 MODEL = "openai:/gpt-4o-mini"
 QUESTION = "返品は何日以内ですか?"

@@ -15,8 +15,8 @@ import pytest
 import requests
 from openai import AsyncOpenAI, OpenAI
 
-from chapter8_samples._lab import stub_answers, stub_text
-from chapter8_samples._lab.stub_llm import Faults, StubLlm
+from chapter8_samples._lab.llm import answers as stub_answers, text as stub_text
+from chapter8_samples._lab.llm.server import Faults, StubLlm
 
 DOCUMENTS = """<documents>
 返品は商品の到着から14日以内に受け付けます。返品の送料はお客様のご負担です。
@@ -389,7 +389,7 @@ def test_stop_closes_the_port_and_start_opens_it_again() -> None:
 @pytest.mark.slow
 def test_runs_alone_from_the_command_line() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "chapter8_samples._lab.stub_llm", "--port", "0"],
+        [sys.executable, "-m", "chapter8_samples._lab.llm.server", "--port", "0"],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 import requests
 
-from chapter8_samples._lab.receivers import Answer, WebhookReceiver
+from chapter8_samples._lab.servers.receivers import Answer, WebhookReceiver
 
 
 def test_what_arrives_is_recorded_as_it_is(webhooks: WebhookReceiver) -> None:

@@ -29,8 +29,8 @@ from ports import free_port
 from relay import relay
 from samples import run_as_reader
 
-from chapter8_samples._lab.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry.otlp_delivery import flush_all
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
+from chapter8_samples.opentelemetry.export.delivery import flush_all
 from chapter8_samples.opentelemetry.otlp_setup import setup_otlp_export
 
 from .collector_rules import PII

@@ -8,7 +8,7 @@ import pytest
 from ports import free_port
 from samples import ROOT, run_as_reader
 
-from chapter8_samples._lab.receivers import OtlpReceiver
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
 
 SETUP = ROOT / "chapter8_samples/05_opentelemetry/otlp_setup.py"
 

@@ -10,13 +10,13 @@ import pytest
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes
 
-from chapter8_samples._lab.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry.genai_metrics import (
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
+from chapter8_samples.opentelemetry.genai.metrics import (
     SECOND_BUCKETS,
     TOKEN_BUCKETS,
     setup_genai_metrics,
 )
-from chapter8_samples.opentelemetry.genai_semconv import (
+from chapter8_samples.opentelemetry.genai.semconv import (
     GENAI_SEMANTIC_CONVENTIONS,
     RENAMED,
     find_semconv_gaps,

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from opentelemetry.util.re import parse_env_headers
 
-from chapter8_samples.opentelemetry.otlp_config import (
+from chapter8_samples.opentelemetry.export.config import (
     OtlpConfig,
     OtlpConfigError,
     build_otlp_config,
     parse_resource_attributes,
 )
-from chapter8_samples.opentelemetry.otlp_presets import PRESETS, preset
+from chapter8_samples.opentelemetry.export.presets import PRESETS, preset
 
 # どのプリセットにも足りる環境変数
 KEYS = {

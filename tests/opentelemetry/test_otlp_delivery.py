@@ -18,9 +18,9 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from ports import free_port
 
-from chapter8_samples._lab.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry.otlp_config import build_otlp_config
-from chapter8_samples.opentelemetry.otlp_delivery import (
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
+from chapter8_samples.opentelemetry.export.config import build_otlp_config
+from chapter8_samples.opentelemetry.export.delivery import (
     check_otlp_connection,
     delivery_counts,
     flush_all,

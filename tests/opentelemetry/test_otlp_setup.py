@@ -15,13 +15,13 @@ import pytest
 from opentelemetry.sdk.trace import SpanProcessor
 from ports import free_port
 
-from chapter8_samples._lab.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry.otlp_config import (
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
+from chapter8_samples.opentelemetry.export.config import (
     OtlpConfigError,
     OtlpSetupError,
     build_otlp_config,
 )
-from chapter8_samples.opentelemetry.otlp_delivery import flush_all
+from chapter8_samples.opentelemetry.export.delivery import flush_all
 from chapter8_samples.opentelemetry.otlp_setup import (
     disable_otlp_export,
     otlp_status,
@@ -403,7 +403,7 @@ def test_spans_ended_before_os_exit_are_delivered_after_flush_all(
     program = f"""
 import os, mlflow
 from chapter8_samples.opentelemetry.otlp_setup import setup_otlp_export
-from chapter8_samples.opentelemetry.otlp_delivery import flush_all
+from chapter8_samples.opentelemetry.export.delivery import flush_all
 mlflow.set_tracking_uri({tracking_uri!r})
 mlflow.set_experiment("exit")
 setup_otlp_export({endpoint_of(otlp, protocol)!r}, "bot", {protocol!r})

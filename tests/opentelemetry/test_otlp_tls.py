@@ -15,13 +15,13 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SpanExportResult
 
-from chapter8_samples._lab.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry.otlp_config import (
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
+from chapter8_samples.opentelemetry.export.config import (
     OtlpConfig,
     OtlpSetupError,
     build_otlp_config,
 )
-from chapter8_samples.opentelemetry.otlp_delivery import (
+from chapter8_samples.opentelemetry.export.delivery import (
     check_config,
     check_otlp_connection,
     flush_all,

@@ -17,9 +17,9 @@ import mlflow
 import pytest
 import requests
 
-from chapter8_samples._lab.receivers import OtlpReceiver
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
 from chapter8_samples.opentelemetry.otlp_setup import setup_otlp_export
-from chapter8_samples.opentelemetry.unified_provider import use_unified_tracer_provider
+from chapter8_samples.opentelemetry.web import use_unified_tracer_provider
 
 CALLER = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{CALLER}-00f067aa0ba902b7-01"
@@ -27,10 +27,10 @@ SERVER = """
 import json, sys, mlflow, uvicorn
 from fastapi import FastAPI
 from opentelemetry import trace
-from chapter8_samples.opentelemetry.otlp_delivery import flush_all
+from chapter8_samples.opentelemetry.export.delivery import flush_all
 from chapter8_samples.opentelemetry.otlp_setup import otlp_status, setup_otlp_export
 from chapter8_samples.opentelemetry import unified_provider
-from chapter8_samples.opentelemetry.unified_provider import use_unified_tracer_provider
+from chapter8_samples.opentelemetry.web import use_unified_tracer_provider
 
 endpoint, tracking_uri = sys.argv[1:3]
 options = json.loads(sys.argv[3])
@@ -155,7 +155,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from chapter8_samples.opentelemetry.unified_provider import use_unified_tracer_provider
+from chapter8_samples.opentelemetry.web import use_unified_tracer_provider
 mlflow.set_tracking_uri(sys.argv[1])
 mlflow.set_experiment("app")
 memory, own = InMemorySpanExporter(), TracerProvider()
@@ -180,7 +180,7 @@ def test_keeps_a_provider_the_app_has_set(tracking_uri: str) -> None:
 def test_says_that_tracing_is_switched_off(tracking_uri: str) -> None:
     program = """
 import os
-from chapter8_samples.opentelemetry.unified_provider import use_unified_tracer_provider
+from chapter8_samples.opentelemetry.web import use_unified_tracer_provider
 import mlflow
 mlflow.tracing.disable()
 try:

@@ -13,9 +13,9 @@ import mlflow
 import pytest
 from ports import free_port
 
-from chapter8_samples._lab.mlflow_server import MlflowServer
-from chapter8_samples._lab.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry.otlp_delivery import flush_all
+from chapter8_samples._lab.servers.mlflow_server import MlflowServer
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
+from chapter8_samples.opentelemetry.export.delivery import flush_all
 from chapter8_samples.opentelemetry.otlp_setup import otlp_status, setup_otlp_export
 from chapter8_samples.production_tracing.basic_setup import (
     reset_production_tracing,

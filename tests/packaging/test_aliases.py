@@ -93,7 +93,7 @@ def test_first_import_from_many_threads(tmp_path: Path) -> None:
     names = [
         "chapter8_samples.alerting",
         "chapter8_samples.alerting.alert_config",
-        "chapter8_samples.04_alerting.alert_config",
+        "chapter8_samples.alerting.alert_config",
         "chapter8_samples.alerting.notification_handlers",
     ] * 4
     for _ in range(8):

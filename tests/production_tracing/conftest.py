@@ -17,7 +17,7 @@ import ports
 import pytest
 
 from chapter8_samples.production_tracing import basic_setup
-from chapter8_samples.production_tracing import tail_sampling as tail
+from chapter8_samples.production_tracing import sampling as tail
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

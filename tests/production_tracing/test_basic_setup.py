@@ -22,20 +22,20 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-from chapter8_samples._lab.receivers import OtlpReceiver
-from chapter8_samples.production_tracing import basic_setup, manual_spans
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
+from chapter8_samples.production_tracing import basic_setup, spans as manual_spans
 from chapter8_samples.production_tracing.autologging import AUTOLOG_PROVIDERS, enable_autologging
 from chapter8_samples.production_tracing.basic_setup import (
     reset_production_tracing,
     setup_production_tracing,
     tracing_status,
 )
-from chapter8_samples.production_tracing.export_profiles import (
+from chapter8_samples.production_tracing.delivery.profiles import (
     EnvironmentPatch,
     TracingSetupError,
     otlp_environment,
 )
-from chapter8_samples.production_tracing.pii_masking import mask_pii
+from chapter8_samples.production_tracing.masking import mask_pii
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -280,7 +280,7 @@ print(os.wait()[1])
 def test_tracing_starts_by_itself_when_the_server_appears(
     free_port: int, tmp_path: Path, stored: Any
 ) -> None:
-    from chapter8_samples._lab.mlflow_server import MlflowServer
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
     setup_production_tracing(
         "late", tracking_uri=f"http://127.0.0.1:{free_port}", retry_seconds=0.5
@@ -311,7 +311,7 @@ def test_otlp_profile_sends_a_burst_to_the_server(mlflow_server_url: str) -> Non
         add_trace_metadata,
         find_traces,
     )
-    from chapter8_samples.production_tracing.trace_flush import flush_traces
+    from chapter8_samples.production_tracing.delivery.flush import flush_traces
 
     setup_production_tracing("otlp-profile", tracking_uri=mlflow_server_url, export_profile="otlp")
 

@@ -8,7 +8,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from chapter8_samples._lab.mlflow_server import MlflowServer
+from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
 BURST = 2_000
 

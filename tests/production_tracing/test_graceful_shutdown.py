@@ -19,7 +19,7 @@ from chapter8_samples.production_tracing.graceful_shutdown import (
     GracefulShutdownHandler,
     setup_graceful_shutdown,
 )
-from chapter8_samples.production_tracing.trace_flush import flush_traces
+from chapter8_samples.production_tracing.delivery.flush import flush_traces
 
 SETUP = "setup_graceful_shutdown(timeout_seconds=20)\n"
 WORK = "for number in range(30): work(number)\n"

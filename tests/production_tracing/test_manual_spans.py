@@ -11,7 +11,7 @@ import mlflow
 import pytest
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
-from chapter8_samples.production_tracing.manual_spans import (
+from chapter8_samples.production_tracing.spans import (
     atraced_stream,
     record_error,
     traced_step,

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import SpanEvent
 
-from chapter8_samples.production_tracing.pii_masking import (
+from chapter8_samples.production_tracing.masking import (
     Pattern,
     harmless_texts,
     luhn,

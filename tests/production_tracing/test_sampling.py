@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
-from chapter8_samples.production_tracing import tail_sampling
+from chapter8_samples.production_tracing import sampling as tail_sampling
 from chapter8_samples.production_tracing.metadata_tagging import incoming_trace, run_with_context
 from chapter8_samples.production_tracing.sampling_strategies import (
     AdaptiveRate,
@@ -33,7 +33,7 @@ from chapter8_samples.production_tracing.sampling_strategies import (
     ProbabilisticSampler,
     weighted_estimates,
 )
-from chapter8_samples.production_tracing.tail_sampling import (
+from chapter8_samples.production_tracing.sampling import (
     Decision,
     TailSampler,
     TraceSummary,

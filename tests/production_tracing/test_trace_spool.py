@@ -18,9 +18,9 @@ import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 
-from chapter8_samples.production_tracing import trace_spool
+from chapter8_samples.production_tracing.delivery import spool as trace_spool
 from chapter8_samples.production_tracing.graceful_shutdown import GracefulShutdownHandler
-from chapter8_samples.production_tracing.trace_spool import TraceSpool, replay
+from chapter8_samples.production_tracing.delivery.spool import TraceSpool, replay
 
 
 class Server:
@@ -274,7 +274,7 @@ def test_sigterm_with_a_dead_server_loses_nothing(
         listener.bind(("127.0.0.1", free_port))
         listener.listen(64)
     body = f"""
-from chapter8_samples.production_tracing.trace_spool import TraceSpool
+from chapter8_samples.production_tracing.delivery.spool import TraceSpool
 setup_graceful_shutdown(5, spool=TraceSpool("spool").install())
 experiment = mlflow.set_experiment("child").experiment_id
 mlflow.set_tracking_uri("http://127.0.0.1:{free_port}")
@@ -299,7 +299,7 @@ time.sleep(60)
 @pytest.mark.slow
 def test_server_killed_in_mid_burst_and_restarted(tmp_path: Path, free_port: int) -> None:
     """SIGKILL されたサーバーが戻れば、ひとりでに全件が届き、重複しない。"""
-    from chapter8_samples._lab.mlflow_server import MlflowServer
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 
     os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="5")
     server = MlflowServer(tmp_path / "home", port=free_port).start()
@@ -326,7 +326,7 @@ def test_server_killed_in_mid_burst_and_restarted(tmp_path: Path, free_port: int
 
 
 def test_command_line(tmp_path: Path) -> None:
-    name = "chapter8_samples.production_tracing.trace_spool"
+    name = "chapter8_samples.production_tracing.delivery.spool"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -33,7 +33,7 @@ from chapter8_samples.quality_monitoring.scorer_setup import (
     setup_quality_scorers,
     setup_scorers,
 )
-from chapter8_samples.quality_monitoring.scoring_plan import ScoringOptions, ScoringTarget
+from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions, ScoringTarget
 
 MODEL = "openai:/gpt-4.1-mini"
 ROOT = Path(__file__).parents[2]
@@ -235,7 +235,7 @@ import sys
 import mlflow
 from mlflow.genai.scorers import Guidelines, PIIDetection, Safety
 from chapter8_samples.quality_monitoring.backfill_scorers import backfill
-from chapter8_samples.quality_monitoring.scoring_plan import ScoringTarget
+from chapter8_samples.quality_monitoring.scoring.plan import ScoringTarget
 
 mlflow.set_tracking_uri(sys.argv[1])
 judges = [Safety(name="safety", model="openai:/gpt-4.1-mini"), PIIDetection(name="pii"),

@@ -10,7 +10,7 @@ from mlflow.genai import evaluate  # pyright: ignore[reportUnknownVariableType]
 from mlflow.genai.datasets import search_datasets
 from mlflow.genai.scorers import Correctness
 
-from chapter8_samples.quality_monitoring.correction_dataset import corrections_to_dataset
+from chapter8_samples.quality_monitoring.feedback.corrections import corrections_to_dataset
 from chapter8_samples.quality_monitoring.feedback_collection import log_user_correction
 
 

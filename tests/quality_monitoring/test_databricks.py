@@ -39,7 +39,7 @@ from chapter8_samples.quality_monitoring.scorer_setup import (
     setup_quality_scorers,
     setup_scorers,
 )
-from chapter8_samples.quality_monitoring.scoring_plan import ScoringOptions
+from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions
 
 NAME = "/production/my-llm-app"
 

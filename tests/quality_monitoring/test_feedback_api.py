@@ -20,15 +20,15 @@ from mlflow.tracing.client import TracingClient
 from openai import OpenAI
 from ports import free_port
 
-from chapter8_samples._lab.chat import create_app
-from chapter8_samples._lab.support_bot import (
+from chapter8_samples._lab.shop.chat import create_app
+from chapter8_samples._lab.shop.support_bot import (
     PROMPT_ALIAS,
     PROMPT_NAME,
     SupportBot,
     register_releases,
 )
-from chapter8_samples.quality_monitoring.feedback_api import create_feedback_router
-from chapter8_samples.quality_monitoring.feedback_outbox import FeedbackOutbox
+from chapter8_samples.quality_monitoring.feedback.router import create_feedback_router
+from chapter8_samples.quality_monitoring.feedback.outbox import FeedbackOutbox
 
 
 def client(**options: Any) -> TestClient:

@@ -20,7 +20,7 @@ from chapter8_samples.quality_monitoring.feedback_collection import (
     log_user_correction,
     pseudonymize,
 )
-from chapter8_samples.quality_monitoring.feedback_delivery import FeedbackValidationError
+from chapter8_samples.quality_monitoring.feedback.delivery import FeedbackValidationError
 
 
 def stored(trace_id: str) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from mlflow.tracing.provider import safe_set_span_in_context
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from ports import free_port
 
-from chapter8_samples._lab.mlflow_server import MlflowServer, MlflowServerError
-from chapter8_samples._lab.receivers import Answer
-from chapter8_samples.quality_monitoring import feedback_delivery
-from chapter8_samples.quality_monitoring.feedback_delivery import (
+from chapter8_samples._lab.servers.mlflow_server import MlflowServer, MlflowServerError
+from chapter8_samples._lab.servers.receivers import Answer
+from chapter8_samples.quality_monitoring.feedback import delivery as feedback_delivery
+from chapter8_samples.quality_monitoring.feedback.delivery import (
     FeedbackDeliveryError,
     FeedbackError,
     FeedbackRequest,

@@ -12,13 +12,13 @@ import pytest
 from mlflow.tracing.client import TracingClient
 
 from chapter8_samples import quality_monitoring
-from chapter8_samples.quality_monitoring.feedback_delivery import (
+from chapter8_samples.quality_monitoring.feedback.delivery import (
     FeedbackDeliveryError,
     FeedbackError,
     FeedbackRequest,
     send_feedback,
 )
-from chapter8_samples.quality_monitoring.feedback_outbox import FeedbackOutbox
+from chapter8_samples.quality_monitoring.feedback.outbox import FeedbackOutbox
 
 
 def request(trace_id: str, user_id: str = "u") -> FeedbackRequest:

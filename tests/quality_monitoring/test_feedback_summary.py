@@ -14,7 +14,7 @@ from chapter8_samples.quality_monitoring.feedback_collection import (
     log_rating_feedback,
     log_thumbs_feedback,
 )
-from chapter8_samples.quality_monitoring.feedback_summary import Rate, summarize_feedback
+from chapter8_samples.quality_monitoring.feedback.summary import Rate, summarize_feedback
 
 
 def test_only_valid_human_feedback_counts(store: str, ask: Any) -> None:

@@ -24,11 +24,11 @@ from chapter8_samples.quality_monitoring.feedback_collection import (
     log_thumbs_feedback,
     log_user_correction,
 )
-from chapter8_samples.quality_monitoring.feedback_delivery import (
+from chapter8_samples.quality_monitoring.feedback.delivery import (
     FeedbackRequest,
     FeedbackValidationError,
 )
-from chapter8_samples.quality_monitoring.feedback_summary import summarize_feedback
+from chapter8_samples.quality_monitoring.feedback.summary import summarize_feedback
 
 FOUND = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 pytestmark = [

@@ -41,8 +41,8 @@ from chapter8_samples.quality_monitoring.scorer_setup import (
     setup_quality_scorers,
     setup_scorers,
 )
-from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring_plan import JudgePrice, ScoringError
+from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
+from chapter8_samples.quality_monitoring.scoring.plan import JudgePrice, ScoringError
 
 ROOT = Path(__file__).parents[2]
 

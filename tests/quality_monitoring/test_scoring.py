@@ -34,9 +34,9 @@ from chapter8_samples.quality_monitoring.scorer_setup import (
     setup_builtin_scorers,
     setup_scorers,
 )
-from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring_engine import score_traces
-from chapter8_samples.quality_monitoring.scoring_plan import (
+from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
+from chapter8_samples.quality_monitoring.scoring.engine import score_traces
+from chapter8_samples.quality_monitoring.scoring.plan import (
     BudgetError,
     JudgeNotConfiguredError,
     JudgePrice,

@@ -20,10 +20,10 @@ from mlflow.genai.scorers import PIIDetection, Safety, scorer
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from chapter8_samples.quality_monitoring import scoring_engine
-from chapter8_samples.quality_monitoring.scoring_cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring_engine import score_traces
-from chapter8_samples.quality_monitoring.scoring_plan import (
+from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
+from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
+from chapter8_samples.quality_monitoring.scoring.engine import score_traces
+from chapter8_samples.quality_monitoring.scoring.plan import (
     BudgetError,
     ScoringOptions,
     ScoringTarget,
@@ -35,7 +35,7 @@ import faulthandler, sys, time
 import mlflow
 from mlflow.genai.scorers import scorer
 from chapter8_samples.quality_monitoring.backfill_scorers import backfill
-from chapter8_samples.quality_monitoring.scoring_plan import ScoringOptions, ScoringTarget
+from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions, ScoringTarget
 
 @scorer
 def slow(outputs):

@@ -11,8 +11,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from chapter8_samples._lab.mlflow_server import MlflowServer
-from chapter8_samples.quality_monitoring.judge_endpoint import (
+from chapter8_samples._lab.servers.mlflow_server import MlflowServer
+from chapter8_samples.quality_monitoring.scoring.judge_endpoint import (
     JudgeEndpointError,
     ensure_judge_endpoint,
 )

@@ -11,7 +11,7 @@ import mlflow
 import pytest
 from samples import ROOT, SAMPLES, run_as_reader, sample_id
 
-from chapter8_samples._lab.stub_llm import StubLlm
+from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples.cost_tracking.cost_calculator import CostCalculator
 
 pytestmark = pytest.mark.slow

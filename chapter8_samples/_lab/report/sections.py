@@ -1,0 +1,321 @@
+"""レポートの中身: カード、8.1 から 8.4 の図と表。シナリオにも、任意のエクスペリメントにも使う。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from chapter8_samples.alerting.metrics.measures import FAIL_VALUES, PASS_VALUES, RowNumbers
+from chapter8_samples.quality_monitoring.feedback.summary import Rate
+
+from ..console import shortened
+from . import health
+from .charts import KINDS, LineChart, Marker, Series, bars
+from .health import Point
+from .incidents import Event
+from .page import Card, Figure, Section, Table, link
+
+THUMBS = "user_thumbs"
+WORST, EVENT_ROWS = 5, 20
+_COMMENTS = {
+    "8.1": "アプリの応答時間と、失敗した割合です。",
+    "8.2": "LLM の呼び出しにかかったコストです(USD)。",
+    "8.3": "スコアラーの判定と、ユーザーの声です。品質の低下は、速さやコストだけでは分かりません。",
+    "8.4": "リリース、アラート、ロールバックを、起きた順に並べたものです。",
+}
+_NOTHING = {
+    "8.3": "この期間に、スコアラーの判定とユーザーの評価はありませんでした。",
+    "8.4": "この期間に、リリース、アラート、ロールバックはありませんでした。",
+}
+NAME_COLUMNS = 40
+
+
+@dataclass(frozen=True)
+class Limit:
+    """しきい値。``op`` が ``>`` なら、越えると異常。"""
+
+    op: str
+    value: float
+
+    def holds(self, value: float) -> bool:
+        """正常か。"""
+        return value <= self.value if self.op == ">" else value >= self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """レポートにするもの。``history`` は時刻順で、1 件以上ある。"""
+
+    started: datetime
+    history: Sequence[Point]
+    limits: Mapping[str, Limit]
+    """指標の名前 -> しきい値。``pass_rate`` は、個別の指定のない合格率すべてに使う。"""
+    events: Sequence[Event] = ()
+    trace_url: Callable[[str], str] = lambda _: ""
+    days: float | None = None
+    """1 日のコストに直すときの日数。``None`` なら合計を示す。"""
+    judged_from: float = 0.0
+    """カードの判定に使う最初の時刻(開始からの秒)。"""
+    judged_label: str = ""
+    titles: Mapping[str, str] = field(default_factory=dict[str, str])
+    """評価の名前 -> 表示名。"""
+    comments: Mapping[str, str] = field(default_factory=dict[str, str])
+    extra_tables: Sequence[Table] = ()
+    """8.4 に加える表。"""
+
+    @property
+    def judged(self) -> list[Point]:
+        """カードの判定に使うトレース。"""
+        recent = [point for point in self.history if point.at >= self.judged_from]
+        return recent or list(self.history)
+
+    def limit(self, metric: str) -> Limit | None:
+        """その指標のしきい値。"""
+        kind = metric.partition(":")[0]
+        return self.limits.get(metric) or (self.limits.get(kind) if ":" in metric else None)
+
+    def name(self, assessment: str) -> str:
+        """評価の表示名。"""
+        return {THUMBS: "ユーザーの高評価", **self.titles}.get(assessment, assessment)
+
+    def scorers(self) -> list[str]:
+        """人以外が付けた、合格・不合格の評価の名前。"""
+        human = {name for point in self.history for name in point.human}
+        return [name for name in health.pass_rate_names(self.history) if name not in human]
+
+    def ratings(self) -> list[str]:
+        """合格率を示す評価: スコアラーと、ユーザーの 👍/👎。"""
+        rated = any(name == THUMBS for p in self.history for name, _ in p.row.assessments)
+        return [*self.scorers(), *([THUMBS] if rated else [])]
+
+
+# カード --------------------------------------------------------------------
+
+
+def cards(subject: Subject) -> list[Card]:
+    """しきい値と判定の付いた数値。"""
+    return [
+        _count_card(subject),
+        _card(subject, "エラー率", "error_rate", "{:.2f}%", 100),
+        _card(subject, "応答時間 p95", "latency_p95_ms", "{:,.0f} ms"),
+        _card(subject, "1 件のコスト", "cost_usd_per_request", "${:.6f}"),
+        _cost_card(subject),
+        *(_quality_card(subject, name) for name in subject.ratings()),
+    ]
+
+
+def _count_card(subject: Subject) -> Card:
+    seen = len(subject.history)
+    stands_for = sum(point.row.weight for point in subject.history)
+    failed = sum(point.row.state == "ERROR" for point in subject.history)
+    whole = f"間引く前は推定 {stands_for:,.0f} 件" if round(stands_for) != seen else "間引きなし"
+    return Card("リクエスト", f"{seen:,} 件", f"失敗 {failed:,} 件、{whole}")
+
+
+def _card(subject: Subject, title: str, metric: str, unit: str, scale: float = 1) -> Card:
+    value = health.value_of(metric, subject.judged)
+    return _judged_card(subject, title, value, subject.limit(metric), unit, scale)
+
+
+def _judged_card(
+    subject: Subject,
+    title: str,
+    value: float | None,
+    limit: Limit | None,
+    unit: str,
+    scale: float = 1,
+    *extra: str,
+) -> Card:
+    if value is None:
+        return Card(title, "-", "記録なし")
+    rule = "しきい値なし"
+    if limit is not None:
+        rule = (
+            f"しきい値 {unit.format(scale * limit.value)} {'以下' if limit.op == '>' else '以上'}"
+        )
+    notes = [subject.judged_label, rule, *extra]
+    verdict = None if limit is None else limit.holds(value)
+    return Card(title, unit.format(scale * value), "、".join(filter(None, notes)), verdict)
+
+
+def _cost_card(subject: Subject) -> Card:
+    total = health.value_of("cost_usd", subject.history) or 0.0
+    unpriced = sum(point.row.cost_usd is None for point in subject.history)
+    missing = [f"コストの記録のないトレース {unpriced:,} 件"] if unpriced else []
+    if subject.days is None:
+        return Card("合計コスト", f"${total:.4f}", "、".join(["全期間", *missing]))
+    hourly = subject.limits.get("cost_usd_per_hour")
+    limit = hourly and Limit(hourly.op, 24 * hourly.value)
+    how = f"{subject.days:.1f} 日の平均" if subject.days > 1 else ""
+    if subject.days < 1:
+        how = f"{24 * subject.days:.1f} 時間からの換算"
+    extra = [text for text in (how, *missing) if text]
+    return _judged_card(subject, "1 日のコスト", total / subject.days, limit, "${:,.2f}", 1, *extra)
+
+
+def _quality_card(subject: Subject, name: str) -> Card:
+    metric = f"pass_rate:{name}"
+    value = health.value_of(metric, subject.judged)
+    good, total = _verdict_counts(subject.judged, name)
+    low, high = Rate(good, total).interval
+    spread = f"{total:,} 件、95% 区間 {100 * low:.0f} から {100 * high:.0f}%"
+    return _judged_card(
+        subject, subject.name(name), value, subject.limit(metric), "{:.1f}%", 100, spread
+    )
+
+
+def _verdict_counts(history: Sequence[Point], name: str) -> tuple[int, int]:
+    values = [v for point in history for n, v in point.row.assessments if n == name]
+    good = sum(value in PASS_VALUES for value in values)
+    return good, good + sum(value in FAIL_VALUES for value in values)
+
+
+# 節 ------------------------------------------------------------------------
+
+
+def sections(subject: Subject) -> list[Section]:
+    """8.1 から 8.4 の図と表。"""
+    return [
+        _section(subject, "8.1", "応答時間とエラー", *_speed(subject)),
+        _section(subject, "8.2", "コスト", *_cost(subject)),
+        _section(subject, "8.3", "品質", *_quality(subject)),
+        _section(subject, "8.4", "アラートとロールバック", [], _incidents(subject)),
+    ]
+
+
+def _section(
+    subject: Subject, number: str, title: str, figures: Sequence[Figure], tables: Sequence[Table]
+) -> Section:
+    tables = [table for table in tables if table.rows]
+    comment = subject.comments.get(number, _COMMENTS[number])
+    if not (figures or tables):
+        comment = _NOTHING[number]
+    return Section(number, title, comment, figures, tables)
+
+
+def _chart(
+    subject: Subject,
+    title: str,
+    unit: str,
+    lines: Sequence[tuple[str, str]],
+    scale: float = 1,
+) -> Figure:
+    """指標の推移。しきい値は、最初の指標のもの。"""
+    line = health.timeline(subject.history, bins=48 if len(subject.history) > 1000 else 24)
+    limit = subject.limit(lines[0][1])
+    markers = [
+        Marker((event.at - subject.started).total_seconds(), event.label, event.kind)
+        for event in subject.events
+    ]
+    chart = LineChart(
+        line.times,
+        [Series(name, line.series(metric, scale)) for name, metric in lines],
+        unit,
+        None if limit is None else scale * limit.value,
+        markers,
+        subject.started.astimezone(),
+    )
+    return Figure(title, chart.svg())
+
+
+def _speed(subject: Subject) -> tuple[list[Figure], list[Table]]:
+    latency = [("p95", "latency_p95_ms"), ("p50", "latency_p50_ms")]
+    rows = {point.row.trace_id: point for point in subject.history}
+    numbers = RowNumbers([point.row for point in subject.history])
+    slow = [rows[row.trace_id] for row in numbers.worst("latency_p95_ms")[:WORST]]
+    failed = [rows[row.trace_id] for row in numbers.worst("error_rate")[-WORST:]]
+    return [
+        _chart(subject, "応答時間", "{:,.0f} ms", latency),
+        _chart(subject, "エラー率", "{:.3g}%", [("エラー率", "error_rate")], 100),
+    ], [
+        _traces(subject, "遅いトレース", slow),
+        _traces(subject, "失敗したトレース(新しい順)", failed[::-1]),
+    ]
+
+
+def _cost(subject: Subject) -> tuple[list[Figure], list[Table]]:
+    history = subject.history
+    by_model = health.totals(
+        (m, p.row.weight * usd) for p in history for m, usd in p.models.items()
+    )
+    by_user = health.totals((p.user, p.row.weight * (p.row.cost_usd or 0.0)) for p in history)
+    figures = [
+        _chart(subject, "1 件のコスト", "${:.5f}", [("1 件のコスト", "cost_usd_per_request")]),
+        Figure("モデルごとのコスト", bars(_short(by_model), "${:.4f}")),
+        Figure("ユーザーごとのコスト", bars(_short(by_user), "${:.4f}")),
+    ]
+    if versions := _cost_by_version(history):
+        figures.append(Figure("プロンプトの版ごとの、1 件のコスト", bars(versions, "${:.6f}")))
+    costly = sorted((p for p in history if p.row.cost_usd), key=lambda p: -(p.row.cost_usd or 0))
+    return figures, [_traces(subject, "コストの高いトレース", costly[:WORST])]
+
+
+def _short(rows: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    return [(shortened(name, NAME_COLUMNS), value) for name, value in rows]
+
+
+def _cost_by_version(history: Sequence[Point]) -> list[tuple[str, float]]:
+    groups: dict[str, list[Point]] = {}
+    for point in history:
+        if point.version:
+            groups.setdefault(point.version, []).append(point)
+    pairs = ((v, health.value_of("cost_usd_per_request", g)) for v, g in sorted(groups.items()))
+    return [(version, value) for version, value in pairs if value is not None]
+
+
+def _quality(subject: Subject) -> tuple[list[Figure], list[Table]]:
+    names = subject.ratings()
+    lines = [(subject.name(name), f"pass_rate:{name}") for name in names[:4]]
+    figures = [_chart(subject, "合格率", "{:.0f}%", lines, 100)] if lines else []
+    table = Table(
+        "評価ごとの結果",
+        ("評価", "合格率", "判定", "採点の失敗"),
+        [_quality_row(subject, name) for name in names],
+        numbers=(1, 2, 3),
+    )
+    bad = sorted((p for p in subject.history if p.failed_verdicts), key=_badness)
+    return figures, [table, _traces(subject, "品質の低いトレース", bad[:WORST])]
+
+
+def _badness(point: Point) -> tuple[int, float]:
+    return -len(point.failed_verdicts), -point.at
+
+
+def _quality_row(subject: Subject, name: str) -> tuple[str, str, str, str]:
+    value = health.value_of(f"pass_rate:{name}", subject.history)
+    _, total = _verdict_counts(subject.history, name)
+    values = [v for point in subject.history for n, v in point.row.assessments if n == name]
+    rate = "-" if value is None else f"{100 * value:.1f}%"
+    return subject.name(name), rate, f"{total:,} 件", f"{values.count('error'):,} 件"
+
+
+def _traces(subject: Subject, title: str, found: Sequence[Point]) -> Table:
+    header = ("時刻", "トレース", "応答時間", "コスト", "ユーザー", "問題")
+    return Table(title, header, [_trace_row(subject, point) for point in found], numbers=(2, 3))
+
+
+def _trace_row(subject: Subject, point: Point) -> list[object]:
+    row = point.row
+    problems = [*(["エラー"] if row.state == "ERROR" else []), *point.failed_verdicts]
+    return [
+        _clock(subject.started + timedelta(seconds=point.at)),
+        link(row.trace_id[:15], subject.trace_url(row.trace_id)),
+        "-" if row.latency_ms is None else f"{row.latency_ms:,.0f} ms",
+        "-" if row.cost_usd is None else f"${row.cost_usd:.6f}",
+        link(shortened(point.user, NAME_COLUMNS), ""),
+        "、".join(map(subject.name, problems)) or "-",
+    ]
+
+
+def _incidents(subject: Subject) -> list[Table]:
+    shown = subject.events[-EVENT_ROWS:]
+    title = "出来事"
+    if len(subject.events) > len(shown):
+        title += f"(全 {len(subject.events)} 件のうち、新しい {len(shown)} 件)"
+    rows = [(_clock(e.at), KINDS[e.kind], e.label, e.detail or "-") for e in shown]
+    return [Table(title, ("時刻", "種類", "内容", "詳しく"), rows), *subject.extra_tables]
+
+
+def _clock(at: datetime) -> str:
+    return f"{at.astimezone():%m/%d %H:%M:%S}"

@@ -1,0 +1,254 @@
+"""チャット画面の横で動く運用: 採点し、アラートを見張り、リリースを戻し、起きたことを並べる。
+
+本番と違うのはアラートの時間窓だけで、結果をすぐ見られるように 30 秒に縮めてある。
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta, timezone
+from typing import Any, Literal
+
+from mlflow.genai.scorers import RetrievalGroundedness
+
+from chapter8_samples.alerting import (
+    Alert,
+    AlertConfig,
+    AlertRule,
+    AlertSeverity,
+    AlertStatus,
+    ConsoleNotificationHandler,
+    MultiChannelNotifier,
+    PromptRollbackManager,
+    auto_rollback,
+    setup_alerting,
+)
+from chapter8_samples.quality_monitoring import ScorerPlan, run_scoring_cycle, setup_scorers
+
+from .support_bot import BAD_PROMPT, GOOD_PROMPT, PROMPT_NAME, forget_releases, register_release
+from .traffic import Traffic
+
+logger = logging.getLogger(__name__)
+
+JUDGE_MODEL, QUALITY = "openai:/gpt-4.1-mini", "groundedness_check"
+QUALITY_FLOOR, ALERT_SECONDS = 0.8, 30
+BURST, PORTION = 30, 5
+"""1 回に送る質問の数と、途中でやめられる単位。"""
+LOOKBACK = timedelta(minutes=5)
+CHECK_SECONDS, SLOW_SCORING_SECONDS = 1.0, 20.0
+
+EventKind = Literal["release", "alert", "suggest", "rollback", "resolved"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """時系列に並べる出来事。``url`` は、例のトレースを開くリンク(なければ空)。"""
+
+    kind: EventKind
+    text: str
+    at: str
+    url: str = ""
+
+
+class OperationRefusedError(RuntimeError):
+    """いまはできない操作。文面は画面にそのまま出す。"""
+
+
+def quality_rule(seconds: float = ALERT_SECONDS, min_samples: int = 8) -> AlertRule:
+    """根拠のない答えが増えたら人を呼び、直前のリリースを戻すルール。窓の長さは秒。"""
+    return AlertRule(
+        name="answers_not_grounded",
+        metric=f"pass_rate:{QUALITY}",
+        window=timedelta(seconds=seconds),
+        op="<",
+        threshold=QUALITY_FLOOR,
+        clear_threshold=0.9,
+        confidence=0.95,
+        min_samples=min_samples,
+        severity=AlertSeverity.CRITICAL,
+        action="rollback",
+        summary="資料に根拠のない答えが増えています",
+    )
+
+
+class Operations:
+    """リリース、アクセス、採点、アラート、ロールバックを受け持つ。どのスレッドから呼んでもよい。
+
+    Args:
+        experiment: トレースのあるエクスペリメントの名前(すでにあるもの)。
+        traffic: サンプルの質問を送るもの。
+    """
+
+    def __init__(self, experiment: str, traffic: Traffic) -> None:
+        self.experiment, self.traffic = experiment, traffic
+        self.auto_rollback = True
+        """発報したら自動で戻すか。``False`` なら提案だけをする。"""
+        self._problems: dict[str, str] = {}
+        self._scoring_since: float | None = None
+        self._events: deque[Event] = deque(maxlen=50)
+        self._sending, self._releasing = threading.Lock(), threading.Lock()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._scorers = setup_scorers(
+            experiment,
+            [ScorerPlan(scorer=RetrievalGroundedness(name=QUALITY, model=JUDGE_MODEL))],
+        )
+        notifier = MultiChannelNotifier().add_handler("console", ConsoleNotificationHandler())
+        config = AlertConfig(rules=(quality_rule(),), offset="0s")
+        self.engine = setup_alerting(experiment, config, notifier)
+        forget_releases()
+        self.releases = PromptRollbackManager(PROMPT_NAME, cooldown_seconds=1)
+        self.good_version = register_release(GOOD_PROMPT, "資料だけで短く答える")
+        self.releases.promote(self.good_version, reason="最初のリリース")
+
+    # 操作 ------------------------------------------------------------------
+
+    def release_bad_prompt(self) -> None:
+        """悪いプロンプトを新しい版として登録し、本番のエイリアスを移す。"""
+        with self._releasing:
+            if self.current_version() != self.good_version:
+                raise OperationRefusedError("悪いプロンプトは、もう本番に出ています。")
+            version = register_release(BAD_PROMPT, "詳しく答える")
+            self.releases.promote(version, reason="もっと詳しい案内に変更")
+            self._note("release", f"v{version} をリリース(もっと詳しい案内に変更)")
+
+    def roll_back(self) -> None:
+        """本番のエイリアスを、直前の版に戻す。"""
+        with self._releasing:
+            if self.current_version() == self.good_version:
+                raise OperationRefusedError("戻すリリースはありません。")
+            change = self.releases.rollback(reason="画面のボタン")
+            self._note("rollback", f"v{change.from_version} から v{change.to_version} に戻した")
+
+    def send_burst(self) -> None:
+        """サンプルの質問を、背後で ``BURST`` 件送る。"""
+        if not self._sending.acquire(blocking=False):
+            raise OperationRefusedError("質問を送っている途中です。終わるまで待ってください。")
+        self._start(self._burst, "chat-burst")
+
+    def current_version(self) -> str:
+        """本番のプロンプトの版。"""
+        return str(self.releases.current_version())
+
+    # 見張り ----------------------------------------------------------------
+
+    def start_watching(self) -> None:
+        """背後で、採点とアラートの評価を続ける。"""
+        # ジャッジが答えないと採点は数分かかるので、アラートの評価とは別に進める
+        self._start(lambda: self._repeat(self.score), "chat-scoring")
+        self._start(lambda: self._repeat(self.check), "chat-watch")
+
+    def stop(self) -> None:
+        """背後の処理を、始めた分だけ終わらせて止める。"""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(15)
+
+    def score(self) -> None:
+        """新しい答えを採点する。"""
+        self._scoring_since = time.monotonic()
+        try:
+            run_scoring_cycle(self.experiment, self._scorers, lookback=LOOKBACK, flush=False)
+        finally:
+            self._scoring_since = None
+
+    def check(self) -> None:
+        """ルールを評価し、発報したらリリースを戻す。"""
+        for alert in self.engine.evaluate():
+            self._answer(alert)
+
+    def status(self) -> dict[str, Any]:
+        """画面に出す、いまの様子。"""
+        version = self.current_version()
+        return {
+            "version": version,
+            "healthy_version": version == self.good_version,
+            "auto_rollback": self.auto_rollback,
+            "sending": self._sending.locked(),
+            "problem": self._problem(),
+            "alert": self._alert_status(),
+            "next_step": self._next_step(version == self.good_version),
+            "events": [asdict(event) for event in self._events],
+        }
+
+    def _answer(self, alert: Alert) -> None:
+        share = f"根拠あり {alert.value or 0:.0%}、{alert.n} 件"
+        if alert.status is AlertStatus.RESOLVED:
+            self._note("resolved", f"アラートが解消({share})")
+            return
+        url = next(iter(alert.links.values()), "")
+        self._note("alert", f"{alert.summary}({share})", url)
+        with self._releasing:
+            mode = "apply" if self.auto_rollback else "suggest"
+            decision = auto_rollback(alert, self.releases, mode=mode)
+        change = decision.change
+        if decision.outcome == "none" or change is None:
+            self._note("suggest", "直前のリリースがないので、戻さずに人の判断を待つ")
+            return
+        move = f"v{change.from_version} から v{change.to_version}"
+        if decision.outcome == "applied":
+            self._note("rollback", f"{move} に自動で戻した")
+        else:
+            self._note("suggest", f"{move} に戻すことを提案")
+
+    def _alert_status(self) -> dict[str, Any]:
+        rule = quality_rule()
+        sample = self.engine.last_samples().get(rule.name)
+        return {
+            "firing": self.engine.phases()[rule.name] == "firing",
+            "summary": rule.summary,
+            "value": sample.value if sample else None,
+            "n": sample.n if sample else 0,
+            "threshold": rule.threshold,
+            "window_seconds": ALERT_SECONDS,
+        }
+
+    def _next_step(self, healthy: bool) -> str:
+        firing = self.engine.phases()[quality_rule().name] == "firing"
+        if firing and healthy:
+            return "質問をもう一度送り、回復を確かめてください。悪い答えが窓から出ると解消します。"
+        if firing:
+            return "前の版に戻してください。"
+        if not healthy:
+            return "質問を送ってください。採点され、アラートが気づきます。"
+        return "悪いプロンプトをリリースすると、アラートとロールバックを試せます。"
+
+    def _note(self, kind: EventKind, text: str, url: str = "") -> None:
+        at = datetime.now(timezone.utc).isoformat()
+        self._events.append(Event(kind=kind, text=text, at=at, url=url))
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        self._threads = [*(t for t in self._threads if t.is_alive()), thread]
+        thread.start()
+
+    def _burst(self) -> None:
+        try:
+            for _ in range(BURST // PORTION):
+                if self._stop.is_set():
+                    return
+                self.traffic.send(PORTION)
+        finally:
+            self._sending.release()
+
+    def _repeat(self, work: Callable[[], None]) -> None:
+        while not self._stop.wait(CHECK_SECONDS):
+            try:
+                work()
+                self._problems.pop(work.__name__, None)
+            except Exception as error:  # 見張りが止まるより、理由を出して次の回に賭ける
+                logger.warning("%s failed: %s", work.__name__, error)
+                self._problems[work.__name__] = (
+                    "トレースを読めません。端末の表示を確かめてください。"
+                )
+
+    def _problem(self) -> str:
+        since = self._scoring_since
+        if since is not None and time.monotonic() - since > SLOW_SCORING_SECONDS:
+            return "採点が進みません。LLM が答えているか確かめてください。"
+        return next(iter(self._problems.values()), "")

@@ -1,0 +1,276 @@
+"""8.4.2 そのほかの通知先(Teams、メール、Alertmanager)と、設定からの組み立て。
+
+Teams の O365 コネクターは廃止されたので、ワークフローの URL に Adaptive Card を送る。
+Alertmanager に渡せば、グループ化、抑制、サイレンスの運用を任せられる。秘密は環境変数からだけ読む。
+
+Databricks では、シークレットを環境変数に入れてジョブを動かす。
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import smtplib
+import ssl
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from email.message import EmailMessage
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .posting import (
+    Alert,
+    AlertStatus,
+    Delivery,
+    HttpHandler,
+    HttpPoster,
+    NotificationConfigError,
+    NotificationHandler,
+    encodable,
+    json_bytes,
+)
+
+if TYPE_CHECKING:
+    from ..alert_config import AlertConfig
+    from ..notification_handlers import MultiChannelNotifier
+
+TEAMS_MAX_BYTES = 21_000
+"""Teams の上限は 28 KB だが、実際にはこのあたりから断られる。"""
+
+
+def details(alert: Alert) -> list[tuple[str, str]]:
+    """表示する(見出し, 値)の列。"""
+    rows = [("重大度", alert.severity.value), ("開始", alert.starts_at.isoformat())]
+    if alert.value is not None:
+        rows.append((alert.metric or "value", f"{alert.value:.6g}"))
+    if alert.threshold is not None:
+        rows.append(("しきい値", f"{alert.threshold:.6g}"))
+    return rows + sorted(alert.labels.items())
+
+
+def title(alert: Alert) -> str:
+    """1 行の見出し。"""
+    word = "発報" if alert.status is AlertStatus.FIRING else "解消"
+    return f"[{word}] {alert.name}"
+
+
+class TeamsNotificationHandler(HttpHandler):
+    """Teams のワークフロー(Webhook のリクエストを受信したとき)に Adaptive Card を送る。"""
+
+    name = "teams"
+
+    def __init__(self, workflow_url: str, *, send_resolved: bool = True, **http: Any) -> None:
+        self.send_resolved = send_resolved
+        self.poster = HttpPoster(workflow_url, idempotent=False, **http)
+
+    def payload(self, alert: Alert) -> dict[str, Any]:
+        """カードの JSON。大きすぎるときは、表と説明を削る。"""
+        for limit in (2000, 200):
+            card = self._card(alert, limit)
+            if len(json_bytes(card)) <= TEAMS_MAX_BYTES:
+                return card
+        return self._card(alert, 20)
+
+    def _card(self, alert: Alert, limit: int) -> dict[str, Any]:
+        facts = [{"title": k[:100], "value": v[:limit]} for k, v in details(alert)[:20]]
+        body: list[dict[str, Any]] = [
+            {"type": "TextBlock", "text": title(alert)[:200], "weight": "Bolder", "wrap": True},
+            {"type": "TextBlock", "text": alert.summary[:limit] or "-", "wrap": True},
+            {"type": "FactSet", "facts": facts},
+        ]
+        if (notes := _markdown_links(alert)) and limit > 20:
+            body.append({"type": "TextBlock", "text": notes, "wrap": True})
+        content = {"type": "AdaptiveCard", "version": "1.4", "body": body}
+        content["$schema"] = "http://adaptivecards.io/schemas/adaptive-card.json"
+        kind = "application/vnd.microsoft.card.adaptive"
+        attachment = {"contentType": kind, "contentUrl": None, "content": content}
+        return {"type": "message", "attachments": [attachment]}
+
+
+def _markdown_links(alert: Alert) -> str:
+    """手順書と例のトレースへのリンク。URL の分からないトレースは ID だけになる。"""
+    runbook = {"runbook": alert.runbook_url} if alert.runbook_url else {}
+    found = {**runbook, **{trace: alert.links.get(trace, "") for trace in alert.examples}}
+    pairs = list({**found, **alert.links}.items())[:6]
+    return " / ".join(f"[{k[:100]}]({url})" if 0 < len(url) <= 900 else k[:100] for k, url in pairs)
+
+
+class AlertmanagerNotificationHandler(HttpHandler):
+    """Prometheus Alertmanager の API v2 に送る。
+
+    発報中は評価のたびに送り直し、``endsAt`` を ``hold`` だけ延ばす。評価が止まれば自然に解消する。
+    """
+
+    name = "alertmanager"
+    wants_every_cycle = True
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        hold: timedelta = timedelta(minutes=5),
+        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        **http: Any,
+    ) -> None:
+        self.hold, self._now = hold, clock
+        options: dict[str, Any] = {"per_second": 50.0, **http}
+        self.poster = HttpPoster(f"{url.rstrip('/')}/api/v2/alerts", idempotent=True, **options)
+
+    def payload(self, alert: Alert) -> Any:
+        """API v2 のアラートの列(1 件)。"""
+        ends_at = self._now() + self.hold
+        if alert.status is AlertStatus.RESOLVED:
+            ends_at = alert.ends_at or self._now()
+        labels = {_label_name(key): value for key, value in alert.labels.items()}
+        labels |= {"alertname": alert.name, "severity": alert.severity.value}
+        annotations = {"summary": alert.summary, "examples": " ".join(alert.examples)}
+        if alert.value is not None:
+            annotations["value"] = f"{alert.value:.6g}"
+        if alert.runbook_url:
+            annotations["runbook_url"] = alert.runbook_url
+        return [
+            {
+                "labels": labels,
+                "annotations": {k: v for k, v in annotations.items() if v},
+                "startsAt": alert.starts_at.isoformat(),
+                "endsAt": ends_at.isoformat(),
+                "generatorURL": next(iter(alert.links.values()), ""),
+            }
+        ]
+
+
+def _label_name(key: str) -> str:
+    """Prometheus のラベルの名前(英数字と ``_``)。ほかの文字があると、400 で断られる。"""
+    return re.sub(r"\W|^(?=\d)", "_", key, flags=re.ASCII)
+
+
+class EmailNotificationHandler(NotificationHandler):
+    """SMTP で送る。``tls=True``(既定)なら STARTTLS で証明書も確かめる。"""
+
+    name = "email"
+
+    def __init__(
+        self,
+        host: str,
+        *,
+        sender: str,
+        to: Sequence[str],
+        port: int = 587,
+        user: str = "",
+        password: str = "",
+        tls: bool = True,
+        timeout_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not to:
+            raise NotificationConfigError("to must name at least one address")
+        self.host, self.port, self.sender, self.to = host, port, sender, tuple(to)
+        self._user, self._password, self._tls = user, password, tls
+        self._timeout, self._clock = timeout_seconds, clock
+
+    def __repr__(self) -> str:
+        return f"EmailNotificationHandler(host={self.host!r}, to={len(self.to)})"
+
+    def message(self, alert: Alert) -> EmailMessage:
+        """送る文面。同じアラートのメールは一つのスレッドにまとまる。"""
+        mail = EmailMessage()
+        mail["Subject"] = encodable(" ".join(f"{title(alert)} {alert.summary}".split())[:200])
+        mail["From"], mail["To"] = self.sender, ", ".join(self.to)
+        mail["References"] = f"<{alert.fingerprint}@alerts.invalid>"
+        lines = [f"{key}: {value}" for key, value in details(alert)]
+        lines += [f"runbook: {alert.runbook_url}"] if alert.runbook_url else []
+        lines += [f"トレース: {trace}" for trace in alert.examples]
+        lines += [f"{key}: {url}" for key, url in alert.links.items()]
+        mail.set_content(encodable("\n".join([alert.summary, "", *lines])))
+        return mail
+
+    def deliver(self, alert: Alert) -> Delivery:
+        """送る。接続できないときは、後で送り直せる失敗になる。"""
+        started = self._clock()
+        refused: dict[str, Any] | None = None
+        try:
+            with smtplib.SMTP(self.host, self.port, timeout=self._timeout) as server:
+                if self._tls:
+                    server.starttls(context=ssl.create_default_context())
+                if self._user:
+                    server.login(self._user, self._password)
+                refused = server.send_message(self.message(alert))
+        except (OSError, smtplib.SMTPException) as error:
+            if refused is None:  # 受け取られた後の失敗(QUIT への答えなど)では、送り直さない
+                reason = f"{type(error).__name__} from {self.host}"
+                return self.result(alert, ok=False, error=reason, retryable=_may_retry(error))
+        # 一部の宛先だけが断られた: 送り直すと、届いた宛先に二重に届く
+        note = f"refused: {', '.join(sorted(refused))}" if refused else ""
+        return self.result(alert, ok=True, error=note, elapsed_seconds=self._clock() - started)
+
+
+def _may_retry(error: Exception) -> bool:
+    """SMTP の 4xx と、つながらない失敗は送り直せる。5xx と証明書の誤りは直らない。"""
+    codes: list[int] = [getattr(error, "smtp_code", 0)]
+    if isinstance(error, smtplib.SMTPRecipientsRefused):
+        codes = [code for code, _ in error.recipients.values()]
+    lasting = (smtplib.SMTPAuthenticationError, smtplib.SMTPNotSupportedError, ssl.SSLError)
+    return not isinstance(error, lasting) and any(code < 500 for code in codes)
+
+
+def notifier_from_config(
+    config: AlertConfig,
+    environ: Mapping[str, str] | None = None,
+) -> MultiChannelNotifier:
+    """設定の ``receivers`` と ``routes`` から組み立てる。
+
+    Args:
+        environ: 秘密を読む環境変数。省略すると ``os.environ``。
+
+    Raises:
+        NotificationConfigError: 通知先か経路の誤り、または環境変数がない。すべてを挙げる。
+    """
+    if problems := import_module(f"{_package()}alert_yaml").delivery_problems(config):
+        raise NotificationConfigError("\n".join(problems))
+    environ = os.environ if environ is None else environ
+    handlers: Any = import_module(f"{_package()}notification_handlers")
+    notifier: MultiChannelNotifier = handlers.MultiChannelNotifier()
+    unset: list[str] = []
+    for name, settings in (config.receivers or {"console": {"type": "console"}}).items():
+        missing = [v for k, v in settings.items() if k.endswith("_env") and not environ.get(v)]
+        unset += [f"{variable} (receiver {name})" for variable in missing]
+        if not missing:
+            notifier.add_handler(name, _handler(handlers, settings, environ))
+    if unset:
+        raise NotificationConfigError(f"environment variables are not set: {', '.join(unset)}")
+    if config.routes:
+        notifier.set_routes([(dict(r.get("match", {})), r["to"]) for r in config.routes])
+    return notifier
+
+
+def _package() -> str:
+    return f"{__package__}." if __package__ else ""
+
+
+def _handler(
+    handlers: Any, settings: Mapping[str, Any], environ: Mapping[str, str]
+) -> NotificationHandler:
+    common = ("type", "send_resolved", "min_severity")
+    plain: dict[str, Any] = {
+        k: v for k, v in settings.items() if k not in common and not k.endswith("_env")
+    }
+    secret: dict[str, Any] = {
+        k.removesuffix("_env"): environ[v] for k, v in settings.items() if k.endswith("_env")
+    }
+    handler: NotificationHandler = {
+        "console": lambda: handlers.ConsoleNotificationHandler(),
+        "slack": lambda: handlers.SlackNotificationHandler(secret["url"]),
+        "pagerduty": lambda: handlers.PagerDutyNotificationHandler(secret["routing_key"], **plain),
+        "teams": lambda: TeamsNotificationHandler(secret["url"]),
+        "alertmanager": lambda: AlertmanagerNotificationHandler(secret["url"]),
+        "email": lambda: EmailNotificationHandler(**plain, **secret),
+        "webhook": lambda: import_module(
+            f"{_package()}webhook_signature"
+        ).SignedWebhookNotificationHandler(secret["url"], secret["secret"]),
+    }[settings["type"]]()
+    severity = settings.get("min_severity")
+    if severity is not None:
+        handler.min_severity = type(handler.min_severity)(severity)
+    handler.send_resolved = settings.get("send_resolved", handler.send_resolved)
+    return handler

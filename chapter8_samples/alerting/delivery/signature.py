@@ -1,0 +1,200 @@
+"""8.4.3 署名付き Webhook: 送る、確かめる、MLflow の Webhook をアラートにする。
+
+誰でも呼べる Webhook をそのまま信じると、偽の通知でロールバックまで起こせる。署名と時刻と配送 ID を
+確かめ、書き換え、古いもの、再送を断る。MLflow の Webhook は Standard Webhooks と同じ署名である。
+
+Databricks の Webhook も同じ形なら使える。MLflow サーバーでは、再起動や複数ワーカーでも読めるように
+``MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY`` を必ず固定する。
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from .posting import (
+    Alert,
+    AlertSeverity,
+    Delivery,
+    HttpHandler,
+    HttpPoster,
+    NotificationConfigError,
+)
+
+Scheme = Literal["standard", "mlflow"]
+HEADERS: Mapping[Scheme, tuple[str, str, str]] = {
+    "standard": ("webhook-id", "webhook-timestamp", "webhook-signature"),
+    "mlflow": ("x-mlflow-delivery-id", "x-mlflow-timestamp", "x-mlflow-signature"),
+}
+TOLERANCE_SECONDS = 300
+MAX_UNSETTLED = 1000
+"""ID を覚えておく、まだ届いていない通知の数。"""
+
+
+class WebhookRefusedError(ValueError):
+    """受け取った Webhook を信じられない。``reason`` に一語の理由が入る。"""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"webhook refused: {reason}")
+        self.reason = reason
+
+
+def _key(secret: str, scheme: Scheme) -> bytes:
+    key = secret.encode()
+    if scheme == "standard" and secret.startswith("whsec_"):
+        try:
+            key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        except binascii.Error:
+            raise NotificationConfigError("the part after whsec_ is not base64") from None
+    if not key:
+        raise NotificationConfigError("the webhook secret is empty; anyone could sign with it")
+    return key
+
+
+def sign(
+    secret: str, message_id: str, timestamp: int | str, body: bytes, scheme: Scheme = "standard"
+) -> str:
+    """``id.timestamp.body`` の HMAC-SHA256(``v1,`` に続けて base64)。"""
+    signed = f"{message_id}.{timestamp}.".encode("utf-8", "replace") + body
+    digest = hmac.new(_key(secret, scheme), signed, hashlib.sha256).digest()
+    return "v1," + base64.b64encode(digest).decode()
+
+
+class ReplayGuard:
+    """見た配送 ID を、許す時刻のずれの分だけ覚えておく。"""
+
+    def __init__(self, limit: int = 100_000) -> None:
+        self._seen: OrderedDict[str, float] = OrderedDict()
+        self._limit, self._lock = limit, threading.Lock()
+
+    def first_time(self, message_id: str, now: float) -> bool:
+        """初めて見た ID か。どのスレッドから呼んでもよい。"""
+        with self._lock:
+            return self._remember(message_id, now)
+
+    def _remember(self, message_id: str, now: float) -> bool:
+        while self._seen and next(iter(self._seen.values())) < now - 2 * TOLERANCE_SECONDS:
+            self._seen.popitem(last=False)
+        if message_id in self._seen:
+            return False
+        self._seen[message_id] = now
+        if len(self._seen) > self._limit:
+            self._seen.popitem(last=False)
+        return True
+
+
+def verify_signature(
+    secret: str,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    scheme: Scheme = "standard",
+    seen: ReplayGuard | None = None,
+    now: float | None = None,
+) -> str:
+    """確かめて、配送 ID を返す。
+
+    Args:
+        body: 受け取ったままのバイト列。JSON に直してから戻したものでは署名が合わない。
+        seen: 渡すと、同じ配送 ID を二度目から断る。
+
+    Raises:
+        NotificationConfigError: ``secret`` が空、または ``whsec_`` の後が base64 でない。
+        WebhookRefusedError: 理由は missing_header、bad_timestamp、stale、bad_signature、replay。
+    """
+    lower = {key.lower(): value for key, value in headers.items()}
+    message_id, timestamp, signatures = (lower.get(name, "") for name in HEADERS[scheme])
+    if not (message_id and timestamp and signatures):
+        raise WebhookRefusedError("missing_header")
+    if not (timestamp.isascii() and timestamp.isdecimal() and len(timestamp) < 16):
+        raise WebhookRefusedError("bad_timestamp")
+    now = time.time() if now is None else now
+    if abs(now - int(timestamp)) > TOLERANCE_SECONDS:
+        raise WebhookRefusedError("stale")
+    expected = sign(secret, message_id, timestamp, body, scheme).encode()
+    # 鍵の交換中は、空白区切りで複数の署名が届く
+    given = [text.encode("utf-8", "replace") for text in signatures.split()]
+    if not any(hmac.compare_digest(expected, signature) for signature in given):
+        raise WebhookRefusedError("bad_signature")
+    if seen is not None and not seen.first_time(message_id, now):
+        raise WebhookRefusedError("replay")
+    return message_id
+
+
+class SignedWebhookNotificationHandler(HttpHandler):
+    """アラートを、Standard Webhooks の署名を付けて送る。受け手は ID で重複を捨てられる。"""
+
+    name = "webhook"
+
+    def __init__(
+        self, url: str, secret: str, *, clock: Callable[[], float] = time.time, **http: Any
+    ) -> None:
+        self._secret, self._now = secret, clock
+        self._unsettled: OrderedDict[tuple[str, ...], str] = OrderedDict()
+        _key(secret, "standard")  # 空の秘密や読めない秘密は、送るときではなく作るときに断る
+        self.poster = HttpPoster(url, idempotent=True, secrets=[secret], **http)
+
+    def payload(self, alert: Alert) -> dict[str, Any]:
+        """アラートの全項目。"""
+        return {"type": f"alert.{alert.status.value}", "data": alert.to_dict()}
+
+    def headers(self, alert: Alert, body: bytes) -> Mapping[str, str]:
+        """署名のヘッダー。届いたか分からない通知を後で送り直すときは、前と同じ ID を使う。"""
+        message_id = self._unsettled.setdefault(_identity(alert), f"msg_{uuid.uuid4().hex}")
+        timestamp = str(int(self._now()))
+        values = (message_id, timestamp, sign(self._secret, message_id, timestamp, body))
+        return dict(zip(HEADERS["standard"], values, strict=True))
+
+    def deliver(self, alert: Alert) -> Delivery:
+        """署名を付けて送る。"""
+        delivery = super().deliver(alert)
+        if not delivery.retryable:
+            self._unsettled.pop(_identity(alert), None)
+        while len(self._unsettled) > MAX_UNSETTLED:
+            self._unsettled.popitem(last=False)
+        return delivery
+
+
+def _identity(alert: Alert) -> tuple[str, ...]:
+    return (alert.fingerprint, alert.status.value, alert.starts_at.isoformat())
+
+
+def alert_from_mlflow_webhook(payload: Mapping[str, Any]) -> Alert:
+    """MLflow の Webhook(予算の超過、エイリアスの変更など)をアラートにする。
+
+    予算の超過は error、そのほかは info。知らない種類も、捨てずに info のアラートにする。
+    """
+    entity, action = str(payload.get("entity", "unknown")), str(payload.get("action", "unknown"))
+    raw: Any = payload.get("data")
+    data: dict[str, Any] = dict(raw) if isinstance(raw, Mapping) else {}
+    keys = ("name", "alias", "version", "key", "budget_policy_id", "workspace")
+    labels = {key: str(data[key]) for key in keys if data.get(key) not in (None, "")}
+    if entity == "budget_policy":
+        return Alert(
+            name="mlflow_budget_exceeded",
+            summary="MLflow Gateway の予算を超えました",
+            severity=AlertSeverity.ERROR,
+            metric="gateway_spend_usd",
+            value=_float(data.get("current_spend")),
+            threshold=_float(data.get("budget_amount")),
+            labels=labels,
+        )
+    identity = {key: value for key, value in labels.items() if key != "version"}
+    return Alert(
+        name=f"mlflow_{entity}_{action}",
+        summary=" ".join([entity, action, *(f"{k}={v}" for k, v in labels.items())]),
+        severity=AlertSeverity.INFO,
+        labels=identity,
+    )
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,290 @@
+"""8.4.1 アラートの指標: 名前と計算式。
+
+エラー率、遅延、コスト、品質の指標は、すでにトレースと評価の中にある。ここにあるのは式だけで、トレースを
+どこから読むかは問わない(読むのは ``metric_source.py``)。間引いたトレースは重みで元の件数に直す。
+
+Databricks でもそのまま使う(標準ライブラリーだけで動く)。
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple, Protocol
+
+PASS_VALUES = frozenset({"yes", "true", "pass", "passed", "correct", "1", "1.0"})
+FAIL_VALUES = frozenset({"no", "false", "fail", "failed", "incorrect", "0", "0.0"})
+NAMED_METRICS = ("pass_rate", "fail_rate", "thumbs_down_rate", "scorer_error_rate", "feedback_rate")
+PLAIN_METRICS = (
+    "trace_count",
+    "request_rate",
+    "error_rate",
+    "latency_p50_ms",
+    "latency_p95_ms",
+    "latency_p99_ms",
+    "latency_avg_ms",
+    "cost_usd",
+    "cost_usd_per_hour",
+    "cost_usd_per_request",
+    "input_tokens",
+    "output_tokens",
+    "total_tokens",
+    "total_tokens_per_request",
+)
+RATE_METRICS = ("error_rate", *NAMED_METRICS)
+"""割合の指標。分子と分母があるので、信頼区間(``confidence``)を使える。"""
+
+
+class MetricSourceError(RuntimeError):
+    """指標を求められない(エクスペリメントがない、サーバーに届かない、知らない指標)。"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSample:
+    """一つの窓の指標の値。"""
+
+    metric: str
+    value: float | None
+    """指標の単位の値。標本がなく決まらないときは ``None``。"""
+    n: int
+    """値を求めた標本(トレースまたは評価)の数。"""
+    start: datetime
+    end: datetime
+    successes: float | None = None
+    """割合の分子。割合でない指標では ``None``。"""
+
+
+class MetricSource(Protocol):
+    """指標の出どころ。``AlertEngine`` はこの形なら何でも使える。"""
+
+    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
+        """``(at - window, at]`` の値。求められなければ ``MetricSourceError``。"""
+        ...
+
+    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
+        """その指標を悪くしているトレースの ID。"""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceRow:
+    """指標に要る分だけを抜き出したトレース。"""
+
+    trace_id: str
+    at_ms: int
+    state: str = "OK"
+    latency_ms: float | None = None
+    tokens: Mapping[str, float] = field(default_factory=dict[str, float])
+    cost_usd: float | None = None
+    weight: float = 1.0
+    """間引いて残したトレース 1 件が代表する件数(``sampling.weight``)。"""
+    assessments: tuple[tuple[str, str], ...] = ()
+    """(名前, 値)。失敗したスコアラーの値は ``error``。"""
+
+
+def percentile(values: Iterable[tuple[float, float]], q: float) -> float | None:
+    """(値, 重み) の分位点。重みがすべて 1 なら線形補間(``numpy.percentile`` と同じ)。
+
+    >>> percentile([(10.0, 1), (20.0, 1), (30.0, 1), (40.0, 1)], 50)
+    25.0
+    """
+    rows = sorted(values)
+    if not rows:
+        return None
+    if any(weight != 1 for _, weight in rows):
+        return _weighted_percentile(rows, q)
+    position = (len(rows) - 1) * q / 100
+    low = math.floor(position)
+    high = min(low + 1, len(rows) - 1)
+    return rows[low][0] + (rows[high][0] - rows[low][0]) * (position - low)
+
+
+def _weighted_percentile(rows: Sequence[tuple[float, float]], q: float) -> float:
+    goal, seen = sum(w for _, w in rows) * q / 100, 0.0
+    for value, weight in rows:
+        seen += weight
+        if seen >= goal:
+            return value
+    return rows[-1][0]
+
+
+class Tally(NamedTuple):
+    """件数。``weight`` は間引きを補正した推定値、``seen`` は実際に見た数。"""
+
+    weight: float
+    seen: int
+
+
+class Numbers(Protocol):
+    """一つの窓の集計値。サーバーに集計させても、行から数えても、同じ式で指標になる。"""
+
+    def states(self) -> Mapping[str, Tally]:
+        """トレースの状態(OK、ERROR、...)ごとの件数。"""
+        ...
+
+    def latency_ms(self, what: str) -> float | None:
+        """``p95`` のような分位点か ``avg``。"""
+        ...
+
+    def tokens(self, kind: str) -> float:
+        """``input_tokens`` などの合計。"""
+        ...
+
+    def cost_usd(self) -> float:
+        """コストの合計。"""
+        ...
+
+    def verdicts(self, name: str) -> Mapping[str, Tally]:
+        """評価の値ごとの件数。失敗したスコアラーは ``error``。"""
+        ...
+
+
+Value = tuple[float | None, int, float | None]  # (値, 標本数, 割合なら分子)
+
+
+def measure(metric: str, window_seconds: float, numbers: Numbers) -> Value:
+    """指標の名前から値を求める。知らない名前なら ``MetricSourceError``。"""
+    check_metric(metric)
+    kind, _, name = metric.partition(":")
+    states = numbers.states()
+    if name:
+        return _judged(kind, name, numbers.verdicts(name), states)
+    if kind == "error_rate":
+        return _ratio([states.get("ERROR")], [states.get("OK"), states.get("ERROR")])
+    total = _add(states.values())
+    if kind.startswith("latency_"):
+        what = kind.removeprefix("latency_").removesuffix("_ms")
+        return numbers.latency_ms(what), total.seen, None
+    return _amount(kind, window_seconds, total, numbers), total.seen, None
+
+
+def check_metric(metric: str) -> None:
+    """知っている指標の名前でなければ ``MetricSourceError``。"""
+    kind, colon, name = metric.partition(":")
+    if (colon and name and kind in NAMED_METRICS) or (not colon and kind in PLAIN_METRICS):
+        return
+    hint = f"write {kind}:<assessment name>" if kind in NAMED_METRICS else _closest(kind)
+    raise MetricSourceError(f"unknown metric {metric!r}; {hint}")
+
+
+def metric_problem(metric: str, *, rate_for: str = "") -> str:
+    """指標の名前の誤り。正しければ空。``rate_for`` を渡すと、割合の指標かも見る。"""
+    try:
+        check_metric(metric)
+    except MetricSourceError as error:
+        return str(error)
+    if rate_for and metric.partition(":")[0] not in RATE_METRICS:
+        return f"{metric!r} is not a rate; {rate_for} needs one of {', '.join(RATE_METRICS)}"
+    return ""
+
+
+def _closest(kind: str) -> str:
+    near = difflib.get_close_matches(kind, PLAIN_METRICS + NAMED_METRICS, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PLAIN_METRICS)}"
+
+
+def _add(tallies: Iterable[Tally | None]) -> Tally:
+    found = [t for t in tallies if t]
+    return Tally(sum(t.weight for t in found), sum(t.seen for t in found))
+
+
+def _ratio(part: Iterable[Tally | None], whole: Iterable[Tally | None]) -> Value:
+    top, bottom = _add(part), _add(whole)
+    if not bottom.weight:
+        return None, 0, None
+    rate = top.weight / bottom.weight
+    # 分子は実際に見た標本の尺度に直す: 信頼区間は、補正した件数ではなく見た件数で決まる
+    return rate, bottom.seen, rate * bottom.seen
+
+
+def _amount(kind: str, window_seconds: float, total: Tally, numbers: Numbers) -> float | None:
+    base, _, per = kind.partition("_per_")
+    if base == "trace_count":
+        return total.weight
+    if base == "request_rate":
+        return total.weight / window_seconds
+    value = numbers.cost_usd() if base == "cost_usd" else numbers.tokens(base)
+    if per == "request":
+        return value / total.weight if total.weight else None
+    return value * 3600 / window_seconds if per == "hour" else value
+
+
+def _judged(
+    kind: str, name: str, verdicts: Mapping[str, Tally], states: Mapping[str, Tally]
+) -> Value:
+    everything = list(verdicts.values())
+    if kind == "feedback_rate":
+        return _ratio(everything, states.values())
+    if kind == "scorer_error_rate":
+        return _ratio([verdicts.get("error")], everything)
+    good = [tally for value, tally in verdicts.items() if value in PASS_VALUES]
+    bad = [tally for value, tally in verdicts.items() if value in FAIL_VALUES]
+    if not good + bad and verdicts.keys() - {"error"}:
+        raise MetricSourceError(
+            f"{kind}:{name} needs yes/no values, found {sorted(verdicts)[:5]}; "
+            "let the scorer return a bool or yes/no"
+        )
+    return _ratio(good if kind == "pass_rate" else bad, good + bad)
+
+
+def verdict(value: Any) -> str:
+    """評価の値を、比べられる小文字の文字列にする。
+
+    >>> verdict(True), verdict("Yes"), verdict(None)
+    ('true', 'yes', 'error')
+    """
+    return "error" if value is None else str(value).strip().lower()
+
+
+class RowNumbers:
+    """トレースの行から数える。"""
+
+    def __init__(self, rows: Sequence[TraceRow]) -> None:
+        self.rows = rows
+
+    def _count(self, keys: Iterable[tuple[str, float]]) -> dict[str, Tally]:
+        found: dict[str, Tally] = {}
+        for key, weight in keys:
+            so_far = found.get(key, Tally(0.0, 0))
+            found[key] = Tally(so_far.weight + weight, so_far.seen + 1)
+        return found
+
+    def states(self) -> dict[str, Tally]:
+        """状態ごとの件数。"""
+        return self._count((row.state, row.weight) for row in self.rows)
+
+    def latency_ms(self, what: str) -> float | None:
+        """分位点か平均(ms)。"""
+        pairs = [(r.latency_ms, r.weight) for r in self.rows if r.latency_ms is not None]
+        if what == "avg":
+            whole = sum(w for _, w in pairs)
+            return sum(v * w for v, w in pairs) / whole if whole else None
+        return percentile(pairs, float(what.removeprefix("p")))
+
+    def tokens(self, kind: str) -> float:
+        """トークンの合計。"""
+        return sum(row.tokens.get(kind, 0) * row.weight for row in self.rows)
+
+    def cost_usd(self) -> float:
+        """コストの合計(USD)。"""
+        return sum((row.cost_usd or 0.0) * row.weight for row in self.rows)
+
+    def verdicts(self, name: str) -> dict[str, Tally]:
+        """評価の値ごとの件数。"""
+        pairs = ((v, r.weight) for r in self.rows for n, v in r.assessments if n == name)
+        return self._count(pairs)
+
+    def worst(self, metric: str) -> list[TraceRow]:
+        """その指標を悪くしている行を、悪い順に。"""
+        kind, _, name = metric.partition(":")
+        if kind == "error_rate":
+            return [row for row in self.rows if row.state == "ERROR"]
+        if name:
+            bad = {"error"} if kind == "scorer_error_rate" else FAIL_VALUES
+            return [r for r in self.rows if any(n == name and v in bad for n, v in r.assessments)]
+        if kind.startswith("cost_usd"):
+            return sorted(self.rows, key=lambda row: -(row.cost_usd or 0.0))
+        return sorted(self.rows, key=lambda row: -(row.latency_ms or 0.0))

@@ -1,0 +1,348 @@
+"""8.4.1 アラートの指標を MLflow から読む。
+
+MLflow サーバーには集計させ(``/traces/metrics``)、サーバーがないか古いときは ``search_traces`` で
+集めて数える。値は同じで、5,000 件の窓なら集計は 50 ミリ秒ほど、検索は 2 秒ほどかかる。
+
+Databricks では ``search_traces`` で数える(集計の API がないと分かった時点で切り替わる)。
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from importlib import import_module
+from typing import Any
+
+from .measures import (
+    MetricSample,
+    MetricSource,
+    MetricSourceError,
+    Numbers,
+    RowNumbers,
+    Tally,
+    TraceRow,
+    measure,
+    verdict,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_TRACES = 50_000
+"""一つの窓で集めるトレースの上限。"""
+PAGE_SIZE = 500
+"""``search_traces`` の 1 ページの上限。"""
+WEIGHT_KEY = "sampling.weight"
+"""間引いたトレースが代表する件数を書いたメタデータ(8.1 のサンプリング)。"""
+ENDPOINT = "/api/3.0/mlflow/traces/metrics"
+COUNT = {"aggregation_type": "COUNT"}
+SUM = {"aggregation_type": "SUM"}
+
+
+def to_row(info: Any) -> TraceRow:
+    """``mlflow.entities.TraceInfo`` を行にする。"""
+    cost: dict[str, float] = info.cost or {}
+    feedback = [
+        a for a in info.assessments if getattr(a, "feedback", None) and a.valid is not False
+    ]
+    return TraceRow(
+        trace_id=info.trace_id,
+        at_ms=info.request_time,
+        state=str(getattr(info.state, "value", info.state)),
+        latency_ms=info.execution_duration,
+        tokens=info.token_usage or {},
+        cost_usd=cost.get("total_cost"),
+        weight=_weight(info.trace_metadata.get(WEIGHT_KEY)),
+        assessments=tuple((a.name, verdict(a.feedback.value)) for a in feedback),
+    )
+
+
+def _weight(text: str | None) -> float:
+    """代表する件数。書かれていないものと壊れたものは 1 件分(8.2 の SQL と同じ扱い)。"""
+    try:
+        weight = float(text or 1)
+    except ValueError:
+        return 1.0
+    return weight if 0 < weight < float("inf") else 1.0
+
+
+class TraceSearch:
+    """``search_traces`` を、エクスペリメントと接続先を固定して呼ぶ。mlflow-tracing だけで動く。"""
+
+    def __init__(self, experiment: str, tracking_uri: str | None = None) -> None:
+        import mlflow
+        from mlflow.tracing.client import TracingClient
+
+        self.tracking_uri: str = tracking_uri or mlflow.get_tracking_uri()
+        self._client: Any = TracingClient(self.tracking_uri)
+        if self.tracking_uri.startswith(("http://", "https://")):
+            # 先に短く聞く: MLflow の再試行に任せると、落ちたサーバーを何分も待つ
+            _rest(self.tracking_uri, "/health", "GET")
+        found = _guard(lambda: self._client.store.get_experiment_by_name(experiment))
+        if found is None:
+            raise MetricSourceError(
+                f"experiment {experiment!r} does not exist at {hide_password(self.tracking_uri)}; "
+                "log a trace to it first, or fix the name"
+            )
+        if found.lifecycle_stage == "deleted":
+            raise MetricSourceError(f"experiment {experiment!r} is deleted; restore it")
+        self.experiment, self.experiment_id = experiment, str(found.experiment_id)
+
+    def trace_url(self, trace_id: str) -> str:
+        """MLflow の UI でトレースを開く URL。接続先が HTTP のサーバーでなければ空。"""
+        if not self.tracking_uri.startswith(("http://", "https://")):
+            return ""
+        path = f"#/experiments/{self.experiment_id}/traces?selectedEvaluationId={trace_id}"
+        return f"{hide_password(self.tracking_uri, '').rstrip('/')}/{path}&traceId={trace_id}"
+
+    def rows(
+        self, start_ms: int, end_ms: int, *, where: str = "", limit: int = MAX_TRACES
+    ) -> list[TraceRow]:
+        """``(start_ms, end_ms]`` に始まったトレース。"""
+        clause = f"attributes.timestamp_ms > {start_ms} AND attributes.timestamp_ms <= {end_ms}"
+        query = f"{clause} AND {where}" if where else clause
+        found: list[TraceRow] = []
+        token: str | None = None
+        while len(found) < limit:
+            page = self._page(query, min(PAGE_SIZE, limit - len(found)), token)
+            found += [to_row(trace.info) for trace in page]
+            token = page.token
+            if not token:
+                return found
+        if limit == MAX_TRACES:
+            logger.warning("read only the newest %d traces; use shorter windows", limit)
+        return found
+
+    def _page(self, query: str, size: int, token: str | None) -> Any:
+        return _guard(
+            lambda: self._client.search_traces(
+                locations=[self.experiment_id],
+                filter_string=query,
+                max_results=size,
+                page_token=token,
+                include_spans=False,
+            )
+        )
+
+
+def _guard(call: Callable[[], Any]) -> Any:
+    """MLflow と通信の例外を ``MetricSourceError`` にまとめる。"""
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return call()
+    except (MlflowException, requests.RequestException) as error:
+        raise MetricSourceError(hide_password(f"cannot read traces: {error}")) from error
+
+
+def hide_password(text: str, mask: str = "***@") -> str:
+    """接続先の URI に書かれたユーザー名とパスワードを隠す(誤りの文もリンクも、通知に載る)。
+
+    >>> hide_password("postgresql://app:pw@db/mlflow"), hide_password("http://u:p@ml", "")
+    ('postgresql://***@db/mlflow', 'http://ml')
+    """
+    return re.sub(r"(?<=://)[^/\s]*@", mask, text)
+
+
+class SearchTracesMetricSource:
+    """トレースを集めて数える、どこでも動く出どころ。一度集めた窓は、同じ時刻の間は使い回す。"""
+
+    def __init__(self, search: TraceSearch) -> None:
+        self.search = search
+        self._end_ms, self._start_ms, self._rows = 0, 0, list[TraceRow]()
+
+    def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
+        """窓の中の行。"""
+        end = to_ms(at)
+        start = end - round(window.total_seconds() * 1000)
+        if end != self._end_ms or start < self._start_ms:
+            self._rows = self.search.rows(start, end)
+            self._start_ms, self._end_ms = start, end
+        return RowNumbers([row for row in self._rows if start < row.at_ms <= end])
+
+    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
+        """``(at - window, at]`` の値。"""
+        return _sample(metric, window, at, self.numbers(window, at))
+
+    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
+        """その指標を悪くしているトレースの ID。"""
+        return [row.trace_id for row in self.numbers(window, at).worst(metric)[:limit]]
+
+
+def to_ms(at: datetime) -> int:
+    """UTC のミリ秒。時差のない日時は ``MetricSourceError``。"""
+    if at.tzinfo is None:
+        raise MetricSourceError(f"{at!r} has no timezone; use datetime.now(timezone.utc)")
+    return math.floor(at.timestamp() * 1000)
+
+
+class EndpointMissingError(MetricSourceError):
+    """このサーバーには集計の API がない。"""
+
+
+class ServerNumbers:
+    """``/traces/metrics`` の答えを、行から数えたときと同じ形にする。"""
+
+    def __init__(self, tracking_uri: str, experiment_id: str, start_ms: int, end_ms: int) -> None:
+        self._tracking_uri = tracking_uri
+        # サーバーの窓は両端を含むので、始まりを 1 ミリ秒だけ後ろにして (start, end] に合わせる
+        self._body = {
+            "experiment_ids": [experiment_id],
+            "start_time_ms": start_ms + 1,
+            "end_time_ms": end_ms,
+        }
+        self._answers: dict[str, list[dict[str, Any]]] = {}
+
+    def states(self) -> dict[str, Tally]:
+        """状態ごとの件数。"""
+        points = self._ask("TRACES", "trace_count", COUNT, dimensions=["trace_status"])
+        return _tallies((p["dimensions"]["trace_status"], p["values"]["COUNT"]) for p in points)
+
+    def latency_ms(self, what: str) -> float | None:
+        """分位点(サーバー側で線形補間)か平均。"""
+        aggregation: dict[str, Any] = {"aggregation_type": "AVG"}
+        if what != "avg":
+            q = float(what.removeprefix("p"))
+            aggregation = {"aggregation_type": "PERCENTILE", "percentile_value": q}
+        return self._number("TRACES", "latency", aggregation)
+
+    def tokens(self, kind: str) -> float:
+        """トークンの合計。"""
+        return self._number("TRACES", kind, SUM) or 0.0
+
+    def cost_usd(self) -> float:
+        """スパンのコストの合計(USD)。"""
+        return self._number("SPANS", "total_cost", SUM) or 0.0
+
+    def verdicts(self, name: str) -> dict[str, Tally]:
+        """評価の値ごとの件数。"""
+        points = self._ask(
+            "ASSESSMENTS",
+            "assessment_count",
+            COUNT,
+            dimensions=["assessment_value"],
+            filters=[f"assessment.name = {_quote(name)}", "assessment.type = 'feedback'"],
+        )
+        pairs = ((p["dimensions"]["assessment_value"], p["values"]["COUNT"]) for p in points)
+        return _tallies((verdict(json.loads(raw or "null")), count) for raw, count in pairs)
+
+    def _number(self, view: str, metric: str, aggregation: Mapping[str, Any]) -> float | None:
+        points = self._ask(view, metric, aggregation)
+        values = list(points[0].get("values", {}).values()) if points else []
+        return values[0] if values else None
+
+    def _ask(
+        self, view: str, metric: str, aggregation: Mapping[str, Any], **more: Any
+    ) -> list[dict[str, Any]]:
+        query = {"view_type": view, "metric_name": metric, "aggregations": [aggregation], **more}
+        key = json.dumps(query, sort_keys=True)
+        if key not in self._answers:
+            self._answers[key] = query_metrics(self._tracking_uri, {**self._body, **query})
+        return self._answers[key]
+
+
+def _quote(name: str) -> str:
+    # サーバーの文法に引用符のエスケープはない。合わない引用符では、黙って 0 件になる
+    mark = "'" if "'" not in name else '"'
+    if mark in name:
+        raise MetricSourceError(f"assessment name {name!r} mixes ' and \"; rename the scorer")
+    return f"{mark}{name}{mark}"
+
+
+def _tallies(pairs: Any) -> dict[str, Tally]:
+    found: dict[str, Tally] = {}
+    for key, count in pairs:
+        seen = found.get(key, Tally(0.0, 0))
+        found[key] = Tally(seen.weight + count, seen.seen + int(count))
+    return found
+
+
+def query_metrics(tracking_uri: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """集計の API を呼ぶ。認証は MLflow の環境変数のものを使う。
+
+    Raises:
+        EndpointMissingError: このサーバーに API がない。
+        MetricSourceError: 届かない、または断られた。
+    """
+    answer = _rest(tracking_uri, ENDPOINT, "POST", json=dict(body))
+    if answer.status_code in (404, 501) or "ENDPOINT_NOT_FOUND" in answer.text[:300]:
+        raise EndpointMissingError(f"{hide_password(tracking_uri)} has no {ENDPOINT}")
+    if answer.status_code != 200:
+        text = answer.text[:200]
+        raise MetricSourceError(f"{ENDPOINT} answered {answer.status_code}: {text}")
+    return answer.json().get("data_points", [])
+
+
+def _rest(tracking_uri: str, endpoint: str, method: str, **more: Any) -> Any:
+    rest: Any = import_module("mlflow.utils.rest_utils")
+    credentials: Any = import_module("mlflow.utils.credentials")
+    host = credentials.get_default_host_creds(tracking_uri)
+    more |= {"max_retries": 1, "timeout": 10, "raise_on_status": False}
+    return _guard(lambda: rest.http_request(host, endpoint, method, **more))
+
+
+class ServerMetricSource:
+    """サーバーに集計させ、できないときは検索して数える。
+
+    間引いたトレース(``sampling.weight``)はサーバーでは補正できないので、その窓も検索して数える。
+    """
+
+    def __init__(self, search: TraceSearch, fallback: SearchTracesMetricSource) -> None:
+        self._search, self._fallback = search, fallback
+        self.falls_back = False
+        """集計の API がないと分かったか。"""
+        self._windows: dict[tuple[int, int], ServerNumbers | None] = {}
+
+    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
+        """``(at - window, at]`` の値。"""
+        try:
+            numbers = None if self.falls_back else self._numbers(window, at)
+            if numbers is not None:
+                return _sample(metric, window, at, numbers)
+        except EndpointMissingError as missing:
+            logger.warning("%s; counting traces with search_traces instead", missing)
+            self.falls_back = True
+        return self._fallback.sample(metric, window, at)
+
+    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
+        """その指標を悪くしているトレースの ID。"""
+        return self._fallback.examples(metric, window, at, limit)
+
+    def _numbers(self, window: timedelta, at: datetime) -> ServerNumbers | None:
+        end = to_ms(at)
+        start = end - round(window.total_seconds() * 1000)
+        if (start, end) not in self._windows:
+            if not any(known_end == end for _, known_end in self._windows):
+                self._windows.clear()
+            uri, experiment_id = self._search.tracking_uri, self._search.experiment_id
+            numbers = ServerNumbers(uri, experiment_id, start, end)
+            numbers.states()  # 検索より先に聞く: 落ちたサーバーなら、ここですぐに分かる
+            weighted = self._search.rows(
+                start, end, where=f"metadata.`{WEIGHT_KEY}` IS NOT NULL", limit=1
+            )
+            self._windows[start, end] = None if weighted else numbers
+        return self._windows[start, end]
+
+
+def _sample(metric: str, window: timedelta, at: datetime, numbers: Numbers) -> MetricSample:
+    value, n, successes = measure(metric, window.total_seconds(), numbers)
+    return MetricSample(
+        metric=metric, value=value, n=n, start=at - window, end=at, successes=successes
+    )
+
+
+def metric_source(experiment: str | TraceSearch, tracking_uri: str | None = None) -> MetricSource:
+    """接続先に合った出どころを選ぶ。HTTP のサーバーには集計させ、それ以外では検索して数える。
+
+    Raises:
+        MetricSourceError: エクスペリメントがない。「トラフィックが 0」とは区別する。
+    """
+    found = isinstance(experiment, TraceSearch)
+    search = experiment if found else TraceSearch(experiment, tracking_uri)
+    fallback = SearchTracesMetricSource(search)
+    http = search.tracking_uri.startswith(("http://", "https://"))
+    return ServerMetricSource(search, fallback) if http else fallback

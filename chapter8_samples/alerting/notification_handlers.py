@@ -1,5 +1,0 @@
-"""``04_alerting/notification_handlers.py`` の別名(自動生成)。"""
-
-from chapter8_samples import _sections
-
-_sections.become_real(__name__)

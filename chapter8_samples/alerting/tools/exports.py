@@ -1,0 +1,228 @@
+"""8.4.4 同じルールを、Prometheus、Alertmanager、Databricks の形で書き出す。
+
+監視の基盤がすでにあるなら、評価はそちらに任せるほうがよい。ルールを二重に書かずに済むように、ここの
+設定から相手の形を作る。書き出したものは、本物の promtool と amtool で検査している。
+
+Databricks では ``to_databricks_alert`` で SQL アラートにする(``databricks-sdk`` が要る)。
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..rules.model import AlertConfigError, AlertRule, BurnRateRule, Rule, format_duration
+
+if TYPE_CHECKING:
+    from ..alert_config import AlertConfig
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "llm_app_"
+"""Prometheus の指標の接頭辞。``llm_app_error_rate{window="5m"}`` を公開しているものとする。"""
+
+
+def selector(metric: str, window: str) -> str:
+    """指標の名前と窓を、Prometheus のセレクターにする。
+
+    >>> selector("pass_rate:relevance", "1h")
+    'llm_app_pass_rate{window="1h",assessment="relevance"}'
+    """
+    base, _, assessment = metric.partition(":")
+    escaped = assessment.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    label = f',assessment="{escaped}"' if assessment else ""
+    return f'{PREFIX}{base}{{window="{window}"{label}}}'
+
+
+def label_name(key: str) -> str:
+    """Prometheus のラベルの名前にする(英数字と ``_`` だけ)。
+
+    >>> label_name("team-name")
+    'team_name'
+    """
+    return re.sub(r"\W|^(?=\d)", "_", key, flags=re.ASCII)
+
+
+def expression(rule: Rule) -> str:
+    """PromQL の条件式。信頼区間は式にできないので、件数の下限だけを移す。"""
+    window = format_duration(rule.window)
+    if isinstance(rule, BurnRateRule):
+        windows = (window, format_duration(rule.short))
+        long, short = (f"({selector(rule.metric, w)} > {rule.threshold:g})" for w in windows)
+        found = f"{long} and on() {short}"
+    else:
+        found = f"{selector(rule.metric, window)} {rule.op} {rule.threshold:g}"
+    if rule.min_samples:
+        assessment = rule.metric.partition(":")[2]
+        base = f"assessment_count:{assessment}" if assessment else "trace_count"
+        found = f"({found}) and ({selector(base, window)} >= {rule.min_samples})"
+    if rule.no_data == "alert":
+        found = f"({found}) or absent({selector(rule.metric, window)})"
+    return found
+
+
+def to_prometheus_rules(config: AlertConfig, *, interval: str = "30s") -> dict[str, Any]:
+    """Prometheus のルールファイル。
+
+    Prometheus にない ``clear_threshold`` と ``confidence`` は、アノテーションに残して知らせる。
+    """
+    rules = [_prometheus_rule(rule, config.labels) for rule in config.rules]
+    return {"groups": [{"name": "llm-app", "interval": interval, "rules": rules}]}
+
+
+def _prometheus_rule(rule: Rule, labels: Mapping[str, str]) -> dict[str, Any]:
+    annotations = {"summary": _plain(rule.summary or rule.name)}
+    annotations["value"] = "{{ $value }}"
+    if rule.runbook_url:
+        annotations["runbook_url"] = _plain(rule.runbook_url)
+    lost = [
+        key for key in ("clear_threshold", "confidence") if getattr(rule, key, None) is not None
+    ]
+    if lost:
+        annotations["not_exported"] = ", ".join(lost)
+    made: dict[str, Any] = {
+        "alert": rule.name,
+        "expr": expression(rule),
+        "for": format_duration(rule.for_),
+        "labels": {
+            **{label_name(k): _plain(v) for k, v in {**labels, **rule.labels}.items()},
+            "severity": str(rule.severity),
+        },
+        "annotations": annotations,
+    }
+    if format_duration(rule.keep_firing_for) != "0s":
+        made["keep_firing_for"] = format_duration(rule.keep_firing_for)
+    return made
+
+
+def _plain(text: str) -> str:
+    """Prometheus がテンプレートとして読まない形。"""
+    return text.replace("{{", "{ {")
+
+
+def to_alertmanager_config(config: AlertConfig, urls: Mapping[str, str]) -> dict[str, Any]:
+    """Alertmanager の設定。通知先は、署名の要らない Webhook の中継(``urls``)にする。
+
+    知らせない時間帯(``mute``)は移さず、警告をログに残す。
+
+    Args:
+        urls: 通知先の名前 -> Webhook の URL。秘密の URL は Alertmanager の秘密として渡すこと。
+
+    Raises:
+        AlertConfigError: ``urls`` にない通知先がある。
+    """
+    names = list(config.receivers) or sorted(urls)
+    if missing := [name for name in names if not urls.get(name)]:
+        raise AlertConfigError([f"urls: no URL for receiver {name!r}" for name in missing])
+    if config.mute:
+        logger.warning("mute windows are not exported; write time_intervals in Alertmanager")
+    routes = config.routes or ({"match": {}, "to": names},)
+    tree = [_route(route, names) for route in routes]
+    combos = {tuple(route["to"]) for route in routes}
+    receivers = [
+        {
+            "name": _receiver(names_),
+            "webhook_configs": [
+                {"url": urls[n], "send_resolved": _resolves(config, n)} for n in names_
+            ],
+        }
+        for names_ in sorted(combos)
+    ]
+    inhibit = [
+        {
+            "source_matchers": _matchers(rule.when),
+            "target_matchers": _matchers(rule.mute),
+            "equal": [label_name(key) for key in rule.equal],
+        }
+        for rule in config.inhibit
+    ]
+    return {
+        "route": {
+            "receiver": tree[-1]["receiver"],
+            "group_by": ["alertname", "service"],
+            "group_wait": "10s",
+            "group_interval": "1m",
+            "repeat_interval": format_duration(config.repeat or "4h"),
+            "routes": tree,
+        },
+        "receivers": receivers,
+        "inhibit_rules": inhibit,
+    }
+
+
+def _resolves(config: AlertConfig, name: str) -> bool:
+    return config.receivers.get(name, {}).get("send_resolved", True)
+
+
+def _receiver(names: Sequence[str]) -> str:
+    return "+".join(names) or "nobody"
+
+
+def _route(route: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    made: dict[str, Any] = {"receiver": _receiver(route["to"])}
+    if route.get("match"):
+        made["matchers"] = _matchers(route["match"])
+    if route.get("repeat"):
+        made["repeat_interval"] = format_duration(route["repeat"])
+    return made
+
+
+def _matchers(labels: Mapping[str, str]) -> list[str]:
+    names = {"name": "alertname"}
+    return [
+        '{}="{}"'.format(
+            names.get(key) or label_name(key), value.replace("\\", "\\\\").replace('"', '\\"')
+        )
+        for key, value in labels.items()
+    ]
+
+
+def to_databricks_alert(
+    rule: Rule,
+    *,
+    query: str,
+    warehouse_id: str,
+    destination_ids: Sequence[str] = (),
+    cron: str = "0 */5 * * * ?",
+    timezone: str = "UTC",
+) -> Any:
+    """Databricks の SQL アラート(v2)。``WorkspaceClient().alerts_v2.create_alert(...)`` に渡す。
+
+    Args:
+        query: 列 ``value`` に指標の値を 1 行だけ返す SQL。
+        destination_ids: 通知先の ID。
+
+    Raises:
+        AlertConfigError: 二つの窓を見る burn rate は、一つの SQL アラートにできない。
+    """
+    if not isinstance(rule, AlertRule):
+        raise AlertConfigError(
+            [f"rule {rule.name!r}: burn rates need two queries; export to Prometheus"]
+        )
+    from databricks.sdk.service import sql
+
+    compare = {">": sql.ComparisonOperator.GREATER_THAN, "<": sql.ComparisonOperator.LESS_THAN}
+    empty = {
+        "ok": sql.AlertEvaluationState.OK,
+        "keep": sql.AlertEvaluationState.UNKNOWN,
+        "alert": sql.AlertEvaluationState.TRIGGERED,
+    }
+    subscriptions = [sql.AlertV2Subscription(destination_id=i) for i in destination_ids]
+    return sql.AlertV2(
+        display_name=rule.name,
+        query_text=query,
+        warehouse_id=warehouse_id,
+        custom_description=rule.summary,
+        evaluation=sql.AlertV2Evaluation(
+            source=sql.AlertV2OperandColumn(name="value"),
+            comparison_operator=compare[rule.op],
+            threshold=sql.AlertV2Operand(
+                value=sql.AlertV2OperandValue(double_value=float(rule.threshold))
+            ),
+            empty_result_state=empty[rule.no_data],
+            notification=sql.AlertV2Notification(notify_on_ok=True, subscriptions=subscriptions),
+        ),
+        schedule=sql.CronSchedule(quartz_cron_schedule=cron, timezone_id=timezone),
+    )

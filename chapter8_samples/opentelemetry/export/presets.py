@@ -1,0 +1,163 @@
+"""8.5.3 主なバックエンドへの OTLP 設定。
+
+接続先ごとに、URL・方式・ヘッダー名が違う。公開文書の値を 1 つの表にまとめ、鍵は
+環境変数から読む。gRPC を受け付けない接続先に gRPC を選ぶと、送る前に知らせる。
+
+Databricks では ``preset("databricks", ...)`` が Unity Catalog の表へ送る設定を作る。
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import OtlpConfig, OtlpConfigError, Protocol, build_otlp_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtlpPreset:
+    """バックエンド 1 つの既定値。``{NAME}`` は環境変数 NAME の値で埋める。"""
+
+    endpoint: str
+    protocols: tuple[Protocol, ...] = ("grpc", "http/protobuf")
+    """受け付ける方式。先頭が既定。"""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    basic_auth: tuple[str, str] | None = None
+    """``Authorization: Basic`` にするユーザー名と鍵の環境変数。"""
+    defaults: Mapping[str, str] = field(default_factory=dict[str, str])
+    """なくてもよい環境変数の既定値。"""
+    genai_semconv: bool = True
+    source: str = ""
+    """値の出典。"""
+
+
+_HTTP: tuple[Protocol, ...] = ("http/protobuf",)
+_HTTP_FIRST: tuple[Protocol, ...] = ("http/protobuf", "grpc")
+PRESETS: dict[str, OtlpPreset] = {
+    "collector": OtlpPreset(
+        endpoint="{OTEL_COLLECTOR_URL}",
+        defaults={"OTEL_COLLECTOR_URL": "http://127.0.0.1:4317"},
+        source="open-telemetry/opentelemetry-collector receiver/otlpreceiver",
+    ),
+    "jaeger": OtlpPreset(
+        endpoint="{JAEGER_URL}",
+        defaults={"JAEGER_URL": "http://127.0.0.1:4317"},
+        source="jaegertracing.io (Jaeger v2)",
+    ),
+    "tempo": OtlpPreset(
+        endpoint="{TEMPO_URL}",
+        defaults={"TEMPO_URL": "http://127.0.0.1:4317"},
+        source="grafana.com/docs/tempo",
+    ),
+    "grafana_cloud": OtlpPreset(
+        endpoint="https://otlp-gateway-{GRAFANA_ZONE}.grafana.net/otlp",
+        protocols=_HTTP,
+        basic_auth=("GRAFANA_INSTANCE_ID", "GRAFANA_API_TOKEN"),
+        source="grafana.com/docs/grafana-cloud/send-data/otlp",
+    ),
+    "datadog": OtlpPreset(
+        endpoint="https://otlp.{DD_SITE}",
+        protocols=_HTTP,
+        headers={"dd-api-key": "{DD_API_KEY}"},
+        defaults={"DD_SITE": "datadoghq.com"},
+        source="docs.datadoghq.com/opentelemetry/setup/otlp_ingest/traces (no gRPC)",
+    ),
+    "datadog_agent": OtlpPreset(
+        endpoint="{DD_AGENT_URL}",
+        defaults={"DD_AGENT_URL": "http://127.0.0.1:4317"},
+        source="docs.datadoghq.com/opentelemetry/setup/otlp_ingest_in_the_agent",
+    ),
+    "new_relic": OtlpPreset(
+        endpoint="{NEW_RELIC_OTLP_URL}",
+        protocols=_HTTP_FIRST,
+        headers={"api-key": "{NEW_RELIC_LICENSE_KEY}"},
+        defaults={"NEW_RELIC_OTLP_URL": "https://otlp.nr-data.net:4318"},
+        source="docs.newrelic.com opentelemetry-otlp",
+    ),
+    "honeycomb": OtlpPreset(
+        endpoint="{HONEYCOMB_API_URL}",
+        protocols=_HTTP_FIRST,
+        headers={"x-honeycomb-team": "{HONEYCOMB_API_KEY}"},
+        defaults={"HONEYCOMB_API_URL": "https://api.honeycomb.io:443"},
+        source="docs.honeycomb.io",
+    ),
+    "langfuse": OtlpPreset(
+        endpoint="{LANGFUSE_HOST}/api/public/otel",
+        protocols=_HTTP,
+        headers={"x-langfuse-ingestion-version": "4"},
+        basic_auth=("LANGFUSE_PUBLIC_KEY", "LANGFUSE_SECRET_KEY"),
+        defaults={"LANGFUSE_HOST": "https://cloud.langfuse.com"},
+        source="langfuse.com/docs/opentelemetry",
+    ),
+    "arize_phoenix": OtlpPreset(
+        endpoint="{PHOENIX_URL}",
+        defaults={"PHOENIX_URL": "http://127.0.0.1:4317"},
+        source="arize.com/docs/phoenix",
+    ),
+    "mlflow": OtlpPreset(
+        endpoint="{MLFLOW_OTLP_URL}",
+        protocols=_HTTP,
+        headers={"x-mlflow-experiment-id": "{MLFLOW_EXPERIMENT_ID}"},
+        defaults={"MLFLOW_OTLP_URL": "http://127.0.0.1:5000"},
+        genai_semconv=False,
+        source="mlflow.org/docs opentelemetry/ingest",
+    ),
+    "databricks": OtlpPreset(
+        endpoint="{DATABRICKS_HOST}/api/2.0/otel",
+        protocols=_HTTP,
+        headers={
+            "Authorization": "Bearer {DATABRICKS_TOKEN}",
+            "X-Databricks-UC-Table-Name": "{DATABRICKS_UC_TABLE}",
+        },
+        genai_semconv=False,
+        source="docs.databricks.com mlflow3 genai tracing Unity Catalog",
+    ),
+}
+
+
+def preset(
+    name: str, service_name: str, *, env: Mapping[str, str] | None = None, **options: Any
+) -> OtlpConfig:
+    """``PRESETS`` の 1 つから設定を作る。
+
+    Args:
+        name: ``PRESETS`` のキー。
+        service_name: バックエンドで見えるサービス名。
+        env: 接続先と鍵を読む場所。既定は ``os.environ``。
+        **options: ``build_otlp_config`` に渡す値。既定値より優先する。
+
+    Raises:
+        OtlpConfigError: 名前がない、環境変数が足りない、または対応しない方式。
+    """
+    if name not in PRESETS:
+        raise OtlpConfigError(f"preset {name!r} does not exist; choose from {sorted(PRESETS)}")
+    chosen, values = PRESETS[name], _Variables(name, PRESETS[name], env)
+    protocol: str = options.pop("protocol", chosen.protocols[0])
+    if protocol not in chosen.protocols:
+        raise OtlpConfigError(f"{name} accepts {chosen.protocols} only, not {protocol!r}")
+    headers = {key: value.format_map(values) for key, value in chosen.headers.items()}
+    if chosen.basic_auth:
+        user, secret = (values[variable] for variable in chosen.basic_auth)
+        headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode()
+    headers |= options.pop("headers", {})
+    options.setdefault("genai_semconv", chosen.genai_semconv)
+    endpoint = chosen.endpoint.format_map(values)
+    return build_otlp_config(endpoint, service_name, protocol, headers=headers, **options)
+
+
+class _Variables(dict[str, str]):
+    """プリセットの変数。なければ、名前を挙げて知らせる。"""
+
+    def __init__(self, name: str, chosen: OtlpPreset, env: Mapping[str, str] | None) -> None:
+        found = os.environ if env is None else env
+        given = {k: v.strip() for k, v in found.items()}  # ファイルから読んだ鍵の末尾の改行を除く
+        super().__init__({**chosen.defaults, **{k: v for k, v in given.items() if v}})
+        self.preset_name = name
+
+    def __missing__(self, variable: str) -> str:
+        raise OtlpConfigError(
+            f"preset {self.preset_name!r} needs the environment variable {variable}"
+        )

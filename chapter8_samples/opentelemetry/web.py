@@ -1,0 +1,171 @@
+"""8.5.2 HTTP のリクエストから LLM の呼び出しまでを 1 つのトレースにする。
+
+MLflow は自分専用のプロバイダーでトレースを作るので、FastAPI などの OpenTelemetry のスパンとは
+別のトレースになる。プロセスに 1 つの共通のプロバイダーを使えば、親子がつながる。
+
+Databricks でも同じ。トレースの名前は HTTP のスパンの名前(``POST /ask``)になる。
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import mlflow
+import mlflow.tracing
+from mlflow.tracing.provider import provider
+from opentelemetry import context as otel_context
+from opentelemetry import propagate, trace
+from opentelemetry.context import Context
+from opentelemetry.propagators.textmap import (
+    CarrierT,
+    Getter,
+    Setter,
+    TextMapPropagator,
+    default_getter,
+    default_setter,
+)
+from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
+
+_FLAG = "MLFLOW_USE_DEFAULT_TRACER_PROVIDER"
+_CALLER = otel_context.create_key("chapter8-caller")
+
+
+def use_unified_tracer_provider() -> TracerProvider:
+    """MLflow と OpenTelemetry で、同じプロバイダー(プロセスに 1 つ)を使う。
+
+    ``set_tracking_uri`` と ``set_experiment`` の後、``setup_otlp_export`` と最初のトレースの前に
+    1 回呼ぶ。後から ``set_tracking_uri`` や ``set_experiment`` を呼ぶと、プロバイダーが作り直されて
+    アプリが足したプロセッサーが消える。すべての HTTP リクエストがトレースになるので、死活確認は
+    ``FastAPI(telemetry={"exclude": ...})`` などで除く。
+
+    呼び出し元が送ってきた ``traceparent`` は親にせず、リンクとして残す。MLflow は、ルートスパンが
+    このプロセスにないトレースを保存できないため。
+
+    Returns:
+        共通のプロバイダー。アプリが先に設定したものがあれば、それに MLflow を足したもの。
+
+    Raises:
+        RuntimeError: トレースがもう始まっている。または、無効になっている。
+    """
+    before, existing = os.environ.get(_FLAG), _current_provider()
+    if not _is_unified() and existing is not None:
+        raise RuntimeError(
+            "MLflow already traces with its own provider; call use_unified_tracer_provider() "
+            "before the first trace and before setup_otlp_export()"
+        )
+    os.environ[_FLAG] = "false"
+    # 最初のリクエストより前に作る。後だと、最初の HTTP スパンが MLflow に記録されない
+    mlflow.tracing.get_bridged_tracer_provider()
+    unified = _current_provider()
+    if not isinstance(unified, TracerProvider):
+        _restore_flag(before)
+        raise RuntimeError(
+            f"the global tracer provider is {type(unified).__name__}, which records nothing; "
+            "enable tracing (mlflow.tracing.enable(), OTEL_SDK_DISABLED) first"
+        )
+    _link_callers(unified)
+    return unified
+
+
+def _current_provider() -> Any:
+    return provider.get()
+
+
+def _is_unified() -> bool:
+    return os.environ.get(_FLAG, "").lower() in ("false", "0")
+
+
+def _restore_flag(value: str | None) -> None:
+    if value is None:
+        del os.environ[_FLAG]
+    else:
+        os.environ[_FLAG] = value
+
+
+def _link_callers(unified: TracerProvider) -> None:
+    current = propagate.get_global_textmap()
+    if not isinstance(current, RestartTraces):
+        propagate.set_global_textmap(RestartTraces(current))
+    active = getattr(unified, "_active_span_processor", None)
+    present = getattr(active, "_span_processors", ())
+    if not any(isinstance(processor, LinkToCaller) for processor in present):
+        unified.add_span_processor(LinkToCaller())
+
+
+class RestartTraces(TextMapPropagator):
+    """届いた ``traceparent`` を親にしない。送るほう(``inject``)は元のまま。
+
+    環境変数 ``OTEL_PROPAGATORS=baggage`` でもルートは作り直せるが、この先のサービスへ
+    ``traceparent`` を送ることも止まってしまう。
+    """
+
+    def __init__(self, inner: TextMapPropagator) -> None:
+        self._inner = inner
+
+    def extract(
+        self,
+        carrier: CarrierT,
+        context: Context | None = None,
+        getter: Getter[CarrierT] = default_getter,
+    ) -> Context:
+        """baggage などは読み、呼び出し元のスパンは ``LinkToCaller`` のために控える。"""
+        found = self._inner.extract(carrier, context, getter)
+        caller = trace.get_current_span(found).get_span_context()
+        if not (caller.is_valid and caller.is_remote):
+            return found
+        without_parent = trace.set_span_in_context(trace.INVALID_SPAN, found)
+        return otel_context.set_value(_CALLER, caller, without_parent)
+
+    def inject(
+        self,
+        carrier: CarrierT,
+        context: Context | None = None,
+        setter: Setter[CarrierT] = default_setter,
+    ) -> None:
+        """この先のサービスへは、今のスパンを親として送る。"""
+        self._inner.inject(carrier, context, setter)
+
+    @property
+    def fields(self) -> set[str]:
+        """使うヘッダーの名前。"""
+        return self._inner.fields
+
+
+class LinkToCaller(SpanProcessor):
+    """ルートスパンに、呼び出し元のスパンへのリンクを付ける。"""
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        caller: Any = otel_context.get_value(_CALLER, parent_context)
+        if span.parent is None and caller is not None:
+            span.add_link(caller)
+
+
+def trace_http_requests(app: Any) -> None:
+    """リクエストのスパンを自分では作らない FastAPI に、作るミドルウェアを足す。
+
+    新しい FastAPI は自分で作るので何もしない(Python 3.10 に入るのは、作らない版)。
+    """
+    if find_spec("fastapi.telemetry"):
+        return
+    tracer = trace.get_tracer(__name__)
+
+    @app.middleware("http")
+    async def http_span(request: Any, call_next: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+        caller = propagate.extract(request.headers)
+        kind = trace.SpanKind.SERVER
+        with tracer.start_as_current_span(request.method, context=caller, kind=kind) as span:
+            response = await call_next(request)
+            route = getattr(request.scope.get("route"), "path", request.url.path)
+            span.update_name(f"{request.method} {route}")
+            span.set_attribute("http.response.status_code", response.status_code)
+            return response
+
+
+def _show_children(spans: Sequence[Any], parent: str, indent: str = "") -> None:
+    for span in spans:
+        if span.parent_span_id == parent:
+            print(f"{indent}{span.name}")
+            _show_children(spans, span.span_id, indent + "  ")

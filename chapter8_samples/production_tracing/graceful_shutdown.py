@@ -1,5 +1,0 @@
-"""``01_production_tracing/graceful_shutdown.py`` の別名(自動生成)。"""
-
-from chapter8_samples import _sections
-
-_sections.become_real(__name__)

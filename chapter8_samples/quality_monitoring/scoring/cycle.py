@@ -1,0 +1,104 @@
+"""8.3.5 直近のトレースを定期的に採点する(継続的評価、リスト8.11)。
+
+MLflow サーバーが自動で採点できるのは ``gateway:/`` の LLM ジャッジだけである。``openai:/`` の
+ジャッジ、コードのスコアラー、手元の SQLite のトレースは、この関数を cron などから呼んで採点する。
+
+Databricks では、登録したスコアラーを Databricks が採点する。``ScorerStatus.runs`` が
+``databricks`` のものは、ここでは飛ばされる。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any, Protocol
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.genai.scorers import Scorer
+
+from .plan import FINISHED_TRACES, ScoringError, ScoringOptions, ScoringReport, ScoringTarget
+
+if TYPE_CHECKING:
+    from .engine import ProgressCallback
+
+
+class _StatusLike(Protocol):
+    """``scorer_setup.ScorerStatus`` と同じ形。"""
+
+    name: str
+    scorer: Scorer
+    runs: str
+    sample_rate: float
+    filter_string: str | None
+
+
+def run_scoring_cycle(
+    experiment_name_or_id: str,
+    scorers: Sequence[Any],
+    *,
+    lookback: timedelta = timedelta(hours=1),
+    options: ScoringOptions | None = None,
+    now: datetime | None = None,
+    flush: bool = True,
+    on_progress: ProgressCallback | None = None,
+) -> ScoringReport:
+    """直近 ``lookback`` のトレースを採点する。cron などから、それより短い間隔で呼ぶ。
+
+    重なった分は、採点済みとして飛ばされる。
+
+    Args:
+        scorers: ``setup_quality_scorers()`` の戻り値か、MLflow のスコアラー。
+            休止中のものと、サーバーや Databricks が採点するものは飛ばす。
+        flush: 先に、このプロセスの未保存のトレースを書き出す(トレースを作るプロセスでは約 2 秒)。
+
+    Raises:
+        ScoringError: エクスペリメントやジャッジの API キーがない、など。
+    """
+    from .engine import score_traces
+
+    if flush:
+        mlflow.flush_trace_async_logging()
+    end = now or datetime.now(timezone.utc)
+    if end.tzinfo is not None:
+        end = end.astimezone(timezone.utc)  # 夏時間の変わり目でも、lookback の長さを変えない
+    start, experiment_id = end - lookback, _experiment_id(experiment_name_or_id)
+    mine = [as_target(scorer) for scorer in scorers if _runs_here(scorer)]
+    elsewhere = tuple(scorer.name for scorer in scorers if not _runs_here(scorer))
+    if elsewhere and not mine:  # することがないのは、誤りではない
+        return ScoringReport(experiment_id=experiment_id, start=start, end=end, elsewhere=elsewhere)
+    report = score_traces(
+        experiment_id, mine, start=start, end=end, options=options, on_progress=on_progress
+    )
+    report.elsewhere = elsewhere
+    return report
+
+
+def _experiment_id(name_or_id: str) -> str:
+    client = MlflowClient()
+    found = client.get_experiment_by_name(name_or_id)
+    if found is None and name_or_id.isdigit():
+        with suppress(MlflowException):
+            found = client.get_experiment(name_or_id)
+    if found is None:
+        raise ScoringError(f"no experiment named {name_or_id!r} at {mlflow.get_tracking_uri()}")
+    return found.experiment_id
+
+
+def _runs_here(scorer: Any) -> bool:
+    paused = getattr(scorer, "sample_rate", None) == 0
+    return getattr(scorer, "runs", "client") == "client" and not paused
+
+
+def as_target(scorer: Scorer | ScoringTarget | _StatusLike) -> ScoringTarget:
+    """スコアラー、または ``ScorerStatus`` を採点の指定に直す。"""
+    if isinstance(scorer, ScoringTarget):
+        return scorer
+    if isinstance(scorer, Scorer):
+        rate, filter_string = scorer.sample_rate or 1.0, scorer.filter_string or FINISHED_TRACES
+        return ScoringTarget(scorer=scorer, sample_rate=rate, filter_string=filter_string)
+    return ScoringTarget(
+        scorer=scorer.scorer, sample_rate=scorer.sample_rate, filter_string=scorer.filter_string
+    )

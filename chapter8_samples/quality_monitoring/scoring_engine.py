@@ -1,5 +1,0 @@
-"""``03_quality_monitoring/scoring_engine.py`` の別名(自動生成)。"""
-
-from chapter8_samples import _sections
-
-_sections.become_real(__name__)
