@@ -27,9 +27,9 @@ EXPERIMENT = "/production/my-llm-app"
 FOLDER = ROOT / "chapter8_samples"
 # リスト -> "ファイル 名前 ..."
 LISTINGS = {
-    "8.1": "production_tracing/manual_spans.py traced_step",
-    "8.2": "production_tracing/manual_spans.py traced_step",
-    "8.3": "production_tracing/manual_spans.py record_error",
+    "8.1": "production_tracing/spans.py traced_step",
+    "8.2": "production_tracing/spans.py traced_step",
+    "8.3": "production_tracing/spans.py record_error",
     "8.4": "production_tracing/basic_setup.py setup_production_tracing",
     "8.5": "production_tracing/metadata_tagging.py RequestContextMiddleware init_flask",
     "8.6": "production_tracing/graceful_shutdown.py setup_graceful_shutdown",
@@ -37,7 +37,7 @@ LISTINGS = {
     "8.8": "production_tracing/metadata_tagging.py find_traces",
     "8.9": "cost_tracking/token_tracking.py setup_token_tracking",
     "8.10": "quality_monitoring/feedback_collection.py log_thumbs_feedback",
-    "8.11": "quality_monitoring/scoring_cycle.py run_scoring_cycle",
+    "8.11": "quality_monitoring/scoring/cycle.py run_scoring_cycle",
     "8.12": "quality_monitoring/scorer_setup.py setup_quality_scorers",
     "8.13": "alerting/rollback.py quick_rollback",
     "8.14": "opentelemetry/otlp_setup.py setup_otlp_export",
@@ -95,7 +95,7 @@ def exporting(otlp: OtlpReceiver) -> Any:
 
 
 def test_readme_names_the_same_files_and_functions() -> None:
-    row = r"^\| (8\.\d+) \| [^|]+ \| ([^|]+) \| \[[^]]+\]\(\d\d_([^)]+)\) \|$"
+    row = r"^\| (8\.\d+) \| [^|]+ \| ([^|]+) \| \[[^]]+\]\((?:\d\d_)?([^)]+)\) \|$"
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     found = {
         number: " ".join([path, *re.findall(r"`(\w+)`", names)])
