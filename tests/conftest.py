@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,11 +20,23 @@ from chapter8_samples import _lab
 OWNED_PREFIXES = ("MLFLOW_", "OTEL_", "OPENAI_", "DATABRICKS_", "SLACK_", "PAGERDUTY_", "CHAPTER8_")
 _lab.go_offline()
 _lab.bypass_proxy()  # 社内のプロキシを設定した機械でも、手元の相手に直接つなぐ
+from mlflow.tracing.export import async_export_queue  # noqa: E402 (上の設定のあとで読み込む)
+
 # 背後で起動された(SIGINT を無視する)シェルからでも、子プロセスの Ctrl-C を試せるようにする
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # 1 例ごとの期限(200 ミリ秒)は、混んだ機械では中身と関係なく切れる
 settings.register_profile("chapter8", deadline=None)
 settings.load_profile("chapter8")
+
+
+class WakingQueue(Queue[Any]):
+    """MLflow の送信スレッドを 20 ミリ秒ごとに起こす(1 秒ごとでは、flush のたびに 2 秒待つ)。"""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        return super().get(block, timeout and min(timeout, 0.02))
+
+
+async_export_queue.Queue = WakingQueue  # type: ignore[misc]
 
 
 def without_settings(environment: dict[str, str]) -> dict[str, str]:
