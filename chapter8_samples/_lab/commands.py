@@ -12,7 +12,6 @@ from pathlib import Path
 
 import mlflow
 
-from . import Lab, home, local_store, sample, set_aside
 from .doctor.setup_problems import (
     backend_problem,
     explained,
@@ -21,7 +20,9 @@ from .doctor.setup_problems import (
     require,
     shown,
 )
+from .environment import home
 from .report.periods import since
+from .workbench import Lab, local_store, sample, set_aside
 
 # 途中でサーバーが止まっても、数分も待たせない
 SHORT_WAITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .run import Finding
+from .finding import Finding
 from .setup_problems import (
     INSTALL,
     MINIMUM_MLFLOW,

@@ -12,13 +12,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 from urllib.parse import quote, unquote
 
 from ..console import color, pad, width
+from . import checks, services, settings
+from .finding import Finding
 
-Level = Literal["ok", "warning", "error"]
 MARKS = {"ok": ("OK", "32"), "warning": ("注意", "33"), "error": ("NG", "31")}
 _SECRET_NAME = re.compile(
     r"KEY|TOKEN|PASSW|PASSPHRASE|SECRET|HEADERS|WEBHOOK|CREDENTIAL|AUTH", re.IGNORECASE
@@ -26,16 +26,6 @@ _SECRET_NAME = re.compile(
 # 短い値や true / false を伏せると、直し方の文まで読めなくなる(TOKENIZERS_PARALLELISM=false など)
 _SHORTEST_SECRET = 4
 _NO_SECRETS = ("true", "false")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """診断の 1 件。``level`` は ok、warning(注意)、error(NG)。"""
-
-    name: str
-    level: Level
-    detail: str
-    fix: str = ""
 
 
 Check = Callable[[], Iterable[Finding]]
@@ -50,23 +40,17 @@ def run(*, experiment: str | None = None, as_json: bool = False) -> int:
 
 def diagnose(environment: Mapping[str, str], experiment: str | None = None) -> list[Finding]:
     """すべての診断の結果。1 つの診断が失敗しても、残りは続ける。"""
-    from . import checks as doctor_checks
-    from . import services as doctor_services
-    from . import settings as doctor_settings
-
-    checks: list[tuple[str, Check]] = [
-        ("版", doctor_checks.versions),
-        ("手元のデータ", lambda: doctor_checks.lab_folder(environment)),
-        ("接続先", lambda: doctor_checks.backend(environment, experiment)),
-        ("ジャッジ", lambda: doctor_services.judge(environment)),
-        ("OTLP", lambda: doctor_services.otlp(environment)),
-        ("設定", lambda: doctor_settings.conflicts(environment)),
+    plan: list[tuple[str, Check]] = [
+        ("版", checks.versions),
+        ("手元のデータ", lambda: checks.lab_folder(environment)),
+        ("接続先", lambda: checks.backend(environment, experiment)),
+        ("ジャッジ", lambda: services.judge(environment)),
+        ("OTLP", lambda: services.otlp(environment)),
+        ("設定", lambda: settings.conflicts(environment)),
     ]
     hidden = sorted(secrets(environment), key=len, reverse=True)
     return [
-        _without_secrets(finding, hidden)
-        for name, check in checks
-        for finding in _safe(name, check)
+        _without_secrets(finding, hidden) for name, check in plan for finding in _safe(name, check)
     ]
 
 

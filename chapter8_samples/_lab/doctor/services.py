@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
-from . import checks as doctor_checks
+from . import checks
 from .checks import call_server
-from .run import Finding
+from .finding import Finding
 from .settings import otlp_endpoint, otlp_setting
 from .setup_problems import bounded, shown
 
@@ -64,7 +64,7 @@ def _gateway(uri: str, name: str) -> Finding:
         return Finding("ジャッジ", "error", detail, fix)
     path = "/api/3.0/mlflow/gateway/endpoints/list"
     try:
-        answer = bounded(lambda: call_server(uri, "GET", path), doctor_checks.SECONDS + 1)
+        answer = bounded(lambda: call_server(uri, "GET", path), checks.SECONDS + 1)
     except Exception:  # 理由は「接続先」の診断が知らせる
         return Finding("ジャッジ", "error", f"gateway:/{name} があるか、確かめられません。", fix)
     items = next(iter(answer.json().values()), []) if answer.status_code == 200 else []
@@ -117,7 +117,7 @@ def otlp(environment: Environment) -> Iterator[Finding]:
 
 
 def _otlp_answer(environment: Environment, endpoint: str, protocol: str) -> Finding:
-    from chapter8_samples.opentelemetry.export.delivery import check_otlp_connection
+    from chapter8_samples.opentelemetry import check_otlp_connection
 
     pairs = (i.partition("=") for i in otlp_setting(environment, "HEADERS").split(","))
     headers = {key.strip(): unquote(value.strip()) for key, found, value in pairs if found}
@@ -128,12 +128,12 @@ def _otlp_answer(environment: Environment, endpoint: str, protocol: str) -> Find
             endpoint,
             protocol,
             headers=headers,
-            timeout_seconds=doctor_checks.SECONDS,
+            timeout_seconds=checks.SECONDS,
             certificate_file=certificate if certificate and Path(certificate).is_file() else None,
         ).reason
 
     try:
-        reason: str = bounded(ask, 2 * doctor_checks.SECONDS)
+        reason: str = bounded(ask, 2 * checks.SECONDS)
     except TimeoutError:
         reason = "timeout"
     return _translated(reason, f"{shown(endpoint)} ({protocol})")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from .run import Finding
+from .finding import Finding
 from .setup_problems import address_of
 
 Environment = Mapping[str, str]

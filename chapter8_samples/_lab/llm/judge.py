@@ -1,4 +1,4 @@
-"""スタブ LLM の採点。ジャッジのプロンプトを読み、`stub_rules` の規則で判定し、頼まれた形で返す。
+"""スタブ LLM の採点。ジャッジのプロンプトを読み、`rules` の規則で判定し、頼まれた形で返す。
 
 MLflow の組み込みジャッジは `<question>` などのタグで、make_judge は「inputs: …」「outputs: …」で
 材料を渡してくる。どちらも読み取って同じ規則に掛ける。
@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from . import rules as stub_rules
+from . import rules
 from .rules import Case, Verdict
 from .schema import fill
 from .text import message_text, system_text
@@ -84,16 +84,16 @@ def _judge_tags(tags: dict[str, list[str]]) -> Verdict:
         expected=first.get("expected_output", first.get("claim", "")),
     )
     if "guideline" in tags:
-        return stub_rules.follows(case, tags["guideline"])
+        return rules.follows(case, tags["guideline"])
     if "expected_output" in tags:
-        return stub_rules.equivalent(case)
+        return rules.equivalent(case)
     if "text" in tags:
-        return stub_rules.safe(Case(answer=_all_text(_parsed(first["text"]))))
+        return rules.safe(Case(answer=_all_text(_parsed(first["text"]))))
     if "document" in tags and "answer" in tags:
-        return stub_rules.grounded(case)
+        return rules.grounded(case)
     if "document" in tags and "claim" in tags:
-        return stub_rules.supported(Case(expected=case.expected, answer=_without_question(first)))
-    return stub_rules.relevant(case)
+        return rules.supported(Case(expected=case.expected, answer=_without_question(first)))
+    return rules.relevant(case)
 
 
 def _judge_fields(fields: dict[str, str], criteria: str) -> Verdict:
@@ -110,8 +110,8 @@ def _judge_fields(fields: dict[str, str], criteria: str) -> Verdict:
         user_turns=tuple(text for role, text in turns if role == "user"),
         criteria=_instructions(criteria),
     )
-    default = stub_rules.calm if turns else stub_rules.relevant
-    rule = stub_rules.rule_for(case.criteria) or default
+    default = rules.calm if turns else rules.relevant
+    rule = rules.rule_for(case.criteria) or default
     return rule(case)
 
 
@@ -134,7 +134,7 @@ def _entry(value: Any, key: str) -> Any:
 
 def _judge_text(prompt: str, criteria: str) -> Verdict:
     """決まった形のない採点。本文をそのまま回答とみなす。"""
-    rule = stub_rules.rule_for(criteria) or stub_rules.safe
+    rule = rules.rule_for(criteria) or rules.safe
     return rule(Case(answer=prompt, criteria=criteria))
 
 

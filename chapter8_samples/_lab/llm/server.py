@@ -1,9 +1,9 @@
 """OpenAI 互換のスタブ LLM。本物の openai SDK と MLflow のジャッジが、API キーなしで話せる相手。
 
-同じ内容のリクエストにはいつも同じ答えを返す。答えの作り方は `stub_answers`、採点は
-`stub_judge` にある。単独でも動く::
+同じ内容のリクエストにはいつも同じ答えを返す。答えの作り方は `answers`、採点は
+`judge` にある。単独でも動く::
 
-    $ python -m chapter8_samples._lab.stub_llm --port 5181
+    $ python -m chapter8_samples._lab.llm.server --port 5181
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from . import answers as stub_answers
-from . import judge as stub_judge
-from . import text as stub_text
+from . import answers, judge
+from .text import count_tokens, prompt_tokens, system_text
 from .wire import ChatBody, EmbeddingsBody, InvalidRequestError, read_body
 
 __all__ = ["Faults", "StubLlm", "listen"]
@@ -182,7 +181,7 @@ def create_app(stub: StubLlm) -> FastAPI:
         body = await read_body(request, EmbeddingsBody)
         refused = stub.admit(body)
         await asyncio.sleep(stub.faults.latency_seconds)
-        return refused or JSONResponse(stub_answers.embeddings(body))
+        return refused or JSONResponse(answers.embeddings(body))
 
     async def models() -> dict[str, Any]:
         names = [*SNAPSHOTS, *SNAPSHOTS.values(), "text-embedding-3-small"]
@@ -217,16 +216,16 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 async def _chat_response(body: dict[str, Any], *, bad_release: bool) -> Response:
-    is_judge = stub_judge.is_judge(body)
-    calls = stub_judge.tool_calls(body)
+    judging = judge.is_judge(body)
+    calls = judge.tool_calls(body)
     text = ""
     if not calls:
-        text = stub_judge.verdict(body) if is_judge else stub_answers.answer(body, bad=bad_release)
+        text = judge.verdict(body) if judging else answers.answer(body, bad=bad_release)
     completion = _Completion(body, text, calls)
-    pace = 0.0 if is_judge else SECONDS_PER_TOKEN
+    pace = 0.0 if judging else SECONDS_PER_TOKEN
     if body.get("stream"):
         return StreamingResponse(completion.stream(pace), media_type="text/event-stream")
-    await asyncio.sleep(pace * stub_text.count_tokens(text))
+    await asyncio.sleep(pace * count_tokens(text))
     return JSONResponse(completion.whole())
 
 
@@ -266,7 +265,7 @@ class _Completion:
         """`chat.completion.chunk` を並べた SSE。1 トークンごとに `pace` 秒かける。"""
         yield self._chunk({"role": "assistant", "content": ""})
         for piece in _pieces(self._text):
-            await asyncio.sleep(pace * stub_text.count_tokens(piece))
+            await asyncio.sleep(pace * count_tokens(piece))
             yield self._chunk({"content": piece})
         for index, call in enumerate(self._tool_calls):
             yield self._chunk({"tool_calls": [{"index": index, **call}]})
@@ -289,9 +288,9 @@ def usage(messages: list[dict[str, Any]], text: str) -> dict[str, Any]:
 
     本物のキャッシュは直前までの履歴で決まるが、ここでは内容だけで決まるようにしている。
     """
-    prompt, completion = stub_text.prompt_tokens(messages), stub_text.count_tokens(text)
-    system = stub_text.system_text(messages)
-    system_tokens = stub_text.count_tokens(system) if system else 0
+    prompt, completion = prompt_tokens(messages), count_tokens(text)
+    system = system_text(messages)
+    system_tokens = count_tokens(system) if system else 0
     cached = system_tokens // CACHE_BLOCK_TOKENS * CACHE_BLOCK_TOKENS
     return {
         "prompt_tokens": prompt,

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from mlflow.entities import TraceInfo
 
-from chapter8_samples.alerting.alert_config import AlertConfig, load_config
+from chapter8_samples.alerting import AlertConfig, AlertConfigError, AlertRule, load_config
 from chapter8_samples.alerting.metrics.source import TraceSearch
-from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule
 from chapter8_samples.cost_tracking.usage.reader import iter_traces
 
 from . import health

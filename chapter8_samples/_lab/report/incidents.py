@@ -16,18 +16,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, cast
 
-from chapter8_samples.alerting.alert_config import AlertConfig
+from chapter8_samples.alerting import AlertConfig, Change, MetricSourceError, replay
 from chapter8_samples.alerting.delivery.posting import fingerprint
-from chapter8_samples.alerting.metrics.measures import (
-    MetricSourceError,
-    RowNumbers,
-    TraceRow,
-    measure,
-)
-from chapter8_samples.alerting.releases.journal import Change
-from chapter8_samples.alerting.tools.replay import replay
+from chapter8_samples.alerting.metrics.measures import RowNumbers, TraceRow, measure
 
-_JOURNAL = re.compile(r"rollback_(\w+)_\d+")  # alias_journal.py のタグ
+_JOURNAL = re.compile(r"rollback_(\w+)_\d+")  # releases.journal のタグ
 _ACTIONS = {
     "promote": ("release", "をリリース"),
     "rollback": ("rollback", "へロールバック"),

@@ -18,7 +18,7 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from .. import bypass_proxy
+from ..environment import bypass_proxy
 
 __all__ = ["Answer", "Received", "WebhookReceiver"]
 

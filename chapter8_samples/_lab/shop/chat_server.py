@@ -20,9 +20,9 @@ from chapter8_samples.production_tracing import (
 )
 from chapter8_samples.quality_monitoring import FeedbackOutbox
 
-from .. import Lab
 from ..llm.server import listen
 from ..servers.mlflow_server import MlflowServer
+from ..workbench import Lab
 from .chat import VERSION, create_app
 from .chat_panel import create_panel_router
 from .operations import Operations

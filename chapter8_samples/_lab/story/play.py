@@ -47,7 +47,6 @@ from chapter8_samples.quality_monitoring import (
     setup_quality_scorers,
 )
 
-from .. import Lab
 from ..console import Step, check, table
 from ..llm.server import StubLlm
 from ..report.health import stored_traces
@@ -55,6 +54,7 @@ from ..servers.receivers import OtlpReceiver, Received, WebhookReceiver
 from ..shop.operations import JUDGE_MODEL, QUALITY, QUALITY_FLOOR, quality_rule
 from ..shop.support_bot import PROMPT_ALIAS, PROMPT_NAME, SupportBot, register_releases
 from ..shop.traffic import Traffic, Visit
+from ..workbench import Lab
 from .report import StoryRecord, write_story_report
 
 EXPERIMENT, SERVICE, VERSION = "/production/support-bot", "support-bot", "1.4.0"
