@@ -32,7 +32,7 @@ from datetime import datetime, timezone
 from itertools import islice
 from typing import Any
 
-from chapter8_samples.alerting.delivery.posting import (
+from chapter8_samples.alerting.delivery import (
     Alert,
     AlertSeverity,
     AlertStatus,
@@ -42,8 +42,10 @@ from chapter8_samples.alerting.delivery.posting import (
     NotificationConfigError,
     NotificationHandler,
     encodable,
+    handlers_from_config,
     json_bytes,
 )
+from chapter8_samples.alerting.rules import AlertConfig
 
 logger = logging.getLogger(__name__)
 
@@ -364,6 +366,30 @@ class MultiChannelNotifier:
             and (alert.status is AlertStatus.FIRING or alert.fingerprint not in skipped)
         ]
         return [self._send(self._fallback, alert) for alert in lost]
+
+
+def notifier_from_config(
+    config: AlertConfig, environ: Mapping[str, str] | None = None
+) -> MultiChannelNotifier:
+    """設定の ``receivers`` と ``routes`` から組み立てる。
+
+    Args:
+        environ: 秘密を読む環境変数。省略すると ``os.environ``。
+
+    Raises:
+        NotificationConfigError: 通知先か経路の誤り、または環境変数がない。すべてを挙げる。
+    """
+    makers: dict[str, Callable[..., NotificationHandler]] = {
+        "console": ConsoleNotificationHandler,
+        "pagerduty": PagerDutyNotificationHandler,
+        "slack": lambda url: SlackNotificationHandler(url),
+    }
+    notifier = MultiChannelNotifier()
+    for name, handler in handlers_from_config(config, makers, environ).items():
+        notifier.add_handler(name, handler)
+    if config.routes:
+        notifier.set_routes([(dict(r.get("match", {})), r["to"]) for r in config.routes])
+    return notifier
 
 
 def main() -> None:

@@ -23,18 +23,19 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from importlib import import_module
 from typing import Any
 
-from chapter8_samples.alerting.releases.journal import (
+from chapter8_samples.alerting.releases import (
     AliasTarget,
     Change,
     ConcurrentChangeError,
     CooldownError,
     Journal,
     KnownBadVersionError,
+    ModelAlias,
     NoHistoryError,
     Options,
+    PromptAlias,
     RollbackError,
     SameVersionError,
     VerificationError,
@@ -271,7 +272,7 @@ class _Manager:
         """``alias`` を前の(または指定の)バージョンへ戻す。
 
         Raises:
-            RollbackError: 断る理由ごとの子クラス(``alias_journal.py``)。
+            RollbackError: 断る理由ごとの子クラス(``alerting/releases/journal.py``)。
         """
         return self.for_alias(alias).rollback(target_version, reason or "", **options)
 
@@ -302,8 +303,7 @@ class ModelRollbackManager(_Manager):
 
     def __init__(self, model_name: str, client: Any = None, **options: Any) -> None:
         self.model_name, self.client = model_name, client or _client()
-        model_alias = _targets().ModelAlias
-        super().__init__(lambda alias: model_alias(self.client, model_name, alias), **options)
+        super().__init__(lambda alias: ModelAlias(self.client, model_name, alias), **options)
 
     def get_model_versions(self) -> list[Any]:
         """登録済みのバージョン(新しい順)。"""
@@ -328,8 +328,7 @@ class PromptRollbackManager(_Manager):
 
     def __init__(self, prompt_name: str, client: Any = None, **options: Any) -> None:
         self.prompt_name, self.client = prompt_name, client or _client()
-        prompt_alias = _targets().PromptAlias
-        super().__init__(lambda alias: prompt_alias(self.client, prompt_name, alias), **options)
+        super().__init__(lambda alias: PromptAlias(self.client, prompt_name, alias), **options)
 
 
 def _client() -> Any:
@@ -341,11 +340,6 @@ def _client() -> Any:
             "pip install 'mlflow>=3'"
         ) from error
     return MlflowClient()
-
-
-def _targets() -> Any:
-    package = f"{__package__}." if __package__ else ""
-    return import_module(f"{package}alias_target")
 
 
 def quick_rollback(

@@ -10,7 +10,7 @@ _MODULES = {
     "alert_config": "setup_alerting",
     "notification_handlers": (
         "ConsoleNotificationHandler MultiChannelNotifier PagerDutyNotificationHandler "
-        "SlackNotificationHandler"
+        "SlackNotificationHandler notifier_from_config"
     ),
     "rollback": "ModelRollbackManager PromptRollbackManager get_champion_version quick_rollback",
     "rules.model": "AlertConfigError AlertRule BurnRateRule",
@@ -23,8 +23,7 @@ _MODULES = {
         "NotificationHandler RetryPolicy"
     ),
     "delivery.channels": (
-        "AlertmanagerNotificationHandler EmailNotificationHandler "
-        "TeamsNotificationHandler notifier_from_config"
+        "AlertmanagerNotificationHandler EmailNotificationHandler TeamsNotificationHandler"
     ),
     "delivery.signature": (
         "ReplayGuard SignedWebhookNotificationHandler WebhookRefusedError "
@@ -34,7 +33,7 @@ _MODULES = {
     "releases.aliased": "AliasedModel AliasedPrompt",
     "releases.on_alert": "RollbackDecision auto_rollback",
     "releases.traffic": "shift_serving_traffic",
-    "tools.replay": "RecordedTraces Replay SyntheticTraffic replay",
+    "tools.backtest": "RecordedTraces Replay SyntheticTraffic replay",
     "tools.exports": "to_alertmanager_config to_databricks_alert to_prometheus_rules",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

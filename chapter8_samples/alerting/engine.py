@@ -16,14 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from .delivery.posting import Alert, AlertSeverity, AlertStatus, Delivery, fingerprint
-
-if TYPE_CHECKING:
-    from .alert_config import AlertConfig
-    from .metrics.measures import MetricSample, MetricSource
-    from .rules.model import Rule
+from .metrics.measures import MetricSample, MetricSource
+from .rules.config import AlertConfig
+from .rules.model import Rule
 
 logger = logging.getLogger(__name__)
 

@@ -73,7 +73,7 @@ def test_replay_reads_the_stored_traces(
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_watch_beats_and_stops_on_sigterm(config: str, failed_trace: str, tmp_path: Path) -> None:
     beat = tmp_path / "alive"
-    command = [sys.executable, "-m", "chapter8_samples.alerting.alert_config", "watch", config]
+    command = [sys.executable, "-m", "chapter8_samples.alerting", "watch", config]
     command += ["--interval", "0.2", "--heartbeat", str(beat), "--tracking-uri", failed_trace]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)

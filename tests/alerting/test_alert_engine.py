@@ -13,8 +13,8 @@ import pytest
 from chapter8_samples.alerting.alert_config import AlertConfig, Inhibit, MuteWindow
 from chapter8_samples.alerting.delivery.posting import Alert, Delivery
 from chapter8_samples.alerting.engine import AlertEngine
-from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule
 from chapter8_samples.alerting.metrics.measures import MetricSample, MetricSourceError
+from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 UNKNOWN_PHASE = json.dumps(

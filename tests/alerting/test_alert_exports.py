@@ -17,15 +17,15 @@ from ports import free_port
 
 from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, Inhibit, MuteWindow
+from chapter8_samples.alerting.delivery.channels import AlertmanagerNotificationHandler
 from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
+from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
 from chapter8_samples.alerting.tools.exports import (
     expression,
     to_alertmanager_config,
     to_databricks_alert,
     to_prometheus_rules,
 )
-from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
-from chapter8_samples.alerting.delivery.channels import AlertmanagerNotificationHandler
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (apt install prometheus)"

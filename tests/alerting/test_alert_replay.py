@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 from chapter8_samples.alerting.alert_config import AlertConfig
-from chapter8_samples.alerting.tools.replay import Replay, RuleReplay, SyntheticTraffic, replay
-from chapter8_samples.alerting.rules.model import AlertRule, BurnRateRule
 from chapter8_samples.alerting.metrics.measures import TraceRow
+from chapter8_samples.alerting.rules.model import AlertRule, BurnRateRule
+from chapter8_samples.alerting.tools.backtest import Replay, RuleReplay, SyntheticTraffic, replay
 
 DEFAULT = AlertConfig.default().rules[0]
 CAREFUL = AlertRule(

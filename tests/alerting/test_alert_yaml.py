@@ -11,11 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chapter8_samples.alerting import notifier_from_config
 from chapter8_samples.alerting.alert_config import AlertConfig, load_config
 from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, NotificationConfigError
-from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
 from chapter8_samples.alerting.rules.file import BURN_RATE, RULE, config_from_mapping
-from chapter8_samples.alerting.delivery.channels import notifier_from_config
+from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
 
 GOOD = """
 version: 1

@@ -23,6 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chapter8_samples._lab.servers.receivers import Answer, WebhookReceiver
+from chapter8_samples.alerting.delivery.channels import (
+    AlertmanagerNotificationHandler,
+    EmailNotificationHandler,
+    TeamsNotificationHandler,
+)
 from chapter8_samples.alerting.delivery.posting import (
     Alert,
     AlertSeverity,
@@ -33,11 +38,6 @@ from chapter8_samples.alerting.delivery.posting import (
     RetryPolicy,
     json_bytes,
     retry_after_seconds,
-)
-from chapter8_samples.alerting.delivery.channels import (
-    AlertmanagerNotificationHandler,
-    EmailNotificationHandler,
-    TeamsNotificationHandler,
 )
 from chapter8_samples.alerting.notification_handlers import (
     ConsoleNotificationHandler,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
 from chapter8_samples.alerting.delivery.channels import EmailNotificationHandler
+from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
 
 ALERT = Alert(
     name="high_error_rate",

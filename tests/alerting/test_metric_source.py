@@ -20,7 +20,14 @@ from ports import free_port
 from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
 from chapter8_samples.alerting.delivery.posting import NotificationConfigError
-from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
+from chapter8_samples.alerting.metrics.measures import (
+    MetricSourceError,
+    RowNumbers,
+    TraceRow,
+    check_metric,
+    measure,
+    percentile,
+)
 from chapter8_samples.alerting.metrics.source import (
     EndpointMissingError,
     SearchTracesMetricSource,
@@ -32,14 +39,7 @@ from chapter8_samples.alerting.metrics.source import (
     to_ms,
     to_row,
 )
-from chapter8_samples.alerting.metrics.measures import (
-    MetricSourceError,
-    RowNumbers,
-    TraceRow,
-    check_metric,
-    measure,
-    percentile,
-)
+from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
 
 START = datetime(2026, 1, 1, 9, 0, tzinfo=timezone.utc)
 WINDOW = timedelta(minutes=10)

@@ -25,6 +25,7 @@ from chapter8_samples.alerting.releases.journal import (
     VerificationError,
     known_bad,
 )
+from chapter8_samples.alerting.releases.on_alert import auto_rollback
 from chapter8_samples.alerting.releases.targets import ModelAlias
 from chapter8_samples.alerting.rollback import (
     AliasRollback,
@@ -33,7 +34,6 @@ from chapter8_samples.alerting.rollback import (
     get_champion_version,
     quick_rollback,
 )
-from chapter8_samples.alerting.releases.on_alert import auto_rollback
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 

@@ -29,7 +29,7 @@ from chapter8_samples import _lab
 from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 from chapter8_samples.alerting.alert_config import AlertConfig
 from chapter8_samples.alerting.engine import AlertEngine
-from chapter8_samples.alerting.tools.replay import SyntheticTraffic
+from chapter8_samples.alerting.tools.backtest import SyntheticTraffic
 from chapter8_samples.alerting.rules.model import format_duration
 from chapter8_samples.alerting.in_process_metrics import InProcessMetricSource
 from chapter8_samples.alerting.metrics.source import (

@@ -1,0 +1,51 @@
+"""アラートの配送: 型、再試行、通知先、署名。"""
+
+from .channels import (
+    AlertmanagerNotificationHandler,
+    EmailNotificationHandler,
+    TeamsNotificationHandler,
+    handlers_from_config,
+)
+from .posting import (
+    Alert,
+    AlertSeverity,
+    AlertStatus,
+    Delivery,
+    HttpHandler,
+    HttpPoster,
+    NotificationConfigError,
+    NotificationHandler,
+    RetryPolicy,
+    encodable,
+    json_bytes,
+)
+from .signature import (
+    ReplayGuard,
+    SignedWebhookNotificationHandler,
+    WebhookRefusedError,
+    alert_from_mlflow_webhook,
+    verify_signature,
+)
+
+__all__ = [
+    "Alert",
+    "AlertSeverity",
+    "AlertStatus",
+    "AlertmanagerNotificationHandler",
+    "Delivery",
+    "EmailNotificationHandler",
+    "HttpHandler",
+    "HttpPoster",
+    "NotificationConfigError",
+    "NotificationHandler",
+    "ReplayGuard",
+    "RetryPolicy",
+    "SignedWebhookNotificationHandler",
+    "TeamsNotificationHandler",
+    "WebhookRefusedError",
+    "alert_from_mlflow_webhook",
+    "encodable",
+    "handlers_from_config",
+    "json_bytes",
+    "verify_signature",
+]

@@ -16,11 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.message import EmailMessage
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..rules.config import AlertConfig
+from ..rules.file import delivery_problems
 from .posting import (
     Alert,
+    AlertSeverity,
     AlertStatus,
     Delivery,
     HttpHandler,
@@ -30,10 +32,7 @@ from .posting import (
     encodable,
     json_bytes,
 )
-
-if TYPE_CHECKING:
-    from ..alert_config import AlertConfig
-    from ..notification_handlers import MultiChannelNotifier
+from .signature import SignedWebhookNotificationHandler
 
 TEAMS_MAX_BYTES = 21_000
 """Teams の上限は 28 KB だが、実際にはこのあたりから断られる。"""
@@ -214,63 +213,51 @@ def _may_retry(error: Exception) -> bool:
     return not isinstance(error, lasting) and any(code < 500 for code in codes)
 
 
-def notifier_from_config(
-    config: AlertConfig,
-    environ: Mapping[str, str] | None = None,
-) -> MultiChannelNotifier:
-    """設定の ``receivers`` と ``routes`` から組み立てる。
+Makers = Mapping[str, Callable[..., NotificationHandler]]
+"""設定の ``type`` -> 通知先を作る関数。引数は、設定の項目(``url_env`` は ``url``)。"""
+MAKERS: Makers = {
+    "alertmanager": AlertmanagerNotificationHandler,
+    "email": EmailNotificationHandler,
+    "teams": lambda url: TeamsNotificationHandler(url),
+    "webhook": SignedWebhookNotificationHandler,
+}
+
+
+def handlers_from_config(
+    config: AlertConfig, makers: Makers, environ: Mapping[str, str] | None = None
+) -> dict[str, NotificationHandler]:
+    """設定の ``receivers`` から、名前 -> 通知先を作る。なければ ``console`` だけ。
 
     Args:
+        makers: ``MAKERS`` にない種類(``slack``、``pagerduty``、``console``)の作り方。
         environ: 秘密を読む環境変数。省略すると ``os.environ``。
 
     Raises:
         NotificationConfigError: 通知先か経路の誤り、または環境変数がない。すべてを挙げる。
     """
-    if problems := import_module(f"{_package()}alert_yaml").delivery_problems(config):
+    if problems := delivery_problems(config):
         raise NotificationConfigError("\n".join(problems))
     environ = os.environ if environ is None else environ
-    handlers: Any = import_module(f"{_package()}notification_handlers")
-    notifier: MultiChannelNotifier = handlers.MultiChannelNotifier()
+    found: dict[str, NotificationHandler] = {}
     unset: list[str] = []
     for name, settings in (config.receivers or {"console": {"type": "console"}}).items():
         missing = [v for k, v in settings.items() if k.endswith("_env") and not environ.get(v)]
         unset += [f"{variable} (receiver {name})" for variable in missing]
         if not missing:
-            notifier.add_handler(name, _handler(handlers, settings, environ))
+            found[name] = _handler({**MAKERS, **makers}, settings, environ)
     if unset:
         raise NotificationConfigError(f"environment variables are not set: {', '.join(unset)}")
-    if config.routes:
-        notifier.set_routes([(dict(r.get("match", {})), r["to"]) for r in config.routes])
-    return notifier
-
-
-def _package() -> str:
-    return f"{__package__}." if __package__ else ""
+    return found
 
 
 def _handler(
-    handlers: Any, settings: Mapping[str, Any], environ: Mapping[str, str]
+    makers: Makers, settings: Mapping[str, Any], environ: Mapping[str, str]
 ) -> NotificationHandler:
     common = ("type", "send_resolved", "min_severity")
-    plain: dict[str, Any] = {
-        k: v for k, v in settings.items() if k not in common and not k.endswith("_env")
-    }
-    secret: dict[str, Any] = {
-        k.removesuffix("_env"): environ[v] for k, v in settings.items() if k.endswith("_env")
-    }
-    handler: NotificationHandler = {
-        "console": lambda: handlers.ConsoleNotificationHandler(),
-        "slack": lambda: handlers.SlackNotificationHandler(secret["url"]),
-        "pagerduty": lambda: handlers.PagerDutyNotificationHandler(secret["routing_key"], **plain),
-        "teams": lambda: TeamsNotificationHandler(secret["url"]),
-        "alertmanager": lambda: AlertmanagerNotificationHandler(secret["url"]),
-        "email": lambda: EmailNotificationHandler(**plain, **secret),
-        "webhook": lambda: import_module(
-            f"{_package()}webhook_signature"
-        ).SignedWebhookNotificationHandler(secret["url"], secret["secret"]),
-    }[settings["type"]]()
-    severity = settings.get("min_severity")
-    if severity is not None:
-        handler.min_severity = type(handler.min_severity)(severity)
+    plain = {k: v for k, v in settings.items() if k not in common and not k.endswith("_env")}
+    secret = {k.removesuffix("_env"): environ[v] for k, v in settings.items() if k.endswith("_env")}
+    handler = makers[settings["type"]](**plain, **secret)
+    if "min_severity" in settings:
+        handler.min_severity = AlertSeverity(settings["min_severity"])
     handler.send_resolved = settings.get("send_resolved", handler.send_resolved)
     return handler

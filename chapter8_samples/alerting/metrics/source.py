@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from importlib import import_module
 from typing import Any
 
 from .measures import (
@@ -278,11 +277,12 @@ def query_metrics(tracking_uri: str, body: Mapping[str, Any]) -> list[dict[str, 
 
 
 def _rest(tracking_uri: str, endpoint: str, method: str, **more: Any) -> Any:
-    rest: Any = import_module("mlflow.utils.rest_utils")
-    credentials: Any = import_module("mlflow.utils.credentials")
-    host = credentials.get_default_host_creds(tracking_uri)
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    host = get_default_host_creds(tracking_uri)
     more |= {"max_retries": 1, "timeout": 10, "raise_on_status": False}
-    return _guard(lambda: rest.http_request(host, endpoint, method, **more))
+    return _guard(lambda: http_request(host, endpoint, method, **more))
 
 
 class ServerMetricSource:

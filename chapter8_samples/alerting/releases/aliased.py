@@ -16,7 +16,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -182,10 +181,11 @@ class AliasedPrompt(Aliased[Template]):
 
 def _over_rest(uri: str, name: str, alias: str) -> dict[str, Any]:
     """エイリアスの指すバージョン。mlflow-tracing だけで聞ける。"""
-    rest: Any = import_module("mlflow.utils.rest_utils")
-    credentials: Any = import_module("mlflow.utils.credentials")
-    answer: Any = rest.http_request_safe(
-        credentials.get_default_host_creds(uri),
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request_safe
+
+    answer = http_request_safe(
+        get_default_host_creds(uri),
         ALIAS_ENDPOINT,
         "GET",
         params={"name": name, "alias": alias},

@@ -1,4 +1,4 @@
-"""8.4.5 アラートからの自動ロールバックと、サービング中のモデルの切り替え。
+"""8.4.5 アラートからの自動ロールバック。
 
 アラートの原因がいつもリリースとは限らない。直近に昇格の記録があるときだけロールバックを提案し、任された
 ときだけ実行する。同じ発報に対しては、何度呼んでも一度しか戻さない。
@@ -10,13 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from .journal import Change, CooldownError, KnownBadVersionError, NoHistoryError
-
-if TYPE_CHECKING:
-    from ..rollback import ModelRollbackManager, PromptRollbackManager
-
+from .journal import Change, CooldownError, Journal, KnownBadVersionError, NoHistoryError
 
 CLOCK_SKEW = timedelta(minutes=1)
 """評価するプロセスと昇格するプロセスの、時計のずれとして許す長さ。"""
@@ -37,6 +33,23 @@ class AlertLike(Protocol):
     def starts_at(self) -> datetime: ...
 
 
+class AliasHistory(Protocol):
+    """一つのエイリアスの記録とロールバック(``AliasRollback``)。"""
+
+    @property
+    def journal(self) -> Journal: ...
+    def history(self) -> list[Change]: ...
+    def rollback(
+        self, target_version: str | int | None = None, reason: str = "", **options: Any
+    ) -> Change: ...
+
+
+class RollbackManager(Protocol):
+    """``ModelRollbackManager`` と ``PromptRollbackManager`` の、ここで使う部分。"""
+
+    def for_alias(self, alias: str | None = None) -> AliasHistory: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class RollbackDecision:
     """自動ロールバックの判断。"""
@@ -48,7 +61,7 @@ class RollbackDecision:
 
 def auto_rollback(
     alert: AlertLike,
-    manager: ModelRollbackManager | PromptRollbackManager,
+    manager: RollbackManager,
     *,
     mode: Literal["suggest", "apply"] = "suggest",
     alias: str | None = None,

@@ -13,8 +13,10 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..metrics.measures import metric_problem
+from .config import AlertConfig, Inhibit, MuteWindow
 from .model import (
     DAYS,
     MAX_NUMBER,
@@ -25,9 +27,6 @@ from .model import (
     parse_duration,
     parse_zone,
 )
-
-if TYPE_CHECKING:
-    from ..alert_config import AlertConfig
 
 Convert = Callable[[Any], Any]
 Schema = Mapping[str, Convert]
@@ -95,18 +94,8 @@ def _one_of(*choices: str) -> Convert:
     return convert
 
 
-def _metric_problem(metric: str, rate_for: str) -> str:
-    from ..metrics.measures import metric_problem
-
-    return metric_problem(metric, rate_for=rate_for)
-
-
-def _gate_problem(metric: str) -> str:
-    return _metric_problem(metric, "confidence")
-
-
 def _metric(value: Any, rate_for: str = "") -> str:
-    if problem := _metric_problem(_text(value), rate_for):
+    if problem := metric_problem(_text(value), rate_for=rate_for):
         raise ValueError(problem)
     return value
 
@@ -264,14 +253,34 @@ class _Reader:
             return []
 
 
+def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]) -> AlertConfig:
+    """``AlertConfig``、その辞書、YAML ファイルのパスから ``AlertConfig`` を得る。
+
+    >>> rule = {"name": "slow", "metric": "latency_p95", "window": "5 min", "threshhold": 3000}
+    >>> load_config({"rules": [rule]})
+    Traceback (most recent call last):
+        ...
+    chapter8_samples.alerting.rules.model.AlertConfigError: invalid alert configuration:
+    - rules[0].metric: unknown metric 'latency_p95'; did you mean 'latency_p95_ms'?
+    - rules[0].window: '5 min' is not a duration; write 30s, 5m, 1h30m or 2d
+    - rules[0].threshhold: unknown key; did you mean 'threshold'?
+    - rules[0]: threshold is missing
+
+    Raises:
+        AlertConfigError: 誤りのすべて。
+    """
+    if isinstance(config, AlertConfig):
+        return config
+    is_path = isinstance(config, str | os.PathLike)
+    return config_from_mapping(read_yaml(config) if is_path else config)
+
+
 def config_from_mapping(data: Any) -> AlertConfig:
     """辞書から ``AlertConfig`` を作る。
 
     Raises:
         AlertConfigError: 誤りのすべて(``rules[2].for: '5 min' is not a duration`` のような形)。
     """
-    from ..alert_config import AlertConfig, Inhibit, MuteWindow
-
     reader = _Reader()
     if not isinstance(data, Mapping):
         raise AlertConfigError([f"the file must be a mapping, found {_short(data)}"])
@@ -321,8 +330,9 @@ def _many(
     found: list[Any] = []
     for path, item in reader.items(data, key):
         fields = reader.fields(path, item, schema, required.split())
-        if fields and "confidence" in fields and (problem := _gate_problem(fields["metric"])):
-            reader.note(f"{path}.confidence", problem)
+        gate = "confidence" if fields and "confidence" in fields else ""
+        if fields and gate and (problem := metric_problem(fields["metric"], rate_for=gate)):
+            reader.note(f"{path}.{gate}", problem)
         found += reader.build(path, make, fields)
     return found
 

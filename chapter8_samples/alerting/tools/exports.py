@@ -11,12 +11,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..rules.config import AlertConfig
 from ..rules.model import AlertConfigError, AlertRule, BurnRateRule, Rule, format_duration
-
-if TYPE_CHECKING:
-    from ..alert_config import AlertConfig
 
 logger = logging.getLogger(__name__)
 

@@ -16,14 +16,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+from ..delivery.posting import Alert, AlertStatus
+from ..engine import AlertEngine
 from ..metrics.measures import MetricSample, RowNumbers, TraceRow, measure
-
-if TYPE_CHECKING:
-    from ..alert_config import AlertConfig
-    from ..rules.model import Rule
+from ..rules.config import AlertConfig
+from ..rules.model import Rule
 
 logger = logging.getLogger(__name__)
 
@@ -224,10 +222,10 @@ def replay(
     source = RecordedTraces(rows)
     start, end = source.span
     quiet = replace(config, offset="0s", repeat=None, routes=())
-    engine = import_module(f"{_package()}alert_engine").AlertEngine(quiet, source)
+    engine = AlertEngine(quiet, source)
     warm_up = max(window for rule in config.rules for _, window in rule.queries()[-1:])
     moments = list(_moments(start + min(warm_up, end - start), end, step))
-    events: list[tuple[datetime, Any]] = []
+    events: list[tuple[datetime, Alert]] = []
     samples: dict[str, list[tuple[datetime, MetricSample]]] = {r.name: [] for r in config.rules}
     failed: dict[str, list[str]] = {r.name: [] for r in config.rules}
     for at in moments:
@@ -245,10 +243,6 @@ def replay(
     return Replay(rules=tuple(results), span=(start, end), incidents=tuple(incidents))
 
 
-def _package() -> str:
-    return f"{__package__}." if __package__ else ""
-
-
 def _moments(first: datetime, last: datetime, step: timedelta) -> Iterator[datetime]:
     while first <= last:
         yield first
@@ -257,12 +251,13 @@ def _moments(first: datetime, last: datetime, step: timedelta) -> Iterator[datet
 
 def _judge(
     rule: Rule,
-    events: Sequence[tuple[datetime, Any]],
+    events: Sequence[tuple[datetime, Alert]],
     samples: Sequence[tuple[datetime, MetricSample]],
     incidents: Sequence[Span],
 ) -> RuleReplay:
-    fired = [at for at, a in events if a.name == rule.name and a.status.value == "firing"]
-    resolved = [at for at, a in events if a.name == rule.name and a.status.value == "resolved"]
+    own = [(at, alert.status) for at, alert in events if alert.name == rule.name]
+    fired = [at for at, status in own if status is AlertStatus.FIRING]
+    resolved = [at for at, status in own if status is AlertStatus.RESOLVED]
     tail = rule.queries()[0][1]
     real = [(start, end + tail) for start, end in incidents]
     op = getattr(rule, "op", ">")
