@@ -3,7 +3,7 @@
 -- 同じファイルが Databricks SQL、PySpark 4、手元の DuckDB で動く。対象は、トレースのアーカイブ表
 -- (Databricks のトレースアーカイブ、または export_traces_to_parquet が作る Parquet)。
 --
--- 手元で:       python -m chapter8_samples.cost_tracking.token_tracking sql エクスペリメント名
+-- 手元で:       python -m chapter8_samples.cost_tracking sql エクスペリメント名
 -- Databricks で: クエリを 1 つ貼り付けて、名前付きパラメーターに値を入れる。
 --
 -- パラメーター

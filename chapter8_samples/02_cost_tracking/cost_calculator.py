@@ -24,15 +24,14 @@ Databricks のエンドポイント名や Azure のデプロイ名は、``aliase
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from chapter8_samples.cost_tracking.prices.table import (
+from chapter8_samples.cost_tracking.prices import (
     CostError,
     Match,
     ModelPrice,
@@ -40,22 +39,11 @@ from chapter8_samples.cost_tracking.prices.table import (
     PriceTable,
     UnknownModelError,
 )
+from chapter8_samples.cost_tracking.tracker import BaseCostTracker, BudgetAlert, Calculator
 
 _MILLION = Decimal(1_000_000)
 _ZERO = Decimal(0)
 _NAN = Decimal("NaN")
-
-
-if TYPE_CHECKING:
-    from chapter8_samples.cost_tracking.usage.tracker import CostTracker as CostTracker
-
-
-def __getattr__(name: str) -> Any:
-    """``CostTracker`` もここから import できる(実体は cost_tracker.py)。"""
-    if name != "CostTracker":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    sibling = ".cost_tracker" if __package__ else "cost_tracker"
-    return import_module(sibling, __package__).CostTracker
 
 
 class InvalidUsageError(CostError):
@@ -274,6 +262,31 @@ def _amounts(row: ModelPrice, usage: Usage, batch: bool) -> Amounts:
     hour = row.cache_write_1h if row.cache_write_1h is not None else write_5m
     write_usd = ((write - write_1h) * write_5m + write_1h * hour) / _MILLION
     return fresh_usd, read * cached / _MILLION, write_usd, output_usd
+
+
+class CostTracker(BaseCostTracker):
+    """コストを集計し、予算の割合に達したら一度だけ知らせる。
+
+    ``calculator`` の既定は、未知のモデルを「未計算」に数える ``CostCalculator``。
+    ほかの引数と使い方は ``BaseCostTracker`` にある。
+    """
+
+    def __init__(
+        self,
+        budget_usd: float | Decimal | None = None,
+        on_budget: Callable[[BudgetAlert], object] | None = None,
+        thresholds: Sequence[float] = (0.5, 0.8, 1.0),
+        *,
+        calculator: Calculator | None = None,
+        max_keys: int = 10_000,
+    ) -> None:
+        super().__init__(
+            budget_usd,
+            on_budget,
+            thresholds,
+            calculator=calculator or CostCalculator(on_unknown="unpriced"),
+            max_keys=max_keys,
+        )
 
 
 def format_yen(usd: float | Decimal, yen_per_usd: float | Decimal) -> str:

@@ -23,58 +23,42 @@ Databricks でも同じ。``MLFLOW_TRACKING_URI=databricks`` とエクスペリ�
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import mlflow
 from mlflow.entities import Trace, TraceInfo
 
-from chapter8_samples.cost_tracking.usage.reader import (
+from chapter8_samples.cost_tracking import CostCalculator
+from chapter8_samples.cost_tracking.archive.parquet import (
+    enable_trace_archive as enable_trace_archive,
+)
+from chapter8_samples.cost_tracking.archive.parquet import (
+    export_traces_to_parquet as export_traces_to_parquet,
+)
+from chapter8_samples.cost_tracking.usage import (
+    BY_MODEL_TAG,
     PAGE_SIZE,
+    STATUS_KEY,
+    Calculator,
+    CostTracking,
     StoreTotals,
     TokenUsage,
+    TraceCost,
+    Tracker,
     find_experiment_id,
     iter_traces,
     llm_calls,
     load_trace,
     sampling_weight,
     totals_from_store,
+    trace_cost,
 )
-
-if TYPE_CHECKING:
-    from chapter8_samples.cost_tracking.archive.parquet import (
-        enable_trace_archive as enable_trace_archive,
-    )
-    from chapter8_samples.cost_tracking.archive.parquet import (
-        export_traces_to_parquet as export_traces_to_parquet,
-    )
-    from chapter8_samples.cost_tracking.usage.pricing import price_trace as price_trace
-    from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
-    from chapter8_samples.cost_tracking.usage.span_costs import (
-        setup_cost_tracking as setup_cost_tracking,
-    )
-
-STATUS_KEY = "cost.status"
-BY_MODEL_TAG = "cost.by_model"  # trace_costs.py が付ける、モデル別の内訳
-_SIBLINGS = {
-    "setup_cost_tracking": "trace_costs",
-    "price_trace": "trace_pricing",
-    "export_traces_to_parquet": "trace_archive",
-    "enable_trace_archive": "trace_archive",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """隣のファイルの関数も、ここから import できる(使うときまで読み込まない)。"""
-    if name not in _SIBLINGS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_sibling(_SIBLINGS[name]), name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +83,8 @@ def setup_token_tracking(
     providers: Sequence[str] = ("openai",),
     *,
     include_cost: bool = True,
-    calculator: Any = None,
-    tracker: Any = None,
+    calculator: Calculator | None = None,
+    tracker: Tracker | None = None,
 ) -> TokenTracking:
     """各プロバイダーの自動トレースを有効にし、トークン数(とコスト)をトレースに残す。
 
@@ -119,18 +103,39 @@ def setup_token_tracking(
         _autolog(provider)
     if not include_cost:
         return TokenTracking(tuple(providers), None)
-    costs = _sibling("trace_costs").setup_cost_tracking(calculator, tracker=tracker)
+    costs = setup_cost_tracking(calculator, tracker=tracker)
     return TokenTracking(tuple(providers), costs)
 
 
-def _sibling(name: str) -> Any:
-    """必要になったときだけ読む隣のファイル。このファイルだけコピーした人には要らない。"""
-    return importlib.import_module(f".{name}" if __package__ else name, __package__)
+def setup_cost_tracking(
+    calculator: Calculator | None = None,
+    *,
+    tracker: Tracker | None = None,
+    current_user: Callable[[], str | None] | None = None,
+) -> CostTracking:
+    """LLM のスパンが終わるたびに、コストをトレースへ記録する。
+
+    スパンに ``mlflow.llm.cost``、``cost.status``、``cost.price_source`` を、トレースに
+    ``cost.status`` と ``cost.by_model`` を付ける。料金は呼び出しが始まった日のもの。
+    ``set_experiment`` や ``set_tracking_uri`` の後も動き続ける。ほかの処理が
+    ``mlflow.tracing.configure`` で上書きしたり ``mlflow.tracing.reset()`` で消したりすると外れ、
+    ``installed`` か件数を読んだときに警告する。``install()`` をもう一度呼べばよい。
+    ``setup_cost_tracking`` を二度呼ぶと、新しいほうに替わる。
+
+    Args:
+        calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
+        tracker: 渡すと、同じコストを ``CostTracker`` にも足す。
+        current_user: いまのユーザーを返す関数。ユーザー別の合計に使う。
+
+    Returns:
+        件数(``priced``、``unpriced``、``missing_usage``、``failed``)を持つ ``CostTracking``。
+    """
+    return CostTracking(calculator or CostCalculator(), tracker, current_user).install()
 
 
 def _autolog(provider: str) -> None:
     try:
-        flavor = importlib.import_module(f"mlflow.{provider}")
+        flavor = import_module(f"mlflow.{provider}")
     except ModuleNotFoundError as error:
         if error.name == f"mlflow.{provider}":
             raise ValueError(f"unknown provider {provider!r}: no mlflow.{provider}") from error
@@ -163,6 +168,22 @@ def usage_by_model(trace: Trace | str) -> list[ModelUsage]:
         usage = old.usage + (call.usage or TokenUsage())
         totals[call.model] = ModelUsage(call.model, old.calls + 1, missing, usage)
     return sorted(totals.values(), key=lambda m: (-m.usage.total_tokens, m.model))
+
+
+def price_trace(
+    trace: Trace | str, calculator: Calculator | None = None, *, at: datetime | None = None
+) -> TraceCost:
+    """保存済みのトレースを計算し直す。モデルの混在、入れ子、料金不明を正しく扱う。
+
+    Args:
+        calculator: 既定は 2024 年 12 月の公開料金。
+        at: いつの料金か。``None`` は、それぞれの呼び出しが始まった日。
+
+    Raises:
+        TraceNotFoundError: ID のトレースがない。
+        InvalidUsageError: 負の数など、ありえない使用量を持つスパンがある。
+    """
+    return trace_cost(trace, calculator or CostCalculator(), at=at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,8 +363,6 @@ def _breakdown(tag: str | None) -> dict[str, tuple[int, int, int, Decimal | None
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["sql"]:
-        raise SystemExit(_sibling("sql_runner").command(sys.argv[2:]))
     import openai
 
     from chapter8_samples import _lab

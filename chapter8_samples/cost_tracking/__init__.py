@@ -9,20 +9,18 @@ __path__.append(__path__[0].removesuffix("cost_tracking") + "02_cost_tracking")
 _MODULES = {
     "token_tracking": (
         "setup_cost_tracking ModelTotals ModelUsage TokenTracking TokenUsageSummary "
-        "aggregate_token_usage_from_traces get_token_usage_from_trace "
+        "aggregate_token_usage_from_traces get_token_usage_from_trace price_trace "
         "setup_token_tracking usage_by_model"
     ),
-    "cost_calculator": (
-        "CostCalculator CostTracker InvalidUsageError PriceBreakdown format_yen price_trace"
+    "cost_calculator": "CostCalculator CostTracker InvalidUsageError PriceBreakdown format_yen",
+    "prices.model": (
+        "CostError ModelPrice NoPriceError PriceNotEffectiveError PriceTableError UnknownModelError"
     ),
-    "prices.table": (
-        "CostError ModelPrice NoPriceError PriceNotEffectiveError PriceTable "
-        "PriceTableError UnknownModelError"
-    ),
+    "prices.table": "PriceTable",
     "usage.reader": "ExperimentNotFoundError TokenUsage TraceNotFoundError",
     "usage.span_costs": "CostTracking",
     "usage.pricing": "TraceCost",
-    "usage.tracker": "BudgetAlert CostSnapshot",
+    "tracker": "BudgetAlert CostSnapshot",
     "archive.parquet": "enable_trace_archive export_traces_to_parquet",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

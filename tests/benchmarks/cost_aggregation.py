@@ -34,7 +34,7 @@ def fill(database: Path, traces: int) -> None:
     """10 件を普通に記録し、残りはデータベースの行を複製する。"""
     import mlflow
 
-    from chapter8_samples.cost_tracking.usage.span_costs import setup_cost_tracking
+    from chapter8_samples.cost_tracking import setup_cost_tracking
 
     mlflow.set_tracking_uri(f"sqlite:///{database}")
     mlflow.set_experiment(NAME)

@@ -100,7 +100,7 @@ def processor_us(spans: int) -> tuple[float, float]:
     import mlflow
     from mlflow.tracing.config import get_config
 
-    costs = import_module("chapter8_samples.cost_tracking.usage.span_costs").setup_cost_tracking()
+    costs = import_module("chapter8_samples.cost_tracking").setup_cost_tracking()
     process = get_config().span_processors[-1]
     usage = {"input_tokens": 1200, "output_tokens": 300, "total_tokens": 1500}
     root = mlflow.start_span_no_context("root")

@@ -49,6 +49,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def seconds_per_query(path: Path, repeat: int) -> dict[str, float]:
     """クエリの名前 -> 秒。"""
+    from chapter8_samples.cost_tracking.__main__ import find_queries
     from chapter8_samples.cost_tracking.archive import sql as sql_runner
 
     archive = test_module("conftest")
@@ -57,16 +58,17 @@ def seconds_per_query(path: Path, repeat: int) -> dict[str, float]:
     def seconds(query: Any) -> float:
         return best_seconds(lambda: sql_runner.run_on_duckdb(path, [query], parameters), repeat)
 
-    return {query.name: seconds(query) for query in sql_runner.load_queries().values()}
+    return {query.name: seconds(query) for query in find_queries().values()}
 
 
 def same_on_spark(path: Path) -> list[bool]:
     """クエリごとに、DuckDB と PySpark の結果が等しいか。"""
+    from chapter8_samples.cost_tracking.__main__ import find_queries
     from chapter8_samples.cost_tracking.archive import sql as sql_runner
 
     archive, normal = test_module("conftest"), test_module("test_cost_sql").normal
     parameters = sql_runner.cost_parameters(archive.START, archive.END)
-    queries = list(sql_runner.load_queries().values())
+    queries = list(find_queries().values())
     ours = sql_runner.run_on_duckdb(path, queries, parameters)
     theirs = sql_runner.run_on_spark(path, queries, parameters)
     return [normal(a) == normal(b) for a, b in zip(ours, theirs, strict=True)]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import mlflow
 from mlflow.entities import Span, Trace
 
 from ..usage.reader import find_experiment_id, iter_traces, with_time_zone
+from .extras import extra
 
 COMPLETE_KEY = b"chapter8.complete"
 EXPERIMENT_KEY = b"chapter8.experiment"
@@ -29,20 +29,6 @@ _KEPT_ATTRIBUTES = (
     "mlflow.llm.model", "mlflow.llm.provider", "mlflow.chat.tokenUsage", "mlflow.llm.cost",
     "mlflow.spanType", "cost.status", "cost.price_source",
 )  # fmt: skip
-
-
-class MissingDependencyError(ImportError):
-    """SQL 用の追加パッケージが入っていない。"""
-
-
-def require(module: str) -> Any:
-    """追加パッケージを読み込む。なければ、入れ方を示す例外にする。"""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f'{module} is not installed; run: pip install "chapter8-samples[sql]"'
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +57,8 @@ class ExportResult:
 
 def archive_schema() -> Any:
     """アーカイブ表の列(``pyarrow.Schema``)。Databricks の ``*_trace_unified`` に合わせた名前。"""
-    pa = require("pyarrow")
+    with extra("sql"):
+        import pyarrow as pa
     strings = pa.map_(pa.string(), pa.string())
     span = pa.struct([
         ("span_id", pa.string()), ("parent_span_id", pa.string()), ("name", pa.string()),
@@ -116,7 +103,7 @@ def export_traces_to_parquet(
         ValueError: ``start`` か ``end`` にタイムゾーンがない、または ``directory`` に別の
             エクスペリメントの書き出しがある(混ざると、合計が両方の分になってしまう)。
     """
-    require("pyarrow")
+    archive_schema()  # 追加パッケージがないことは、トレースを探す前に分かる
     experiment_id, directory = find_experiment_id(experiment_name), Path(directory)
     _refuse_another_experiment(directory, experiment_id)
     start, stop = start and with_time_zone("start", start), with_time_zone("end", end or now())
@@ -193,7 +180,9 @@ def _is_complete(path: Path, kind: str) -> bool:
 
 
 def _labels_of(path: Path) -> dict[bytes, bytes]:
-    return require("pyarrow.parquet").read_schema(path).metadata or {}
+    import pyarrow.parquet as pq
+
+    return pq.read_schema(path).metadata or {}
 
 
 def _refuse_another_experiment(directory: Path, experiment_id: str) -> None:
@@ -208,7 +197,9 @@ def _refuse_another_experiment(directory: Path, experiment_id: str) -> None:
 
 def _write(path: Path, rows: Iterator[dict[str, Any]], labels: dict[bytes, bytes]) -> int:
     """500 行ずつ書き、最後に本来の名前へ変える。1 行もなければファイルを作らない。"""
-    pa, pq = require("pyarrow"), require("pyarrow.parquet")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     schema = archive_schema().with_metadata(labels)
     first = next(rows, None)
     if first is None:
@@ -276,7 +267,8 @@ def enable_trace_archive(experiment_name: str, table: str) -> None:
             f"trace archival needs a Databricks tracking URI, got {uri!r}; "
             "use export_traces_to_parquet() instead"
         )
-    archival = import_module("mlflow.tracing.archival")
-    archival.enable_databricks_trace_archival(
+    from mlflow.tracing.archival import enable_databricks_trace_archival
+
+    enable_databricks_trace_archival(
         delta_table_fullname=table, experiment_id=find_experiment_id(experiment_name)
     )

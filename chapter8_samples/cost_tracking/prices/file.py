@@ -4,6 +4,19 @@
 読んだときにすべて調べ、1 つずつではなく、見つかった誤りを全部並べる。
 
 Databricks でも同じ。料金表のファイルは Unity Catalog のボリュームに置いて、パスで渡せる。
+
+>>> read_prices({"gpt-4o": {"input": 0.0025, "output": 0.01}})[0]["gpt-4o"][0].input  # 本書の形
+Decimal('2.5000')
+>>> wrong = {"input": -1, "cached_imput": 1, "effective_from": "2024/12/03"}
+>>> try:
+...     read_prices({"models": {"my-model": wrong}})
+... except PriceTableError as error:
+...     for problem in error.problems:
+...         print(problem)
+my-model.cached_imput: unknown key (did you mean 'cached_input'?)
+my-model.input: -1 is not a price (a number >= 0)
+my-model.output: required
+my-model.effective_from: '2024/12/03' is not a date like 2024-12-03
 """
 
 from __future__ import annotations
@@ -17,7 +30,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, cast
 
-from .table import ModelPrice, PriceTableError, PriceTier, row_problems
+from .model import ModelPrice, PriceTableError, PriceTier, row_problems
 
 _COLUMNS = ("input", "cached_input", "cache_write", "output", "batch_input", "batch_output")
 _AMOUNTS = (*_COLUMNS, "cache_write_1h")

@@ -5,6 +5,15 @@ gpt-4o として 16.67 倍に計算される。だから、行に期間と出典
 
 Databricks の従量課金エンドポイントは DBU 建てで、単価は契約で変わる。自社の単価を
 ``with_overrides`` で足して使う。
+
+>>> table = PriceTable.default()
+>>> for name in ("azure/gpt-4o", "us.anthropic.claude-3-5-haiku-20241022-v1:0"):
+...     row = table.price_at(table.resolve(name).name)
+...     print(table.resolve(name).name, row.input, row.output)
+gpt-4o 2.50 10.00
+claude-3-5-haiku 0.80 4.00
+>>> print(table.price_at("claude-3-5-haiku", date(2024, 12, 2)).input)
+1.00
 """
 
 from __future__ import annotations
@@ -15,90 +24,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timezone
 from decimal import Decimal
-from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
+
+from .file import load_file, read_prices
+from .model import (
+    CostError,
+    ModelPrice,
+    PriceNotEffectiveError,
+    PriceTableError,
+    PriceTier,
+    UnknownModelError,
+    row_problems,
+)
 
 MatchKind = Literal["exact", "alias"]
 _ZERO = Decimal(0)
 _CACHE_LIMIT = 4096  # 名前の照合結果を覚える上限。名前が外から来ても、メモリーは増え続けない
 _LONGEST_NAME = 300  # これより長い名前には、近い名前を探さない
-
-
-class CostError(ValueError):
-    """この節の例外の親。"""
-
-
-class NoPriceError(CostError, LookupError):
-    """料金が決められない。0 として扱ってはならない。"""
-
-
-class UnknownModelError(NoPriceError):
-    """料金表にないモデル。``suggestions`` は綴りの近い名前。"""
-
-    def __init__(self, model: str, suggestions: Sequence[str] = ()) -> None:
-        hint = f" (did you mean: {', '.join(suggestions)})" if suggestions else ""
-        super().__init__(f"no price for model {model!r}{hint}; add a row or an alias")
-        self.model = model
-        self.suggestions = tuple(suggestions)
-
-
-class PriceNotEffectiveError(NoPriceError):
-    """モデルの行はあるが、その日に有効なものがない。"""
-
-
-class PriceTableError(CostError):
-    """料金表の誤り。``problems`` に、見つかったものをすべて持つ。"""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("invalid price table: " + "; ".join(problems))
-        self.problems = tuple(problems)
-
-
-@dataclass(frozen=True, slots=True)
-class PriceTier:
-    """長い入力の段。入力がこの数を超えたリクエストは、全トークンがこの単価になる。"""
-
-    above_input_tokens: int
-    input: Decimal
-    output: Decimal
-    cached_input: Decimal | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPrice:
-    """あるモデルの、ある期間の料金。単価はすべて USD / 100 万トークン。
-
-    ``None`` の単価は「割引がない」ことを表す。キャッシュは入力と同じ単価で数える。
-    ``effective_to`` の日は含まない。
-    """
-
-    input: Decimal
-    output: Decimal
-    cached_input: Decimal | None = None
-    cache_write: Decimal | None = None
-    cache_write_1h: Decimal | None = None
-    batch_input: Decimal | None = None
-    batch_output: Decimal | None = None
-    tiers: tuple[PriceTier, ...] = ()
-    effective_from: date | None = None
-    effective_to: date | None = None
-    provider: str = ""
-    source: str = ""
-
-    def covers(self, day: date) -> bool:
-        """その日に有効か。"""
-        after_start = self.effective_from is None or self.effective_from <= day
-        return after_start and (self.effective_to is None or day < self.effective_to)
-
-    def tier_for(self, input_tokens: int) -> ModelPrice:
-        """入力の長さに応じた単価の行。段がなければ自分自身。"""
-        reached = [tier for tier in self.tiers if input_tokens > tier.above_input_tokens]
-        if not reached:
-            return self
-        top = max(reached, key=lambda tier: tier.above_input_tokens)
-        return replace(self, input=top.input, output=top.output, cached_input=top.cached_input)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,20 +117,20 @@ class PriceTable:
         ``{"gpt-4o": {"input": 0.0025, "output": 0.01}}`` のような平らな形は、本書と同じく
         USD / 1,000 トークンとして読む。誤りは ``PriceTableError`` にすべて並べる。
         """
-        rows, aliases = _price_file().read_prices(data)
+        rows, aliases = read_prices(data)
         return cls(rows, aliases, name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> PriceTable:
         """JSON または YAML のファイルから作る。形は ``from_mapping`` と同じ。"""
-        return cls.from_mapping(_price_file().load_file(path), name=Path(path).stem)
+        return cls.from_mapping(load_file(path), name=Path(path).stem)
 
     def with_overrides(self, data: Mapping[str, Any] | str | Path) -> PriceTable:
         """同じ名前の行を置き換え、ない名前の行を足した、新しい表。
 
         ``data`` は ``from_mapping`` と同じ形の辞書か、その形の JSON または YAML のファイル。
         """
-        found = _price_file().load_file(data) if isinstance(data, (str, Path)) else data
+        found = load_file(data) if isinstance(data, (str, Path)) else data
         other = PriceTable.from_mapping(found, name=f"{self.name}+overrides")
         kept = {alias: to for alias, to in self.aliases.items() if alias not in other.rows}
         return PriceTable({**self.rows, **other.rows}, {**kept, **other.aliases}, other.name)
@@ -252,7 +195,7 @@ class PriceTable:
             if row.covers(day):
                 return row
         raise PriceNotEffectiveError(
-            f"no price row of {name!r} covers {day} (rows: {', '.join(map(_period, rows))})"
+            f"no price row of {name!r} covers {day} (rows: {', '.join(row.period for row in rows)})"
         )
 
 
@@ -270,32 +213,6 @@ def _utc_day(at: date | datetime) -> date:
     if at.tzinfo is None:  # 動かすコンピューターの時間帯によって、料金が変わってしまう
         raise CostError(f"at={at!r} has no time zone; use datetime(..., tzinfo=timezone.utc)")
     return at.astimezone(timezone.utc).date()
-
-
-def _price_file() -> Any:
-    """自分の料金表を読むときだけ要る、隣のファイル。既定の料金だけならなくてよい。"""
-    try:
-        return import_module(".price_file" if __package__ else "price_file", __package__)
-    except ModuleNotFoundError as error:
-        raise ImportError("own prices need price_file.py; copy it beside price_table.py") from error
-
-
-def _period(row: ModelPrice) -> str:
-    return f"{row.effective_from or '...'} to {row.effective_to or '...'}"
-
-
-def row_problems(name: str, rows: Sequence[ModelPrice]) -> list[str]:
-    """あるモデルの行の並びの誤り。行がない、期間が逆、期間が重なる。"""
-    problems = [] if rows else [f"{name}: no rows"]
-    problems += [
-        f"{name}: effective_to is not after effective_from ({_period(row)})"
-        for row in rows
-        if (row.effective_from or date.min) >= (row.effective_to or date.max)
-    ]
-    for earlier, later in pairwise(rows):
-        if (earlier.effective_to or date.max) > (later.effective_from or date.min):
-            problems.append(f"{name}: rows overlap ({_period(earlier)} / {_period(later)})")
-    return problems
 
 
 _COLUMNS = ("input", "cached_input", "cache_write", "output", "batch_input", "batch_output")

@@ -1,4 +1,4 @@
-"""8.2.3 保存済みのトレースのコストを計算し直す(本書にリストなし)。
+"""8.2.3 使用量にコストを付け、保存済みのトレースのコストを計算し直す(本書にリストなし)。
 
 料金表になかったモデルは、後から行を足せば計算できる。合計に未計算が混ざっているかどうかを
 必ず一緒に返すので、下限でしかない金額を、正しい合計と取り違えない。
@@ -9,14 +9,85 @@ Databricks のトレースでも同じ。``mlflow.get_trace`` か ``mlflow.searc
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import date, datetime
 from decimal import Decimal
-from importlib import import_module
+from typing import Any, Protocol
 
-import mlflow
 from mlflow.entities import Trace
 
-from .reader import Calculator, llm_calls, load_trace, price_usage
+from .reader import TokenUsage, llm_calls, load_trace
+
+
+class Price(Protocol):
+    """1 回の呼び出しのコスト(``PriceBreakdown`` など)。"""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def input_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+    @property
+    def priced(self) -> bool: ...
+    @property
+    def prompt_usd(self) -> Decimal: ...
+    @property
+    def output_usd(self) -> Decimal: ...
+    @property
+    def total_usd(self) -> Decimal: ...
+    @property
+    def matched_model(self) -> str: ...
+    @property
+    def price_source(self) -> str: ...
+
+
+class Calculator(Protocol):
+    """``CostCalculator``、または同じ ``price`` を持つもの。"""
+
+    def price(
+        self,
+        model: str,
+        input_tokens: int,
+        output_tokens: int,
+        cached_input_tokens: int = 0,
+        *,
+        cache_write_tokens: int = 0,
+        cache_write_1h_tokens: int = 0,
+        at: date | datetime | None = None,
+    ) -> Any: ...
+
+
+def price_usage(
+    calculator: Calculator, model: str, usage: TokenUsage, at: datetime | None
+) -> Price:
+    """使用量にコストを付ける。料金が決まらなければ ``UnpricedCall``。"""
+    try:
+        return calculator.price(
+            model,
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cache_read_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
+            cache_write_1h_tokens=usage.cache_write_1h_tokens,
+            at=at,
+        )
+    except LookupError:  # NoPriceError。未知のモデルや、その日に有効な行がないとき
+        return UnpricedCall(model, usage.input_tokens, usage.output_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class UnpricedCall:
+    """料金の決まらなかった呼び出し。金額は NaN。``CostTracker`` では別に数えられる。"""
+
+    model: str
+    input_tokens: int
+    output_tokens: int
+    priced: bool = False
+    prompt_usd: Decimal = Decimal("NaN")
+    output_usd: Decimal = Decimal("NaN")
+    total_usd: Decimal = Decimal("NaN")
+    matched_model: str = ""
+    price_source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +105,18 @@ class TraceCost:
         return not self.unpriced_models and not self.calls_without_usage
 
 
-def price_trace(
-    trace: Trace | str, calculator: Calculator | None = None, *, at: datetime | None = None
+def trace_cost(
+    trace: Trace | str, calculator: Calculator, *, at: datetime | None = None
 ) -> TraceCost:
     """保存済みのトレースを計算し直す。モデルの混在、入れ子、料金不明を正しく扱う。
 
     Args:
-        calculator: 既定は 2024 年 12 月の公開料金。
         at: いつの料金か。``None`` は、それぞれの呼び出しが始まった日。
 
     Raises:
         TraceNotFoundError: ID のトレースがない。
         InvalidUsageError: 負の数など、ありえない使用量を持つスパンがある。
     """
-    if calculator is None:
-        sibling = ".cost_calculator" if __package__ else "cost_calculator"
-        calculator = import_module(sibling, __package__).CostCalculator()
-        assert calculator is not None
     by_model: dict[str, Decimal] = {}
     unpriced: dict[str, None] = {}
     missing = 0
@@ -64,19 +130,3 @@ def price_trace(
         else:
             unpriced[call.model] = None
     return TraceCost(sum(by_model.values(), Decimal(0)), by_model, tuple(unpriced), missing)
-
-
-def three_models() -> Trace:
-    """3 つのモデルを 1 回ずつ呼んだトレース。1 つは料金表にない。"""
-    start = int(datetime(2024, 12, 20, tzinfo=timezone.utc).timestamp() * 1e9)
-    root = mlflow.start_span_no_context("agent", start_time_ns=start)
-    for model in ("gpt-4o-2024-08-06", "claude-3-5-haiku-20241022", "my-model"):
-        call = mlflow.start_span_no_context("call", "CHAT_MODEL", root, start_time_ns=start)
-        usage = {"input_tokens": 1000, "output_tokens": 500, "total_tokens": 1500}
-        call.set_attributes({"mlflow.llm.model": model, "mlflow.chat.tokenUsage": usage})
-        call.end(end_time_ns=start + 10**9)
-    root.end(end_time_ns=start + 10**9)
-    mlflow.flush_trace_async_logging()
-    trace = mlflow.get_trace(root.trace_id)
-    assert trace is not None
-    return trace

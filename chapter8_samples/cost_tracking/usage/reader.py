@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime, timezone
-from decimal import Decimal
-from typing import Any, Protocol, cast
+from datetime import datetime, timezone
+from typing import Any, cast
 
 import mlflow
 from mlflow.entities import Span, SpanType, Trace, TraceInfo
@@ -286,94 +285,3 @@ def _field(data: Any, name: str) -> Any:
 def is_silent_call(span: Span) -> bool:
     """成功した LLM の呼び出しなのに、使用量の報告がないか。"""
     return span.span_type in _LLM_TYPES and span.status.status_code.value != "ERROR"
-
-
-class Price(Protocol):
-    """1 回の呼び出しのコスト(``cost_calculator.PriceBreakdown`` など)。"""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def input_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def priced(self) -> bool: ...
-    @property
-    def prompt_usd(self) -> Decimal: ...
-    @property
-    def output_usd(self) -> Decimal: ...
-    @property
-    def total_usd(self) -> Decimal: ...
-    @property
-    def matched_model(self) -> str: ...
-    @property
-    def price_source(self) -> str: ...
-
-
-class Calculator(Protocol):
-    """``cost_calculator.CostCalculator``、または同じ ``price`` を持つもの。"""
-
-    def price(
-        self,
-        model: str,
-        input_tokens: int,
-        output_tokens: int,
-        cached_input_tokens: int = 0,
-        *,
-        cache_write_tokens: int = 0,
-        cache_write_1h_tokens: int = 0,
-        at: date | datetime | None = None,
-    ) -> Any: ...
-
-
-def price_usage(
-    calculator: Calculator, model: str, usage: TokenUsage, at: datetime | None
-) -> Price:
-    """使用量にコストを付ける。料金が決まらなければ ``UnpricedCall``。"""
-    try:
-        return calculator.price(
-            model,
-            usage.input_tokens,
-            usage.output_tokens,
-            usage.cache_read_tokens,
-            cache_write_tokens=usage.cache_write_tokens,
-            cache_write_1h_tokens=usage.cache_write_1h_tokens,
-            at=at,
-        )
-    except LookupError:  # NoPriceError。未知のモデルや、その日に有効な行がないとき
-        return UnpricedCall(model, usage.input_tokens, usage.output_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class UnpricedCall:
-    """料金の決まらなかった呼び出し。金額は NaN。``CostTracker`` では別に数えられる。"""
-
-    model: str
-    input_tokens: int
-    output_tokens: int
-    priced: bool = False
-    prompt_usd: Decimal = Decimal("NaN")
-    output_usd: Decimal = Decimal("NaN")
-    total_usd: Decimal = Decimal("NaN")
-    matched_model: str = ""
-    price_source: str = ""
-
-
-def nested_trace() -> Trace:
-    """同じ呼び出しを 2 つの計装が記録し、別の呼び出しは使用量を返さなかったトレース。"""
-    usage = {"input_tokens": 1200, "output_tokens": 300, "total_tokens": 1500}
-    with mlflow.start_span("agent") as root:
-        with mlflow.start_span("ChatOpenAI", span_type=SpanType.CHAT_MODEL) as outer:
-            outer.set_attributes({MODEL_ATTRIBUTE: "gpt-4o", USAGE_ATTRIBUTE: usage})
-            with (
-                mlflow.start_span("retry"),
-                mlflow.start_span("Completions", span_type=SpanType.CHAT_MODEL) as inner,
-            ):
-                inner.set_attributes({MODEL_ATTRIBUTE: "gpt-4o-2024-08-06", USAGE_ATTRIBUTE: usage})
-        with mlflow.start_span("Completions(stream)", span_type=SpanType.CHAT_MODEL) as stream:
-            stream.set_attribute(MODEL_ATTRIBUTE, "gpt-4o-mini")
-    mlflow.flush_trace_async_logging()
-    trace = mlflow.get_trace(root.trace_id)
-    assert trace is not None
-    return trace

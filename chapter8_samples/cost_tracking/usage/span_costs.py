@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from decimal import Decimal
-from importlib import import_module
 from operator import add
 from typing import Any, Protocol
 
@@ -28,18 +27,10 @@ from mlflow.tracing import configure
 from mlflow.tracing.config import get_config  # 登録済みのプロセッサーを読む公開 API はない
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import aggregate_cost_from_spans
-from mlflow.tracking._tracking_service import utils as tracking_service
 
-from .reader import (
-    USAGE_ATTRIBUTE,
-    Calculator,
-    Price,
-    TokenUsage,
-    is_silent_call,
-    price_usage,
-    span_model,
-    span_usage,
-)
+from .._internals import tracking_service
+from .pricing import Calculator, Price, price_usage
+from .reader import USAGE_ATTRIBUTE, TokenUsage, is_silent_call, span_model, span_usage
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +46,7 @@ _ZERO = Decimal(0)
 
 
 class Tracker(Protocol):
-    """``cost_tracker.CostTracker``、または同じ ``add`` を持つもの。"""
+    """``CostTracker``、または同じ ``add`` を持つもの。"""
 
     def add(self, item: Any, *, user: str | None = None) -> None: ...
 
@@ -324,40 +315,3 @@ def _tag_trace(trace_id: str, total: _Sum) -> None:
 
 def _usd_text(usd: Decimal) -> str | None:
     return None if usd.is_nan() else f"{usd:f}"
-
-
-def setup_cost_tracking(
-    calculator: Calculator | None = None,
-    *,
-    tracker: Tracker | None = None,
-    current_user: Callable[[], str | None] | None = None,
-) -> CostTracking:
-    """LLM のスパンが終わるたびに、コストをトレースへ記録する。
-
-    スパンに ``mlflow.llm.cost``、``cost.status``、``cost.price_source`` を、トレースに
-    ``cost.status`` と ``cost.by_model`` を付ける。料金は呼び出しが始まった日のもの。
-    ``set_experiment`` や ``set_tracking_uri`` の後も動き続ける。ほかの処理が
-    ``mlflow.tracing.configure`` で上書きしたり ``mlflow.tracing.reset()`` で消したりすると外れ、
-    ``installed`` か件数を読んだときに警告する。``install()`` をもう一度呼べばよい。
-    ``setup_cost_tracking`` を二度呼ぶと、新しいほうに替わる。
-
-    Args:
-        calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
-        tracker: 渡すと、同じコストを ``CostTracker`` にも足す。
-        current_user: いまのユーザーを返す関数。ユーザー別の合計に使う。
-
-    Returns:
-        件数(``priced``、``unpriced``、``missing_usage``、``failed``)を持つ ``CostTracking``。
-    """
-    sibling = ".cost_calculator" if __package__ else "cost_calculator"
-    priced_by: Calculator = calculator or import_module(sibling, __package__).CostCalculator()
-    return CostTracking(priced_by, tracker, current_user).install()
-
-
-@mlflow.trace
-def answer(client: Any, question: str) -> None:
-    """検索用の埋め込みと、3 つのチャットモデルを呼ぶ。"""
-    client.embeddings.create(model="text-embedding-3-small", input=question)
-    messages = [{"role": "user", "content": question}]
-    for model in ("gpt-4o-mini", "gpt-4o", "gpt-4.1-mini"):
-        client.chat.completions.create(model=model, messages=messages)

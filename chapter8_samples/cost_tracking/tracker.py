@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
-from importlib import import_module
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ OTHER = "(other)"  # 上限を超えたモデルやユーザーは、ここへ�
 
 
 class PricedCall(Protocol):
-    """1 回の呼び出しのコスト(``cost_calculator.PriceBreakdown`` など)。"""
+    """1 回の呼び出しのコスト(``PriceBreakdown`` など)。"""
 
     @property
     def model(self) -> str: ...
@@ -42,7 +41,7 @@ class PricedCall(Protocol):
 
 
 class Calculator(Protocol):
-    """``record`` が使う計算器(``cost_calculator.CostCalculator`` など)。"""
+    """``record`` が使う計算器(``CostCalculator`` など)。"""
 
     def price(
         self,
@@ -55,11 +54,6 @@ class Calculator(Protocol):
         at: date | datetime | None = None,
         batch: bool = False,
     ) -> PricedCall: ...
-
-
-def _default_calculator() -> Calculator:
-    sibling = ".cost_calculator" if __package__ else "cost_calculator"
-    return import_module(sibling, __package__).CostCalculator(on_unknown="unpriced")
 
 
 @dataclass(slots=True)
@@ -122,7 +116,7 @@ class _State:
     callback_failures: int = 0
 
 
-class CostTracker:
+class BaseCostTracker:
     """コストを集計し、予算の割合に達したら一度だけ知らせる。スレッド間で共有してよい。
 
     覚えるのは合計だけで、履歴は持たない。モデルとユーザーの種類が ``max_keys`` を超えた分は
@@ -132,7 +126,7 @@ class CostTracker:
         budget_usd: 予算(USD)。``None`` なら知らせない。
         on_budget: しきい値を初めて超えたときに ``BudgetAlert`` を渡して呼ぶ。例外は記録して続ける。
         thresholds: 知らせる割合。0.5 は 50%。
-        calculator: ``record`` が使う計算器。既定は、未知のモデルを「未計算」に数えるもの。
+        calculator: ``record`` が使う計算器。未知のモデルで例外を出さないものを渡す。
     """
 
     def __init__(
@@ -141,7 +135,7 @@ class CostTracker:
         on_budget: Callable[[BudgetAlert], object] | None = None,
         thresholds: Sequence[float] = (0.5, 0.8, 1.0),
         *,
-        calculator: Calculator | None = None,
+        calculator: Calculator,
         max_keys: int = 10_000,
     ) -> None:
         self.budget_usd = None if budget_usd is None else Decimal(str(budget_usd))
@@ -151,7 +145,7 @@ class CostTracker:
         if wrong := [share for share in thresholds if not 0 < share < 10]:  # 80 は 80% ではない
             raise ValueError(f"thresholds must be like 0.8 for 80%, got {wrong[0]!r}")
         self.thresholds = tuple(sorted(thresholds))
-        self.calculator = calculator or _default_calculator()
+        self.calculator = calculator
         self.max_keys = max_keys
         self._lock = threading.Lock()
         self._state = _State()
