@@ -3,14 +3,14 @@
 公開名は ``chapter8_samples.production_tracing`` と同じ。
 """
 
-from chapter8_samples import production_tracing
-
-__all__ = production_tracing.__all__
-
 
 def __getattr__(name: str) -> object:
+    from chapter8_samples import production_tracing
+
     return getattr(production_tracing, name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from chapter8_samples import production_tracing
+
+    return production_tracing.__all__

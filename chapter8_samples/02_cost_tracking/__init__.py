@@ -3,14 +3,14 @@
 公開名は ``chapter8_samples.cost_tracking`` と同じ。
 """
 
-from chapter8_samples import cost_tracking
-
-__all__ = cost_tracking.__all__
-
 
 def __getattr__(name: str) -> object:
+    from chapter8_samples import cost_tracking
+
     return getattr(cost_tracking, name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from chapter8_samples import cost_tracking
+
+    return cost_tracking.__all__

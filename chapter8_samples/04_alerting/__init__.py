@@ -3,14 +3,14 @@
 公開名は ``chapter8_samples.alerting`` と同じ。
 """
 
-from chapter8_samples import alerting
-
-__all__ = alerting.__all__
-
 
 def __getattr__(name: str) -> object:
+    from chapter8_samples import alerting
+
     return getattr(alerting, name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from chapter8_samples import alerting
+
+    return alerting.__all__

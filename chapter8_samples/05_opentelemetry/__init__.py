@@ -3,14 +3,14 @@
 公開名は ``chapter8_samples.opentelemetry`` と同じ。
 """
 
-from chapter8_samples import opentelemetry
-
-__all__ = opentelemetry.__all__
-
 
 def __getattr__(name: str) -> object:
+    from chapter8_samples import opentelemetry
+
     return getattr(opentelemetry, name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from chapter8_samples import opentelemetry
+
+    return opentelemetry.__all__
