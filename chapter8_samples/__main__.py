@@ -91,26 +91,28 @@ def _misplaced(options: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """選ばれたコマンドを実行し、終了ステータスを返す。Ctrl-C は 130。"""
+    """選ばれたコマンドを実行し、終了ステータスを返す。Ctrl-C は 130、SIGTERM は 143。"""
     root = parser()
     options = root.parse_args(arguments)
     if mistake := _misplaced(options):
         root.error(mistake)
-    from . import _lab
+    from ._lab import go_offline
     from ._lab.doctor.setup_problems import explained, mlflow_problem, require
+    from ._lab.stopping import STATUS, Terminated, terminable
 
-    _lab.go_offline()  # mlflow を import する前に
+    go_offline()  # mlflow を import する前に
     try:
-        if options.command == "doctor":  # MLflow が古くてもなくても動く
-            from ._lab.doctor import run as doctor
+        with terminable():
+            if options.command == "doctor":  # MLflow が古くてもなくても動く
+                from ._lab.doctor.run import run
 
-            return doctor.run(experiment=options.experiment, as_json=options.json)
-        require(mlflow_problem())
-        with explained():
-            return _run(options)
-    except KeyboardInterrupt:
+                return run(experiment=options.experiment, as_json=options.json)
+            require(mlflow_problem())
+            with explained():
+                return _run(options)
+    except (KeyboardInterrupt, Terminated) as end:
         print("\n中断しました。起動していたものはすべて止めました。")
-        return 130
+        return STATUS if isinstance(end, Terminated) else 130
 
 
 def _run(options: argparse.Namespace) -> int:

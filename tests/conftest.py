@@ -12,12 +12,14 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import leftovers
 import pytest
 from hypothesis import settings
 
 from chapter8_samples import _lab
 
 OWNED_PREFIXES = ("MLFLOW_", "OTEL_", "OPENAI_", "DATABRICKS_", "SLACK_", "PAGERDUTY_", "CHAPTER8_")
+leftovers.watch()
 _lab.go_offline()
 _lab.bypass_proxy()  # 社内のプロキシを設定した機械でも、手元の相手に直接つなぐ
 from mlflow.tracing.export import async_export_queue  # noqa: E402 (上の設定のあとで読み込む)

@@ -2,6 +2,7 @@
 
 親はこのスクリプトを新しいセッションで起動し、標準入力のパイプを握っておく。親が終われば
 (SIGKILL でも)OS がパイプを閉じるので、読み取りの終わり(EOF)が「止めよ」の合図になる。
+パイプの写しを持つプロセス(親が fork した子)が残っても気づけるように、親が替わったかも見る。
 正常な停止も同じ道を通る::
 
     python process_guard.py GRACE_SECONDS COMMAND [ARG ...]
@@ -15,6 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+
+PARENT_POLL_SECONDS = 0.5
 
 
 def kill_group(child_pid: int) -> None:
@@ -25,9 +29,23 @@ def kill_group(child_pid: int) -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def stop_at_eof(child: subprocess.Popen[bytes], grace_seconds: float) -> None:
-    """標準入力が閉じたら SIGTERM、`grace_seconds` 秒後にもまだいれば強制終了。"""
+def end_of_input() -> None:
+    """標準入力が閉じるまで待つ。"""
     sys.stdin.buffer.read()
+
+
+def end_of_parent() -> None:
+    """親のプロセスが終わるまで待つ(Windows では、親が終わっても番号は変わらない)。"""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+
+
+def stop_after(
+    signal_to_stop: Callable[[], None], child: subprocess.Popen[bytes], grace_seconds: float
+) -> None:
+    """合図を待って SIGTERM、`grace_seconds` 秒後にもまだいれば強制終了。"""
+    signal_to_stop()
     child.terminate()
     time.sleep(grace_seconds)
     kill_group(child.pid)
@@ -37,7 +55,8 @@ def main() -> None:
     """コマンドを起動して見張り、終わったら残りのプロセスを片付ける。"""
     grace_seconds, command = float(sys.argv[1]), sys.argv[2:]
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    threading.Thread(target=stop_at_eof, args=(child, grace_seconds), daemon=True).start()
+    for wait in (end_of_input, end_of_parent):
+        threading.Thread(target=stop_after, args=(wait, child, grace_seconds), daemon=True).start()
     status = child.wait()
     sys.stderr.write(f"process_guard: command exited with status {status}\n")
     sys.stderr.flush()
