@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta, timezone
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
 import mlflow
@@ -34,17 +34,19 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer, list_scorers
 
-from chapter8_samples.quality_monitoring.scoring.plan import (
+from chapter8_samples.quality_monitoring.scoring import (
+    ProgressCallback,
+    ScorerPlan,
     ScoringError,
     ScoringOptions,
     ScoringReport,
     ScoringTarget,
+    find_status,
     judge_bill,
+    score_traces,
+    setup_scorers,
     show_progress,
 )
-
-if TYPE_CHECKING:
-    from chapter8_samples.quality_monitoring.scoring.engine import ProgressCallback
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +233,6 @@ def _score_here(
     options: ScoringOptions,
     on_progress: ProgressCallback,
 ) -> BackfillReport:
-    from chapter8_samples.quality_monitoring.scoring.engine import score_traces
-
     scoring = score_traces(
         experiment_id,
         targets,
@@ -313,8 +313,6 @@ def _not_a_string(names: Sequence[str]) -> Sequence[str]:
 
 
 def _registered(experiment_id: str, name: str) -> ScoringTarget:
-    from chapter8_samples.quality_monitoring.scorer_lifecycle import find_status
-
     status = find_status(experiment_id, name)
     if status is None:
         known = [scorer.name for scorer in list_scorers(experiment_id=experiment_id)]
@@ -332,8 +330,6 @@ def _registered(experiment_id: str, name: str) -> ScoringTarget:
 
 def _register(experiment_id: str, target: ScoringTarget) -> Scorer:
     """登録して開始する(開始していないスコアラーを、Databricks のジョブは採点しない)。"""
-    from chapter8_samples.quality_monitoring.scorer_setup import ScorerPlan, setup_scorers
-
     experiment = MlflowClient().get_experiment(experiment_id)
     plan = ScorerPlan(
         scorer=target.scorer, sample_rate=target.sample_rate, filter_string=target.filter_string

@@ -25,83 +25,29 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import uuid
 from collections.abc import Callable
-from enum import Enum
+from dataclasses import replace
 from typing import Any
 
 import mlflow
 from mlflow.entities import Assessment
 from mlflow.tracing.client import TracingClient
 
-from chapter8_samples.quality_monitoring.feedback.delivery import (
-    COMMENT,
-    CORRECTION,
-    ISSUE,
+from chapter8_samples.quality_monitoring.feedback import (
     MAX_ID_CHARS,
-    MAX_TEXT_CHARS,
-    RATING,
-    THUMBS,
     FeedbackRequest,
     FeedbackValidationError,
+    IssueType,
+    Severity,
     check_text,
     check_trace_id,
+    correction_request,
+    issue_request,
+    rating_request,
     send_feedback,
+    text_request,
+    thumbs_request,
 )
-
-
-class FeedbackType(str, Enum):
-    """フィードバックの種類。値は MLflow に記録される評価の名前。"""
-
-    THUMBS = THUMBS
-    RATING = RATING
-    TEXT = COMMENT
-    ISSUE = ISSUE
-    CORRECTION = CORRECTION
-
-
-class IssueType(str, Enum):
-    """ユーザーが報告する問題の種類。"""
-
-    INCORRECT = "incorrect"
-    HALLUCINATION = "hallucination"
-    INCOMPLETE = "incomplete"
-    IRRELEVANT = "irrelevant"
-    HARMFUL = "harmful"
-    SLOW = "slow"
-    OTHER = "other"
-
-
-class Severity(str, Enum):
-    """問題の重さ。"""
-
-    LOW = "low"
-    MEDIUM = "medium"
-    HIGH = "high"
-    CRITICAL = "critical"
-
-
-def _check_bool(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise FeedbackValidationError(f"is_positive must be a bool, got {value!r}")
-    return value
-
-
-def _check_rating(rating: object, scale: tuple[float, float]) -> int | float:
-    if isinstance(rating, bool) or not isinstance(rating, int | float):
-        raise FeedbackValidationError(f"rating must be a number, got {rating!r}")
-    low, high = scale
-    if not low <= rating <= high:  # NaN もここで断る
-        raise FeedbackValidationError(f"rating must be between {low} and {high}, got {rating}")
-    return rating
-
-
-def _check_member(kind: type[Enum], name: str, value: object) -> str:
-    try:
-        return str(kind(value).value)
-    except ValueError:
-        choices = ", ".join(str(member.value) for member in kind)
-        raise FeedbackValidationError(f"{name} must be one of {choices}, got {value!r}") from None
 
 
 def log_thumbs_feedback(
@@ -120,7 +66,7 @@ def log_thumbs_feedback(
     Raises:
         FeedbackError: 下位クラスは ``send_feedback()`` を参照。
     """
-    return _send(trace_id, THUMBS, _check_bool(is_positive), user_id, comment, {}, **send)
+    return _send(thumbs_request(trace_id, is_positive, user_id, comment), **send)
 
 
 def log_rating_feedback(
@@ -133,18 +79,14 @@ def log_rating_feedback(
     **send: Any,
 ) -> Assessment:
     """点数を記録する(評価名 ``user_rating``)。``scale`` は両端を含む範囲。付け直すと置き換える。"""
-    value = _check_rating(rating, scale)
-    metadata = {"scale_min": str(scale[0]), "scale_max": str(scale[1])}
-    return _send(trace_id, RATING, value, user_id, rationale, metadata, **send)
+    return _send(rating_request(trace_id, rating, user_id, rationale, scale), **send)
 
 
 def log_text_feedback(
     trace_id: str, comment: str, user_id: str, category: str | None = None, **send: Any
 ) -> Assessment:
     """自由記述を記録する(評価名 ``user_comment``、10,000 文字まで)。分類はメタデータに入る。"""
-    value = check_text("comment", comment, MAX_TEXT_CHARS)
-    metadata = {"category": check_text("category", category, MAX_ID_CHARS)} if category else {}
-    return _send(trace_id, COMMENT, value, user_id, None, metadata, **send)
+    return _send(text_request(trace_id, comment, user_id, category), **send)
 
 
 def log_issue_report(
@@ -160,10 +102,7 @@ def log_issue_report(
     本書の旧版は評価名に種類を含めていた(``issue_report_...``)。名前が増え続けると
     ``feedback.user_issue = 'hallucination'`` のような検索ができないので、名前は 1 つにした。
     """
-    value = _check_member(IssueType, "issue_type", issue_type)
-    metadata = {"severity": _check_member(Severity, "severity", severity)}
-    text = check_text("description", description, MAX_TEXT_CHARS)
-    return _send(trace_id, ISSUE, value, user_id, text, metadata, **send)
+    return _send(issue_request(trace_id, issue_type, description, user_id, severity), **send)
 
 
 def log_user_correction(
@@ -174,32 +113,19 @@ def log_user_correction(
     **send: Any,
 ) -> Assessment:
     """正しい答えを、``Correctness`` が読む期待値 ``expected_response`` として記録する。"""
-    value = check_text("expected_response", expected_response, MAX_TEXT_CHARS)
-    kind = check_text("correction_type", correction_type, MAX_ID_CHARS)
-    return _send(trace_id, CORRECTION, value, user_id, None, {"correction_type": kind}, **send)
+    request = correction_request(trace_id, expected_response, user_id, correction_type)
+    return _send(request, **send)
 
 
 def _send(
-    trace_id: str,
-    name: str,
-    value: bool | int | float | str,
-    user_id: str,
-    rationale: str | None,
-    metadata: dict[str, str],
+    request: FeedbackRequest,
     *,
     feedback_id: str | None = None,
     timeout_seconds: float = 15.0,
     deliver: Callable[..., Assessment] = send_feedback,
 ) -> Assessment:
-    request = FeedbackRequest(
-        trace_id=trace_id,
-        name=name,
-        value=value,
-        user_id=user_id,
-        rationale=rationale or None,
-        metadata=metadata,
-        feedback_id=feedback_id or uuid.uuid4().hex,
-    )
+    if feedback_id:
+        request = replace(request, feedback_id=feedback_id)
     return deliver(request, timeout_seconds=timeout_seconds)
 
 

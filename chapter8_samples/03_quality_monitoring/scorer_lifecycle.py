@@ -31,22 +31,22 @@ from typing import Literal
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.genai.scorers import Scorer, delete_scorer, list_scorers
+from mlflow.genai.scorers import delete_scorer, list_scorers
 
-from chapter8_samples.quality_monitoring.scorer_setup import (
+from chapter8_samples.quality_monitoring.scoring import (
     KeptSetting,
+    ScorerNotFoundError,
     ScorerPlan,
     ScorerSetupError,
     ScorerStatus,
-    check_filter,
+    apply_setting,
     check_sample_rate,
     detect_backend,
-    find_scorer,
+    find_status,
     keep_setting,
     kept_setting,
-    set_sampling,
     setup_scorers,
-    who_runs,
+    status_of,
 )
 
 State = Literal["UNREGISTERED", "STARTED", "STOPPED"]
@@ -60,10 +60,6 @@ RECOMMENDED_SAMPLE_RATES = {
     "complex_custom": 0.1,
 }
 """本書の推奨。見逃せないものは全件、傾向が分かればよいものは一部、高価なものは少なく。"""
-
-
-class ScorerNotFoundError(ScorerSetupError):
-    """その名前のスコアラー(またはエクスペリメント)がない。"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ def list_scorer_statuses(experiment_name: str) -> list[ScorerStatus]:
             f"cannot list the scorers of {experiment_name!r}: {error.message}; if a code scorer "
             "is registered, set MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS=true here or delete it"
         ) from error
-    return [_status(experiment_id, scorer) for scorer in scorers]
+    return [status_of(experiment_id, scorer) for scorer in scorers]
 
 
 def get_scorer_status(experiment_name: str, name: str) -> ScorerStatus:
@@ -99,12 +95,6 @@ def get_scorer_status(experiment_name: str, name: str) -> ScorerStatus:
     if status is None:
         raise ScorerNotFoundError(f"no scorer {name!r} is registered in {experiment_name!r}")
     return status
-
-
-def find_status(experiment_id: str, name: str) -> ScorerStatus | None:
-    """スコアラー 1 つの状態。登録されていなければ ``None``。"""
-    scorer = find_scorer(name, experiment_id)
-    return None if scorer is None else _status(experiment_id, scorer)
 
 
 def state_of(experiment_name: str, name: str) -> State:
@@ -132,7 +122,7 @@ def change_sample_rate(
     new_filter = status.filter_string if filter_string == "keep" else filter_string
     kept = KeptSetting(sample_rate, new_filter, paused=status.sample_rate == 0)
     try:
-        _apply(_experiment_id(experiment_name), status, kept)
+        apply_setting(_experiment_id(experiment_name), status, kept)
     except MlflowException as error:
         raise ScorerSetupError(f"cannot change {name!r}: {error.message}") from error
     return get_scorer_status(experiment_name, name)
@@ -143,7 +133,7 @@ def pause_scorer(experiment_name: str, name: str) -> ScorerStatus:
     status = get_scorer_status(experiment_name, name)
     if status.sample_rate > 0:
         kept = KeptSetting(status.sample_rate, status.filter_string, paused=True)
-        _apply(_experiment_id(experiment_name), status, kept)
+        apply_setting(_experiment_id(experiment_name), status, kept)
     return get_scorer_status(experiment_name, name)
 
 
@@ -158,7 +148,7 @@ def resume_scorer(experiment_name: str, name: str) -> ScorerStatus:
         raise ScorerSetupError(
             f"{name!r} has no remembered sample rate: call change_sample_rate() first"
         )
-    _apply(experiment_id, status, replace(kept, paused=False))
+    apply_setting(experiment_id, status, replace(kept, paused=False))
     return get_scorer_status(experiment_name, name)
 
 
@@ -283,37 +273,6 @@ def _experiment_id(name: str) -> str:
     if found is None:
         raise ScorerNotFoundError(f"no experiment named {name!r}")
     return found.experiment_id
-
-
-def _status(experiment_id: str, scorer: Scorer) -> ScorerStatus:
-    runs, reason = who_runs(scorer)
-    kept = kept_setting(experiment_id, scorer.name)
-    rate, filter_string = scorer.sample_rate or 0.0, scorer.filter_string or None
-    if kept is not None and (runs == "client" or rate == 0):
-        rate, filter_string = 0.0 if kept.paused else kept.sample_rate, kept.filter_string
-    return ScorerStatus(
-        name=scorer.name,
-        scorer=scorer,
-        registered=True,
-        runs=runs,
-        sample_rate=rate,
-        filter_string=filter_string,
-        reason="paused" if rate == 0 else reason,
-    )
-
-
-def _apply(experiment_id: str, status: ScorerStatus, kept: KeptSetting) -> None:
-    if status.runs == "client":
-        check_filter(experiment_id, kept.filter_string)
-        keep_setting(experiment_id, status.name, kept)
-    elif kept.paused:
-        # 止める前に覚えておく(止めると、OSS 版では割合もフィルターも消える)
-        keep_setting(experiment_id, status.name, kept)
-        if status.sample_rate > 0:
-            status.scorer.stop(experiment_id=experiment_id)
-    else:
-        set_sampling(status.scorer, experiment_id, kept.sample_rate, kept.filter_string)
-        keep_setting(experiment_id, status.name, None)
 
 
 def main() -> None:

@@ -20,88 +20,42 @@
 
 本書の執筆時から変わったこと(MLflow 3.17): ``register()`` / ``start()`` と ``Safety`` は、Databricks
 以外でも使える。ただし OSS のサーバーが自動で採点するのは ``gateway:/`` のジャッジだけで
-(``judge_endpoint.py``)、それ以外は ``runs="client"`` になり、``run_scoring_cycle()`` で採点する。
+(接続先は ``ensure_judge_endpoint()`` が作る)、それ以外は ``runs="client"`` になり、
+``run_scoring_cycle()`` で採点する。
 Databricks では、すべて Databricks が採点する(``pip install databricks-agents`` が必要)。
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import (
     Guidelines,
     RelevanceToQuery,
     RetrievalGroundedness,
     Safety,
     Scorer,
-    ScorerSamplingConfig,
-    get_scorer,
 )
 
-Backend = Literal["databricks", "oss_http", "oss_local"]
-Runs = Literal["server", "client", "databricks"]
+from chapter8_samples.quality_monitoring.scoring import (
+    DEFAULT_JUDGE,
+    FINISHED_TRACES,
+    JudgeEndpointError,
+    ScorerPlan,
+    ScorerSetupError,
+    ScorerStatus,
+    detect_backend,
+    ensure_judge_endpoint,
+    judge_endpoint_exists,
+    require_judges,
+    setup_scorers,
+)
 
-FINISHED_TRACES = "status = 'OK'"  # 失敗したトレースには出力がなく、採点してもエラーになるだけ
-DEFAULT_JUDGE = "openai:/gpt-4.1-mini"
 JUDGE_ENDPOINT = "judge"
-SETTING_TAG = "quality.scorer."  # クライアントで採点するものと、休止中のものの設定を残す
-_PROVIDER_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
-
-
-class ScorerSetupError(Exception):
-    """スコアラーを登録・開始できない。"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerPlan:
-    """どのスコアラーを、何割のトレースに使うか。"""
-
-    scorer: Scorer
-    sample_rate: float = 1.0
-    filter_string: str | None = FINISHED_TRACES
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerStatus:
-    """登録の結果。``run_scoring_cycle()`` にそのまま渡せる。"""
-
-    name: str
-    scorer: Scorer
-    registered: bool
-    runs: Runs  # client なら run_scoring_cycle() を定期的に呼ぶ
-    sample_rate: float
-    filter_string: str | None
-    reason: str  # なぜそこで採点するのか、採点に何が要るのか(英語)
-
-    @property
-    def version(self) -> int | None:
-        """登録された版。登録していなければ ``None``。"""
-        return self.scorer.scorer_version
-
-
-@dataclass(frozen=True)
-class KeptSetting:
-    """エクスペリメントのタグに覚えておく、割合とフィルター(休止しても消えない)。"""
-
-    sample_rate: float
-    filter_string: str | None
-    paused: bool = False
-
-
-def detect_backend() -> Backend:
-    """接続先の種類を、MLflow の tracking URI から判断する。"""
-    uri = mlflow.get_tracking_uri()
-    if uri.startswith("databricks"):
-        return "databricks"
-    return "oss_http" if uri.startswith("http") else "oss_local"
 
 
 def setup_quality_scorers(
@@ -184,29 +138,6 @@ def _guidelines(
     return Guidelines(name=name, guidelines=guidelines, model=model)
 
 
-def setup_scorers(experiment_name: str, plans: Sequence[ScorerPlan]) -> list[ScorerStatus]:
-    """任意のスコアラーを登録し、接続先に合わせて開始する。"""
-    for plan in plans:
-        check_sample_rate(plan.scorer.name, plan.sample_rate)
-    names = [plan.scorer.name for plan in plans]
-    if len(set(names)) != len(names):
-        raise ScorerSetupError(f"scorer names must be unique, got {names}")
-    try:
-        experiment_id = _experiment_id(experiment_name)
-        return [_setup_one(plan, experiment_id) for plan in plans]
-    except MlflowException as error:
-        raise ScorerSetupError(f"{mlflow.get_tracking_uri()}: {error.message}") from error
-
-
-def check_sample_rate(name: str, rate: object) -> float:
-    """割合が 0 より大きく 1 以下の数であることを確かめる(MLflow は真偽値や 5.0 も受け入れる)。"""
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 1:
-        raise ScorerSetupError(
-            f"sample_rate of {name!r} must be in (0, 1] (or pause), got {rate!r}"
-        )
-    return float(rate)
-
-
 def resolve_judge_model(
     judge_model: str | None = None, *, create_judge_endpoint: bool = False
 ) -> str | None:
@@ -225,12 +156,6 @@ def resolve_judge_model(
 
 
 def _server_judge(create: bool) -> str | None:
-    from chapter8_samples.quality_monitoring.scoring.judge_endpoint import (
-        JudgeEndpointError,
-        ensure_judge_endpoint,
-        judge_endpoint_exists,
-    )
-
     key, base = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
     try:
         if judge_endpoint_exists(JUDGE_ENDPOINT):
@@ -244,137 +169,11 @@ def _server_judge(create: bool) -> str | None:
     return None
 
 
-def _experiment_id(name: str) -> str:
-    client = MlflowClient()
-    found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name)
-
-
-def _setup_one(plan: ScorerPlan, experiment_id: str) -> ScorerStatus:
-    runs, reason = who_runs(plan.scorer)
-    if runs == "client":
-        check_filter(experiment_id, plan.filter_string)
-    registered = not (runs == "client" and is_custom_code(plan.scorer))
-    scorer = _register(plan.scorer, experiment_id) if registered else plan.scorer
-    kept = kept_setting(experiment_id, scorer.name)
-    paused = kept is not None and kept.paused
-    setting = KeptSetting(plan.sample_rate, plan.filter_string, paused)
-    if runs == "client" or paused:  # 運用者が休止したものを、デプロイのたびに再開しない
-        keep_setting(experiment_id, scorer.name, setting)
-    else:
-        scorer = set_sampling(scorer, experiment_id, plan.sample_rate, plan.filter_string)
-        if kept is not None:  # 前はクライアントで採点していた
-            keep_setting(experiment_id, scorer.name, None)
-    return ScorerStatus(
-        name=scorer.name,
-        scorer=scorer,
-        registered=registered,
-        runs=runs,
-        sample_rate=0.0 if paused else plan.sample_rate,
-        filter_string=plan.filter_string,
-        reason="paused: call resume_scorer()" if paused else reason,
-    )
-
-
-def kept_setting(experiment_id: str, name: str) -> KeptSetting | None:
-    """覚えておいた割合とフィルター。なければ ``None``。"""
-    tags = MlflowClient().get_experiment(experiment_id).tags
-    text = tags.get(_tag(name))
-    return KeptSetting(**json.loads(text)) if text else None
-
-
-def keep_setting(experiment_id: str, name: str, setting: KeptSetting | None) -> None:
-    """割合とフィルターを覚える。``None`` なら忘れる。"""
-    value = json.dumps(asdict(setting)) if setting else ""
-    MlflowClient().set_experiment_tag(experiment_id, _tag(name), value)
-
-
-def _tag(name: str) -> str:
-    # スコアラーの名前には使えても、タグの名前には使えない文字がある
-    return SETTING_TAG + re.sub(r"[^\w.\- :/]", lambda found: f"_{ord(found[0]):x}", name)
-
-
-def check_filter(experiment_id: str, filter_string: str | None) -> None:
-    """フィルターの誤りを、採点を始める前に知らせる(サーバーの採点では、サーバーが調べる)。"""
-    MlflowClient().search_traces(
-        locations=[experiment_id], filter_string=filter_string, max_results=1, include_spans=False
-    )
-
-
-def who_runs(scorer: Scorer) -> tuple[Runs, str]:
-    """このスコアラーを誰が採点するかと、その理由。"""
-    backend = detect_backend()
-    if backend == "databricks":
-        return "databricks", "Databricks scores the sampled traces"
-    how = "call run_scoring_cycle() from a scheduler"
-    if scorer.is_session_level_scorer:
-        how = "it scores whole sessions: pass their traces to mlflow.genai.evaluate()"
-    if is_custom_code(scorer):
-        return "client", (
-            "custom code stays on the client: the open-source server would execute it, and one "
-            f"registered code scorer breaks list_scorers() for everyone; {how}"
-        )
-    model = str(getattr(scorer, "model", None) or "")
-    if backend == "oss_http" and model.startswith("gateway:/"):
-        return "server", (
-            "the MLflow server scores about once a minute "
-            "(its MLFLOW_SERVER_ENABLE_JOB_EXECUTION must not be false)"
-        )
-    key = _PROVIDER_KEYS.get(model.partition(":")[0], "")
-    missing = f"; it needs {key} to call {model}" if key and not os.environ.get(key) else ""
-    return "client", f"{how}{missing}"
-
-
-def is_custom_code(scorer: Scorer) -> bool:
-    """``@scorer`` の関数(登録すると、ソースコードがサーバーで実行される)か、自作のクラスか。"""
-    return scorer.kind.value in {"decorator", "class"}
-
-
-def find_scorer(name: str, experiment_id: str) -> Scorer | None:
-    """登録済みのスコアラー。なければ ``None``。"""
-    try:
-        return get_scorer(name=name, experiment_id=experiment_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise
-
-
-def _register(scorer: Scorer, experiment_id: str) -> Scorer:
-    found = find_scorer(scorer.name, experiment_id)
-    if found is not None and _definition(found) == _definition(scorer):
-        return found
-    return scorer.register(experiment_id=experiment_id)
-
-
-def _definition(scorer: Scorer) -> dict[str, Any]:
-    dump: dict[str, Any] = scorer.model_dump()  # pyright: ignore[reportUnknownMemberType]
-    builtin: dict[str, Any] = dict(dump.get("builtin_scorer_pydantic_data") or {})
-    # もとは集合なので、プロセスごとに並び順が変わる
-    builtin["required_columns"] = sorted(builtin.get("required_columns") or [])
-    return {**dump, "builtin_scorer_pydantic_data": builtin, "mlflow_version": None}
-
-
-def set_sampling(
-    scorer: Scorer, experiment_id: str, sample_rate: float, filter_string: str | None
-) -> Scorer:
-    """割合とフィルターを合わせる。止まっていれば ``start()``、動いていれば ``update()`` を使う。"""
-    if (scorer.sample_rate, scorer.filter_string or None) == (sample_rate, filter_string):
-        return scorer
-    # 必ず両方を渡す。渡さなかったフィルターは、OSS 版では消え、Databricks では残る
-    unset = "" if scorer.filter_string and detect_backend() == "databricks" else None
-    config = ScorerSamplingConfig(sample_rate=sample_rate, filter_string=filter_string or unset)
-    change = scorer.update if scorer.sample_rate else scorer.start
-    return change(experiment_id=experiment_id, sampling_config=config)
-
-
 def evaluate_with_scorers(
     eval_data: Sequence[dict[str, Any]], statuses: Sequence[ScorerStatus]
 ) -> dict[str, float]:
     """本番と同じスコアラーで ``inputs`` と ``outputs`` の行を評価し、平均を返す。"""
     from mlflow.genai import evaluate  # pyright: ignore[reportUnknownVariableType]
-
-    from chapter8_samples.quality_monitoring.scoring.plan import require_judges
 
     require_judges([status.scorer for status in statuses])  # evaluate() は黙って空を返す
     result = evaluate(data=list(eval_data), scorers=[status.scorer for status in statuses])
@@ -388,7 +187,7 @@ def main() -> None:
     from mlflow.entities import Document, SpanType
 
     from chapter8_samples import _lab
-    from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
+    from chapter8_samples.quality_monitoring.scoring import run_scoring_cycle
 
     @mlflow.trace(span_type=SpanType.RETRIEVER)
     def search(question: str) -> list[Document]:

@@ -8,39 +8,42 @@ __path__.append(__path__[0].removesuffix("quality_monitoring") + "03_quality_mon
 
 _MODULES = {
     "scorer_setup": (
-        "setup_quality_scorers ScorerPlan ScorerSetupError ScorerStatus "
-        "evaluate_with_scorers setup_builtin_scorers setup_custom_guidelines_scorer "
-        "setup_scorers"
+        "setup_quality_scorers evaluate_with_scorers setup_builtin_scorers "
+        "setup_custom_guidelines_scorer"
     ),
     "scorer_lifecycle": (
-        "RECOMMENDED_SAMPLE_RATES ScorerNotFoundError change_sample_rate "
-        "delete_all_scorers demonstrate_scorer_lifecycle estimate_monthly_judge_cost "
-        "get_scorer_status list_scorer_statuses pause_scorer remove_scorer resume_scorer "
-        "server_scored_until set_trace_archive stop_all_scorers"
+        "RECOMMENDED_SAMPLE_RATES change_sample_rate delete_all_scorers "
+        "demonstrate_scorer_lifecycle estimate_monthly_judge_cost get_scorer_status "
+        "list_scorer_statuses pause_scorer remove_scorer resume_scorer server_scored_until "
+        "set_trace_archive stop_all_scorers"
     ),
     "feedback_collection": (
-        "FeedbackCollector FeedbackType IssueType Severity log_issue_report "
-        "log_rating_feedback log_text_feedback log_thumbs_feedback log_user_correction "
-        "pseudonymize"
+        "FeedbackCollector log_issue_report log_rating_feedback log_text_feedback "
+        "log_thumbs_feedback log_user_correction pseudonymize"
     ),
     "backfill_scorers": (
         "BackfillError BackfillReport backfill backfill_date_range backfill_last_week "
         "backfill_new_scorer backfill_with_custom_sample_rates backfill_with_scorer_names"
     ),
-    "feedback.delivery": (
-        "FeedbackDeliveryError FeedbackError FeedbackRequest FeedbackValidationError "
-        "TraceNotFoundError send_feedback"
-    ),
+    "feedback.corrections": "corrections_to_dataset",
+    "feedback.delivery": "send_feedback",
+    "feedback.kinds": "FeedbackType IssueType Severity",
     "feedback.outbox": "FeedbackOutbox ReplayReport",
+    "feedback.request": (
+        "FeedbackDeliveryError FeedbackError FeedbackRequest FeedbackValidationError "
+        "TraceNotFoundError"
+    ),
     "feedback.router": "create_feedback_router",
     "feedback.summary": "FeedbackSummary summarize_feedback",
-    "feedback.corrections": "corrections_to_dataset",
-    "scoring.cycle": "run_scoring_cycle",
     "scoring.custom": "CustomScorerError setup_custom_code_scorer validate_custom_scorer",
+    "scoring.cycle": "run_scoring_cycle",
     "scoring.judge_endpoint": "JudgeEndpointError ensure_judge_endpoint",
     "scoring.plan": (
         "BudgetError JudgeNotConfiguredError JudgePrice ScoringError ScoringOptions "
         "ScoringReport ScoringTarget"
+    ),
+    "scoring.registry": (
+        "ScorerNotFoundError ScorerPlan ScorerSetupError ScorerStatus setup_scorers"
     ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -17,8 +17,8 @@ from typing import Any
 
 from mlflow.genai.scorers import scorer
 
+from chapter8_samples.quality_monitoring import ScoringOptions, ScoringTarget
 from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
-from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions, ScoringTarget
 
 INFOS = [SimpleNamespace(trace_id=f"tr-{i}", assessments=[]) for i in range(6)]
 judged: list[str] = []

@@ -15,25 +15,22 @@ import mlflow
 import pytest
 from mlflow.genai.scorers import Guidelines, PIIDetection, Safety, scorer
 
-from chapter8_samples.quality_monitoring.backfill_scorers import (
+from chapter8_samples.quality_monitoring import (
     BackfillError,
+    ScorerPlan,
+    ScoringOptions,
+    ScoringTarget,
     backfill,
     backfill_date_range,
     backfill_last_week,
     backfill_new_scorer,
     backfill_with_custom_sample_rates,
     backfill_with_scorer_names,
-)
-from chapter8_samples.quality_monitoring.scorer_lifecycle import (
     list_scorer_statuses,
     pause_scorer,
-)
-from chapter8_samples.quality_monitoring.scorer_setup import (
-    ScorerPlan,
     setup_quality_scorers,
     setup_scorers,
 )
-from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions, ScoringTarget
 
 MODEL = "openai:/gpt-4.1-mini"
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,7 @@ from mlflow.genai import evaluate  # pyright: ignore[reportUnknownVariableType]
 from mlflow.genai.datasets import search_datasets
 from mlflow.genai.scorers import Correctness
 
-from chapter8_samples.quality_monitoring.feedback.corrections import corrections_to_dataset
-from chapter8_samples.quality_monitoring.feedback_collection import log_user_correction
+from chapter8_samples.quality_monitoring import corrections_to_dataset, log_user_correction
 
 
 def test_corrected_traces_become_rows_for_correctness(store: str, ask: Any, stub_llm: Any) -> None:

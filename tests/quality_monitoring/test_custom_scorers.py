@@ -13,13 +13,13 @@ import pytest
 from mlflow.entities import Feedback
 from mlflow.genai.scorers import PIIDetection, Scorer, scorer
 
-from chapter8_samples.quality_monitoring.scoring.custom import (
+from chapter8_samples.quality_monitoring import (
     CustomScorerError,
+    ScorerSetupError,
+    run_scoring_cycle,
     setup_custom_code_scorer,
     validate_custom_scorer,
 )
-from chapter8_samples.quality_monitoring.scorer_setup import ScorerSetupError
-from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
 
 LIMIT = 3
 SAMPLE = {"inputs": {"question": "返品"}, "outputs": "30 日以内"}

@@ -13,16 +13,17 @@ import pytest
 from mlflow.genai.scorers import Guidelines, Safety, Scorer, scorer
 from quality_monitoring.fake_workspace import FakeWorkspace
 
-from chapter8_samples.quality_monitoring.backfill_scorers import (
+from chapter8_samples.quality_monitoring import (
     BackfillError,
+    ScorerNotFoundError,
+    ScorerPlan,
+    ScorerSetupError,
+    ScoringOptions,
     backfill_date_range,
     backfill_last_week,
     backfill_new_scorer,
     backfill_with_custom_sample_rates,
     backfill_with_scorer_names,
-)
-from chapter8_samples.quality_monitoring.scorer_lifecycle import (
-    ScorerNotFoundError,
     change_sample_rate,
     delete_all_scorers,
     get_scorer_status,
@@ -31,15 +32,10 @@ from chapter8_samples.quality_monitoring.scorer_lifecycle import (
     remove_scorer,
     resume_scorer,
     set_trace_archive,
-    state_of,
-)
-from chapter8_samples.quality_monitoring.scorer_setup import (
-    ScorerPlan,
-    ScorerSetupError,
     setup_quality_scorers,
     setup_scorers,
 )
-from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions
+from chapter8_samples.quality_monitoring.scorer_lifecycle import state_of
 
 NAME = "/production/my-llm-app"
 

@@ -27,8 +27,7 @@ from chapter8_samples._lab.shop.support_bot import (
     SupportBot,
     register_releases,
 )
-from chapter8_samples.quality_monitoring.feedback.router import create_feedback_router
-from chapter8_samples.quality_monitoring.feedback.outbox import FeedbackOutbox
+from chapter8_samples.quality_monitoring import FeedbackOutbox, create_feedback_router
 
 
 def client(**options: Any) -> TestClient:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from mlflow.tracing.client import TracingClient
 
-from chapter8_samples.quality_monitoring.feedback_collection import (
+from chapter8_samples.quality_monitoring import (
     FeedbackCollector,
     FeedbackType,
+    FeedbackValidationError,
     IssueType,
     Severity,
     log_issue_report,
@@ -20,7 +21,6 @@ from chapter8_samples.quality_monitoring.feedback_collection import (
     log_user_correction,
     pseudonymize,
 )
-from chapter8_samples.quality_monitoring.feedback.delivery import FeedbackValidationError
 
 
 def stored(trace_id: str) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from ports import free_port
 
 from chapter8_samples._lab.servers.mlflow_server import MlflowServer, MlflowServerError
 from chapter8_samples._lab.servers.receivers import Answer
-from chapter8_samples.quality_monitoring.feedback import delivery as feedback_delivery
-from chapter8_samples.quality_monitoring.feedback.delivery import (
+from chapter8_samples.quality_monitoring import (
     FeedbackDeliveryError,
     FeedbackError,
     FeedbackRequest,
@@ -32,6 +31,7 @@ from chapter8_samples.quality_monitoring.feedback.delivery import (
     TraceNotFoundError,
     send_feedback,
 )
+from chapter8_samples.quality_monitoring.feedback import delivery as feedback_delivery
 
 
 def thumbs(trace_id: str, user_id: str = "u1", value: bool = True) -> FeedbackRequest:

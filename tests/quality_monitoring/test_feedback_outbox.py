@@ -12,13 +12,13 @@ import pytest
 from mlflow.tracing.client import TracingClient
 
 from chapter8_samples import quality_monitoring
-from chapter8_samples.quality_monitoring.feedback.delivery import (
+from chapter8_samples.quality_monitoring import (
     FeedbackDeliveryError,
     FeedbackError,
+    FeedbackOutbox,
     FeedbackRequest,
     send_feedback,
 )
-from chapter8_samples.quality_monitoring.feedback.outbox import FeedbackOutbox
 
 
 def request(trace_id: str, user_id: str = "u") -> FeedbackRequest:

@@ -9,12 +9,13 @@ import mlflow
 import pytest
 from mlflow.entities import AssessmentSource, Feedback
 
-from chapter8_samples.quality_monitoring.feedback_collection import (
+from chapter8_samples.quality_monitoring import (
     log_issue_report,
     log_rating_feedback,
     log_thumbs_feedback,
+    summarize_feedback,
 )
-from chapter8_samples.quality_monitoring.feedback.summary import Rate, summarize_feedback
+from chapter8_samples.quality_monitoring.feedback.summary import Rate
 
 
 def test_only_valid_human_feedback_counts(store: str, ask: Any) -> None:

@@ -18,17 +18,15 @@ from mlflow.entities import AssessmentSource
 from mlflow.exceptions import MlflowException
 from ports import free_port
 
-from chapter8_samples.quality_monitoring.feedback_collection import (
+from chapter8_samples.quality_monitoring import (
+    FeedbackRequest,
+    FeedbackValidationError,
     log_rating_feedback,
     log_text_feedback,
     log_thumbs_feedback,
     log_user_correction,
+    summarize_feedback,
 )
-from chapter8_samples.quality_monitoring.feedback.delivery import (
-    FeedbackRequest,
-    FeedbackValidationError,
-)
-from chapter8_samples.quality_monitoring.feedback.summary import summarize_feedback
 
 FOUND = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 pytestmark = [

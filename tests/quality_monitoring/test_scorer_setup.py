@@ -17,9 +17,13 @@ from mlflow.genai.scorers import PIIDetection, Safety, UserFrustration, scorer
 from mlflow.genai.scorers.registry import list_scorer_versions
 from ports import free_port
 
-from chapter8_samples.quality_monitoring.scorer_lifecycle import (
+from chapter8_samples.quality_monitoring import (
     RECOMMENDED_SAMPLE_RATES,
+    JudgePrice,
     ScorerNotFoundError,
+    ScorerPlan,
+    ScorerSetupError,
+    ScoringError,
     change_sample_rate,
     delete_all_scorers,
     demonstrate_scorer_lifecycle,
@@ -29,20 +33,15 @@ from chapter8_samples.quality_monitoring.scorer_lifecycle import (
     pause_scorer,
     remove_scorer,
     resume_scorer,
+    run_scoring_cycle,
     server_scored_until,
-    stop_all_scorers,
-)
-from chapter8_samples.quality_monitoring.scorer_setup import (
-    ScorerPlan,
-    ScorerSetupError,
-    resolve_judge_model,
     setup_builtin_scorers,
     setup_custom_guidelines_scorer,
     setup_quality_scorers,
     setup_scorers,
+    stop_all_scorers,
 )
-from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring.plan import JudgePrice, ScoringError
+from chapter8_samples.quality_monitoring.scorer_setup import resolve_judge_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -28,23 +28,21 @@ from mlflow.genai.scorers.base import ScorerSamplingConfig
 from mlflow.genai.scorers.online.sampler import OnlineScorerSampler
 from mlflow.tracing.client import TracingClient
 
-from chapter8_samples.quality_monitoring.scorer_setup import (
-    ScorerPlan,
-    evaluate_with_scorers,
-    setup_builtin_scorers,
-    setup_scorers,
-)
-from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring.engine import score_traces
-from chapter8_samples.quality_monitoring.scoring.plan import (
+from chapter8_samples.quality_monitoring import (
     BudgetError,
     JudgeNotConfiguredError,
     JudgePrice,
+    ScorerPlan,
     ScoringError,
     ScoringOptions,
     ScoringTarget,
-    sample,
+    evaluate_with_scorers,
+    run_scoring_cycle,
+    setup_builtin_scorers,
+    setup_scorers,
 )
+from chapter8_samples.quality_monitoring.scoring.engine import score_traces
+from chapter8_samples.quality_monitoring.scoring.plan import sample
 
 MODEL = "openai:/gpt-4.1-mini"
 SAFETY = Safety(name="safety_check", model=MODEL)

@@ -20,14 +20,14 @@ from mlflow.genai.scorers import PIIDetection, Safety, scorer
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
-from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
-from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring.engine import score_traces
-from chapter8_samples.quality_monitoring.scoring.plan import (
+from chapter8_samples.quality_monitoring import (
     BudgetError,
     ScoringOptions,
     ScoringTarget,
+    run_scoring_cycle,
 )
+from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
+from chapter8_samples.quality_monitoring.scoring.engine import score_traces
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

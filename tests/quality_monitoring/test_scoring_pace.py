@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from mlflow.genai.scorers import Scorer, scorer
 
-from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
-from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions, Throttle
+from chapter8_samples.quality_monitoring import ScoringOptions, run_scoring_cycle
+from chapter8_samples.quality_monitoring.scoring.limits import Throttle
 
 
 def run(one: Scorer, **options: Any) -> None:

@@ -12,17 +12,15 @@ import pytest
 from mlflow import MlflowClient
 
 from chapter8_samples._lab.servers.mlflow_server import MlflowServer
-from chapter8_samples.quality_monitoring.scoring.judge_endpoint import (
+from chapter8_samples.quality_monitoring import (
     JudgeEndpointError,
-    ensure_judge_endpoint,
-)
-from chapter8_samples.quality_monitoring.scorer_lifecycle import (
     change_sample_rate,
+    ensure_judge_endpoint,
     pause_scorer,
     resume_scorer,
     server_scored_until,
+    setup_quality_scorers,
 )
-from chapter8_samples.quality_monitoring.scorer_setup import setup_quality_scorers
 
 
 def verdicts(experiment_id: str) -> dict[str, list[str]]:

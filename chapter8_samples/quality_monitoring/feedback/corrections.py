@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Trace
 from mlflow.exceptions import MlflowException
 
-CORRECTION = "expected_response"
+from .request import CORRECTION
 
 
 def corrections_to_dataset(

@@ -20,12 +20,12 @@ from typing import Any, Literal
 
 from mlflow.entities import Assessment
 
-from .delivery import (
+from .delivery import send_feedback
+from .request import (
     FeedbackDeliveryError,
     FeedbackError,
     FeedbackRequest,
     TraceNotFoundError,
-    send_feedback,
 )
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """8.3.3 画面からのフィードバックを受け取る HTTP エンドポイント(FastAPI)。
 
 画面は MLflow に直接書かず、アプリの ``POST /feedback`` に送る。誰の評価かはアプリがログイン情報から
-決め、検査は ``feedback_collection.py`` と同じものを使い、届かなければ送信箱に残して 202 を返す。
+決め、検査はリスト8.10 の関数と同じものを使い、届かなければ送信箱に残して 202 を返す。
 
 使う側は ``app.include_router(create_feedback_router(...))`` の 1 行で、要るのは ``fastapi`` だけ。
 Databricks でも同じコードで動く(``MLFLOW_TRACKING_URI=databricks``)。
@@ -9,17 +9,24 @@ Databricks でも同じコードで動く(``MLFLOW_TRACKING_URI=databricks``)。
 # FastAPI が関数の中で定義した型を読めるように、from __future__ import annotations は使わない
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlflow.entities import Assessment
 
-from .delivery import (
+from .delivery import send_feedback
+from .kinds import (
+    correction_request,
+    issue_request,
+    rating_request,
+    text_request,
+    thumbs_request,
+)
+from .request import (
     FeedbackDeliveryError,
     FeedbackError,
     FeedbackRequest,
     FeedbackValidationError,
-    send_feedback,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 
     from .outbox import FeedbackOutbox
 
-Deliver = Callable[..., Assessment]
+Deliver = Callable[[FeedbackRequest], Assessment]
 RETRY_AFTER = {"Retry-After": "30"}  # 画面が送り直すまでの秒数
 
 
@@ -38,7 +45,7 @@ class FeedbackBody:
     trace_id: Any
     type: Literal["thumbs", "rating", "comment", "issue", "correction"] = "thumbs"
     is_positive: Any = None
-    rating: Any = None  # 数かどうかも feedback_collection が調べる(真偽値を 1.0 にさせない)
+    rating: Any = None  # 数かどうかも rating_request() が調べる(真偽値を 1.0 にさせない)
     comment: str | None = None
     category: str | None = None
     issue_type: str | None = None
@@ -74,7 +81,7 @@ def create_feedback_router(
 
     def feedback(request: Request, response: Response, body: FeedbackBody) -> dict[str, bool]:
         try:
-            _log(body, user_of(request), deliver)
+            deliver(_request(body, user_of(request)))
         except FeedbackValidationError as error:
             raise HTTPException(422, str(error)) from error
         except _KeptForLater:
@@ -98,7 +105,7 @@ class _KeptForLater(FeedbackDeliveryError):
 def _deliver_to(
     outbox: "FeedbackOutbox | None", timeout_seconds: float, max_pending: int
 ) -> Deliver:
-    def deliver(request: FeedbackRequest, **_: object) -> Assessment:
+    def deliver(request: FeedbackRequest) -> Assessment:
         if outbox is None:
             return send_feedback(request, timeout_seconds=timeout_seconds)
         if len(outbox) >= max_pending:
@@ -111,24 +118,20 @@ def _deliver_to(
     return deliver
 
 
-def _log(body: FeedbackBody, user: str, deliver: Deliver) -> Assessment:
-    from ..feedback_collection import (
-        log_issue_report,
-        log_rating_feedback,
-        log_text_feedback,
-        log_thumbs_feedback,
-        log_user_correction,
-    )
+def _request(body: FeedbackBody, user: str) -> FeedbackRequest:
+    request = _of_kind(body, user)
+    return replace(request, feedback_id=body.feedback_id) if body.feedback_id else request
 
-    send: dict[str, Any] = {"feedback_id": body.feedback_id, "deliver": deliver}
+
+def _of_kind(body: FeedbackBody, user: str) -> FeedbackRequest:
     trace, text = body.trace_id, body.comment
     if body.type == "thumbs":
-        return log_thumbs_feedback(trace, body.is_positive, user, text, **send)
+        return thumbs_request(trace, body.is_positive, user, text)
     if body.type == "rating":
-        return log_rating_feedback(trace, body.rating, user, text, **send)
+        return rating_request(trace, body.rating, user, text)
     if body.type == "comment":
-        return log_text_feedback(trace, text or "", user, body.category, **send)
+        return text_request(trace, text or "", user, body.category)
     if body.type == "issue":
         kind, description = body.issue_type or "", body.description or ""
-        return log_issue_report(trace, kind, description, user, body.severity, **send)
-    return log_user_correction(trace, body.expected_response or "", user, **send)
+        return issue_request(trace, kind, description, user, body.severity)
+    return correction_request(trace, body.expected_response or "", user)

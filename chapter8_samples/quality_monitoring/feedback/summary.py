@@ -24,14 +24,24 @@ from mlflow.entities import Assessment, Trace, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 
+from .request import COMMENT, CORRECTION, ISSUE, RATING, REPLACED_BY_NEWER, THUMBS
+
 VERSION_KEYS = ("prompt.version", "prompt_version", "app.version", "service.version")
-_ONE_PER_USER = {"user_thumbs", "user_rating", "expected_response"}
 _LINKED_PROMPTS = "mlflow.linkedPrompts"
 
 
 @dataclass(frozen=True)
 class Rate:
-    """割合と、その 95% 信頼区間(Wilson)。すべて 0 から 1。"""
+    """割合と、その 95% 信頼区間(Wilson)。すべて 0 から 1。
+
+    20 件では、90% と 30% の差ははっきりしているが、それぞれの割合はまだ大きく揺れる。
+
+    >>> for good in (18, 6):
+    ...     low, high = Rate(good, 20).interval
+    ...     print(f"{good / 20:.0%}: {low:.0%} - {high:.0%}")
+    90%: 70% - 97%
+    30%: 15% - 52%
+    """
 
     positive: int
     total: int
@@ -116,17 +126,17 @@ def summarize(infos: Iterable[TraceInfo], *, tz: str = "Asia/Tokyo") -> Feedback
     infos = list(infos)
     pairs = [(info, a) for info in infos for a in _human(info)]
     # 画面などから、この名前で別の形の値を入れることもできる。数えられるものだけを数える
-    thumbs = [(i, a) for i, a in pairs if a.name == "user_thumbs" and isinstance(_value(a), bool)]
-    ratings = [_value(a) for _, a in pairs if a.name == "user_rating"]
+    thumbs = [(i, a) for i, a in pairs if a.name == THUMBS and isinstance(_value(a), bool)]
+    ratings = [_value(a) for _, a in pairs if a.name == RATING]
     zone = ZoneInfo(tz)
     return FeedbackSummary(
         traces=len(infos),
         rated_traces=len({info.trace_id for info, _ in pairs}),
         thumbs=_rate(a for _, a in thumbs),
         ratings=tuple(float(value) for value in ratings if _is_number(value)),
-        issues=dict(Counter(str(_value(a)) for _, a in pairs if a.name == "user_issue")),
-        comments=sum(a.name == "user_comment" for _, a in pairs),
-        corrections=sum(a.name == "expected_response" for _, a in pairs),
+        issues=dict(Counter(str(_value(a)) for _, a in pairs if a.name == ISSUE)),
+        comments=sum(a.name == COMMENT for _, a in pairs),
+        corrections=sum(a.name == CORRECTION for _, a in pairs),
         by_version=_grouped(thumbs, lambda info, _: version_of(info) or "unknown"),
         by_user=_grouped(thumbs, lambda _, a: str(a.source.source_id)),
         by_day=_grouped(
@@ -152,7 +162,7 @@ def _human(info: TraceInfo) -> list[Assessment]:
     latest: dict[tuple[str, str | None, str | None], Assessment] = {}
     for a in sorted(info.assessments, key=lambda a: a.create_time_ms or 0):
         if a.valid is not False and a.source.source_type == "HUMAN":
-            one = None if a.name in _ONE_PER_USER else a.assessment_id
+            one = None if a.name in REPLACED_BY_NEWER else a.assessment_id
             latest[a.name, a.source.source_id, one] = a
     return list(latest.values())
 

@@ -22,13 +22,8 @@ from mlflow.entities import Feedback, Trace
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer
 
-from ..scorer_setup import (
-    FINISHED_TRACES,
-    ScorerPlan,
-    ScorerSetupError,
-    ScorerStatus,
-    setup_scorers,
-)
+from .plan import FINISHED_TRACES
+from .registry import ScorerPlan, ScorerSetupError, ScorerStatus, setup_scorers
 
 _ENABLE_CODE = "MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS"
 _GIVEN_NAMES = {  # 組み立て直すときに MLflow が用意する名前
@@ -215,6 +210,3 @@ def _code_allowed() -> Iterator[None]:
             del os.environ[_ENABLE_CODE]
         else:
             os.environ[_ENABLE_CODE] = before
-
-
-LIMIT = 100

@@ -12,32 +12,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, Protocol
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer
 
-from .plan import FINISHED_TRACES, ScoringError, ScoringOptions, ScoringReport, ScoringTarget
+from .engine import score_traces
+from .plan import (
+    FINISHED_TRACES,
+    ProgressCallback,
+    ScoringError,
+    ScoringOptions,
+    ScoringReport,
+    ScoringTarget,
+)
+from .registry import ScorerStatus
 
-if TYPE_CHECKING:
-    from .engine import ProgressCallback
-
-
-class _StatusLike(Protocol):
-    """``scorer_setup.ScorerStatus`` と同じ形。"""
-
-    name: str
-    scorer: Scorer
-    runs: str
-    sample_rate: float
-    filter_string: str | None
+Scorable = Scorer | ScoringTarget | ScorerStatus
 
 
 def run_scoring_cycle(
     experiment_name_or_id: str,
-    scorers: Sequence[Any],
+    scorers: Sequence[Scorable],
     *,
     lookback: timedelta = timedelta(hours=1),
     options: ScoringOptions | None = None,
@@ -57,8 +54,6 @@ def run_scoring_cycle(
     Raises:
         ScoringError: エクスペリメントやジャッジの API キーがない、など。
     """
-    from .engine import score_traces
-
     if flush:
         mlflow.flush_trace_async_logging()
     end = now or datetime.now(timezone.utc)
@@ -87,12 +82,12 @@ def _experiment_id(name_or_id: str) -> str:
     return found.experiment_id
 
 
-def _runs_here(scorer: Any) -> bool:
+def _runs_here(scorer: Scorable) -> bool:
     paused = getattr(scorer, "sample_rate", None) == 0
     return getattr(scorer, "runs", "client") == "client" and not paused
 
 
-def as_target(scorer: Scorer | ScoringTarget | _StatusLike) -> ScoringTarget:
+def as_target(scorer: Scorable) -> ScoringTarget:
     """スコアラー、または ``ScorerStatus`` を採点の指定に直す。"""
     if isinstance(scorer, ScoringTarget):
         return scorer

@@ -40,16 +40,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer
 from mlflow.tracing.client import TracingClient
 
+from .limits import Budget, Throttle
 from .plan import (
     SCORER_NAME,
-    Budget,
     BudgetError,
+    ProgressCallback,
     ScorerCounts,
     ScoringError,
     ScoringOptions,
     ScoringReport,
     ScoringTarget,
-    Throttle,
     error_of,
     identity,
     judge_cost,
@@ -64,7 +64,6 @@ logger = logging.getLogger(__name__)
 _NOT_FROM_EVALUATION = "metadata.`mlflow.sourceRun` IS NULL"
 # 探してから読むまでに消された、スパンが保存されていない、壊れている
 _UNREADABLE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "BAD_REQUEST"}
-ProgressCallback = Callable[[ScoringReport], None]
 
 
 def score_traces(

@@ -13,9 +13,7 @@ import inspect
 import json
 import os
 import sys
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -25,7 +23,7 @@ import mlflow
 from mlflow.entities import Assessment, AssessmentError
 from mlflow.genai.scorers import Scorer
 
-FINISHED_TRACES = "status = 'OK'"
+FINISHED_TRACES = "status = 'OK'"  # 失敗したトレースには出力がなく、採点してもエラーになるだけ
 SCORER_NAME = "mlflow.assessment.scorerName"
 _SCORER_VERSION = "mlflow.assessment.scorerVersion"
 _DEFINITION = "scoring.definition"
@@ -34,6 +32,7 @@ _INPUT_TOKENS = "mlflow.assessment.judgeInputTokens"
 _OUTPUT_TOKENS = "mlflow.assessment.judgeOutputTokens"
 TOKENS_PER_CALL = (600, 60)  # 実績がないときに仮定する、ジャッジ 1 回の入力と出力
 DEFAULT_JUDGE = "openai:/gpt-4.1-mini"
+PROVIDER_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 
 
 class ScoringError(Exception):
@@ -55,7 +54,11 @@ class JudgePrice(NamedTuple):
     output_usd: Decimal
 
     def cost_usd(self, input_tokens: float, output_tokens: float) -> Decimal:
-        """トークン数に対するコスト(USD)。"""
+        """トークン数に対するコスト(USD)。
+
+        >>> f"{JUDGE_PRICES[DEFAULT_JUDGE].cost_usd(600, 60):f}"
+        '0.000336'
+        """
         tokens = Decimal(input_tokens) * self.input_usd + Decimal(output_tokens) * self.output_usd
         return tokens / 1_000_000
 
@@ -70,6 +73,11 @@ JUDGE_PRICES = {
 """見積もりに使う、OpenAI の公開価格(2025-04 時点)。実際のコストは MLflow が評価に記録する。"""
 
 
+def is_sample_rate(rate: object) -> bool:
+    """0 より大きく 1 以下の数か(MLflow は、真偽値や 5.0 も受け入れる)。"""
+    return isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate <= 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoringTarget:
     """どのスコアラーを、どのトレースの何割に使うか。"""
@@ -81,10 +89,10 @@ class ScoringTarget:
     def __post_init__(self) -> None:
         if not isinstance(self.scorer, Scorer):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ScoringError(f"scorer must be an MLflow scorer, got {self.scorer!r}")
-        rate = self.sample_rate
-        number = isinstance(rate, int | float) and not isinstance(rate, bool)  # pyright: ignore
-        if not number or not 0 < rate <= 1:
-            raise ScoringError(f"sample_rate of {self.name!r} must be in (0, 1], got {rate!r}")
+        if not is_sample_rate(self.sample_rate):
+            raise ScoringError(
+                f"sample_rate of {self.name!r} must be in (0, 1], got {self.sample_rate!r}"
+            )
         if self.scorer.is_session_level_scorer:
             raise ScoringError(
                 f"{self.name!r} scores whole sessions, not single traces: pass the traces of the "
@@ -189,6 +197,9 @@ class ScoringReport:
         return float(sum(counts.cost_usd for counts in self.scorers.values()))
 
 
+ProgressCallback = Callable[[ScoringReport], None]
+
+
 def judge_model(scorer: Scorer) -> str | None:
     """LLM ジャッジが使うモデルの URI。コードのスコアラーは ``None``。"""
     if not hasattr(scorer, "model"):
@@ -202,7 +213,7 @@ def judge_model(scorer: Scorer) -> str | None:
 def missing_for(model: str) -> str | None:
     """ジャッジのモデルを呼ぶのに足りないもの(英語 1 文)。足りていれば ``None``。"""
     provider = model.partition(":")[0]
-    key = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}.get(provider)
+    key = PROVIDER_KEYS.get(provider)
     if key and not os.environ.get(key):
         return f"set {key} (and OPENAI_BASE_URL for a compatible server) to call {model}"
     if provider == "gateway" and not mlflow.get_tracking_uri().startswith("http"):
@@ -224,6 +235,15 @@ def sample(trace_id: str, targets: Sequence[ScoringTarget]) -> list[ScoringTarge
 
     同じトレースは何度でも同じ結果になる。率の低いスコアラーは、率の高いスコアラーが選んだ
     トレースの中から選ぶ(同じトレースに評価がそろうので、スコアラー同士を比べられる)。
+
+    >>> from mlflow.genai.scorers import Safety
+    >>> rates = {"safety": 1.0, "tone": 0.5, "fluency": 0.25}
+    >>> targets = [ScoringTarget(scorer=Safety(name=n), sample_rate=r) for n, r in rates.items()]
+    >>> picks = [{t.name for t in sample(f"tr-{i:032x}", targets)} for i in range(1000)]
+    >>> {name: sum(name in pick for pick in picks) for name in rates}
+    {'safety': 1000, 'tone': 490, 'fluency': 244}
+    >>> all("tone" in pick for pick in picks if "fluency" in pick)
+    True
     """
     chosen: list[ScoringTarget] = []
     previous = 1.0
@@ -240,8 +260,13 @@ def identity(scorer: Scorer) -> dict[str, str]:
     """評価に残す、スコアラーの身元。登録済みなら名前と版、未登録なら名前と定義のハッシュ。"""
     if scorer.scorer_version is not None:
         return {SCORER_NAME: scorer.name, _SCORER_VERSION: str(scorer.scorer_version)}
-    text = json.dumps(_stable(_definition(scorer)), sort_keys=True, default=str)
+    text = json.dumps(definition(scorer), sort_keys=True, default=str)
     return {SCORER_NAME: scorer.name, _DEFINITION: hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def definition(scorer: Scorer) -> dict[str, Any]:
+    """スコアラーの定義。MLflow の版やプロセスごとの違いは除く。"""
+    return _stable(_definition(scorer))
 
 
 def _definition(scorer: Scorer) -> dict[str, Any]:
@@ -324,54 +349,3 @@ def _price_per_call(
         return counts.seen_cost_usd / counts.seen_calls
     price = price or JUDGE_PRICES.get(judge_model(target.scorer) or "")
     return price.cost_usd(*TOKENS_PER_CALL) if price else None
-
-
-class Throttle:
-    """呼び出しの間隔を空ける(スレッド間で共有する)。"""
-
-    def __init__(self, calls_per_second: float | None) -> None:
-        self._interval = 1 / calls_per_second if calls_per_second else 0.0
-        self._next = 0.0
-        self._lock = threading.Lock()
-
-    def wait(self) -> None:
-        """次に呼んでよい時刻まで待つ。"""
-        if not self._interval:
-            return
-        with self._lock:
-            at = max(self._next, time.monotonic())
-            self._next = at + self._interval
-        time.sleep(max(0.0, at - time.monotonic()))
-
-
-class Budget:
-    """並列に呼んでも予算を超えないように、呼ぶ前に見込みのコスト(これまでの最大)を確保する。"""
-
-    def __init__(self, limit_usd: float | None) -> None:
-        self._limit = Decimal(str(limit_usd)) if limit_usd is not None else None
-        self._committed = Decimal(0)
-        self._largest: dict[str, Decimal] = {}
-        self._probing: set[str] = set()
-        self._changed = threading.Condition()
-
-    def reserve(self, name: str) -> Decimal | None:
-        """確保した額(USD)。足りなければ ``None``。コストの分からない最初の 1 回は 1 件ずつ。"""
-        if self._limit is None:
-            return Decimal(0)
-        with self._changed:
-            self._changed.wait_for(lambda: name not in self._probing)
-            expected = self._largest.get(name, Decimal(0))
-            if self._committed >= self._limit or self._committed + expected > self._limit:
-                return None
-            if name not in self._largest:
-                self._probing.add(name)
-            self._committed += expected
-            return expected
-
-    def settle(self, name: str, expected: Decimal, cost: Decimal) -> None:
-        """確保した額を、実際のコストに直す。"""
-        with self._changed:
-            self._committed += cost - expected
-            self._largest[name] = max(self._largest.get(name, Decimal(0)), cost)
-            self._probing.discard(name)
-            self._changed.notify_all()

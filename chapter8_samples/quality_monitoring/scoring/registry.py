@@ -1,0 +1,256 @@
+"""8.3.4 スコアラーの登録、割合、休止を、接続先の違いを隠して読み書きする。
+
+登録できるか、誰が採点するか、割合を変えるとフィルターが残るかは、手元の SQLite、MLflow サーバー、
+Databricks で違う。クライアントで採点するものと休止中のものは、設定をエクスペリメントのタグに残す。
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, cast
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.genai.scorers import Scorer, ScorerSamplingConfig, get_scorer
+
+from .plan import FINISHED_TRACES, PROVIDER_KEYS, definition, is_sample_rate
+
+Backend = Literal["databricks", "oss_http", "oss_local"]
+Runs = Literal["server", "client", "databricks"]
+
+SETTING_TAG = "quality.scorer."  # クライアントで採点するものと、休止中のものの設定を残す
+
+
+class ScorerSetupError(Exception):
+    """スコアラーを登録・開始できない。"""
+
+
+class ScorerNotFoundError(ScorerSetupError):
+    """その名前のスコアラー(またはエクスペリメント)がない。"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerPlan:
+    """どのスコアラーを、何割のトレースに使うか。"""
+
+    scorer: Scorer
+    sample_rate: float = 1.0
+    filter_string: str | None = FINISHED_TRACES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerStatus:
+    """登録の結果。``run_scoring_cycle()`` にそのまま渡せる。"""
+
+    name: str
+    scorer: Scorer
+    registered: bool
+    runs: Runs  # client なら run_scoring_cycle() を定期的に呼ぶ
+    sample_rate: float
+    filter_string: str | None
+    reason: str  # なぜそこで採点するのか、採点に何が要るのか(英語)
+
+    @property
+    def version(self) -> int | None:
+        """登録された版。登録していなければ ``None``。"""
+        return self.scorer.scorer_version
+
+
+@dataclass(frozen=True)
+class KeptSetting:
+    """エクスペリメントのタグに覚えておく、割合とフィルター(休止しても消えない)。"""
+
+    sample_rate: float
+    filter_string: str | None
+    paused: bool = False
+
+
+def detect_backend() -> Backend:
+    """接続先の種類を、MLflow の tracking URI から判断する。"""
+    uri = mlflow.get_tracking_uri()
+    if uri.startswith("databricks"):
+        return "databricks"
+    return "oss_http" if uri.startswith("http") else "oss_local"
+
+
+def setup_scorers(experiment_name: str, plans: Sequence[ScorerPlan]) -> list[ScorerStatus]:
+    """任意のスコアラーを登録し、接続先に合わせて開始する。"""
+    for plan in plans:
+        check_sample_rate(plan.scorer.name, plan.sample_rate)
+    names = [plan.scorer.name for plan in plans]
+    if len(set(names)) != len(names):
+        raise ScorerSetupError(f"scorer names must be unique, got {names}")
+    try:
+        experiment_id = _experiment_id(experiment_name)
+        return [_setup_one(plan, experiment_id) for plan in plans]
+    except MlflowException as error:
+        raise ScorerSetupError(f"{mlflow.get_tracking_uri()}: {error.message}") from error
+
+
+def check_sample_rate(name: str, rate: object) -> float:
+    """割合が 0 より大きく 1 以下の数であることを確かめる(MLflow は真偽値や 5.0 も受け入れる)。"""
+    if not is_sample_rate(rate):
+        raise ScorerSetupError(
+            f"sample_rate of {name!r} must be in (0, 1] (or pause), got {rate!r}"
+        )
+    return float(cast("float", rate))
+
+
+def _experiment_id(name: str) -> str:
+    client = MlflowClient()
+    found = client.get_experiment_by_name(name)
+    return found.experiment_id if found else client.create_experiment(name)
+
+
+def _setup_one(plan: ScorerPlan, experiment_id: str) -> ScorerStatus:
+    runs, reason = who_runs(plan.scorer)
+    if runs == "client":
+        check_filter(experiment_id, plan.filter_string)
+    registered = not (runs == "client" and is_custom_code(plan.scorer))
+    scorer = _register(plan.scorer, experiment_id) if registered else plan.scorer
+    kept = kept_setting(experiment_id, scorer.name)
+    paused = kept is not None and kept.paused
+    setting = KeptSetting(plan.sample_rate, plan.filter_string, paused)
+    if runs == "client" or paused:  # 運用者が休止したものを、デプロイのたびに再開しない
+        keep_setting(experiment_id, scorer.name, setting)
+    else:
+        scorer = set_sampling(scorer, experiment_id, plan.sample_rate, plan.filter_string)
+        if kept is not None:  # 前はクライアントで採点していた
+            keep_setting(experiment_id, scorer.name, None)
+    return ScorerStatus(
+        name=scorer.name,
+        scorer=scorer,
+        registered=registered,
+        runs=runs,
+        sample_rate=0.0 if paused else plan.sample_rate,
+        filter_string=plan.filter_string,
+        reason="paused: call resume_scorer()" if paused else reason,
+    )
+
+
+def find_status(experiment_id: str, name: str) -> ScorerStatus | None:
+    """スコアラー 1 つの状態。登録されていなければ ``None``。"""
+    scorer = find_scorer(name, experiment_id)
+    return None if scorer is None else status_of(experiment_id, scorer)
+
+
+def status_of(experiment_id: str, scorer: Scorer) -> ScorerStatus:
+    """登録済みのスコアラーを誰が何割採点しているか(休止中の割合は 0.0)。"""
+    runs, reason = who_runs(scorer)
+    kept = kept_setting(experiment_id, scorer.name)
+    rate, filter_string = scorer.sample_rate or 0.0, scorer.filter_string or None
+    if kept is not None and (runs == "client" or rate == 0):
+        rate, filter_string = 0.0 if kept.paused else kept.sample_rate, kept.filter_string
+    return ScorerStatus(
+        name=scorer.name,
+        scorer=scorer,
+        registered=True,
+        runs=runs,
+        sample_rate=rate,
+        filter_string=filter_string,
+        reason="paused" if rate == 0 else reason,
+    )
+
+
+def apply_setting(experiment_id: str, status: ScorerStatus, kept: KeptSetting) -> None:
+    """割合とフィルターを変える、休止する、再開する。"""
+    if status.runs == "client":
+        check_filter(experiment_id, kept.filter_string)
+        keep_setting(experiment_id, status.name, kept)
+    elif kept.paused:
+        # 止める前に覚えておく(止めると、OSS 版では割合もフィルターも消える)
+        keep_setting(experiment_id, status.name, kept)
+        if status.sample_rate > 0:
+            status.scorer.stop(experiment_id=experiment_id)
+    else:
+        set_sampling(status.scorer, experiment_id, kept.sample_rate, kept.filter_string)
+        keep_setting(experiment_id, status.name, None)
+
+
+def kept_setting(experiment_id: str, name: str) -> KeptSetting | None:
+    """覚えておいた割合とフィルター。なければ ``None``。"""
+    tags = MlflowClient().get_experiment(experiment_id).tags
+    text = tags.get(_tag(name))
+    return KeptSetting(**json.loads(text)) if text else None
+
+
+def keep_setting(experiment_id: str, name: str, setting: KeptSetting | None) -> None:
+    """割合とフィルターを覚える。``None`` なら忘れる。"""
+    value = json.dumps(asdict(setting)) if setting else ""
+    MlflowClient().set_experiment_tag(experiment_id, _tag(name), value)
+
+
+def _tag(name: str) -> str:
+    # スコアラーの名前には使えても、タグの名前には使えない文字がある
+    return SETTING_TAG + re.sub(r"[^\w.\- :/]", lambda found: f"_{ord(found[0]):x}", name)
+
+
+def check_filter(experiment_id: str, filter_string: str | None) -> None:
+    """フィルターの誤りを、採点を始める前に知らせる(サーバーの採点では、サーバーが調べる)。"""
+    MlflowClient().search_traces(
+        locations=[experiment_id], filter_string=filter_string, max_results=1, include_spans=False
+    )
+
+
+def who_runs(scorer: Scorer) -> tuple[Runs, str]:
+    """このスコアラーを誰が採点するかと、その理由。"""
+    backend = detect_backend()
+    if backend == "databricks":
+        return "databricks", "Databricks scores the sampled traces"
+    how = "call run_scoring_cycle() from a scheduler"
+    if scorer.is_session_level_scorer:
+        how = "it scores whole sessions: pass their traces to mlflow.genai.evaluate()"
+    if is_custom_code(scorer):
+        return "client", (
+            "custom code stays on the client: the open-source server would execute it, and one "
+            f"registered code scorer breaks list_scorers() for everyone; {how}"
+        )
+    model = str(getattr(scorer, "model", None) or "")
+    if backend == "oss_http" and model.startswith("gateway:/"):
+        return "server", (
+            "the MLflow server scores about once a minute "
+            "(its MLFLOW_SERVER_ENABLE_JOB_EXECUTION must not be false)"
+        )
+    key = PROVIDER_KEYS.get(model.partition(":")[0], "")
+    missing = f"; it needs {key} to call {model}" if key and not os.environ.get(key) else ""
+    return "client", f"{how}{missing}"
+
+
+def is_custom_code(scorer: Scorer) -> bool:
+    """``@scorer`` の関数(登録すると、ソースコードがサーバーで実行される)か、自作のクラスか。"""
+    return scorer.kind.value in {"decorator", "class"}
+
+
+def find_scorer(name: str, experiment_id: str) -> Scorer | None:
+    """登録済みのスコアラー。なければ ``None``。"""
+    try:
+        return get_scorer(name=name, experiment_id=experiment_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _register(scorer: Scorer, experiment_id: str) -> Scorer:
+    found = find_scorer(scorer.name, experiment_id)
+    if found is not None and definition(found) == definition(scorer):
+        return found
+    return scorer.register(experiment_id=experiment_id)
+
+
+def set_sampling(
+    scorer: Scorer, experiment_id: str, sample_rate: float, filter_string: str | None
+) -> Scorer:
+    """割合とフィルターを合わせる。止まっていれば ``start()``、動いていれば ``update()`` を使う。"""
+    if (scorer.sample_rate, scorer.filter_string or None) == (sample_rate, filter_string):
+        return scorer
+    # 必ず両方を渡す。渡さなかったフィルターは、OSS 版では消え、Databricks では残る
+    unset = "" if scorer.filter_string and detect_backend() == "databricks" else None
+    config = ScorerSamplingConfig(sample_rate=sample_rate, filter_string=filter_string or unset)
+    change = scorer.update if scorer.sample_rate else scorer.start
+    return change(experiment_id=experiment_id, sampling_config=config)
