@@ -108,7 +108,7 @@ def check_exported(ids: dict[str, str], otlp: OtlpReceiver, workspace: FakeWorks
 
 
 def test_listing_of_the_collector(store: str, otlp: OtlpReceiver) -> None:
-    """8.17。設定の受信先は、既定の送り先と同じ。本物の Collector は test_collector_run.py が動かす。"""
+    """8.17。受信先は既定の送り先と同じ。本物の Collector は test_collector_run.py が動かす。"""
     from chapter8_samples.opentelemetry import (
         disable_otlp_export,
         flush_all,
