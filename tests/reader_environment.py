@@ -62,7 +62,7 @@ class Reader:
         reader = cls(checkout(root / "checkout"), root / "home", root / "venv", root / "outside")
         reader.home.mkdir()
         new_environment(reader.environment)
-        guard = (ROOT / "tests/loopback_guard/sitecustomize.py").read_text(encoding="utf-8")
+        guard = (ROOT / "tests/reader_hooks/sitecustomize.py").read_text(encoding="utf-8")
         told = f'import os\nos.environ["CHAPTER8_OUTSIDE_LOG"] = {str(reader.outside)!r}\n'
         hook = site_packages(reader.environment) / "sitecustomize.py"
         hook.write_text(told + guard, encoding="utf-8")

@@ -15,6 +15,23 @@ from conftest import without_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = sorted(ROOT.glob("chapter8_samples/[0-9]*/[a-z]*.py"))
+BOOK = {
+    "01_production_tracing": {
+        "basic_setup.py",
+        "graceful_shutdown.py",
+        "metadata_tagging.py",
+        "sampling_strategies.py",
+    },
+    "02_cost_tracking": {"token_tracking.py", "cost_calculator.py", "cost_analysis.sql"},
+    "03_quality_monitoring": {
+        "feedback_collection.py",
+        "scorer_setup.py",
+        "scorer_lifecycle.py",
+        "backfill_scorers.py",
+    },
+    "04_alerting": {"alert_config.py", "notification_handlers.py", "rollback.py"},
+    "05_opentelemetry": {"otlp_setup.py", "otel-collector-config.yaml"},
+}
 SECTIONS = {
     "production_tracing": "01_production_tracing",
     "cost_tracking": "02_cost_tracking",

@@ -1,0 +1,120 @@
+"""節のパッケージを、読者とアプリが使うすべての形で import する。"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from pathlib import Path
+
+import pytest
+from reader_environment import checkout, new_environment
+from samples import ROOT, SAMPLES, SECTIONS, alias_of, run_as_reader
+
+CHECKOUT = {"PYTHONPATH": str(ROOT)}
+SETUP_FUNCTIONS = {
+    "production_tracing": "setup_production_tracing",
+    "cost_tracking": "setup_cost_tracking",
+    "quality_monitoring": "setup_quality_scorers",
+    "alerting": "setup_alerting",
+    "opentelemetry": "setup_otlp_export",
+}
+FIRST_IMPORT_FROM_MANY_THREADS = """
+import importlib, sys, threading
+sys.setswitchinterval(1e-6)
+names = sys.argv[1:] * 4
+barrier, errors = threading.Barrier(len(names)), []
+def first_import(name):
+    barrier.wait()
+    try:
+        package, _, public = name.rpartition(".")
+        getattr(importlib.import_module(package), public)
+    except BaseException as error:
+        errors.append(f"{name}: {error!r}")
+threads = [threading.Thread(target=first_import, args=(name,)) for name in names]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(*errors, sep="\\n")
+"""
+SPAWN = """
+import multiprocessing
+from chapter8_samples.cost_tracking import CostCalculator
+def price(model):
+    return CostCalculator().calculate(model=model, input_tokens=1000, output_tokens=500)
+if __name__ == '__main__':
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        print(pool.map(price, ['gpt-4o']))
+"""
+
+
+def test_both_packages_offer_every_public_name_setup_first() -> None:
+    for section, folder in SECTIONS.items():
+        package = importlib.import_module(f"chapter8_samples.{section}")
+        numbered = importlib.import_module(f"chapter8_samples.{folder}")
+        assert package.__all__[0] == SETUP_FUNCTIONS[section]
+        assert len(package.__all__) == len(set(package.__all__))
+        assert dir(package) == sorted(package.__all__) == dir(numbered)
+        for name in package.__all__:
+            assert getattr(package, name) is getattr(numbered, name), name
+        for place in (package, numbered):
+            with pytest.raises(AttributeError, match="no_such_name"):
+                _ = place.no_such_name
+
+
+def test_every_page_is_importable_under_both_names() -> None:
+    for page in SAMPLES:
+        public = importlib.import_module(alias_of(page))
+        numbered = importlib.import_module(f"chapter8_samples.{page.parent.name}.{page.stem}")
+        assert Path(str(public.__file__)) == Path(str(numbered.__file__)) == page
+
+
+def test_pickle_keeps_the_class() -> None:
+    from chapter8_samples.alerting import AlertRule, AlertSeverity
+
+    rule = AlertRule("slow", "latency_p95_ms", above=1)
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    assert pickle.loads(pickle.dumps(AlertSeverity.CRITICAL)) is AlertSeverity.CRITICAL
+
+
+def test_import_is_lazy(tmp_path: Path) -> None:
+    sections = ", ".join(f"chapter8_samples.{section}" for section in SECTIONS)
+    code = f"import sys, {sections}; print('mlflow' in sys.modules, 'yaml' in sys.modules)"
+    run = run_as_reader(["-c", code], tmp_path, environment=CHECKOUT)
+    assert run.stdout.split() == ["False", "False"], run.stderr
+
+
+def test_first_import_from_16_threads(tmp_path: Path) -> None:
+    """公開名なら、最初の import が何本のスレッドで同時に起きてもよい。"""
+    names = [
+        "chapter8_samples.alerting.AlertRule",
+        "chapter8_samples.alerting.quick_rollback",
+        "chapter8_samples.cost_tracking.CostCalculator",
+        "chapter8_samples.cost_tracking.CostTracker",
+    ]
+    for _ in range(8):
+        arguments = ["-c", FIRST_IMPORT_FROM_MANY_THREADS, *names]
+        run = run_as_reader(arguments, tmp_path, environment=CHECKOUT)
+        assert run.returncode == 0 and run.stdout.strip() == "", run.stdout + run.stderr
+
+
+def test_spawned_process_finds_the_functions(tmp_path: Path) -> None:
+    (tmp_path / "spawn.py").write_text(SPAWN, encoding="utf-8")
+    run = run_as_reader(["spawn.py"], tmp_path, environment=CHECKOUT)
+    assert run.stdout.strip() == "[0.0075]", run.stderr
+
+
+def test_a_page_runs_with_m_under_both_names_without_a_warning(tmp_path: Path) -> None:
+    for name in SECTIONS["cost_tracking"], "cost_tracking":
+        page = f"chapter8_samples.{name}.cost_calculator"
+        run = run_as_reader(["-W", "error", "-m", page], tmp_path, environment=CHECKOUT)
+        assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_pages_run_from_a_bare_checkout(tmp_path: Path) -> None:
+    """依存パッケージだけがあり、プロジェクトは入れていない環境で、リポジトリーの中から。"""
+    python = new_environment(tmp_path / "venv")
+    root = checkout(tmp_path / "checkout")
+    for page in SAMPLES:
+        lab = {"CHAPTER8_LAB": str(tmp_path / page.stem)}
+        run = run_as_reader(["-m", alias_of(page)], root, python=python, environment=lab)
+        assert run.returncode == 0, f"{page.name}: {run.stderr}"
