@@ -6,20 +6,22 @@
 
 if __name__ == "opentelemetry":  # OpenTelemetry 本体と取り違えられた
     raise ImportError(
-        f"{__path__[0]} hides the real opentelemetry package: put its parent package on sys.path, "
-        "not the folder that holds it (run from another directory, or move it under your package)"
+        f"{__path__[0]!r} was found instead of the OpenTelemetry package because the folder above "
+        "it is on sys.path (as working directory, PYTHONPATH or script folder): start Python from "
+        "another directory, or move it into a package of your own (app/opentelemetry)"
     )
 
 __path__.append(__path__[0].removesuffix("opentelemetry") + "05_opentelemetry")
 
 _MODULES = {
     "otlp_setup": (
-        "setup_otlp_export disable_otlp_export otlp_status setup_otlp_for_datadog "
-        "setup_otlp_for_grafana_tempo setup_otlp_for_jaeger setup_otlp_via_collector"
+        "setup_otlp_export setup_otlp_for_datadog setup_otlp_for_grafana_tempo "
+        "setup_otlp_for_jaeger setup_otlp_via_collector"
     ),
     "export.config": "OtlpConfig OtlpConfigError OtlpSetupError OtlpStatus build_otlp_config",
     "export.delivery": "ConnectionCheck FlushReport check_config check_otlp_connection flush_all",
     "export.presets": "OtlpPreset preset",
+    "export.session": "disable_otlp_export otlp_status",
     "genai.semconv": "GENAI_SEMANTIC_CONVENTIONS find_semconv_gaps print_semantic_conventions",
     "genai.metrics": "GenAIMetrics setup_genai_metrics",
     "web": "trace_http_requests use_unified_tracer_provider",

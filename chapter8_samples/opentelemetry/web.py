@@ -9,13 +9,11 @@ Databricks でも同じ。トレースの名前は HTTP のスパンの名前(``
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import mlflow
 import mlflow.tracing
-from mlflow.tracing.provider import provider
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
 from opentelemetry.context import Context
@@ -28,6 +26,8 @@ from opentelemetry.propagators.textmap import (
     default_setter,
 )
 from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
+
+from ._internals import current_provider, processors_of
 
 _FLAG = "MLFLOW_USE_DEFAULT_TRACER_PROVIDER"
 _CALLER = otel_context.create_key("chapter8-caller")
@@ -50,7 +50,7 @@ def use_unified_tracer_provider() -> TracerProvider:
     Raises:
         RuntimeError: トレースがもう始まっている。または、無効になっている。
     """
-    before, existing = os.environ.get(_FLAG), _current_provider()
+    before, existing = os.environ.get(_FLAG), current_provider()
     if not _is_unified() and existing is not None:
         raise RuntimeError(
             "MLflow already traces with its own provider; call use_unified_tracer_provider() "
@@ -59,7 +59,7 @@ def use_unified_tracer_provider() -> TracerProvider:
     os.environ[_FLAG] = "false"
     # 最初のリクエストより前に作る。後だと、最初の HTTP スパンが MLflow に記録されない
     mlflow.tracing.get_bridged_tracer_provider()
-    unified = _current_provider()
+    unified = current_provider()
     if not isinstance(unified, TracerProvider):
         _restore_flag(before)
         raise RuntimeError(
@@ -68,10 +68,6 @@ def use_unified_tracer_provider() -> TracerProvider:
         )
     _link_callers(unified)
     return unified
-
-
-def _current_provider() -> Any:
-    return provider.get()
 
 
 def _is_unified() -> bool:
@@ -89,9 +85,7 @@ def _link_callers(unified: TracerProvider) -> None:
     current = propagate.get_global_textmap()
     if not isinstance(current, RestartTraces):
         propagate.set_global_textmap(RestartTraces(current))
-    active = getattr(unified, "_active_span_processor", None)
-    present = getattr(active, "_span_processors", ())
-    if not any(isinstance(processor, LinkToCaller) for processor in present):
+    if not any(isinstance(processor, LinkToCaller) for processor in processors_of(unified)):
         unified.add_span_processor(LinkToCaller())
 
 
@@ -162,10 +156,3 @@ def trace_http_requests(app: Any) -> None:
             span.update_name(f"{request.method} {route}")
             span.set_attribute("http.response.status_code", response.status_code)
             return response
-
-
-def _show_children(spans: Sequence[Any], parent: str, indent: str = "") -> None:
-    for span in spans:
-        if span.parent_span_id == parent:
-            print(f"{indent}{span.name}")
-            _show_children(spans, span.span_id, indent + "  ")

@@ -8,24 +8,16 @@ Databricks でもこの環境変数は同じ。トレースは Databricks にも
 
 from __future__ import annotations
 
-import functools
-import json
-import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.trace import StatusCode
-
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-logger = logging.getLogger(__name__)
 
 Protocol = Literal["grpc", "http/protobuf"]
 Mode = Literal["dual", "otlp_only"]
@@ -217,6 +209,17 @@ def build_otlp_config(
         raise OtlpConfigError(f"{error}; options are: {names}") from error
 
 
+def resolve_config(
+    endpoint: str | OtlpConfig, service_name: str, protocol: str, options: OtlpOptions
+) -> OtlpConfig:
+    """``setup_otlp_export`` の引数を 1 つの設定にする。できている設定は、単独でだけ受け取る。"""
+    if not isinstance(endpoint, OtlpConfig):
+        return build_otlp_config(endpoint, service_name, protocol, **options)
+    if not (service_name or options) and protocol in ("grpc", endpoint.protocol):
+        return endpoint
+    raise OtlpConfigError("an OtlpConfig already has all options; pass it alone")
+
+
 def _normalized_endpoint(endpoint: str, protocol: str) -> str:
     parts = _split(endpoint)
     if protocol == "grpc":
@@ -299,96 +302,3 @@ def _pairs(values: Any, option: str) -> list[tuple[Any, Any]]:
     if not isinstance(values, Mapping):
         raise OtlpConfigError(f"{option} is {type(values).__name__}, not a mapping of str to str")
     return list(cast("Mapping[Any, Any]", values).items())
-
-
-def add_export_attributes() -> None:
-    """OTLP に渡すスパンを、属性を足した写しに替える(プロセス全体で 1 回だけ)。
-
-    opentelemetry-sdk 1.43 以降は終わったスパンの属性を書き換えられない。MLflow 3.17 は
-    OTLP だけの送信でルートにタグを書こうとして失敗し、ルートスパンが黙って消える。
-    """
-    from mlflow.tracing.processor.otel import OtelSpanProcessor
-
-    original: Callable[..., None] = OtelSpanProcessor.on_end
-    if getattr(original, "exports_copies", False):
-        return
-
-    @functools.wraps(original)
-    def on_end(self: OtelSpanProcessor, span: ReadableSpan) -> None:
-        original(self, _exported(span))
-
-    vars(on_end)["exports_copies"] = True
-    OtelSpanProcessor.on_end = on_end  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _exported(span: ReadableSpan) -> ReadableSpan:
-    attributes: dict[str, Any] = dict(span.attributes or {})
-    try:
-        attributes = _extra(span, attributes) | attributes
-        _keep_name(attributes)
-        attributes |= {k: float(attributes[k]) for k in _NUMBERS if k in attributes}
-    except (AttributeError, KeyError, TypeError, ValueError):
-        logger.warning("span %s is exported without extra attributes", span.name, exc_info=True)
-    same: dict[str, Any] = {name: getattr(span, name) for name in _COPIED}
-    return ReadableSpan(attributes=attributes, **same)
-
-
-_COPIED = (
-    *("name", "context", "parent", "resource", "events", "links", "kind"),
-    *("instrumentation_scope", "status", "start_time", "end_time"),
-)
-_NUMBERS = ("sampling.probability", "sampling.weight")
-_TRANSLATED = {'"CHAT_MODEL"', '"LLM"', '"EMBEDDING"', '"TOOL"', '"AGENT"'}
-
-
-def _keep_name(attributes: dict[str, Any]) -> None:
-    """規約にない種類(CHAIN など)を外す。残すと MLflow がスパンの名前を種類名に変えてしまう。"""
-    if os.environ.get("MLFLOW_ENABLE_OTEL_GENAI_SEMCONV") == "true":
-        if attributes.get("mlflow.spanType") == '"RETRIEVER"':
-            attributes["gen_ai.operation.name"] = "retrieval"
-        if attributes.get("mlflow.spanType") not in _TRANSLATED:
-            attributes.pop("mlflow.spanType", None)
-
-
-def _extra(span: ReadableSpan, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """MLflow の訳が落とすもの: 会話とユーザー、タグ、標本の重み、キャッシュ、コスト、例外の型。"""
-    tags, metadata = _trace_labels(span)
-    session = metadata.get("mlflow.trace.session")
-    extra: dict[str, Any] = {
-        "session.id": session,
-        "gen_ai.conversation.id": session,
-        "user.id": metadata.get("mlflow.trace.user"),
-        **_llm_attributes(attributes),
-    }
-    if span.status.status_code is StatusCode.ERROR:
-        types = (dict(e.attributes or {}).get("exception.type") for e in span.events)
-        extra["error.type"] = next((name for name in types if name), "_OTHER")
-    if span.parent is None:
-        extra |= {f"mlflow.traceTag.{k}": v for k, v in tags.items() if not k.startswith("mlflow.")}
-        extra |= {k: v for k, v in metadata.items() if not k.startswith("mlflow.")}
-    return {name: value for name, value in extra.items() if value is not None}
-
-
-def _trace_labels(span: ReadableSpan) -> tuple[dict[str, str], dict[str, str]]:
-    from mlflow.tracing.trace_manager import InMemoryTraceManager
-
-    manager, context = InMemoryTraceManager.get_instance(), span.get_span_context()
-    trace_id = manager.get_mlflow_trace_id_from_otel_id(context.trace_id) if context else None
-    if trace_id is None:
-        return {}, {}
-    with manager.get_trace(trace_id) as trace:
-        return (dict(trace.info.tags), dict(trace.info.trace_metadata)) if trace else ({}, {})
-
-
-def _llm_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    usage = json.loads(attributes.get("mlflow.chat.tokenUsage") or "{}")
-    if not usage:
-        return {}
-    cost = json.loads(attributes.get("mlflow.llm.cost") or "{}")
-    provider = attributes.get("mlflow.llm.provider") or attributes.get("mlflow.message.format")
-    return {
-        "gen_ai.usage.cache_read.input_tokens": usage.get("cache_read_input_tokens"),
-        "gen_ai.usage.cache_creation.input_tokens": usage.get("cache_creation_input_tokens"),
-        "gen_ai.provider.name": json.loads(provider) if provider else None,
-        "llm.cost.total_usd": cost.get("total_cost"),
-    }

@@ -8,11 +8,10 @@ Databricks でも同じ。``flush_all`` は MLflow への書き出しと OTLP �
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ from urllib.parse import urlsplit
 
 import mlflow
 import mlflow.tracing
+from mlflow.tracing.processor.base_mlflow import BaseMlflowSpanProcessor
+from mlflow.tracing.processor.otel import OtelSpanProcessor
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExportResult
 
+from .._internals import change_before_export, processors_of, unwrapped, wrapped_by
 from .config import OtlpConfig, OtlpConfigError
 
 
@@ -104,23 +106,15 @@ def watch_delivery() -> None:
 
 
 def _count_spans() -> None:
-    from mlflow.tracing.processor.otel import OtelSpanProcessor
-
-    original: Callable[..., None] = OtelSpanProcessor.on_end
-    if getattr(original, "counts_spans", False):
-        return
-
-    @functools.wraps(original)
-    def on_end(self: OtelSpanProcessor, span: ReadableSpan) -> None:
-        _count_results(self.span_exporter)
-        context = span.get_span_context()
-        _tally.add(accepted=int(bool(context and context.trace_flags.sampled)))
-        original(self, span)
-
-    vars(on_end)["counts_spans"] = True
-    OtelSpanProcessor.on_end = on_end  # pyright: ignore[reportAttributeAccessIssue]
-    if hasattr(os, "register_at_fork"):
+    if change_before_export("counts_spans", _counted) and hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: _tally.restart())
+
+
+def _counted(processor: OtelSpanProcessor, span: ReadableSpan) -> ReadableSpan:
+    _count_results(processor.span_exporter)
+    context = span.get_span_context()
+    _tally.add(accepted=int(bool(context and context.trace_flags.sampled)))
+    return span
 
 
 def _count_results(exporter: Any) -> None:
@@ -178,26 +172,10 @@ class _Job:
 
 
 def _flush_otlp() -> None:
-    from mlflow.tracing.processor.base_mlflow import BaseMlflowSpanProcessor
-
-    provider = mlflow.tracing.get_bridged_tracer_provider()
-    active = getattr(provider, "_active_span_processor", None)
-    for processor in _innermost(getattr(active, "_span_processors", ())):
-        if not isinstance(processor, BaseMlflowSpanProcessor):
+    for processor in unwrapped(processors_of(mlflow.tracing.get_bridged_tracer_provider())):
+        # 包むほう(テールサンプリングなど)は、中身だけを書き出す
+        if not (wrapped_by(processor) or isinstance(processor, BaseMlflowSpanProcessor)):
             processor.force_flush()
-
-
-def _innermost(processors: Iterable[SpanProcessor]) -> Iterator[SpanProcessor]:
-    """包まれたプロセッサー(テールサンプリングなど)は、中身だけを返す。"""
-    for processor in processors:
-        if type(processor).__module__.startswith("mlflow."):
-            yield processor
-            continue
-        values: list[Any] = list(vars(processor).values())
-        nested: list[Any] = [v for v in values if isinstance(v, (list, tuple))]
-        values += [item for items in nested for item in items]
-        inner = [value for value in values if isinstance(value, SpanProcessor)]
-        yield from _innermost(inner) if inner else [processor]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.sdk.resources import Resource
 
+from .._internals import span_hooks
+
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan
 
@@ -56,7 +58,7 @@ class GenAIMetrics:
 
     def shutdown(self) -> None:
         """残りを送り、記録をやめる。"""
-        _configure([hook for hook in _hooks() if hook is not self.hook])
+        _configure([hook for hook in span_hooks() if hook is not self.hook])
         self.provider.shutdown()
 
 
@@ -83,14 +85,14 @@ def setup_genai_metrics(
     Raises:
         RuntimeError: もう始めている(2 重に数えないため)。``shutdown()`` してから呼ぶ。
     """
-    if any(getattr(hook, "__name__", "") == "genai_metrics" for hook in _hooks()):
+    if any(getattr(hook, "__name__", "") == "genai_metrics" for hook in span_hooks()):
         raise RuntimeError("GenAI metrics are already recorded: call shutdown() on them first")
     exporter = _exporter(endpoint, protocol, dict(headers or {}))
     reader = PeriodicExportingMetricReader(exporter, interval_seconds * 1000)
     resource = Resource.create({"service.name": service_name})
     provider = MeterProvider(metric_readers=[reader], resource=resource)
     metrics = GenAIMetrics(provider, _recorder(provider), _results(exporter))
-    _configure([*_hooks(), metrics.hook])
+    _configure([*span_hooks(), metrics.hook])
     return metrics
 
 
@@ -121,12 +123,6 @@ def _results(exporter: Any) -> Sequence[MetricExportResult]:
 
     exporter.export = noted
     return last
-
-
-def _hooks() -> list[Any]:
-    from mlflow.tracing.config import get_config
-
-    return list(get_config().span_processors)
 
 
 def _configure(hooks: list[Any]) -> None:

@@ -1,0 +1,90 @@
+"""OTLP に渡すスパンに、MLflow の訳が落とす属性を足す。
+
+会話とユーザー、タグ、標本の重み、キャッシュのトークン数、コスト、例外の型は、足さなければ届かない。
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace import StatusCode
+
+from .._internals import change_before_export, tags_and_metadata
+
+logger = logging.getLogger(__name__)
+
+
+def add_export_attributes() -> None:
+    """OTLP に渡すスパンを、属性を足した写しに替える(プロセス全体で 1 回だけ)。
+
+    opentelemetry-sdk 1.43 以降は終わったスパンの属性を書き換えられない。MLflow 3.17 は
+    OTLP だけの送信でルートにタグを書こうとして失敗し、ルートスパンが黙って消える。
+    """
+    change_before_export("exports_copies", lambda _, span: _exported(span))
+
+
+def _exported(span: ReadableSpan) -> ReadableSpan:
+    attributes: dict[str, Any] = dict(span.attributes or {})
+    try:
+        attributes = _extra(span, attributes) | attributes
+        _keep_name(attributes)
+        attributes |= {k: float(attributes[k]) for k in _NUMBERS if k in attributes}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        logger.warning("span %s is exported without extra attributes", span.name, exc_info=True)
+    same: dict[str, Any] = {name: getattr(span, name) for name in _COPIED}
+    return ReadableSpan(attributes=attributes, **same)
+
+
+_COPIED = (
+    *("name", "context", "parent", "resource", "events", "links", "kind"),
+    *("instrumentation_scope", "status", "start_time", "end_time"),
+)
+_NUMBERS = ("sampling.probability", "sampling.weight")
+_TRANSLATED = {'"CHAT_MODEL"', '"LLM"', '"EMBEDDING"', '"TOOL"', '"AGENT"'}
+
+
+def _keep_name(attributes: dict[str, Any]) -> None:
+    """規約にない種類(CHAIN など)を外す。残すと MLflow がスパンの名前を種類名に変えてしまう。"""
+    if os.environ.get("MLFLOW_ENABLE_OTEL_GENAI_SEMCONV") == "true":
+        if attributes.get("mlflow.spanType") == '"RETRIEVER"':
+            attributes["gen_ai.operation.name"] = "retrieval"
+        if attributes.get("mlflow.spanType") not in _TRANSLATED:
+            attributes.pop("mlflow.spanType", None)
+
+
+def _extra(span: ReadableSpan, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """MLflow の訳が落とすもの: 会話とユーザー、タグ、標本の重み、キャッシュ、コスト、例外の型。"""
+    tags, metadata = tags_and_metadata(span)
+    session = metadata.get("mlflow.trace.session")
+    extra: dict[str, Any] = {
+        "session.id": session,
+        "gen_ai.conversation.id": session,
+        "user.id": metadata.get("mlflow.trace.user"),
+        **_llm_attributes(attributes),
+    }
+    if span.status.status_code is StatusCode.ERROR:
+        types = (dict(e.attributes or {}).get("exception.type") for e in span.events)
+        extra["error.type"] = next((name for name in types if name), "_OTHER")
+    if span.parent is None:
+        extra |= {f"mlflow.traceTag.{k}": v for k, v in tags.items() if not k.startswith("mlflow.")}
+        extra |= {k: v for k, v in metadata.items() if not k.startswith("mlflow.")}
+    return {name: value for name, value in extra.items() if value is not None}
+
+
+def _llm_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    usage = json.loads(attributes.get("mlflow.chat.tokenUsage") or "{}")
+    if not usage:
+        return {}
+    cost = json.loads(attributes.get("mlflow.llm.cost") or "{}")
+    provider = attributes.get("mlflow.llm.provider") or attributes.get("mlflow.message.format")
+    return {
+        "gen_ai.usage.cache_read.input_tokens": usage.get("cache_read_input_tokens"),
+        "gen_ai.usage.cache_creation.input_tokens": usage.get("cache_creation_input_tokens"),
+        "gen_ai.provider.name": json.loads(provider) if provider else None,
+        "llm.cost.total_usd": cost.get("total_cost"),
+    }
