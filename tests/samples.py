@@ -15,6 +15,11 @@ from conftest import without_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = sorted(ROOT.glob("chapter8_samples/[0-9]*/[a-z]*.py"))
+PARTS = sorted(
+    path
+    for path in ROOT.glob("chapter8_samples/[a-z]*/**/*.py")
+    if path.stem not in ("__init__", "__main__", "_internals")
+)
 BOOK = {
     "01_production_tracing": {
         "basic_setup.py",
