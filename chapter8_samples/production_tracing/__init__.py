@@ -8,7 +8,7 @@ __path__.append(__path__[0].removesuffix("production_tracing") + "01_production_
 
 _MODULES = {
     "basic_setup": "setup_production_tracing reset_production_tracing tracing_status",
-    "graceful_shutdown": "GracefulShutdownHandler setup_graceful_shutdown tracing_lifespan",
+    "graceful_shutdown": "setup_graceful_shutdown tracing_lifespan",
     "metadata_tagging": (
         "RequestContext RequestContextMiddleware add_trace_metadata find_traces "
         "incoming_trace init_flask outgoing_headers request_scope run_with_context"
@@ -23,6 +23,7 @@ _MODULES = {
     "sampling": "Decision TraceSummary",
     "delivery.flush": "FlushResult flush_traces",
     "delivery.profiles": "EXPORT_PROFILES TracingSetupError TracingStatus",
+    "delivery.shutdown": "GracefulShutdownHandler",
     "delivery.spool": "TraceSpool",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}

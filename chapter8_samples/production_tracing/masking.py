@@ -17,14 +17,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from mlflow.tracing.trace_manager import InMemoryTraceManager
 
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan
@@ -283,6 +280,9 @@ def _rewrite(span: LiveSpan, change: Callable[[Any], Any]) -> None:
         event._attributes = {key: change(value) for key, value in (event.attributes or {}).items()}
     if inner.status.description:
         inner._status._description = change(inner.status.description)
+    # 文字列だけを隠すときは、MLflow なしで使えるようにここで読み込む
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
     with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
         if trace is not None:
             _rewrite_info(trace.info, change)
@@ -311,26 +311,3 @@ def mask_pii(*extra: Pattern, patterns: tuple[Pattern, ...] = DEFAULT_PATTERNS) 
         TypeError: ``Pattern`` でないもの。
     """
     return PiiMasker((*extra, *patterns))
-
-
-def harmless_texts(count: int, seed: int = 8) -> list[tuple[str, str]]:
-    """個人情報を含まない文を作り、(種類, 文) のリストを返す。誤って隠す割合を測るのに使う。"""
-    rng = random.Random(seed)
-
-    def digits(size: int) -> str:
-        return "".join(rng.choices("0123456789", k=size))
-
-    makers: dict[str, Callable[[], str]] = {
-        "注文番号12桁": lambda: f"注文番号 {digits(12)} を確認しました",
-        "注文番号16桁": lambda: f"注文 {digits(16)} の返品を受け付けました",
-        "注文番号3-7-7": lambda: f"注文番号 {digits(3)}-{digits(7)}-{digits(7)} の配送状況",
-        "会員番号10桁": lambda: f"会員番号 {digits(10)} のポイント",
-        "日付": lambda: f"20{digits(2)}年{rng.randint(1, 12)}月{rng.randint(1, 28)}日に発送",
-        "日時": lambda: f"2026-11-{rng.randint(10, 28)} 10:{rng.randint(10, 59)}:00 に更新",
-        "金額": lambda: f"合計 {rng.randint(100, 9_999_999):,} 円(税込)です",
-        "型番": lambda: f"型番 {rng.choice('ABCD')}X-{digits(4)}-{digits(4)}",
-        "JANコード": lambda: f"JAN {rng.choice(['45', '49'])}{digits(11)}",
-        "郵便番号": lambda: f"〒{digits(3)}-{digits(4)} へ配達",
-    }
-    kinds = list(makers)
-    return [(kind, makers[kind]()) for kind in (kinds[i % len(kinds)] for i in range(count))]

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlflow
-import mlflow.tracing
+
+from .._internals import current_provider
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,9 @@ def flush_everything() -> str | None:
     ``flush_trace_async_logging()`` は OTLP を含まない。``terminate=True`` は使わない(その後の
     トレースがすべて消える)。まだ何も記録していなければ、接続もしない。
     """
-    # 公開の get_bridged_tracer_provider() は、なければ作る(データベースの作成や接続を待つ)
-    from mlflow.tracing.provider import provider as current
-
     with _FailureCounter() as failures:
         mlflow.flush_trace_async_logging()
-        provider: Any = current.get()
+        provider: Any = current_provider()
         if force_flush := getattr(provider, "force_flush", None):
             force_flush(_NO_LIMIT_MS)  # 期限は呼び出す側が決める
     if not failures.messages:

@@ -6,18 +6,16 @@ MLflow は送れなかったトレースを捨てる。ここでは完成した�
 Databricks では、スパンを成果物の置き場に送る経路になるため未対応である(OpenTelemetry Collector の
 永続キューを使う)。MLflow サーバーと SQLite で使える。残ったファイルは次のコマンドでも送れる::
 
-    python -m chapter8_samples.production_tracing.trace_spool replay DIR
+    python -m chapter8_samples.production_tracing replay DIR
 """
 
 # MLflow には送信先を差し替える公開 API がなく、ID を保ったまま送る公開 API もない
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -373,53 +371,3 @@ def replay(directory: str | os.PathLike[str], timeout_seconds: float = 60.0) -> 
         spool._stopped = True
         spool._changed.notify_all()
     return spool.stats()
-
-
-def main() -> None:
-    """サーバーが止まっている間に 20 件を記録し、復旧してから送り直す。"""
-    from chapter8_samples import _lab
-
-    with _lab.sample("ch8-trace-spool") as lab:
-        folder = lab.home / "spool"
-        alive = False
-
-        def flaky(traces: Sequence[Trace]) -> None:  # 止まったサーバーの代わり
-            if not alive:
-                raise ConnectionError("connection refused")
-            deliver(traces)
-
-        spool = TraceSpool(folder, deliver=flaky).install()
-        for number in range(20):
-            with mlflow.start_span("chat", attributes={"number": number}):
-                pass
-        mlflow.flush_trace_async_logging()
-        files = list(folder.glob("*.json"))
-        mode = oct(files[0].stat().st_mode & 0o777)
-        print(f"サーバー停止中: 20 件を記録、ディスクに {len(files)} 件、権限 {mode}")
-        spool.uninstall()
-        first, second = replay(folder).delivered, replay(folder).delivered
-        found: Any = mlflow.search_traces(return_type="list", include_spans=False)
-        print(
-            f"復旧後の再送: {first} 件、もう一度: {second} 件、"
-            f"データベースには {len(found)} 件(重複なし)"
-        )
-
-
-def _command(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m chapter8_samples.production_tracing.trace_spool",
-        description="残ったファイルを、いまのトラッキング URI に送る(送り残しがあれば 1 で終わる)",
-    )
-    command = parser.add_subparsers(required=True, metavar="replay").add_parser("replay")
-    command.add_argument("directory", metavar="DIR", help="TraceSpool に渡したディレクトリー")
-    try:
-        stats = replay(parser.parse_args(arguments).directory)
-    except FileNotFoundError as error:
-        sys.exit(str(error))
-    print(f"delivered={stats.delivered} pending={stats.pending} dead={stats.dead}")
-    sys.exit(1 if stats.pending else 0)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # インストールなしでも動くように
-    _command(sys.argv[1:]) if sys.argv[1:] else main()
