@@ -35,8 +35,11 @@ from bench_report import Headline, print_table
 from ports import free_port
 
 from chapter8_samples import _lab
-from chapter8_samples.opentelemetry.export.delivery import flush_all
-from chapter8_samples.opentelemetry.otlp_setup import disable_otlp_export, setup_otlp_export
+from chapter8_samples.opentelemetry import (
+    disable_otlp_export,
+    flush_all,
+    setup_otlp_export,
+)
 
 SPANS, WARM_UP = 5, 5
 ANSWER = "返品は、商品の到着から 30 日以内に承ります。" * 10
@@ -216,7 +219,9 @@ def rows(measured: list[Measured]) -> list[tuple[str, ...]]:
 
 def headline(quick: bool) -> list[Headline]:
     """1 スパンの呼び出し側の時間。"""
-    found = rows(measured_in_own_store(Sizes(1, 4) if quick else Sizes()))
+    sizes = Sizes(1, 4) if quick else Sizes()
+    found = rows(measured_in_own_store(sizes))
+    show(sizes, found)
     shown = [found[number] for number in (0, 1, 3, 5)]
     return [
         Headline(
@@ -227,16 +232,21 @@ def headline(quick: bool) -> list[Headline]:
     ]
 
 
+def show(sizes: Sizes, found: list[tuple[str, ...]]) -> None:
+    """構成ごとの表を出す。"""
+    title = f"1 スパンの呼び出し側の時間(1 リクエスト {SPANS} スパン、"
+    title += f"{sizes.rounds} 回 x {sizes.requests} リクエスト)"
+    print_table(title, ("構成", "p50(us)", "SDK 比", "MLflow 比"), found)
+
+
 def main() -> None:
     """測って、表を出す。"""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=Sizes.rounds)
     parser.add_argument("--requests", type=int, default=Sizes.requests)
     chosen = parser.parse_args()
-    found = rows(measured_in_own_store(Sizes(chosen.rounds, chosen.requests)))
-    title = f"1 スパンの呼び出し側の時間(1 リクエスト {SPANS} スパン、"
-    title += f"{chosen.rounds} 回 x {chosen.requests} リクエスト)"
-    print_table(title, ("構成", "p50(us)", "SDK 比", "MLflow 比"), found)
+    sizes = Sizes(chosen.rounds, chosen.requests)
+    show(sizes, rows(measured_in_own_store(sizes)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ chmod +x "$GOBIN/builder"
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """偽の ``go`` を置ける、ただ 1 つの PATH。本物の otelcol-contrib は、入っていても見えない。"""

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from opentelemetry.util.re import parse_env_headers
 
-from chapter8_samples.opentelemetry.export.config import (
+from chapter8_samples.opentelemetry import (
     OtlpConfig,
     OtlpConfigError,
     build_otlp_config,
-    parse_resource_attributes,
+    preset,
 )
-from chapter8_samples.opentelemetry.export.presets import PRESETS, preset
+from chapter8_samples.opentelemetry.export.config import parse_resource_attributes
+from chapter8_samples.opentelemetry.export.presets import PRESETS
 
 # どのプリセットにも足りる環境変数
 KEYS = {
@@ -49,32 +50,33 @@ EXPECTED = {
 HTTP_ONLY = {"databricks", "datadog", "grafana_cloud", "langfuse", "mlflow"}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_preset_builds_the_documented_endpoint(name: str) -> None:
-    config = preset(name, "bot", env=KEYS)
-    assert config.endpoint == EXPECTED[name]
-    assert config.service_name == "bot"
-    assert "s3cret" not in repr(config)
+def test_presets_build_the_documented_endpoints() -> None:
+    configs = {name: preset(name, "bot", env=KEYS) for name in PRESETS}
+    assert {name: config.endpoint for name, config in configs.items()} == EXPECTED
+    assert {config.service_name for config in configs.values()} == {"bot"}
+    assert "s3cret" not in repr(configs)
+    chosen = preset("datadog", "bot", env=KEYS | {"DD_SITE": "ap1.datadoghq.com"})
+    assert chosen.endpoint == "https://otlp.ap1.datadoghq.com/v1/traces"
+    assert chosen.headers == {"dd-api-key": "dd-s3cret"}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_preset_names_the_variable_it_lacks(name: str) -> None:
-    if PRESETS[name].headers or PRESETS[name].basic_auth:
-        with pytest.raises(
-            OtlpConfigError, match=rf"{name}.* needs the environment variable [A-Z_]+"
-        ):
-            preset(name, "bot", env={})
-    else:
-        assert preset(name, "bot", env={}).headers == {}
+def test_presets_name_the_variable_they_lack() -> None:
+    for name, chosen in PRESETS.items():
+        if chosen.headers or chosen.basic_auth:
+            wanted = rf"{name}.* needs the environment variable [A-Z_]+"
+            with pytest.raises(OtlpConfigError, match=wanted):
+                preset(name, "bot", env={})
+        else:
+            assert preset(name, "bot", env={}).headers == {}
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_only_receivers_that_speak_grpc_accept_it(name: str) -> None:
-    if name in HTTP_ONLY:
-        with pytest.raises(OtlpConfigError, match="only, not 'grpc'"):
-            preset(name, "bot", env=KEYS, protocol="grpc")
-    else:
-        assert preset(name, "bot", env=KEYS, protocol="grpc").protocol == "grpc"
+def test_only_receivers_that_speak_grpc_accept_it() -> None:
+    for name in PRESETS:
+        if name in HTTP_ONLY:
+            with pytest.raises(OtlpConfigError, match="only, not 'grpc'"):
+                preset(name, "bot", env=KEYS, protocol="grpc")
+        else:
+            assert preset(name, "bot", env=KEYS, protocol="grpc").protocol == "grpc"
 
 
 def test_basic_auth_survives_the_environment_variable() -> None:
@@ -161,6 +163,7 @@ def test_wrong_options_name_the_value_and_never_a_secret(
         ("https://c:4318/v1/traces?key=s3cret", "user name or a query"),
         ("", "'' is not a URL"),
         (None, "None is not a URL"),
+        ("c:4318", r"has no scheme; write http://c:4318 \(plain\) or https://c:4318 \(TLS\)"),
         ("http://[::1", "Invalid IPv6"),
         ("http://a b:4317", "not an http"),
         ("http://a..b:4317", "not an http"),
@@ -191,10 +194,24 @@ def test_a_config_made_by_hand_is_checked_too() -> None:
         OtlpConfig(endpoint="c:4317", service_name="bot")
 
 
-def test_never_uses_the_generic_endpoint() -> None:
-    env = build_otlp_config("http://c:4317", "bot", headers={"k": "v"}).to_env()
-    assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in env
-    assert env["MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT"] == "true"
+def test_becomes_these_variables_and_never_the_generic_endpoint() -> None:
+    config = build_otlp_config(
+        "http://c:4318", "bot", "http/protobuf", deployment_environment="本番", headers={"k": "v"}
+    )
+    environment = "deployment.environment.name=%E6%9C%AC%E7%95%AA"
+    assert config.to_env() == {
+        "MLFLOW_ENABLE_OTEL_GENAI_SEMCONV": "true",
+        "MLFLOW_ENABLE_OTLP_EXPORTER": "true",
+        "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT": "true",
+        "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION": "gzip",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/v1/traces",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "k=v",
+        "OTEL_EXPORTER_OTLP_TRACES_INSECURE": "true",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "10",
+        "OTEL_RESOURCE_ATTRIBUTES": f"service.namespace=llm-apps,{environment}",
+        "OTEL_SERVICE_NAME": "bot",
+    }
 
 
 def test_resource_attributes_survive_the_environment_variable() -> None:

@@ -19,13 +19,16 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from ports import free_port
 
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry.export.config import build_otlp_config
-from chapter8_samples.opentelemetry.export.delivery import (
+from chapter8_samples.opentelemetry import (
+    build_otlp_config,
     check_otlp_connection,
-    delivery_counts,
+    disable_otlp_export,
     flush_all,
+    setup_otlp_export,
 )
-from chapter8_samples.opentelemetry.otlp_setup import disable_otlp_export, setup_otlp_export
+from chapter8_samples.opentelemetry.export import DeliveryCounts, delivery, delivery_counts
+
+from .conftest import wait_until
 
 
 @pytest.fixture
@@ -46,6 +49,8 @@ def test_an_answer_proves_that_a_span_arrived(otlp: OtlpReceiver, protocol: str)
     endpoint = otlp.grpc_endpoint if protocol == "grpc" else otlp.http_endpoint
     check = check_otlp_connection(endpoint, protocol, headers={"X-Key": "k"})
     assert check.ok and check.reason == "ok"
+    said = "OK" if protocol == "grpc" else "HTTP 200"
+    assert check.detail == f"{endpoint}: {said}; one span was accepted"
     assert [span.name for span in otlp.spans] == ["otlp.connection_check"]
     assert otlp.requests[0].headers["x-key"] == "k"
 
@@ -71,14 +76,16 @@ def test_names_the_reason_when_there_is_no_answer(silent: str, protocol: str) ->
     unknown = check_otlp_connection("http://no-such-host.invalid:4317", protocol, timeout_seconds=5)
     assert unknown.reason in ("dns", "timeout"), unknown
     started = time.monotonic()
-    slow = check_otlp_connection(silent, protocol, timeout_seconds=0.5)
+    slow = check_otlp_connection(silent, protocol, timeout_seconds=0.2)
     assert slow.reason == "timeout", slow
     assert time.monotonic() - started < 5
 
 
 def test_names_wrong_path_and_wrong_protocol(otlp: OtlpReceiver) -> None:
     root = otlp.http_endpoint.removesuffix("/v1/traces")
-    assert check_otlp_connection(root, "http/protobuf").reason == "not_found"
+    missing = check_otlp_connection(root, "http/protobuf")
+    assert missing.reason == "not_found"
+    assert missing.detail.startswith(f"{root}: HTTP 404; no OTLP receiver at this path")
     swapped = check_otlp_connection(otlp.grpc_endpoint, "http/protobuf")
     assert swapped.reason == "wrong_protocol", swapped
     assert swapped.detail.isascii()  # HTTP/2 の枠がそのまま入っても、cp932 のコンソールに書ける
@@ -108,7 +115,7 @@ def web() -> Iterator[Callable[[str, bytes], str]]:
         return f"http://127.0.0.1:{server.server_port}/v1/traces"
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield start
         server.shutdown()
 
@@ -188,6 +195,7 @@ def test_flush_all_counts_what_was_lost(
     assert (report.accepted, report.delivered, report.lost) == (5, 2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 def test_retries_a_short_outage(tracking_uri: str, otlp: OtlpReceiver, protocol: str) -> None:
     endpoint = otlp.grpc_endpoint if protocol == "grpc" else otlp.http_endpoint
@@ -200,8 +208,8 @@ def test_retries_a_short_outage(tracking_uri: str, otlp: OtlpReceiver, protocol:
 
 def test_flush_all_counts_what_overflowed_the_queue(tracking_uri: str, otlp: OtlpReceiver) -> None:
     os.environ |= {"OTEL_BSP_MAX_QUEUE_SIZE": "8", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "8"}
-    otlp.delay_seconds = 0.5
-    setup_otlp_export(otlp.grpc_endpoint, "bot")
+    otlp.delay_seconds = 0.2
+    setup_otlp_export(otlp.grpc_endpoint, "bot", mode="otlp_only")
     spans(100)
     report = flush_all()
     assert report.accepted == 100
@@ -209,6 +217,7 @@ def test_flush_all_counts_what_overflowed_the_queue(tracking_uri: str, otlp: Otl
     assert report.lost == 100 - report.delivered
 
 
+@pytest.mark.slow
 def test_a_hanging_receiver_delays_neither_the_app_nor_the_exit(
     tracking_uri: str, silent: str
 ) -> None:
@@ -219,8 +228,8 @@ def test_a_hanging_receiver_delays_neither_the_app_nor_the_exit(
     assert time.monotonic() - started < 3
     mlflow.flush_trace_async_logging()  # SQLite が遅い機械でも、下の期限が測るのは OTLP だけにする
     started = time.monotonic()
-    report = flush_all(timeout_seconds=5)
-    assert time.monotonic() - started < 8
+    report = flush_all(timeout_seconds=2)
+    assert time.monotonic() - started < 5
     assert report.otlp_seconds is None and report.timed_out
     assert report.mlflow_seconds is not None
     assert report.delivered == 0 and not report.complete
@@ -229,13 +238,14 @@ def test_a_hanging_receiver_delays_neither_the_app_nor_the_exit(
 def test_results_of_an_abandoned_setting_are_not_counted_later(
     tracking_uri: str, otlp: OtlpReceiver
 ) -> None:
-    otlp.delay_seconds = 1.5
-    setup_otlp_export(otlp.http_endpoint, "bot", "http/protobuf", timeout_seconds=1)
+    otlp.delay_seconds = 0.6
+    setup_otlp_export(otlp.http_endpoint, "bot", "http/protobuf", timeout_seconds=0.3)
+    old = delivery._tally
     spans(3)
     disable_otlp_export(timeout_seconds=0.1)
     setup_otlp_export(otlp.grpc_endpoint, "bot")
-    time.sleep(2)
-    assert delivery_counts().lost == 0
+    wait_until(lambda: old.counts.lost == 3, 20)
+    assert delivery_counts() == DeliveryCounts()
 
 
 FORKED = """
@@ -255,7 +265,8 @@ os.waitpid(child, 0)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only on POSIX: needs fork")
 def test_a_forked_child_counts_its_own_spans(
     tracking_uri: str, otlp: OtlpReceiver, tmp_path: Path
 ) -> None:

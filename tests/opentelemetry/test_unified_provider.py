@@ -18,8 +18,7 @@ import pytest
 import requests
 
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry.otlp_setup import setup_otlp_export
-from chapter8_samples.opentelemetry.web import use_unified_tracer_provider
+from chapter8_samples.opentelemetry import setup_otlp_export, use_unified_tracer_provider
 
 CALLER = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{CALLER}-00f067aa0ba902b7-01"
@@ -27,23 +26,22 @@ SERVER = """
 import json, sys, mlflow, uvicorn
 from fastapi import FastAPI
 from opentelemetry import trace
-from chapter8_samples.opentelemetry.export.delivery import flush_all
-from chapter8_samples.opentelemetry.otlp_setup import otlp_status, setup_otlp_export
-from chapter8_samples.opentelemetry import unified_provider
-from chapter8_samples.opentelemetry.web import use_unified_tracer_provider
+from chapter8_samples.opentelemetry import (
+    flush_all, otlp_status, setup_otlp_export, use_unified_tracer_provider, web
+)
 
 endpoint, tracking_uri = sys.argv[1:3]
 options = json.loads(sys.argv[3])
 native = options.pop("native", True)
 if not native:  # 自分ではスパンを作らない版の FastAPI
-    unified_provider.find_spec = lambda name: None
+    web.find_spec = lambda name: None
 mlflow.set_tracking_uri(tracking_uri)
 mlflow.set_experiment("unified")
 use_unified_tracer_provider()
 setup_otlp_export(endpoint, "bot", **options)
 use_unified_tracer_provider()  # 2 回目は何も変えない
 app = FastAPI(telemetry={"operation_spans": False, "tracing": native})
-unified_provider.trace_http_requests(app)
+web.trace_http_requests(app)
 
 @mlflow.trace(name="answer", span_type="AGENT")
 def answer(number):
@@ -86,28 +84,31 @@ def serving(endpoint: str, tracking_uri: str, options: dict[str, Any]) -> Iterat
             process.terminate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "native"), [("dual", True), ("dual", False), ("otlp_only", True)])
-@pytest.mark.parametrize("headers", [{}, {"traceparent": TRACEPARENT}], ids=["direct", "called"])
 def test_one_trace_from_the_http_request_to_the_llm(
-    tracking_uri: str, otlp: OtlpReceiver, mode: str, native: bool, headers: dict[str, str]
+    tracking_uri: str, otlp: OtlpReceiver, mode: str, native: bool
 ) -> None:
+    """トレースの外から直に呼ばれた 3 件と、よそのトレースの中から呼ばれた 3 件。"""
     options = {"mode": mode, "genai_semconv": False, "native": native}
+    callers = [{}] * 3 + [{"traceparent": TRACEPARENT}] * 3
     with serving(otlp.grpc_endpoint, tracking_uri, options) as url:
         answers = [
-            requests.get(f"{url}/ask", {"number": n}, headers=headers, timeout=30) for n in range(5)
+            requests.get(f"{url}/ask", {"number": n}, headers=headers, timeout=30)
+            for n, headers in enumerate(callers)
         ]
         assert requests.get(f"{url}/end", timeout=30).json() == [True, []]
     spans = [span for span in otlp.spans if span.name != "GET /end"]
     roots = [span for span in spans if not span.parent_span_id]
-    assert [root.name for root in roots] == ["GET /ask"] * 5
-    for root, answer in zip(roots, answers, strict=True):
+    assert [root.name for root in roots] == ["GET /ask"] * 6
+    for root, answer, headers in zip(roots, answers, callers, strict=True):
         mine = [span for span in spans if span.trace_id == root.trace_id]
         assert _chain(mine) == ["GET /ask", "answer", "search", "llm"]
         llm = next(span for span in mine if span.name == "llm")
         assert answer.json()["downstream"].startswith(f"00-{root.trace_id}-{llm.span_id}-")
         assert root.links == ([(CALLER, "00f067aa0ba902b7")] if headers else [])
         assert root.attributes["mlflow.traceTag.release"] == "v1"
-    assert len(spans) == 20
+    assert len(spans) == 24
     assert CALLER not in {span.trace_id for span in spans}
     _check_stored([root.trace_id for root in roots] if mode == "dual" else [])
 
@@ -155,7 +156,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from chapter8_samples.opentelemetry.web import use_unified_tracer_provider
+from chapter8_samples.opentelemetry import use_unified_tracer_provider
 mlflow.set_tracking_uri(sys.argv[1])
 mlflow.set_experiment("app")
 memory, own = InMemorySpanExporter(), TracerProvider()
@@ -170,6 +171,7 @@ print([span.name for span in mlflow.search_traces(return_type="list")[0].data.sp
 """
 
 
+@pytest.mark.slow
 def test_keeps_a_provider_the_app_has_set(tracking_uri: str) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", APP_PROVIDER, tracking_uri]
@@ -177,10 +179,11 @@ def test_keeps_a_provider_the_app_has_set(tracking_uri: str) -> None:
     assert run.stdout.splitlines() == ["['answer', 'request']", "['request', 'answer']"], run.stderr
 
 
+@pytest.mark.slow
 def test_says_that_tracing_is_switched_off(tracking_uri: str) -> None:
     program = """
 import os
-from chapter8_samples.opentelemetry.web import use_unified_tracer_provider
+from chapter8_samples.opentelemetry import use_unified_tracer_provider
 import mlflow
 mlflow.tracing.disable()
 try:

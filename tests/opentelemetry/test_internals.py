@@ -1,0 +1,65 @@
+"""公開されていない名前が、いまの版でまだ同じ意味であること。"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import mlflow
+import mlflow.tracing
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+
+from chapter8_samples.opentelemetry import _internals
+
+VERSIONS = f"mlflow {version('mlflow-tracing')}, opentelemetry-sdk {version('opentelemetry-sdk')}"
+
+
+def test_the_provider_is_made_at_the_first_span_and_forgotten_without_its_hooks(
+    tracking_uri: str,
+) -> None:
+    def price(span: object) -> None: ...
+
+    mlflow.tracing.configure(span_processors=[price])
+    assert _internals.current_provider() is None, VERSIONS
+    made = mlflow.tracing.get_bridged_tracer_provider()
+    assert _internals.current_provider() is made, VERSIONS
+    _internals.forget_provider()
+    assert _internals.current_provider() is None, VERSIONS
+    assert _internals.span_hooks() == [price], VERSIONS
+
+
+def test_the_processors_of_a_provider_are_read_with_what_they_wrap(tracking_uri: str) -> None:
+    class Around(SpanProcessor):
+        def __init__(self, *inner: SpanProcessor) -> None:
+            self.inner = list(inner)
+
+    inner = SpanProcessor()
+    around, provider = Around(inner), TracerProvider()
+    provider.add_span_processor(around)
+    assert _internals.processors_of(provider) == (around,), VERSIONS
+    assert list(_internals.unwrapped([around])) == [around, inner]
+    (mlflows,) = _internals.processors_of(mlflow.tracing.get_bridged_tracer_provider())
+    assert _internals.is_mlflows(mlflows) and not _internals.is_mlflows(around), VERSIONS
+    assert _internals.wrapped_by(mlflows) == []
+
+
+def test_tags_and_metadata_of_a_running_trace_are_found(tracking_uri: str) -> None:
+    with mlflow.start_span("answer") as span:
+        mlflow.update_current_trace(tags={"release": "v1"}, metadata={"mlflow.trace.user": "u"})
+        tags, metadata = _internals.tags_and_metadata(span._span)
+    assert (tags["release"], metadata["mlflow.trace.user"]) == ("v1", "u"), VERSIONS
+    assert _internals.tags_and_metadata(ReadableSpan("no context")) == ({}, {})
+
+
+def test_a_change_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Processor:
+        def on_end(self, span: str) -> None:
+            seen.append(span)
+
+    monkeypatch.setattr(_internals, "OtelSpanProcessor", Processor)
+    assert _internals.change_before_export("louder", lambda _, span: f"{span}!")  # type: ignore[arg-type, return-value]
+    assert not _internals.change_before_export("louder", lambda _, span: f"{span}!")  # type: ignore[arg-type, return-value]
+    Processor().on_end("end")
+    assert seen == ["end!"]
