@@ -6,9 +6,9 @@
     python tests/benchmarks --quick     # 動くことだけを確かめる(数字に意味はない)
     python tests/benchmarks --only cost_engine cost_sql
 
-測定ごとに別のプロセスで行う。失敗した測定は表にそう書き、終了コードを 1 にする。詳しい表は、
-それぞれのファイルを実行すると出る。比べる相手(langfuse、arize-phoenix-otel、litellm、tokencost、
-genai-prices)は、入っているものだけを測る。
+測定ごとに別のプロセスで行う。失敗した測定は表にそう書き、終了コードを 1 にする。詳しい表は
+標準エラーに出る。``--quick`` は 2 つずつ同時に動かす。比べる相手は、入っているものだけを測る
+(langfuse、arize-phoenix-otel、litellm、tokencost、genai-prices)。
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -49,16 +50,17 @@ def child(name: str, quick: bool) -> None:
     os._exit(0)  # 届かない送信や、測定用のスパンの後始末を待たない
 
 
-def run(name: str, quick: bool) -> tuple[list[Headline], str]:
-    """(結果, 失敗した理由)。"""
+def run(name: str, quick: bool) -> tuple[list[Headline], str, str]:
+    """(結果, 詳しい表, 失敗した理由)。"""
     command = [sys.executable, str(HERE), "--child", name, *(["--quick"] if quick else [])]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, encoding="utf-8", env=utf8(), check=False
         )
     if done.returncode:
-        return [], done.stderr
-    return [Headline(**row) for row in json.loads(done.stdout.splitlines()[-1])], ""
+        return [], done.stdout, done.stderr
+    *details, last = done.stdout.splitlines()
+    return [Headline(**row) for row in json.loads(last)], "\n".join(details), ""
 
 
 def utf8() -> dict[str, str]:
@@ -77,14 +79,16 @@ def main() -> int:
         child(options.child, options.quick)
     rows: list[tuple[str, ...]] = []
     failures = 0
-    for name in options.only:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        found, error = run(name, options.quick)
-        failures += bool(error)
-        print(error, end="", file=sys.stderr)
-        command = f"`python tests/benchmarks/{name}.py`"
-        rows += [(row.subject, row.result, row.ratio, command) for row in found]
-        rows += [(name, "失敗", "-", command)] if error else []
+    with ThreadPoolExecutor(2 if options.quick else 1) as pool:
+        jobs = {name: pool.submit(run, name, options.quick) for name in options.only}
+        for name, job in jobs.items():
+            print(f"# {name} ...", file=sys.stderr, flush=True)
+            found, details, error = job.result()
+            failures += bool(error)
+            print(f"{details}\n{error}", file=sys.stderr)
+            command = f"`python tests/benchmarks/{name}.py`"
+            rows += [(row.subject, row.result, row.ratio, command) for row in found]
+            rows += [(name, "失敗", "-", command)] if error else []
     print(f"{machine()}\n\n{markdown(('測ったもの', '結果', '比', '詳しい表'), rows)}")
     print(f"\n`{' '.join(['python tests/benchmarks', *sys.argv[1:]])}`")
     return 1 if failures else 0

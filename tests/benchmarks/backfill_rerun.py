@@ -64,7 +64,9 @@ def measure(count: int) -> list[Turn]:
 def headline(quick: bool) -> list[Headline]:
     """採点済みのトレース 1 件を飛ばす時間。"""
     count = 10 if quick else 500
-    first, *again = measure(count)
+    turns = measure(count)
+    show(count, turns)
+    first, *again = turns
     per_trace = [turn.seconds / count * 1000 for turn in again]
     return [
         Headline(
@@ -75,12 +77,8 @@ def headline(quick: bool) -> list[Headline]:
     ]
 
 
-def main() -> None:
+def show(count: int, turns: list[Turn]) -> None:
     """表を Markdown で出す。"""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("traces", type=int, nargs="?", default=500, help="トレースの数")
-    count = parser.parse_args().traces
-    turns = measure(count)
     rows = [
         (t.title, t.scored, t.skipped, f"{t.seconds:.2f}", f"{t.seconds / count * 1000:.2f}",
          f"{t.seconds / turns[0].seconds:.1%}")
@@ -88,6 +86,14 @@ def main() -> None:
     ]  # fmt: skip
     columns = ("実行", "採点", "済み", "秒", "1 トレース(ms)", "最初との比")
     print_table(f"バックフィル {count} トレース x 3 スコアラー(SQLite)", columns, rows)
+
+
+def main() -> None:
+    """測って表を出す。"""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("traces", type=int, nargs="?", default=500, help="トレースの数")
+    count = parser.parse_args().traces
+    show(count, measure(count))
 
 
 def record(count: int) -> None:

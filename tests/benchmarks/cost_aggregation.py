@@ -140,7 +140,9 @@ def compare(traces: int, one_by_one: int) -> dict[str, dict[str, Any]]:
 def headline(quick: bool) -> list[Headline]:
     """方法ごとの時間。"""
     traces, one_by_one = (20, 20) if quick else (5_000, 200)
-    seconds = {WAYS[way]: x["seconds"] for way, x in compare(traces, one_by_one).items()}
+    found = compare(traces, one_by_one)
+    report(traces, found)
+    seconds = {WAYS[way]: item["seconds"] for way, item in found.items()}
     fastest = seconds[WAYS["server_metrics"]]
     return [
         Headline(

@@ -66,12 +66,12 @@ def same_on_spark(path: Path) -> list[bool]:
     from chapter8_samples.cost_tracking.__main__ import find_queries
     from chapter8_samples.cost_tracking.archive import sql as sql_runner
 
-    archive, normal = test_module("conftest"), test_module("test_cost_sql").normal
+    archive = test_module("conftest")
     parameters = sql_runner.cost_parameters(archive.START, archive.END)
     queries = list(find_queries().values())
     ours = sql_runner.run_on_duckdb(path, queries, parameters)
     theirs = sql_runner.run_on_spark(path, queries, parameters)
-    return [normal(a) == normal(b) for a, b in zip(ours, theirs, strict=True)]
+    return [archive.normal(a) == archive.normal(b) for a, b in zip(ours, theirs, strict=True)]
 
 
 def headline(quick: bool) -> list[Headline]:
@@ -80,7 +80,9 @@ def headline(quick: bool) -> list[Headline]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traces.parquet"
         write_rows(path, count)
-        found = seconds_per_query(path, 1 if quick else 3).values()
+        named = seconds_per_query(path, 1 if quick else 3)
+        show(path, count, named)
+    found = named.values()
     return [
         Headline(
             f"コスト分析の SQL {len(found)} 本(DuckDB、{count:,} 行)",
@@ -88,6 +90,14 @@ def headline(quick: bool) -> list[Headline]:
             "-",
         )
     ]
+
+
+def show(path: Path, count: int, found: dict[str, float]) -> None:
+    """クエリごとの表を出す。"""
+    size = path.stat().st_size / 1e6
+    title = f"SQL {count:,} 行({size:.1f} MB)、DuckDB {version_of('duckdb')}"
+    rows = [[name, f"{seconds:.3f}"] for name, seconds in found.items()]
+    print_table(title, ("クエリ", "秒"), rows)
 
 
 def main() -> None:
@@ -99,11 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traces.parquet"
         write_rows(path, options.rows)
-        found = seconds_per_query(path, options.repeat)
-        size = path.stat().st_size / 1e6
-        title = f"SQL {options.rows:,} 行({size:.1f} MB)、DuckDB {version_of('duckdb')}"
-        rows = [[name, f"{seconds:.3f}"] for name, seconds in found.items()]
-        print_table(title, ("クエリ", "秒"), rows)
+        show(path, options.rows, seconds_per_query(path, options.repeat))
         if options.spark:
             same = same_on_spark(path)
             print(f"PySpark {version_of('pyspark')} と等しい結果: {sum(same)} / {len(same)}")

@@ -42,9 +42,9 @@ from ports import free_port
 from relay import relay
 
 from chapter8_samples._lab import OFFLINE_DEFAULTS
+from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
-from chapter8_samples._lab.llm.server import StubLlm
 
 QUESTIONS = ("返品は何日以内ですか", "送料はいくらですか", "支払い方法を教えてください")
 CLIENTS, THINK_SECONDS, CYCLE_MINUTES = 3, 0.7, 3.0

@@ -78,7 +78,9 @@ def record(count: int) -> None:
 def headline(quick: bool) -> list[Headline]:
     """同時に採点する数ごとの速さ。"""
     count = 8 if quick else 60
-    rates = {number: count / seconds for number, seconds in measure(count).items()}
+    found = measure(count)
+    show(count, found)
+    rates = {number: count / seconds for number, seconds in found.items()}
     return [
         Headline(
             f"LLM ジャッジの採点(判定 {LATENCY_SECONDS} 秒、{count} トレース)",
@@ -88,17 +90,22 @@ def headline(quick: bool) -> list[Headline]:
     ]
 
 
-def main() -> None:
+def show(count: int, found: dict[int, float]) -> None:
     """表を Markdown で出す。"""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("traces", type=int, nargs="?", default=100, help="トレースの数")
-    count = parser.parse_args().traces
     print(f"{machine()}、SQLite、{count} トレース、ジャッジの応答 {LATENCY_SECONDS} 秒\n")
     rows = [
         (f"{number}{'(既定)' * (number == DEFAULT)}", f"{seconds:.1f}", f"{count / seconds:.1f}")
-        for number, seconds in measure(count).items()
+        for number, seconds in found.items()
     ]
     print(markdown(("同時に採点する数", "秒", "トレース/秒"), rows))
+
+
+def main() -> None:
+    """測って表を出す。"""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("traces", type=int, nargs="?", default=100, help="トレースの数")
+    count = parser.parse_args().traces
+    show(count, measure(count))
 
 
 if __name__ == "__main__":

@@ -280,10 +280,19 @@ def _row(label: str, apps: Sequence[App], others: Sequence[App], compared: str) 
 
 def headline(quick: bool) -> list[Headline]:
     """停止と無応答を合わせた p99 を、動作中と比べる。"""
-    found = list(rows(run(*((6, 4.0) if quick else (600, 4.0)))))
+    rounds, per_second = (6, 8.0) if quick else (600, 4.0)
+    found = list(rows(run(rounds, per_second)))
+    show(rounds, per_second, found)
     _, p50, slow, _, ratio, _ = found[-1]
     subject = "Collector が停止または無応答のときの応答時間"
     return [Headline(subject, f"p50 {p50} ms、p99 {slow} ms", f"p99 は動作中の {ratio} 倍")]
+
+
+def show(rounds: int, per_second: float, found: list[tuple[str, ...]]) -> None:
+    """構成ごとの表を出す。"""
+    title = f"応答時間(アプリ 1 つに {rounds} 件、毎秒 {per_second:g} 件)"
+    columns = ("構成", "p50(ms)", "p99(ms)", "p50 の比", "p99 の比(95% 信頼区間)", "比べた相手")
+    print_table(title, columns, found)
 
 
 def main() -> None:
@@ -296,9 +305,8 @@ def main() -> None:
     if chosen.app:
         serve(*json.loads(chosen.app))
         return
-    title = f"応答時間(アプリ 1 つに {chosen.rounds} 件、毎秒 {chosen.per_second:g} 件)"
-    columns = ("構成", "p50(ms)", "p99(ms)", "p50 の比", "p99 の比(95% 信頼区間)", "比べた相手")
-    print_table(title, columns, list(rows(run(chosen.rounds, chosen.per_second))))
+    sizes = (chosen.rounds, chosen.per_second)
+    show(*sizes, list(rows(run(*sizes))))
 
 
 if __name__ == "__main__":

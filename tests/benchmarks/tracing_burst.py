@@ -109,6 +109,7 @@ def table(rows: list[Any]) -> str:
 def headline(quick: bool) -> list[Headline]:
     """保存先ごとの、既定値と burst の消失。"""
     rows = measure(20, 20) if quick else measure(2_000, 2_000)
+    print(table(rows))
     found: list[Headline] = []
     for (name, _, count, default, *_), (*_, burst, _, _) in zip(rows[::2], rows[1::2], strict=True):
         found.append(

@@ -191,6 +191,7 @@ def _ratio(values: list[float] | str, others: list[float] | str) -> str:
 def headline(quick: bool) -> list[Headline]:
     """呼び出し側の負担。"""
     found = measure(1, 20) if quick else measure(3, 500)
+    print(table(found))
     shown = (OURS, "Langfuse @observe", "Phoenix @tracer.chain", BASE)
     p50 = {name: values for name in shown if isinstance(values := found[name], list)}
     peers = [f"{name} 比 {_ratio(p50[OURS], p50[name])}" for name in p50 if name != OURS]

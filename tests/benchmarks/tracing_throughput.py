@@ -282,6 +282,7 @@ def table(found: dict[str, Measured]) -> str:
 def headline(quick: bool) -> list[Headline]:
     """続けて送れる速さ。"""
     found = measure(1, 20, 20) if quick else measure(3, 2_000, 500)
+    print(table(found))
     rates = {name: statistics.median(one.rates) for name, one in found.items() if one.rates}
     lost = sum(one.lost for one in found.values())
     burst, otlp = TO_SERVER

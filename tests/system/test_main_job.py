@@ -1,4 +1,7 @@
-"""``python -m chapter8_samples``: シナリオが最後まで通り、何も残さずに終わること。"""
+"""``python -m chapter8_samples``: シナリオが最後まで通り、何も残さずに終わること。
+
+最初の 1 回は ``pytest`` だけで必ず実行する。ほかの起動のしかたは ``system``。
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,36 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import mlflow
 import pytest
 from conftest import without_settings
 from samples import ROOT, run_as_reader
 
-pytestmark = pytest.mark.slow
 CHECKOUT = {"PYTHONPATH": str(ROOT)}
 DEADLINE_SECONDS = 240
+EXPERIMENT = "/production/support-bot"
 
 
-def run_job(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = ["-m", "chapter8_samples", *arguments]
-    return run_as_reader(command, directory, environment=CHECKOUT, timeout=DEADLINE_SECONDS)
+def run_job(
+    directory: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return run_as_reader(
+        ["-m", "chapter8_samples", *arguments],
+        directory,
+        environment=CHECKOUT | (environment or {}),
+        timeout=DEADLINE_SECONDS,
+    )
+
+
+def check_steps(out: str) -> None:
+    """すべての手順が OK で終わった。"""
+    steps = re.findall(r"^\[ ?(\d+)/(\d+)\] \S+ .* (OK|NG) ", out, re.MULTILINE)
+    total = int(steps[0][1])
+    assert [int(number) for number, _, _ in steps] == list(range(1, total + 1))
+    assert {mark for _, _, mark in steps} == {"OK"}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +54,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_every_step_holds(first_run: tuple[Path, str]) -> None:
     _, out = first_run
-    steps = re.findall(r"^\[ ?(\d+)/(\d+)\] \S+ .* (OK|NG) ", out, re.MULTILINE)
-    total = int(steps[0][1])
-    assert [int(number) for number, _, _ in steps] == list(range(1, total + 1))
-    assert {mark for _, _, mark in steps} == {"OK"}
+    check_steps(out)
 
 
 def test_tells_what_comes_next(first_run: tuple[Path, str]) -> None:
@@ -64,26 +80,44 @@ def test_report_can_be_rebuilt(first_run: tuple[Path, str]) -> None:
     assert (directory / "again.html").read_text(encoding="utf-8") == original
 
 
-@pytest.mark.parametrize("option", ["--keep", "--fresh"])
-def test_runs_again(first_run: tuple[Path, str], option: str) -> None:
-    directory, _ = first_run
-    run = run_job(directory, option)
-    assert run.returncode == 0, run.stdout + run.stderr
+def traces_of_the_bot(directory: Path) -> Counter[str]:
+    """エクスペリメントごとの、シナリオのトレースの数。"""
+    client = mlflow.MlflowClient(f"sqlite:///{(directory / '.chapter8/mlflow.db').as_posix()}")
+    experiments = client.search_experiments(filter_string=f"name LIKE '{EXPERIMENT}%'")
+    return Counter(
+        trace.info.experiment_id
+        for experiment in experiments
+        for trace in client.search_traces(
+            locations=[experiment.experiment_id], max_results=500, include_spans=False
+        )
+    )
 
 
-def test_user_settings_are_not_touched(tmp_path: Path) -> None:
-    """利用者のサーバーや鍵が設定されていても、シナリオはそこへ何も送らない。"""
-    environment = CHECKOUT | {
+@pytest.mark.system
+@pytest.mark.timeout(600)
+def test_runs_fresh_and_again_beside_the_users_settings(tmp_path: Path) -> None:
+    """``--fresh`` は前のデータを消して始め、``--keep`` は同じエクスペリメントに書き足す。
+
+    どちらも、利用者のサーバーや鍵が設定されていても、そこへは何も送らない。
+    """
+    environment = {
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
         "OPENAI_API_KEY": "sk-real",
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
     }
-    run = run_as_reader(
-        ["-m", "chapter8_samples"], tmp_path, environment=environment, timeout=DEADLINE_SECONDS
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    (tmp_path / ".chapter8").mkdir()
+    (tmp_path / ".chapter8/mlflow.db").write_text("left by an older version", encoding="utf-8")
+    counts = []
+    for option in ("--fresh", "--keep"):
+        run = run_job(tmp_path, option, environment=environment)
+        assert run.returncode == 0, run.stdout + run.stderr
+        check_steps(run.stdout)
+        counts.append(traces_of_the_bot(tmp_path))
+    (fresh,), (kept,) = (list(found.items()) for found in counts)
+    assert fresh[1] > 0 and kept == (fresh[0], 2 * fresh[1])
 
 
+@pytest.mark.system
 @pytest.mark.skipif(sys.platform == "win32", reason="only on POSIX: process groups")
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = without_settings(dict(os.environ)) | CHECKOUT
@@ -110,6 +144,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         os.killpg(job.pid, 0)  # 同じグループのプロセスが 1 つも残っていない
 
 
+@pytest.mark.system
 def test_nothing_to_report_is_said_plainly(tmp_path: Path) -> None:
     run = run_job(tmp_path, "report")
     assert run.returncode == 1

@@ -1,103 +1,145 @@
-"""requirements-prod.txt だけの環境(mlflow 本体なし)で、本番に置くサンプルが動くこと。"""
+"""requirements-prod.txt だけの環境(mlflow 本体なし)で、本番に置くサンプルが動くこと。
+
+ページをそのまま実行し、アプリへ写した関数(test_copying.py と同じ写し方)をリストの引数で呼ぶ。
+"""
 
 from __future__ import annotations
 
+import signal
 import subprocess
-import sys
 import venv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
 import pytest
-from samples import ROOT, SAMPLES, run_as_reader, sample_id
+from listing_calls import LISTINGS
+from quality_monitoring.fake_workspace import FakeWorkspace
+from reader_environment import binaries, new_environment, site_packages
+from samples import ROOT, SAMPLES, SECTIONS, run_as_reader
+from test_copying import called_in, make_app, stopped_traces
+from test_listings import check_exported
 
 from chapter8_samples._lab.llm.server import StubLlm
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
 from chapter8_samples.cost_tracking.cost_calculator import CostCalculator
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 COST = "mlflow.llm.cost"
-# mlflow 本体(レジストリやジャッジ)が要るサンプルは、本番のアプリには置かない
-PRODUCTION = [
-    path
-    for path in SAMPLES
-    if path.stem not in ("autologging", "unified_provider")
-    and (
-        path.parent.name[:2] in ("01", "05")
-        or path.stem in ("cost_calculator", "price_table", "cost_tracker", "feedback_collection")
-        or path.stem in ("feedback_delivery", "notification_handlers", "alert_delivery")
-    )
-]
+# mlflow 本体(レジストリやジャッジ)が要るページは、本番のアプリには置かない
+WITH_MLFLOW = {"scorer_setup", "scorer_lifecycle", "backfill_scorers", "alert_config", "rollback"}
+# リスト -> mlflow 本体がないときの例外
+NEED_MLFLOW = {
+    "8.11": "mlflow",
+    "8.12": "mlflow",
+    "8.13": "pip install 'mlflow>=3'",
+}
 # LLM の SDK と Web フレームワークはアプリ自身の依存なので、それを使うものは足した環境で動かす
-APP_DEPENDENCIES = ["openai>=3,<4", "fastapi>=0.115,<1", "uvicorn>=0.30,<1"]
-WITH_APP_DEPENDENCIES = [
-    path
-    for path in SAMPLES
-    if path.stem in ("autologging", "token_tracking", "trace_costs", "unified_provider")
-]
+APP_DEPENDENCIES = ["openai>=3,<4", "fastapi>=0.115,<1", "uvicorn>=0.30,<1", "flask", "httpx<1"]
+NEED_APP_DEPENDENCIES = {"production_tracing", "cost_tracking"}
 
 
 @pytest.fixture(scope="module")
 def production_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """requirements-prod.txt だけを入れた仮想環境の Python。"""
-    return new_environment(tmp_path_factory.mktemp("production"))
+    directory = tmp_path_factory.mktemp("production")
+    venv.create(directory, with_pip=True)
+    python = binaries(directory) / "python"
+    install(python, "-r", ROOT / "requirements-prod.txt")
+    return python
 
 
 @pytest.fixture(scope="module")
-def application_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return new_environment(tmp_path_factory.mktemp("application"), *APP_DEPENDENCIES)
+def application_python(production_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """その上に、アプリ自身の依存を重ねた仮想環境の Python。"""
+    directory = tmp_path_factory.mktemp("application")
+    libraries = directory / "libraries"
+    install(production_python, "--target", libraries, *APP_DEPENDENCIES)
+    python = new_environment(directory / "venv")
+    below = site_packages(production_python.parents[1])
+    (site_packages(directory / "venv") / "libraries.pth").write_text(
+        f"{below}\n{libraries}\n", encoding="utf-8"
+    )
+    return python
 
 
-def new_environment(directory: Path, *extra: str) -> Path:
-    venv.create(directory, with_pip=True)
-    binaries = directory / ("Scripts" if sys.platform == "win32" else "bin")
-    command = [
-        binaries / "python",
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "-r",
-        ROOT / "requirements-prod.txt",
-        *extra,
-    ]
+def install(python: Path, *arguments: str | Path) -> None:
+    command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, timeout=280)
     if run.returncode:
         pytest.skip(f"needs a package index for requirements-prod.txt: {run.stderr[-300:]}")
-    return binaries / "python"
 
 
-def test_full_mlflow_is_absent(production_python: Path, tmp_path: Path) -> None:
-    code = "import mlflow; print(hasattr(mlflow, 'MlflowClient'), hasattr(mlflow, 'genai'))"
-    run = run_as_reader(["-c", code], tmp_path, python=production_python)
-    assert run.stdout.split() == ["False", "False"], run.stderr
-
-
-@pytest.mark.parametrize("path", PRODUCTION, ids=sample_id)
-def test_sample_runs_against_a_server(
-    path: Path, production_python: Path, mlflow_server_url: str, tmp_path: Path
+def test_full_mlflow_is_absent(
+    production_python: Path, application_python: Path, tmp_path: Path
 ) -> None:
-    settings = {"MLFLOW_TRACKING_URI": mlflow_server_url}
-    run = run_as_reader([path], tmp_path, python=production_python, environment=settings)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.strip()
+    code = "import mlflow; print(hasattr(mlflow, 'MlflowClient'), hasattr(mlflow, 'genai'))"
+    for python in (production_python, application_python):
+        run = run_as_reader(["-c", code], tmp_path, python=python)
+        assert run.stdout.split() == ["False", "False"], run.stderr
 
 
-@pytest.mark.parametrize("path", WITH_APP_DEPENDENCIES, ids=sample_id)
-def test_application_sample_runs_against_a_server(
-    path: Path,
+def test_pages_run_against_a_server(
+    production_python: Path,
     application_python: Path,
     mlflow_server_url: str,
     stub_llm: StubLlm,
     tmp_path: Path,
 ) -> None:
-    settings = {
+    settings = {"MLFLOW_TRACKING_URI": mlflow_server_url, "PYTHONPATH": str(ROOT)}
+    llm = {"OPENAI_BASE_URL": stub_llm.base_url, "OPENAI_API_KEY": "sk-local-stub"}
+    pages = [page for page in SAMPLES if page.stem not in WITH_MLFLOW]
+
+    def run(page: Path) -> subprocess.CompletedProcess[str]:
+        own = page.stem == "token_tracking"  # openai SDK を使う
+        directory = tmp_path / page.stem
+        directory.mkdir()
+        return run_as_reader(
+            [page],
+            directory,
+            python=application_python if own else production_python,
+            environment=settings | (llm if own else {}),
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        for page, done in zip(pages, pool.map(run, pages), strict=True):
+            assert done.returncode == 0, f"{page.name}: {done.stdout}{done.stderr}"
+            assert done.stdout.strip(), page.name
+
+
+def test_every_listing_works_after_copying(
+    production_python: Path,
+    application_python: Path,
+    mlflow_server_url: str,
+    stub_llm: StubLlm,
+    otlp: OtlpReceiver,
+    tmp_path: Path,
+) -> None:
+    """写した先にあるのは、写した節と requirements-prod.txt(と、アプリ自身の依存)だけ。"""
+    environment = {
         "MLFLOW_TRACKING_URI": mlflow_server_url,
         "OPENAI_BASE_URL": stub_llm.base_url,
         "OPENAI_API_KEY": "sk-local-stub",
+        "CHAPTER8_OTLP": otlp.grpc_endpoint,
     }
-    run = run_as_reader([path], tmp_path, python=application_python, environment=settings)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.strip()
+    outcomes = {}
+    with FakeWorkspace() as workspace:
+        environment["CHAPTER8_WORKSPACE"] = workspace.url
+        for section in SECTIONS:
+            own = section in NEED_APP_DEPENDENCIES
+            python = application_python if own else production_python
+            found, run = called_in(make_app(section, tmp_path), section, environment, python)
+            ends = -signal.SIGTERM if section == "production_tracing" else 0
+            assert run.returncode == ends, run.stderr
+            outcomes |= found
+    assert {*outcomes, "8.17"} == set(LISTINGS)
+    failed = {number: outcome for number, outcome in outcomes.items() if "error" in outcome}
+    assert set(failed) == set(NEED_MLFLOW), [one["traceback"] for one in failed.values()]
+    for number, words in NEED_MLFLOW.items():
+        assert words in str(failed[number]["error"]), failed[number]["traceback"]
+    assert stopped_traces(mlflow_server_url) == 20
+    exported = {number: str(outcomes[number]["result"]) for number in ("8.14", "8.15", "8.16")}
+    check_exported(exported, otlp, workspace)
 
 
 def test_a_moved_prompt_alias_reaches_the_app_over_rest(
