@@ -134,6 +134,21 @@ def test_a_restart_at_any_moment_changes_nothing(tmp_path: Path, cut: int) -> No
     assert len(whole) == 2
 
 
+def test_a_job_that_starts_anew_each_time_notifies_like_a_process_that_stays(
+    tmp_path: Path,
+) -> None:
+    rates = [0.02, 0.06, 0.02, 0.20, 0.09, 0.21, 0.04, 0.19, 0.18, 0.04, 0.06, 0.02, 0.01, 0.01]
+    assert sum(rate > 0.05 for rate in rates) == 7  # 値だけを比べていたら
+    limits: dict[str, Any] = {"threshold": 0.05, "clear_threshold": 0.03}
+    rules = config(rule(for_="30s", keep_firing_for="1m", **limits))
+    whole = run(AlertEngine(rules, Scripted(error_rate=rates)), len(rates))
+    path, anew = tmp_path / "alerts.json", list[tuple[int, str, str]]()
+    for step in range(len(rates)):
+        engine = AlertEngine(rules, Scripted(error_rate=rates), state_path=path)
+        anew += run(engine, 1, first=step)
+    assert anew == whole == [(4, "firing", "errors"), (12, "resolved", "errors")]
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", '{"version": 99}', '{"version": 1, "rules": {"x": {"phase": 3}}}', "\x00\xff"],

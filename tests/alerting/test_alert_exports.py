@@ -76,12 +76,14 @@ def firing(severity: str, window: str, **annotations: str) -> list[dict[str, Any
     return [{"exp_labels": labels, "exp_annotations": annotations}]
 
 
+@pytest.mark.slow
 @needs_promtool
 def test_promtool_accepts_the_rules_and_their_behaviour(tmp_path: Path) -> None:
     write = lambda name, data: (tmp_path / name).write_text(  # noqa: E731
         yaml.safe_dump(data, allow_unicode=True), encoding="utf-8"
     )
     write("rules.yml", to_prometheus_rules(CONFIG))
+    write("default.yml", to_prometheus_rules(AlertConfig.default()))
     errors = firing(
         "critical",
         "5m",
@@ -115,13 +117,14 @@ def test_promtool_accepts_the_rules_and_their_behaviour(tmp_path: Path) -> None:
     ]  # fmt: skip
     tests = [{"interval": "30s", "input_series": s, "alert_rule_test": c} for s, c in cases]
     write("test.yml", {"rule_files": ["rules.yml"], "evaluation_interval": "30s", "tests": tests})
-    for command in (["check", "rules", "rules.yml"], ["test", "rules", "test.yml"]):
+    for command in (["check", "rules", "rules.yml", "default.yml"], ["test", "rules", "test.yml"]):
         done = subprocess.run(
             ["promtool", *command], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @needs_alertmanager
 def test_amtool_accepts_the_config(tmp_path: Path) -> None:
     path = tmp_path / "am.yml"
@@ -132,6 +135,16 @@ def test_amtool_accepts_the_config(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 inhibit rules" in done.stdout and "2 receivers" in done.stdout
+
+
+def test_the_default_rules_become_these_expressions() -> None:
+    assert {rule.name: expression(rule) for rule in AlertConfig.default().rules} == {
+        "high_error_rate": 'llm_app_error_rate{window="5m"} > 0.05',
+        "slow_p95": '(llm_app_latency_p95_ms{window="10m"} > 10000) '
+        'and (llm_app_trace_count{window="10m"} >= 30)',
+        "cost_per_hour": 'llm_app_cost_usd_per_hour{window="1h"} > 10',
+        "no_traffic": 'llm_app_trace_count{window="10m"} < 1',
+    }
 
 
 def test_a_receiver_without_a_url_is_an_error() -> None:

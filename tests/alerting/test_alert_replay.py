@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ from chapter8_samples.alerting.metrics.measures import TraceRow
 from chapter8_samples.alerting.rules.model import AlertRule, BurnRateRule
 from chapter8_samples.alerting.tools.backtest import Replay, RuleReplay, SyntheticTraffic, replay
 
+FULL = os.environ.get("CHAPTER8_FULL_REPLAY") == "1"
 DEFAULT = AlertConfig.default().rules[0]
 CAREFUL = AlertRule(
     name="careful",
@@ -52,36 +54,54 @@ def test_the_published_incident_is_one_firing_and_one_resolution() -> None:
         min_samples=30,
     )
     burn = BurnRateRule(name="burn", objective=0.97, factor=3, long="30m", short="5m")
-    careful, p95, samples_only, burned, default = run(CAREFUL, slow, counted, burn, DEFAULT).rules
+    result = run(CAREFUL, slow, counted, burn, DEFAULT)
+    careful, p95, samples_only, burned, default = result.rules
     assert (careful.naive_notifications, careful.naive_false) == (56, 15)
     assert (careful.notifications, careful.false_firings, minutes(careful)) == (2, 0, [3.0])
     assert (default.notifications, default.false_firings, minutes(default)) == (2, 0, [3.0])
     assert (len(samples_only.firings), samples_only.false_firings) == (3, 2)
     assert (p95.naive_notifications, p95.notifications, minutes(p95)) == (46, 2, [5.0])
     assert (burned.notifications, minutes(burned)) == (2, [8.0])
+    assert result.table().splitlines()[2:5] == [
+        "        46    0     1    1    0      5.0 分  p95",
+        "        56   15     3    3    2      3.0 分  counted",
+        "        56    0     1    1    0      8.0 分  burn",
+    ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("storms", "calms", "false_pages"),
-    [
-        pytest.param(range(1, 21), range(101, 181), 2, id="the seeds the setting was chosen on"),
-        pytest.param(range(101, 141), range(201, 281), 2, id="seeds it has never seen"),
-    ],
-)
-def test_480_quiet_hours_give_two_false_pages_and_every_incident_is_found(
-    storms: range, calms: range, false_pages: int
-) -> None:
+def check_many_seeds(storms: range, calms: range, false_pages: int) -> int:
+    """障害ごとに 1 回、6 分以内に発報し、誤報が少ない。値だけを比べた場合の誤報の数を返す。"""
     stormy = [run(DEFAULT, traffic=SyntheticTraffic(seed=seed)) for seed in storms]
     calm = [run(DEFAULT, traffic=SyntheticTraffic(seed=seed, incident=None)) for seed in calms]
     results = [r.rules[0] for r in stormy + calm]
-    assert len(calm) * 6 == 480
     assert sum(r.false_firings for r in results) <= false_pages
     found = [minute for r in stormy for minute in minutes(r.rules[0]) if minute is not None]
     assert len(found) == len(storms)
     assert max(found) <= 6
     assert all(len(r.rules[0].firings) == 1 for r in stormy)
-    assert sum(r.naive_false for r in results) > 3000  # 値だけを比べていたら
+    return sum(r.naive_false for r in results)
+
+
+def test_24_quiet_hours_give_no_false_page() -> None:
+    assert check_many_seeds(range(101, 103), range(201, 205), 0) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("storms", "calms"),
+    [
+        pytest.param(range(1, 21), range(101, 181), id="the seeds the setting was chosen on"),
+        pytest.param(range(101, 141), range(201, 281), id="seeds it has never seen"),
+    ],
+)
+def test_480_quiet_hours_give_two_false_pages_and_every_incident_is_found(
+    storms: range, calms: range
+) -> None:
+    """環境変数 CHAPTER8_FULL_REPLAY=1 で全部の乱数、なければ 4 分の 1。"""
+    assert len(calms) * 6 == 480
+    part = 1 if FULL else 4
+    naive = check_many_seeds(storms[: len(storms) // part], calms[: len(calms) // part], 2)
+    assert naive > 3000 // part  # 値だけを比べていたら
 
 
 def test_a_rule_that_was_already_firing_did_not_miss_the_incident() -> None:

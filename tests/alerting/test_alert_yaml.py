@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chapter8_samples.alerting import notifier_from_config
+from chapter8_samples._lab.servers.receivers import WebhookReceiver
+from chapter8_samples.alerting import notifier_from_config, verify_signature
 from chapter8_samples.alerting.alert_config import AlertConfig, load_config
-from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, NotificationConfigError
+from chapter8_samples.alerting.delivery.posting import (
+    Alert,
+    AlertSeverity,
+    AlertStatus,
+    NotificationConfigError,
+)
 from chapter8_samples.alerting.rules.file import BURN_RATE, RULE, config_from_mapping
 from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
 
@@ -37,6 +44,9 @@ receivers:
   local: {type: console}
 routes: [{match: {severity: critical}, to: [oncall, ops]}, {match: {}, to: [local]}]
 """
+
+
+RULES = "rules: [{name: errors, metric: error_rate, window: 5m, threshold: 0.5}]\n"
 
 
 def write(tmp_path: Path, content: str) -> Path:
@@ -67,10 +77,48 @@ def test_receivers_and_routes_become_a_notifier(tmp_path: Path) -> None:
         notifier_from_config(config, {})
     url = "https://hooks.example.com/services/T/B/SECRET"
     notifier = notifier_from_config(config, {"PD_KEY": "k" * 32, "SLACK_URL": url})
-    from chapter8_samples.alerting.delivery.posting import Alert
-
     assert notifier.route(Alert(name="a", severity="critical")) == ("oncall", "ops")  # type: ignore[arg-type]
     assert notifier.route(Alert(name="a")) == ("local",)
+
+
+def test_every_kind_of_receiver_is_built_from_its_settings(webhooks: WebhookReceiver) -> None:
+    receivers: dict[str, dict[str, Any]] = {
+        "team": {"type": "teams", "url_env": "TEAMS_URL", "send_resolved": False},
+        "am": {"type": "alertmanager", "url_env": "AM_URL"},
+        "chat": {"type": "slack", "url_env": "SLACK_URL", "min_severity": "error"},
+        "hook": {"type": "webhook", "url_env": "HOOK_URL", "secret_env": "HOOK_SECRET"},
+        "page": {"type": "pagerduty", "routing_key_env": "PD_KEY", "source": "bot"},
+        "mail": {"type": "email", "host": "h", "port": 25, "sender": "a@b", "to": ["c@d"],
+                 "min_severity": "critical"},
+        "local": {"type": "console"},
+    }  # fmt: skip
+    names = {v for s in receivers.values() for k, v in s.items() if k.endswith("_env")}
+    config = load_config({**yaml.safe_load(RULES), "receivers": receivers})
+    with pytest.raises(NotificationConfigError) as caught:
+        notifier_from_config(config, {})
+    assert all(name in str(caught.value) for name in names)
+    environ = {name: f"{webhooks.url}/{name}?sig=SECRET" for name in names}
+    notifier = notifier_from_config(config, environ | {"AM_URL": webhooks.url})
+    alert = Alert(name="slow", summary="遅延の p95 が 3 秒超")
+    sent = {delivery.handler: delivery for delivery in notifier.notify(alert)}
+    assert list(sent) == list(receivers) and all(delivery.ok for delivery in sent.values())
+    assert {name for name, delivery in sent.items() if delivery.skipped} == {"chat", "page", "mail"}
+    posts = {request.path.partition("?")[0]: request for request in webhooks.wait_for(3)}
+    card = posts["/TEAMS_URL"].json["attachments"][0]["content"]
+    assert [block["text"] for block in card["body"][:2]] == ["[発報] slow", "遅延の p95 が 3 秒超"]
+    (posted,) = posts["/api/v2/alerts"].json
+    assert posted["labels"] == {"alertname": "slow", "severity": "warning"}
+    signed = posts["/HOOK_URL"]
+    verify_signature(environ["HOOK_SECRET"], dict(signed.headers.items()), signed.body)
+    resolved = notifier.notify(replace(alert, status=AlertStatus.RESOLVED), only=["team"])
+    assert [delivery.skipped for delivery in resolved] == ["send_resolved is off"]
+
+
+def test_the_page_hands_on_the_names_of_the_parts() -> None:
+    from chapter8_samples.alerting import alert_config, rules
+
+    for name in set(alert_config.__all__) - {"setup_alerting"}:
+        assert getattr(alert_config, name) is getattr(rules, name)
 
 
 def test_every_mistake_is_reported_at_once_with_its_place() -> None:
@@ -157,8 +205,7 @@ def records(schema: Any) -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(st.sampled_from(sorted(schema)), PLAUSIBLE | JSON, max_size=12)
 
 
-@settings(max_examples=300)
-@given(
+ANYTHING = (
     st.dictionaries(st.sampled_from(KEYS), JSON, max_size=6)
     | st.fixed_dictionaries(
         {"rules": st.lists(records(RULE), max_size=3)},
@@ -166,14 +213,26 @@ def records(schema: Any) -> st.SearchStrategy[dict[str, Any]]:
     )
     | JSON
 )
+
+
+@settings(max_examples=60)
+@given(ANYTHING)
 def test_no_input_gives_anything_but_a_config_or_a_config_error(data: Any) -> None:
+    check_config_or_config_error(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=600)
+@given(ANYTHING)
+def test_600_inputs_give_a_config_or_a_config_error(data: Any) -> None:
+    check_config_or_config_error(data)
+
+
+def check_config_or_config_error(data: Any) -> None:
     try:
         assert isinstance(config_from_mapping(data), AlertConfig)
     except AlertConfigError as error:
         assert error.problems
-
-
-RULES = "rules: [{name: errors, metric: error_rate, window: 5m, threshold: 0.5}]\n"
 
 
 def test_a_route_may_repeat_at_its_own_pace(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_a_refusal_is_not_repeated(webhooks: WebhookReceiver, clock: Clock, stat
     assert len(webhooks.received) == 1
 
 
+@pytest.mark.slow
 def test_a_slow_answer_is_posted_once_to_slack_and_again_to_pagerduty(
     webhooks: WebhookReceiver, clock: Clock
 ) -> None:
@@ -127,6 +128,18 @@ def test_a_slow_answer_is_posted_once_to_slack_and_again_to_pagerduty(
     assert (delivery.ok, delivery.attempts) == (True, 2)
     events = [r.json for r in webhooks.wait_for(3)[1:]]
     assert len({event["dedup_key"] for event in events}) == 1
+
+
+def test_a_cut_connection_is_tried_once_more_even_where_copies_count(
+    webhooks: WebhookReceiver, clock: Clock
+) -> None:
+    webhooks.script(Answer(reset=True), 200, Answer(reset=True), Answer(reset=True), 200)
+    handler = slack(webhooks, clock)
+    assert [(d.ok, d.attempts) for d in (handler.send(ALERT), handler.send(ALERT))] == [
+        (True, 2),
+        (False, 2),
+    ]
+    assert repr(handler.poster) == "HttpPoster(host='127.0.0.1')"
 
 
 def test_a_dead_host_is_retried_and_stays_retryable(clock: Clock) -> None:
@@ -151,7 +164,9 @@ def test_a_burst_is_slowed_to_the_channels_rate(webhooks: WebhookReceiver, clock
     assert clock.now == pytest.approx(3.0)  # 5 件はすぐに、残り 3 件は 1 秒に 1 件
 
 
-@pytest.mark.parametrize("answer", [400, 500, Answer(reset=True), LATE])
+@pytest.mark.parametrize(
+    "answer", [400, 500, Answer(reset=True), pytest.param(LATE, marks=pytest.mark.slow)]
+)
 def test_no_secret_appears_in_a_log_a_repr_or_a_result(
     webhooks: WebhookReceiver, clock: Clock, caplog: pytest.LogCaptureFixture, answer: int | Answer
 ) -> None:
@@ -277,6 +292,10 @@ def test_a_change_event_has_its_own_endpoint_and_no_action(
     assert "severity" not in request.json["payload"]
 
 
+SLACK = SlackNotificationHandler("https://x.example/y")
+PAGERDUTY = PagerDutyNotificationHandler(KEY)
+TEAMS = TeamsNotificationHandler("https://x.example/workflow?sig=x")
+CHANNELS = (SLACK, PAGERDUTY, TEAMS, AlertmanagerNotificationHandler("https://x.example"))
 ANY_TEXT = st.text(max_size=6000)
 unhurried = settings(suppress_health_check=[HealthCheck.too_slow])
 
@@ -331,7 +350,7 @@ def test_every_slack_message_stays_within_the_limits(
 def test_every_pagerduty_event_stays_within_the_limits(
     name: str, summary: str, labels: dict[str, str]
 ) -> None:
-    event = PagerDutyNotificationHandler(KEY).payload(
+    event = PAGERDUTY.payload(
         Alert(name=name, summary=summary, labels=labels, fingerprint="f" * 400)
     )
     assert len(event["dedup_key"]) <= 255
@@ -345,8 +364,7 @@ def test_every_pagerduty_event_stays_within_the_limits(
 def test_every_teams_card_stays_below_the_size_limit(
     name: str, summary: str, labels: dict[str, str]
 ) -> None:
-    handler = TeamsNotificationHandler("https://example.invalid/workflow?sig=x")
-    card = handler.payload(Alert(name=name, summary=summary, labels=labels))
+    card = TEAMS.payload(Alert(name=name, summary=summary, labels=labels))
     assert len(json_bytes(card)) <= 21_000
 
 
@@ -443,7 +461,9 @@ def half_answered(status: str, body: bytes, linger: bool) -> tuple[str, list[byt
 @pytest.mark.parametrize(
     ("status", "body", "linger", "ok", "requests_seen"),
     [
-        ("200 OK", b"Content-Length: 100\r\n\r\no", True, True, 1),
+        pytest.param(
+            "200 OK", b"Content-Length: 100\r\n\r\no", True, True, 1, marks=pytest.mark.slow
+        ),
         ("200 OK", b"Content-Length: 100\r\n\r\no", False, True, 1),
         ("500 X", b"Content-Length: 100\r\n\r\nno", False, False, 4),
         ("503 X", b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nhello", False, False, 4),
@@ -546,6 +566,7 @@ def test_a_reply_that_quotes_only_the_key_of_the_url_is_hidden_too(
     assert slack(webhooks, clock).send(ALERT).error.endswith("no hook *** in this workspace")
 
 
+@pytest.mark.slow
 def test_one_try_never_takes_longer_than_the_deadline(webhooks: WebhookReceiver) -> None:
     webhooks.script(LATE, LATE)
     policy = RetryPolicy(timeout_seconds=30.0, deadline_seconds=1.0)
@@ -566,13 +587,7 @@ def test_any_character_survives_every_channel(
     alert = Alert(name=name, summary=summary, labels=labels, examples=(name,), links={name: name})
     mail = EmailNotificationHandler("h", sender="a@b.example", to=["c@d.example"]).message(alert)
     assert mail.as_bytes(policy=SMTP)
-    handlers = (
-        SlackNotificationHandler("https://x.example/y"),
-        PagerDutyNotificationHandler(KEY),
-        TeamsNotificationHandler("https://x.example/y"),
-        AlertmanagerNotificationHandler("https://x.example"),
-    )
-    for handler in handlers:
+    for handler in CHANNELS:
         json.loads(json_bytes(handler.payload(alert)))
     lines: list[str] = []
     assert ConsoleNotificationHandler(lines.append).send(alert).ok

@@ -40,6 +40,7 @@ from chapter8_samples.alerting.metrics.source import (
     to_row,
 )
 from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
+from chapter8_samples.alerting.tools.backtest import RecordedTraces
 
 START = datetime(2026, 1, 1, 9, 0, tzinfo=timezone.utc)
 WINDOW = timedelta(minutes=10)
@@ -137,6 +138,37 @@ def assert_true(source: Any, requests: list[Request]) -> None:
         assert sample.value == pytest.approx(expected, rel=1e-9), metric
         if sample.successes is not None:
             assert sample.successes / sample.n == pytest.approx(expected, rel=1e-9), metric
+
+
+def as_row(request: Request, index: int) -> TraceRow:
+    """保存先を通さずに作った行。"""
+    judged = "true" if request.verdict else "false"
+    judged = ("error" if request.failed else "") if request.verdict is None else judged
+    thumb = {None: "", True: "yes", False: "no"}[request.thumb]
+    verdicts = {"relevance": judged, "it's ok?": thumb}
+    return TraceRow(
+        trace_id=f"tr-{index}",
+        at_ms=round((START.timestamp() + request.second) * 1000),
+        state="ERROR" if request.failed else "OK",
+        latency_ms=request.latency_ms,
+        tokens={"input_tokens": request.tokens, "total_tokens": request.tokens + 7},
+        cost_usd=request.cost,
+        assessments=tuple((name, value) for name, value in verdicts.items() if value),
+    )
+
+
+def test_rows_are_counted_like_a_human() -> None:
+    requests = traffic(120)
+    rows = [as_row(request, index) for index, request in enumerate(requests)]
+    assert_true(RecordedTraces(rows), requests)
+
+
+def test_a_thinned_trace_counts_as_often_as_it_stands_for() -> None:
+    rows = [TraceRow(trace_id=f"t{i}", at_ms=i, weight=10.0) for i in range(7)]
+    rows.append(TraceRow(trace_id="t7", at_ms=7, state="ERROR"))
+    rate, n, successes = measure("error_rate", 60, RowNumbers(rows))
+    assert (rate, n, successes) == (pytest.approx(1 / 71), 8, pytest.approx(8 / 71))
+    assert measure("trace_count", 60, RowNumbers(rows))[0] == 71
 
 
 @pytest.fixture

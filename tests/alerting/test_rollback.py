@@ -403,6 +403,18 @@ def test_an_alert_rolls_back_only_a_recent_promotion_and_only_once() -> None:
     )
 
 
+def test_a_first_promotion_has_nothing_to_go_back_to() -> None:
+    registry = Registry()
+    rollback = engine(registry)
+    rollback.promote(1)
+    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
+    alert = Alert(name="errors", action="rollback")
+    for mode in ("suggest", "apply"):
+        decision = auto_rollback(alert, manager, mode=mode)
+        assert (decision.outcome, registry.alias_version) == ("none", "1")
+        assert "no recorded predecessor" in decision.reason
+
+
 def compete(uri: str, start: Any, rounds: int, results: Any, who: int) -> None:
     import logging
 
@@ -482,21 +494,20 @@ def test_undo_takes_every_option() -> None:
     assert rollback.undo(force=True, expected=2).to_version == "3"
 
 
-@pytest.mark.parametrize("version", ["latest", "02", "two", None])
-def test_only_the_exact_number_of_a_real_version_is_accepted(
-    version: Any, tracking_uri: str
-) -> None:
+def test_only_the_exact_number_of_a_real_version_is_accepted(tracking_uri: str) -> None:
     import mlflow.genai
 
     for i in range(2):
         mlflow.genai.register_prompt("qa", f"v{i} {{{{q}}}}")
-    for manager in (
+    managers: tuple[Any, ...] = (
         PromptRollbackManager("qa", settle_seconds=0),
         ModelRollbackManager(model(2), settle_seconds=0),
-    ):
+    )
+    for manager in managers:
         manager.promote(1)
-        with pytest.raises(UnknownVersionError):
-            manager.promote(version)
+        for version in ("latest", "02", "two", None):
+            with pytest.raises(UnknownVersionError):
+                manager.promote(version)
         assert manager.current_version() == "1"
         assert [c.state for c in manager.get_rollback_history()] == ["done"]
 

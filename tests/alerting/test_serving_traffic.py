@@ -93,7 +93,7 @@ def client(fake: FakeWorkspace) -> Iterator[WorkspaceClient]:
         def log_message(self, format: str, *args: Any) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield WorkspaceClient(host=f"http://127.0.0.1:{server.server_port}", token="dapi-test")
         server.shutdown()
 

@@ -109,17 +109,25 @@ def test_what_we_send_can_be_verified_and_nothing_reveals_the_secret(
     assert VECTOR_SECRET not in repr(handler)
 
 
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(max_size=9),
-        lambda inner: st.dictionaries(
-            st.sampled_from(["entity", "action", "data", "name", "current_spend"]), inner
-        ),
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=9)
+FIELDS = st.sampled_from(["name", "alias", "key", "current_spend", "budget_amount"])
+NESTED = SCALARS | st.dictionaries(FIELDS, SCALARS | st.dictionaries(FIELDS, SCALARS))
+ENTITIES = st.sampled_from(["budget_policy", "prompt_alias"]) | NESTED
+
+
+@given(st.fixed_dictionaries({}, optional={"entity": ENTITIES, "action": NESTED, "data": NESTED}))
+def test_any_webhook_payload_becomes_an_alert(payload: dict[str, Any]) -> None:
+    assert alert_from_mlflow_webhook(payload).name.startswith("mlflow_")
+
+
+def test_a_spent_budget_is_an_error_with_its_figures() -> None:
+    data = {"current_spend": 0.054, "budget_amount": 0.05, "budget_policy_id": "b1"}
+    alert = alert_from_mlflow_webhook(
+        {"entity": "budget_policy", "action": "exceeded", "data": data}
     )
-)
-def test_any_webhook_payload_becomes_an_alert(payload: Any) -> None:
-    if isinstance(payload, dict):
-        assert alert_from_mlflow_webhook(payload).name.startswith("mlflow_")
+    assert (alert.name, alert.severity.value) == ("mlflow_budget_exceeded", "error")
+    assert (alert.value, alert.threshold) == (0.054, 0.05)
+    assert alert.labels == {"budget_policy_id": "b1"}
 
 
 def test_an_alias_change_is_the_same_alert_whatever_the_version() -> None:

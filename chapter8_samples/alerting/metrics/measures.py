@@ -246,11 +246,10 @@ class RowNumbers:
         self.rows = rows
 
     def _count(self, keys: Iterable[tuple[str, float]]) -> dict[str, Tally]:
-        found: dict[str, Tally] = {}
+        found: dict[str, list[float]] = {}
         for key, weight in keys:
-            so_far = found.get(key, Tally(0.0, 0))
-            found[key] = Tally(so_far.weight + weight, so_far.seen + 1)
-        return found
+            found.setdefault(key, []).append(weight)
+        return {key: Tally(sum(weights), len(weights)) for key, weights in found.items()}
 
     def states(self) -> dict[str, Tally]:
         """状態ごとの件数。"""

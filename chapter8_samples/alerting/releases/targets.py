@@ -59,7 +59,12 @@ class _RegistryAlias:
 
 
 class ModelAlias(_RegistryAlias):
-    """登録済みモデルのエイリアス。"""
+    """登録済みモデルのエイリアス。
+
+    >>> target = ModelAlias(None, "support-agent", "champion")
+    >>> target.uri(), target.uri("2")
+    ('models:/support-agent@champion', 'models:/support-agent/2')
+    """
 
     def current(self) -> str | None:
         """エイリアスの指すバージョン。"""
@@ -101,7 +106,12 @@ class ModelAlias(_RegistryAlias):
 
 
 class PromptAlias(_RegistryAlias):
-    """プロンプトのエイリアス。"""
+    """プロンプトのエイリアス。
+
+    >>> target = PromptAlias(None, "support-answer", "production")
+    >>> target.uri(), target.uri("2")
+    ('prompts:/support-answer@production', 'prompts:/support-answer/2')
+    """
 
     def current(self) -> str | None:
         """エイリアスの指すバージョン。"""

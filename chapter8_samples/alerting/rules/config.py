@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any, Protocol
 
 from .model import (
@@ -140,7 +141,7 @@ class AlertConfig:
         route = next(matching, dict[str, Any]())
         return parse_duration(route.get("repeat") or self.repeat or "0s")
 
-    @property
+    @cached_property
     def watchdog(self) -> AlertRule:
         """評価の失敗を知らせる、組み込みのルール。"""
         return AlertRule(

@@ -11,12 +11,29 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from ports import free_port
 
 from chapter8_samples.alerting.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE = "{name: errors, metric: error_rate, window: 5m, threshold: 0.5, severity: critical}"
+
+
+PROMETHEUS = """\
+groups:
+- name: llm-app
+  interval: 30s
+  rules:
+  - alert: errors
+    expr: llm_app_error_rate{window="5m"} > 0.5
+    for: 0s
+    labels:
+      severity: critical
+    annotations:
+      summary: errors
+      value: '{{ $value }}'
+"""
 
 
 @pytest.fixture
@@ -46,13 +63,58 @@ def test_a_wrong_file_ends_with_two_and_says_where(
     assert "rules[0]: metric is missing" in capsys.readouterr().err
 
 
+def test_the_rules_are_written_for_prometheus_and_alertmanager(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "prometheus", config]) == 0
+    assert capsys.readouterr().out == PROMETHEUS
+    path = tmp_path / "ops.yaml"
+    text = Path(config).read_text(encoding="utf-8") + "receivers: {ops: {type: console}}\n"
+    path.write_text(text, encoding="utf-8")
+    assert main(["export", "alertmanager", str(path)]) == 2
+    assert "no URL for receiver 'ops'" in capsys.readouterr().err
+    assert main(["export", "alertmanager", str(path), "--url", "ops=http://relay/?a=b"]) == 0
+    written = yaml.safe_load(capsys.readouterr().out)
+    assert written["receivers"][0]["webhook_configs"][0]["url"] == "http://relay/?a=b"
+
+
+@pytest.mark.parametrize(
+    "command", ["", "check", "once", "watch", "replay", "export", "export prometheus"]
+)
+def test_every_command_explains_itself_in_a_console_of_cp932(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and text.encode("cp932")
+    assert f"usage: {' '.join(['python -m chapter8_samples.alerting', *command.split()])}" in text
+
+
+def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["export"], ["alert"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+    assert "usage: python -m chapter8_samples.alerting" in capsys.readouterr().err
+
+
+def test_an_experiment_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "alerts.yaml"
+    path.write_text(f"rules:\n  - {RULE}\n", encoding="utf-8")
+    assert main(["once", str(path)]) == 2
+    assert "write it in the file or pass --experiment" in capsys.readouterr().err
+
+
 def test_once_fires_once_and_remembers(
     config: str, failed_trace: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", config]) == 0
     assert "OK: 1 rules" in capsys.readouterr().out
     assert main(["once", config]) == 1
-    assert "[発報] CRITICAL errors" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "[発報] CRITICAL errors (error_rate 1, しきい値 0.5, 標本数 1)\n"
+    )
     assert main(["once", config]) == 1  # まだ発報中だが、もう知らせない
     assert capsys.readouterr().out == ""
     assert main(["once", config, "--experiment", "nobody"]) == 3
