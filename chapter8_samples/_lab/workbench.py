@@ -18,6 +18,9 @@ from .environment import bypass_proxy, go_offline, home, use_real_llm
 if TYPE_CHECKING:
     from .llm.server import StubLlm
 
+# MLflow の公開 API では、SQLite の成果物の置き場所(既定は ./mlruns)を変えられない(3.17.2)
+ARTIFACT_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"
+
 
 @dataclass(frozen=True)
 class Lab:
@@ -57,6 +60,8 @@ def sample(
         stub = stack.enter_context(_stub_llm()) if llm and not use_real_llm() else None
         own = not os.environ.get("MLFLOW_TRACKING_URI")
         uri = local_store(fresh_store) if own else os.environ["MLFLOW_TRACKING_URI"]
+        if own:
+            os.environ[ARTIFACT_ROOT] = (home() / "mlruns").as_uri()
         mlflow.set_tracking_uri(uri)
         require(backend_problem(uri))
         stack.callback(_flush)
