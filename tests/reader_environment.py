@@ -62,6 +62,8 @@ class Reader:
         reader = cls(checkout(root / "checkout"), root / "home", root / "venv", root / "outside")
         reader.home.mkdir()
         new_environment(reader.environment)
+        editable = site_packages(reader.environment) / "project.pth"  # ``-e .`` の代わり
+        editable.write_text(f"{reader.directory}\n", encoding="utf-8")
         guard = (ROOT / "tests/reader_hooks/sitecustomize.py").read_text(encoding="utf-8")
         told = f'import os\nos.environ["CHAPTER8_OUTSIDE_LOG"] = {str(reader.outside)!r}\n'
         hook = site_packages(reader.environment) / "sitecustomize.py"
