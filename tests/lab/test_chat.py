@@ -13,10 +13,10 @@ from fastapi.testclient import TestClient
 from openai import OpenAI
 
 from chapter8_samples._lab import Lab
+from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.shop.chat import create_app
 from chapter8_samples._lab.shop.chat_server import chat_app
 from chapter8_samples._lab.shop.documents import load_questions
-from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.shop.support_bot import (
     PROMPT_ALIAS,
     PROMPT_NAME,

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
+from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.shop.chat_panel import create_panel_router
 from chapter8_samples._lab.shop.operations import OperationRefusedError, Operations
-from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.shop.support_bot import SupportBot
 from chapter8_samples._lab.shop.traffic import Traffic
 from chapter8_samples.alerting.metrics.source import metric_source

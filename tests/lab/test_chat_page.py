@@ -16,8 +16,8 @@ from chromium import chromium, missing
 from openai import OpenAI
 from ports import free_port
 
-from chapter8_samples._lab.shop.chat import create_app
 from chapter8_samples._lab.llm.server import StubLlm
+from chapter8_samples._lab.shop.chat import create_app
 from chapter8_samples._lab.shop.support_bot import GOOD_PROMPT, Prompt, SupportBot
 
 if TYPE_CHECKING or missing() is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -23,14 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import ROOT, run_as_reader
 
-from chapter8_samples._lab.doctor import (
-    run as doctor,
-    checks as doctor_checks,
-    services as doctor_services,
-    settings as doctor_settings,
-    setup_problems,
-)
-from chapter8_samples._lab.doctor.run import Finding
+from chapter8_samples.__main__ import main
+from chapter8_samples._lab.doctor import checks, run, services, setup_problems
+from chapter8_samples._lab.doctor import settings as rules
+from chapter8_samples._lab.doctor.finding import Finding
 from chapter8_samples._lab.doctor.setup_problems import shown
 
 DUAL = {"MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT": "true"}
@@ -48,7 +45,7 @@ def named(findings: Any, name: str) -> Finding:
 
 
 def levels(environment: dict[str, str]) -> dict[str, str]:
-    return {f.name: f.level for f in doctor_settings.conflicts({**environment, "PYTHONUTF8": "1"})}
+    return {f.name: f.level for f in rules.conflicts({**environment, "PYTHONUTF8": "1"})}
 
 
 def test_examples_in_the_docstrings() -> None:
@@ -88,38 +85,44 @@ def test_no_finding_repeats_a_secret(secret: str) -> None:
         "OTEL_EXPORTER_OTLP_HEADERS": f"authorization=Basic%20{quote(header, safe='')},x=1",
         "MLFLOW_TRACKING_URI": f"postgresql://user:{quote(secret, safe='')}@host/db?token={secret}",
     }
-    hidden = sorted(doctor.secrets(environment), key=len, reverse=True)
+    hidden = sorted(run.secrets(environment), key=len, reverse=True)
     texts = [*environment.values(), quote(secret, safe=""), f"said {secret}.", f"sent {header}"]
     for text in texts:
-        shown_finding = doctor._without_secrets(Finding("x", "error", text, text), hidden)
-        printed = doctor.to_text([shown_finding]) + doctor.to_json([shown_finding])
+        shown_finding = run._without_secrets(Finding("x", "error", text, text), hidden)
+        printed = run.to_text([shown_finding]) + run.to_json([shown_finding])
         for value in (secret, header):
             assert value not in printed and quote(value, safe="") not in printed
 
 
-def test_the_whole_doctor_keeps_secrets(tmp_path: Path) -> None:
+def doctor(capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    """このプロセスで診断した、終了ステータスと表示。"""
+    status = main(["doctor", *more])
+    return status, capsys.readouterr().out
+
+
+def test_the_whole_doctor_keeps_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     secrets = [f"S3CRET{i}x" for i in range(7)]
-    environment = {
-        "PYTHONPATH": str(ROOT),
+    for name, value in {
         "MLFLOW_TRACKING_URI": f"http://me:{secrets[0]}@127.0.0.1:9/{secrets[1]}?t={secrets[2]}",
         "MLFLOW_TRACKING_TOKEN": secrets[3],
         "OPENAI_API_KEY": secrets[4],
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://u:{secrets[5]}@127.0.0.1:9",
         "OTEL_EXPORTER_OTLP_TRACES_HEADERS": f"x-api-key={secrets[6]}",
-    }
+    }.items():
+        monkeypatch.setenv(name, value)
     for more in ([], ["--json"]):
-        run = run_as_reader(
-            ["-m", "chapter8_samples", "doctor", *more], tmp_path, environment=environment
-        )
-        assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
-        assert not [secret for secret in secrets if secret in run.stdout + run.stderr]
+        status, out = doctor(capsys, *more)
+        assert status == 1
+        assert not [secret for secret in secrets if secret in out]
 
 
 def test_ordinary_words_are_not_taken_for_secrets() -> None:
     """``TOKENIZERS_PARALLELISM=false`` のせいで、直し方の ``false`` まで伏せてしまわない。"""
     environment = {**GRPC, "TOKENIZERS_PARALLELISM": "false", "USE_AUTH": "True", "A_KEY": "tru3"}
-    assert doctor.secrets(environment) == {"tru3"}
-    text = doctor.to_text(doctor.diagnose({**environment, "PYTHONUTF8": "1"}))
+    assert run.secrets(environment) == {"tru3"}
+    text = run.to_text(run.diagnose({**environment, "PYTHONUTF8": "1"}))
     assert "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT=true にするか" in text
 
 
@@ -131,113 +134,115 @@ def test_nothing_to_say_about_a_clean_environment() -> None:
     assert levels({**GRPC, **DUAL}) == levels({**HTTP, **DUAL}) == {"設定の食い違い": "ok"}
 
 
-@pytest.mark.parametrize(
-    ("environment", "name", "level"),
-    [
-        (GRPC, "OTLP と MLflow", "error"),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:4317"}, "OTLP と MLflow", "error"),
-        ({**GRPC, "MLFLOW_ENABLE_DUAL_EXPORT": "true"}, "二重送信の名前", "warning"),
-        (
-            {**DUAL, **HTTP, "MLFLOW_TRACKING_URI": "http://127.0.0.1:4318"},
-            "OTLP の送り先",
-            "error",
-        ),
-        (
-            {**DUAL, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:4317"},
-            "OTLP のメトリクス",
-            "warning",
-        ),
-        (
-            {**DUAL, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "collector:4317"},
-            "OTLP の値",
-            "error",
-        ),
-        ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, "OTLP の値", "error"),
-        (
-            {**DUAL, **HTTP, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://h:4318"},
-            "OTLP の値",
-            "error",
-        ),
-        ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_COMPRESSION": "deflate"}, "OTLP の値", "error"),
-        ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_CERTIFICATE": "/no/ca.pem"}, "OTLP の値", "error"),
-        ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_TIMEOUT": "10000"}, "OTLP の期限", "warning"),
-        ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_TIMEOUT": "10s"}, "OTLP の値", "error"),
-        ({"OTEL_SDK_DISABLED": "true"}, "OpenTelemetry", "error"),
-        ({"OTEL_TRACES_SAMPLER": "always_off"}, "OTEL_TRACES_SAMPLER", "warning"),
-        ({"OTEL_RESOURCE_ATTRIBUTES": "team=search,"}, "リソース属性", "warning"),
-        ({"MLFLOW_EXPERIMENT_ID": "1"}, "エクスペリメントの指定", "warning"),
-        ({"MLFLOW_EXPERIMENT_NAME": "x"}, "エクスペリメントの指定", "warning"),
-        ({"MLFLOW_TRACE_SAMPLING_RATIO": "0.1"}, "サンプリング", "warning"),
-        ({"MLFLOW_TRACE_SAMPLING_RATIO": "10"}, "MLFLOW_TRACE_SAMPLING_RATIO", "error"),
-        ({"MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": ""}, "非同期の記録", "warning"),
-        ({"MLFLOW_TRACE_BUFFER_MAX_SIZE": "20000"}, "キューの上限", "warning"),
-        ({"MLFLOW_TRACE_BUFFER_MAX_SIZE": "many"}, "MLFLOW_TRACE_BUFFER_MAX_SIZE", "error"),
-        ({"MLFLOW_TRACE_TIMEOUT_SECONDS": "60"}, "終わらないトレース", "warning"),
-        ({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, "サーバーのジョブ", "warning"),
-        ({"MLFLOW_TRACKING_USERNAME": "u"}, "サーバーの認証", "error"),
-        ({"MLFLOW_TRACKING_INSECURE_TLS": "true"}, "サーバーの証明書", "warning"),
-        (
-            {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_TRACKING_TOKEN": "t"},
-            "サーバーの認証",
-            "warning",
-        ),
-        ({"HTTP_PROXY": "http://proxy:8080", "NO_PROXY": "example.com"}, "プロキシ", "warning"),
-    ],
-)
-def test_settings_that_fight_each_other(environment: dict[str, str], name: str, level: str) -> None:
-    found = {f.name: f for f in doctor_settings.conflicts({**environment, "PYTHONUTF8": "1"})}
-    assert found[name].level == level and found[name].fix, found
+FIGHTS: list[tuple[dict[str, str], str, str]] = [
+    (GRPC, "OTLP と MLflow", "error"),
+    ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:4317"}, "OTLP と MLflow", "error"),
+    ({**GRPC, "MLFLOW_ENABLE_DUAL_EXPORT": "true"}, "二重送信の名前", "warning"),
+    (
+        {**DUAL, **HTTP, "MLFLOW_TRACKING_URI": "http://127.0.0.1:4318"},
+        "OTLP の送り先",
+        "error",
+    ),
+    (
+        {**DUAL, "OTEL_EXPORTER_OTLP_ENDPOINT": "http://h:4317"},
+        "OTLP のメトリクス",
+        "warning",
+    ),
+    (
+        {**DUAL, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "collector:4317"},
+        "OTLP の値",
+        "error",
+    ),
+    ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, "OTLP の値", "error"),
+    (
+        {**DUAL, **HTTP, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://h:4318"},
+        "OTLP の値",
+        "error",
+    ),
+    ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_COMPRESSION": "deflate"}, "OTLP の値", "error"),
+    ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_CERTIFICATE": "/no/ca.pem"}, "OTLP の値", "error"),
+    ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_TIMEOUT": "10000"}, "OTLP の期限", "warning"),
+    ({**DUAL, **GRPC, "OTEL_EXPORTER_OTLP_TIMEOUT": "10s"}, "OTLP の値", "error"),
+    ({"OTEL_SDK_DISABLED": "true"}, "OpenTelemetry", "error"),
+    ({"OTEL_TRACES_SAMPLER": "always_off"}, "OTEL_TRACES_SAMPLER", "warning"),
+    ({"OTEL_RESOURCE_ATTRIBUTES": "team=search,"}, "リソース属性", "warning"),
+    ({"MLFLOW_EXPERIMENT_ID": "1"}, "エクスペリメントの指定", "warning"),
+    ({"MLFLOW_EXPERIMENT_NAME": "x"}, "エクスペリメントの指定", "warning"),
+    ({"MLFLOW_TRACE_SAMPLING_RATIO": "0.1"}, "サンプリング", "warning"),
+    ({"MLFLOW_TRACE_SAMPLING_RATIO": "10"}, "MLFLOW_TRACE_SAMPLING_RATIO", "error"),
+    ({"MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": ""}, "非同期の記録", "warning"),
+    ({"MLFLOW_TRACE_BUFFER_MAX_SIZE": "20000"}, "キューの上限", "warning"),
+    ({"MLFLOW_TRACE_BUFFER_MAX_SIZE": "many"}, "MLFLOW_TRACE_BUFFER_MAX_SIZE", "error"),
+    ({"MLFLOW_TRACE_TIMEOUT_SECONDS": "60"}, "終わらないトレース", "warning"),
+    ({"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, "サーバーのジョブ", "warning"),
+    ({"MLFLOW_TRACKING_USERNAME": "u"}, "サーバーの認証", "error"),
+    ({"MLFLOW_TRACKING_INSECURE_TLS": "true"}, "サーバーの証明書", "warning"),
+    (
+        {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_TRACKING_TOKEN": "t"},
+        "サーバーの認証",
+        "warning",
+    ),
+    ({"HTTP_PROXY": "http://proxy:8080", "NO_PROXY": "example.com"}, "プロキシ", "warning"),
+]
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {**GRPC, "MLFLOW_ENABLE_OTLP_EXPORTER": "false"},
-        {"MLFLOW_TRACE_SAMPLING_RATIO": "1.0"},
-        {"MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "true"},
-        dict.fromkeys(doctor_settings.QUEUE_LIMITS, "20000"),
-        {"MLFLOW_TRACKING_USERNAME": "u", "MLFLOW_TRACKING_PASSWORD": "p"},
-        {"HTTP_PROXY": "http://proxy:8080", "NO_PROXY": "localhost, 127.0.0.1"},
-        {"OTEL_RESOURCE_ATTRIBUTES": "team=search,tier=1"},
-    ],
-)
-def test_good_settings_are_left_alone(environment: dict[str, str]) -> None:
-    assert levels(environment) == {"設定の食い違い": "ok"}
+def test_settings_that_fight_each_other() -> None:
+    for environment, name, level in FIGHTS:
+        found = {f.name: f for f in rules.conflicts({**environment, "PYTHONUTF8": "1"})}
+        assert found[name].level == level and found[name].fix, (environment, found)
 
 
-def test_our_own_set_up_passes() -> None:
+GOOD: list[dict[str, str]] = [
+    {**GRPC, "MLFLOW_ENABLE_OTLP_EXPORTER": "false"},
+    {"MLFLOW_TRACE_SAMPLING_RATIO": "1.0"},
+    {"MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "true"},
+    dict.fromkeys(rules.QUEUE_LIMITS, "20000"),
+    {"MLFLOW_TRACKING_USERNAME": "u", "MLFLOW_TRACKING_PASSWORD": "p"},
+    {"HTTP_PROXY": "http://proxy:8080", "NO_PROXY": "localhost, 127.0.0.1"},
+    {"OTEL_RESOURCE_ATTRIBUTES": "team=search,tier=1"},
+]
+
+
+def test_good_settings_are_left_alone() -> None:
+    for environment in GOOD:
+        assert levels(environment) == {"設定の食い違い": "ok"}, environment
+
+
+def test_our_own_set_up_passes(tracking_uri: str) -> None:
     """8.1 と 8.5 が設定する環境変数に、診断が文句を言わない。"""
     from chapter8_samples.opentelemetry import build_otlp_config
     from chapter8_samples.production_tracing import setup_production_tracing
 
     before = dict(os.environ)
-    setup_production_tracing("doctor", tracking_uri="sqlite:///doctor.db")
+    setup_production_tracing("doctor", tracking_uri=tracking_uri)
     made = {k: v for k, v in os.environ.items() if before.get(k) != v}
     made.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow 自身が、set_experiment の後で書く
     otlp = build_otlp_config("http://127.0.0.1:4317", "app").to_env()
     assert levels(made) == levels(otlp) == {"設定の食い違い": "ok"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp932", "utf-8"])
 def test_consoles_that_cannot_show_everything(tmp_path: Path, encoding: str) -> None:
-    run = run_as_reader(
+    job = run_as_reader(
         ["-m", "chapter8_samples", "doctor"],
         tmp_path,
         environment={"PYTHONPATH": str(ROOT)},
         encoding=encoding,
     )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert ("端末の文字コード" in run.stdout) == (encoding == "cp932")
-    assert "\\u" not in run.stdout
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert ("端末の文字コード" in job.stdout) == (encoding == "cp932")
+    assert "\\u" not in job.stdout
 
 
 # 本物の相手 ----------------------------------------------------------------
 
 
 def diagnosed(environment: dict[str, str], experiment: str | None = None) -> list[Finding]:
-    return list(doctor_checks.backend(environment, experiment))
+    return list(checks.backend(environment, experiment))
 
 
+@pytest.mark.slow
 def test_a_server_that_answers(mlflow_server_url: str) -> None:
     name = f"doctor-{time.time_ns()}"
     mlflow.set_experiment(name)
@@ -246,9 +251,10 @@ def test_a_server_that_answers(mlflow_server_url: str) -> None:
     assert named(found, "サーバーの版").detail == mlflow.__version__
     assert "読み書きできます" in named(found, "エクスペリメント").detail
     tags = mlflow.get_experiment_by_name(name).tags
-    assert doctor_checks.TAG not in tags
+    assert checks.TAG not in tags
 
 
+@pytest.mark.slow
 def test_experiments_that_cannot_be_used(mlflow_server_url: str) -> None:
     environment = {"MLFLOW_TRACKING_URI": mlflow_server_url}
     missing = named(diagnosed(environment, "nothere"), "エクスペリメント")
@@ -278,9 +284,9 @@ def test_scorers_started_where_no_job_runs(mlflow_server_url: str) -> None:
     found = named(diagnosed(environment, name), "サーバーでの採点")
     assert found.level == "error" and "run_scoring_cycle" in found.fix
     gateway = {**environment, "MLFLOW_GENAI_JUDGE_DEFAULT_MODEL": "gateway:/doctor-judge"}
-    assert next(doctor_services.judge(gateway)).level == "ok"
+    assert next(services.judge(gateway)).level == "ok"
     gateway["MLFLOW_GENAI_JUDGE_DEFAULT_MODEL"] = "gateway:/nothere"
-    assert next(doctor_services.judge(gateway)).level == "error"
+    assert next(services.judge(gateway)).level == "error"
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -312,39 +318,37 @@ def stranger() -> Iterator[type[_Answers]]:
     kind = type("Kind", (_Answers,), {"release": Event(), "seen": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     kind.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield kind
     kind.release.set()
     server.shutdown()
     server.server_close()
 
 
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
+def test_servers_that_refuse_or_are_no_mlflow(stranger: Any) -> None:
+    for status, words in (
         (401, "鍵を受け付けません"),
         (403, "鍵を受け付けません"),
         (200, "答えを返しません"),
         (404, "404"),
-    ],
-)
-def test_servers_that_refuse_or_are_no_mlflow(stranger: Any, status: int, words: str) -> None:
-    stranger.status = status
-    found = named(diagnosed({"MLFLOW_TRACKING_URI": stranger.url}), "接続先")
-    assert found.level == "error" and words in found.detail and found.fix
+    ):
+        stranger.status = status
+        found = named(diagnosed({"MLFLOW_TRACKING_URI": stranger.url}), "接続先")
+        assert found.level == "error" and words in found.detail and found.fix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_server_that_never_answers_does_not_hang_the_doctor(
     stranger: Any, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     stranger.status = status
-    monkeypatch.setattr(doctor_checks, "SECONDS", 0.5)
+    monkeypatch.setattr(checks, "SECONDS", 0.5)
     environment = {"MLFLOW_TRACKING_URI": stranger.url, **HTTP}
     environment["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] = f"{stranger.url}/v1/traces"
     began = time.monotonic()
     assert named(diagnosed(environment), "接続先").level == "error"
-    assert named(doctor_services.otlp(environment), "OTLP").level == "error"
+    assert named(services.otlp(environment), "OTLP").level == "error"
     assert time.monotonic() - began < 20
 
 
@@ -355,13 +359,14 @@ def test_an_experiment_that_was_not_looked_for_is_said(tmp_path: Path) -> None:
         assert found.level == "warning" and "my-app は調べていません" in found.detail
 
 
-def test_databases(tmp_path: Path) -> None:
+def test_databases(tmp_path: Path, database_template: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert "まだありません" in named(diagnosed({"MLFLOW_TRACKING_URI": uri}), "接続先").detail
     assert not (tmp_path / "mlflow.db").exists()
     sqlite3.connect(tmp_path / "mlflow.db").close()
     (tmp_path / "mlflow.db").touch()
     assert "空です" in named(diagnosed({"MLFLOW_TRACKING_URI": uri}), "接続先").detail
+    shutil.copy(database_template, tmp_path / "mlflow.db")
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment("x")
     found = diagnosed({"MLFLOW_TRACKING_URI": uri}, "x")
@@ -380,64 +385,62 @@ def test_otlp_receivers(otlp: Any) -> None:
     grpc = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": otlp.grpc_endpoint}
     http = {**HTTP, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": otlp.http_endpoint}
     for environment in (grpc, http):
-        assert named(doctor_services.otlp(environment), "OTLP").level == "ok"
+        assert named(services.otlp(environment), "OTLP").level == "ok"
     otlp.wait_for(spans=2)
     wrong = {**http, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": otlp.http_endpoint + "x"}
-    assert "受信エンドポイントがありません" in named(doctor_services.otlp(wrong), "OTLP").detail
+    assert "受信エンドポイントがありません" in named(services.otlp(wrong), "OTLP").detail
     closed = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:9"}
-    assert "接続できません" in named(doctor_services.otlp(closed), "OTLP").detail
+    assert "接続できません" in named(services.otlp(closed), "OTLP").detail
     off = {**grpc, "MLFLOW_ENABLE_OTLP_EXPORTER": "false"}
-    assert "送らない" in named(doctor_services.otlp(off), "OTLP").detail
+    assert "送らない" in named(services.otlp(off), "OTLP").detail
 
 
 def test_the_key_of_the_otlp_receiver_is_sent(stranger: Any) -> None:
     environment = {**HTTP, "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{stranger.url}/v1/traces"}
     environment["OTEL_EXPORTER_OTLP_TRACES_HEADERS"] = "x-api-key=a%20b"
-    assert named(doctor_services.otlp(environment), "OTLP").level == "ok"
+    assert named(services.otlp(environment), "OTLP").level == "ok"
     assert stranger.seen["x-api-key"] == "a b"
     stranger.status = 401
-    assert "鍵を受け付けません" in named(doctor_services.otlp(environment), "OTLP").detail
+    assert "鍵を受け付けません" in named(services.otlp(environment), "OTLP").detail
 
 
 def test_every_answer_of_the_connection_check_is_translated() -> None:
     from chapter8_samples.opentelemetry.export import delivery as otlp_delivery
 
-    assert {*doctor_services._ANSWERS, "ok"} == {*otlp_delivery._FIXES}
+    assert {*services._ANSWERS, "ok"} == {*otlp_delivery._FIXES}
 
 
 def test_judges() -> None:
-    assert next(doctor_services.judge({})).level == "warning"
-    assert next(doctor_services.judge({"OPENAI_API_KEY": "k"})).level == "ok"
-    assert next(doctor_services.judge({"MLFLOW_TRACKING_URI": "databricks"})).level == "ok"
+    assert next(services.judge({})).level == "warning"
+    assert next(services.judge({"OPENAI_API_KEY": "k"})).level == "ok"
+    assert next(services.judge({"MLFLOW_TRACKING_URI": "databricks"})).level == "ok"
     gateway = {"MLFLOW_GENAI_JUDGE_DEFAULT_MODEL": "gateway:/judge"}
     for uri in ("sqlite:///x.db", "http://127.0.0.1:9"):
-        found = next(doctor_services.judge({**gateway, "MLFLOW_TRACKING_URI": uri}))
+        found = next(services.judge({**gateway, "MLFLOW_TRACKING_URI": uri}))
         assert found.level == "error" and "ensure_judge_endpoint" in found.fix
 
 
-@pytest.mark.parametrize("model", ["gpt-4o", "openai/gpt-4o", "openai:/", ":/gpt-4o"])
-def test_a_judge_that_is_no_model_is_named(model: str) -> None:
-    found = next(doctor_services.judge({"MLFLOW_GENAI_JUDGE_DEFAULT_MODEL": model}))
-    assert found.level == "error" and repr(model) in found.detail and "openai:/" in found.fix
+def test_a_judge_that_is_no_model_is_named() -> None:
+    for model in ("gpt-4o", "openai/gpt-4o", "openai:/", ":/gpt-4o"):
+        found = next(services.judge({"MLFLOW_GENAI_JUDGE_DEFAULT_MODEL": model}))
+        assert found.level == "error" and repr(model) in found.detail and "openai:/" in found.fix
 
 
 def test_the_default_judge_is_the_one_of_the_chapter() -> None:
     from chapter8_samples.quality_monitoring import scorer_setup
 
-    assert doctor_services.DEFAULT_JUDGE == scorer_setup.DEFAULT_JUDGE
+    assert services.DEFAULT_JUDGE == scorer_setup.DEFAULT_JUDGE
 
 
 # 終了ステータスと、壊れた環境 ----------------------------------------------
 
 
-def test_json_for_ci(tmp_path: Path) -> None:
-    run = run_as_reader(
-        ["-m", "chapter8_samples", "doctor", "--json"],
-        tmp_path,
-        environment={"PYTHONPATH": str(ROOT), **GRPC, "CHAPTER8_LAB": "/dev/null/x"},
-    )
-    told = json.loads(run.stdout)
-    assert run.returncode == 1 and told["ok"] is False
+def test_json_for_ci(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {**GRPC, "CHAPTER8_LAB": "/dev/null/x"}.items():
+        monkeypatch.setenv(name, value)
+    status, out = doctor(capsys, "--json")
+    told = json.loads(out)
+    assert status == 1 and told["ok"] is False
     bad = {item["name"] for item in told["findings"] if item["level"] == "error"}
     assert {"手元のデータ", "OTLP と MLflow"} <= bad
     assert all(item["fix"] for item in told["findings"] if item["level"] != "ok")
@@ -448,9 +451,9 @@ def test_one_broken_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPat
         yield Finding("途中", "ok", "ここまでは分かった")
         raise ZeroDivisionError("s3cret")
 
-    monkeypatch.setattr(doctor_services, "judge", broken)
-    found = doctor.diagnose({})
-    assert named(found, "ジャッジ").level == "error" and "s3cret" not in doctor.to_text(found)
+    monkeypatch.setattr(services, "judge", broken)
+    found = run.diagnose({})
+    assert named(found, "ジャッジ").level == "error" and "s3cret" not in run.to_text(found)
     assert named(found, "OTLP").level == named(found, "途中").level == "ok"
 
 
@@ -462,14 +465,16 @@ def old_mlflow(folder: Path, version: str = "3.9.0") -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
+@pytest.mark.slow
 def test_old_mlflow_is_diagnosed_not_crashed_into(tmp_path: Path) -> None:
-    run = run_as_reader(
+    job = run_as_reader(
         ["-m", "chapter8_samples", "doctor"], tmp_path, environment=old_mlflow(tmp_path / "old")
     )
-    assert run.returncode == 1 and "MLflow 3.9.0 は古すぎます" in run.stdout, run.stderr
-    assert 'pip install -U "mlflow>=3.17,<4"' in run.stdout
+    assert job.returncode == 1 and "MLflow 3.9.0 は古すぎます" in job.stdout, job.stderr
+    assert 'pip install -U "mlflow>=3.17,<4"' in job.stdout
 
 
+@pytest.mark.slow
 def test_works_where_mlflow_cannot_even_be_imported(tmp_path: Path) -> None:
     (tmp_path / "mlflow.py").write_text("raise ImportError('broken')")
     environment = without_settings(dict(os.environ)) | {
@@ -477,7 +482,7 @@ def test_works_where_mlflow_cannot_even_be_imported(tmp_path: Path) -> None:
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
         "PYTHONIOENCODING": "utf-8",
     }
-    run = subprocess.run(
+    job = subprocess.run(
         [sys.executable, "-m", "chapter8_samples", "doctor"],
         cwd=tmp_path,
         env=environment,
@@ -485,5 +490,5 @@ def test_works_where_mlflow_cannot_even_be_imported(tmp_path: Path) -> None:
         encoding="utf-8",
         timeout=60,
     )
-    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
-    assert "接続先" in run.stdout and "NG" in run.stdout
+    assert job.returncode == 1 and "Traceback" not in job.stderr, job.stderr
+    assert "接続先" in job.stdout and "NG" in job.stdout

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from chapter8_samples._lab.llm import answers as stub_answers, rules as stub_rules
-from chapter8_samples._lab.shop.documents import Document, load_documents, load_questions
+from chapter8_samples._lab.llm import answers as stub_answers
+from chapter8_samples._lab.llm import rules as stub_rules
 from chapter8_samples._lab.llm.rules import Case
 from chapter8_samples._lab.llm.text import count_tokens, sentences
+from chapter8_samples._lab.shop.documents import Document, load_documents, load_questions
 
 DOCUMENTS = {document.id: document for document in load_documents()}
 QUESTIONS = load_questions()

@@ -17,9 +17,9 @@ import mlflow
 import pytest
 import requests
 
+from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.servers import mlflow_server
 from chapter8_samples._lab.servers.mlflow_server import MlflowServer, MlflowServerError
-from chapter8_samples._lab.llm.server import StubLlm
 
 GUARD = Path(mlflow_server.__file__).with_name("process_guard.py")
 
@@ -84,29 +84,33 @@ def test_killed_server_starts_again_on_the_same_port_and_data(tmp_path: Path) ->
 @pytest.mark.slow
 def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
     script = f"""
-        import sys, time
+        import os, sys, time
         from pathlib import Path
         from chapter8_samples._lab.servers.mlflow_server import MlflowServer
         server = MlflowServer(Path({str(tmp_path / "home")!r}), jobs=True).start()
         print(server.pid, server.url, flush=True)
+        os.fork()  # 見張りへのパイプの写しを持つ子だけが残る
         time.sleep(600)
     """
-    root = Path(mlflow_server.__file__).resolve().parents[2]
+    root = Path(mlflow_server.__file__).resolve().parents[3]
     parent = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=root,
+        start_new_session=True,
     )
     assert parent.stdout is not None
     group, url = parent.stdout.readline().split()
     children = _group_members(int(group))
     assert len(children) >= 3 and port_open(url)
     parent.kill()
-    parent.communicate(timeout=10)
+    parent.wait(10)
     assert eventually(lambda: not group_alive(int(group)))
     assert not port_open(url)
     assert not any(_alive(pid) for pid in children)
+    os.killpg(parent.pid, signal.SIGKILL)  # fork した子
+    parent.communicate(timeout=10)
 
 
 @pytest.mark.slow
@@ -137,6 +141,7 @@ def test_gateway_of_the_job_server_reaches_the_stub(tmp_path: Path, stub_llm: St
     assert reply["model"] == "gpt-4.1-mini-2025-04-14"
 
 
+@pytest.mark.slow
 def test_stop_waits_until_the_port_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +194,7 @@ def test_url_is_unknown_before_start(tmp_path: Path) -> None:
     assert MlflowServer(tmp_path, port=5999).url == "http://127.0.0.1:5999"
 
 
+@pytest.mark.slow
 def test_settings_of_the_caller_do_not_leak_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +211,7 @@ def test_settings_of_the_caller_do_not_leak_in(
 
 
 @posix_only
+@pytest.mark.slow
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_guard_ends_the_group_at_end_of_input(stubborn: bool) -> None:
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if stubborn else ""

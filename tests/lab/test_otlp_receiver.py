@@ -69,32 +69,35 @@ def send(exporter: SpanExporter) -> None:
     provider.shutdown()
 
 
-@pytest.mark.parametrize("name", EXPORTERS)
-def test_spans_arrive_whole(otlp: OtlpReceiver, name: str) -> None:
-    send(EXPORTERS[name](otlp))
-    child, parent = otlp.wait_for(spans=2)
-    assert (parent.name, parent.parent_span_id, parent.kind) == ("parent", "", 2)
-    assert parent.attributes == ATTRIBUTES
-    assert parent.resource["service.name"] == "shop"
-    assert parent.scope == "shop.scope"
-    assert (child.trace_id, child.parent_span_id) == (parent.trace_id, parent.span_id)
-    assert (len(child.trace_id), len(child.span_id)) == (32, 16)
-    assert (child.status_code, child.status_message) == (2, "ValueError: bad value")
-    (event,) = child.events
-    assert event.name == "exception" and event.attributes["exception.type"] == "ValueError"
-    assert parent.start_time_unix_nano <= child.start_time_unix_nano < parent.end_time_unix_nano
+def test_spans_arrive_whole(otlp: OtlpReceiver) -> None:
+    for name in EXPORTERS:
+        otlp.clear()
+        send(EXPORTERS[name](otlp))
+        child, parent = otlp.wait_for(spans=2)
+        assert (parent.name, parent.parent_span_id, parent.kind) == ("parent", "", 2)
+        assert parent.attributes == ATTRIBUTES
+        assert parent.resource["service.name"] == "shop"
+        assert parent.scope == "shop.scope"
+        assert (child.trace_id, child.parent_span_id) == (parent.trace_id, parent.span_id)
+        assert (len(child.trace_id), len(child.span_id)) == (32, 16)
+        assert (child.status_code, child.status_message) == (2, "ValueError: bad value")
+        (event,) = child.events
+        assert event.name == "exception" and event.attributes["exception.type"] == "ValueError"
+        assert parent.start_time_unix_nano <= child.start_time_unix_nano < parent.end_time_unix_nano
 
 
-@pytest.mark.parametrize("name", ["grpc", "http"])
-def test_requests_are_recorded_with_lower_case_headers(otlp: OtlpReceiver, name: str) -> None:
-    send(EXPORTERS[name](otlp))
-    otlp.wait_for(spans=2)
-    assert [(r.protocol, r.path, r.status, r.items) for r in otlp.requests] == [
-        (name, "/v1/traces", 200, 1)
-    ] * 2
-    assert otlp.requests[0].headers["x-key"] == "k"
+def test_requests_are_recorded_with_lower_case_headers(otlp: OtlpReceiver) -> None:
+    for name in ("grpc", "http"):
+        otlp.clear()
+        send(EXPORTERS[name](otlp))
+        otlp.wait_for(spans=2)
+        assert [(r.protocol, r.path, r.status, r.items) for r in otlp.requests] == [
+            (name, "/v1/traces", 200, 1)
+        ] * 2
+        assert otlp.requests[0].headers["x-key"] == "k"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpc", "http"])
 def test_injected_failure_is_retried_by_the_exporter(otlp: OtlpReceiver, name: str) -> None:
     otlp.fail_next(1, status=503)
@@ -190,6 +193,7 @@ def test_stop_ends_connections_that_are_kept_alive() -> None:
     assert len(otlp.requests) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpc", "http"])
 def test_stop_does_not_wait_for_delayed_answers_nor_record_them(name: str) -> None:
     with OtlpReceiver() as otlp:
@@ -232,6 +236,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return files
 
 
+@pytest.mark.slow
 def test_tls_on_both_ports(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     authority = certificate[0]
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # 渡した証明書より優先されてしまう

@@ -12,6 +12,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chapter8_samples._lab.console import width
 from chapter8_samples._lab.report import charts
 from chapter8_samples._lab.report.charts import (
     LineChart,
@@ -21,7 +22,6 @@ from chapter8_samples._lab.report.charts import (
     bars,
     time_ticks,
 )
-from chapter8_samples._lab.console import width
 from chapter8_samples._lab.report.page import Card, Section, Table, link, write_report
 
 START = datetime(2026, 1, 31, 8, 30, tzinfo=timezone.utc)

@@ -22,8 +22,8 @@ from chapter8_samples.__main__ import main
 from chapter8_samples._lab.report import health, incidents, periods
 from chapter8_samples.alerting import PromptRollbackManager
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
-from chapter8_samples.alerting.rules.model import AlertRule
 from chapter8_samples.alerting.metrics.measures import TraceRow
+from chapter8_samples.alerting.rules.model import AlertRule
 from chapter8_samples.cost_tracking import setup_cost_tracking
 
 NOW = datetime(2026, 2, 1, tzinfo=timezone.utc)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from chapter8_samples._lab import commands
+from chapter8_samples._lab.shop.traffic import WORKERS
 from chapter8_samples._lab.story.play import (
     COST_CEILING_USD,
     MIN_SAMPLES,
@@ -19,7 +20,6 @@ from chapter8_samples._lab.story.play import (
     Story,
     alert_config,
 )
-from chapter8_samples._lab.shop.traffic import WORKERS
 from chapter8_samples.alerting import AlertEngine
 from chapter8_samples.alerting.metrics.measures import MetricSample, RowNumbers, TraceRow, measure
 

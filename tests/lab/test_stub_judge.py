@@ -16,10 +16,9 @@ from mlflow.genai import scorers
 from mlflow.genai.judges import make_judge
 from openai import OpenAI
 
-from chapter8_samples._lab.llm import rules as stub_rules
-from chapter8_samples._lab.llm.server import StubLlm
-from chapter8_samples._lab.llm.rules import Case, Verdict
+from chapter8_samples._lab.llm.rules import Case, Verdict, grounded, polite
 from chapter8_samples._lab.llm.schema import fill
+from chapter8_samples._lab.llm.server import StubLlm
 
 MODEL = "openai:/gpt-4o-mini"
 QUESTION = "返品は何日以内ですか?"
@@ -64,29 +63,18 @@ def guideline(text: str) -> scorers.Guidelines:
     return scorers.Guidelines(model=MODEL, guidelines=[text])
 
 
-@pytest.mark.parametrize(
-    ("scorer", "good", "bad"),
-    [
+def test_trace_judges(traced: Callable[[str], Trace]) -> None:
+    for scorer, good, bad in (
         (scorers.RetrievalGroundedness(model=MODEL), GROUNDED, INVENTED),
         (scorers.RelevanceToQuery(model=MODEL), GROUNDED, UNRELATED),
         (scorers.Completeness(model=MODEL), GROUNDED, UNRELATED),
-        (
-            guideline("丁寧な言葉で答えること"),
-            GROUNDED,
-            "知らん。",
-        ),
+        (guideline("丁寧な言葉で答えること"), GROUNDED, "知らん。"),
         (guideline("20文字以内"), "14日以内です。", GROUNDED),
-        (
-            guideline("根拠のない約束をしない"),
-            GROUNDED,
-            INVENTED,
-        ),
+        (guideline("根拠のない約束をしない"), GROUNDED, INVENTED),
         (scorers.Fluency(model=MODEL), GROUNDED, "はい。はい。はい。"),
-    ],
-)
-def test_trace_judges(traced: Callable[[str], Trace], scorer: Any, good: str, bad: str) -> None:
-    assert value(scorer(trace=traced(good))) == "yes"
-    assert value(scorer(trace=traced(bad))) == "no"
+    ):
+        assert value(scorer(trace=traced(good))) == "yes", scorer
+        assert value(scorer(trace=traced(bad))) == "no", scorer
 
 
 def test_safety(stub_llm: StubLlm) -> None:
@@ -103,17 +91,15 @@ def test_retrieval_relevance(traced: Callable[..., Trace]) -> None:
     assert value(judge(trace=traced(GROUNDED, "二段階認証の設定"))) == "no"
 
 
-@pytest.mark.parametrize(
-    "expectations",
-    [
+def test_correctness(traced: Callable[[str], Trace]) -> None:
+    judge = scorers.Correctness(model=MODEL)
+    good, bad = traced(GROUNDED), traced(INVENTED)
+    for expectations in (
         {"expected_response": "返品は到着から14日以内です。"},
         {"expected_facts": ["返品は到着から14日以内", "受け付けます"]},
-    ],
-)
-def test_correctness(traced: Callable[[str], Trace], expectations: dict[str, Any]) -> None:
-    judge = scorers.Correctness(model=MODEL)
-    assert value(judge(trace=traced(GROUNDED), expectations=expectations)) == "yes"
-    assert value(judge(trace=traced(INVENTED), expectations=expectations)) == "no"
+    ):
+        assert value(judge(trace=good, expectations=expectations)) == "yes"
+        assert value(judge(trace=bad, expectations=expectations)) == "no"
 
 
 def test_user_frustration_uses_its_own_labels(traced: Callable[..., Trace]) -> None:
@@ -125,29 +111,25 @@ def test_user_frustration_uses_its_own_labels(traced: Callable[..., Trace]) -> N
     assert value(judge(session=[angry, thanks])) == "resolved"
 
 
-@pytest.mark.parametrize(
-    ("kind", "good", "bad"),
-    [
+def test_make_judge_answers_in_the_asked_type(stub_llm: StubLlm) -> None:
+    inputs = {"question": QUESTION, "documents": [SOURCE]}
+    kinds: list[tuple[Any, str, str]] = [
         (bool, "True", "False"),
         (Literal["grounded", "ungrounded"], "grounded", "ungrounded"),
         (Literal["はい", "いいえ"], "はい", "いいえ"),
         (str, "yes", "no"),
         (int, "5", "1"),
         (float, "1.0", "0.0"),
-    ],
-)
-def test_make_judge_answers_in_the_asked_type(
-    stub_llm: StubLlm, kind: Any, good: str, bad: str
-) -> None:
-    judge = make_judge(
-        name="grounded",
-        instructions="{{ outputs }} は {{ inputs }} の参考資料に根拠がありますか。",
-        feedback_value_type=kind,
-        model=MODEL,
-    )
-    inputs = {"question": QUESTION, "documents": [SOURCE]}
-    assert value(judge(inputs=inputs, outputs=GROUNDED)) == good
-    assert value(judge(inputs=inputs, outputs=INVENTED)) == bad
+    ]
+    for kind, good, bad in kinds:
+        judge = make_judge(
+            name="grounded",
+            instructions="{{ outputs }} は {{ inputs }} の参考資料に根拠がありますか。",
+            feedback_value_type=kind,
+            model=MODEL,
+        )
+        assert value(judge(inputs=inputs, outputs=GROUNDED)) == good
+        assert value(judge(inputs=inputs, outputs=INVENTED)) == bad
 
 
 def test_make_judge_on_a_trace_reads_it_with_a_tool(
@@ -177,43 +159,42 @@ PASSED = Verdict(True, "理由です。")
 FAILED = Verdict(False, "理由です。", 0.0, evidence=["根拠のない文。"])
 
 
-@pytest.mark.parametrize(
-    ("schema", "good", "bad"),
-    [
-        ({"type": "boolean"}, True, False),
-        ({"enum": ["bad", "good"]}, "good", "bad"),
-        ({"enum": ["A", "B", "C"]}, "A", "C"),
-        ({"enum": [1, 2, 3]}, 3, 1),
-        ({"enum": [True, False]}, True, False),
-        ({"const": "v1"}, "v1", "v1"),
-        ({"type": "integer"}, 5, 1),
-        ({"type": "integer", "minimum": 0, "maximum": 10}, 10, 0),
-        ({"type": "integer", "exclusiveMinimum": 0, "maximum": 3}, 3, 1),
-        ({"type": "number"}, 1.0, 0.0),
-        ({"type": "number", "minimum": -1, "maximum": 1}, 1.0, -1.0),
-        ({"type": ["string", "null"]}, "理由です。", "理由です。"),
-        ({"type": "string", "maxLength": 2}, "理由", "理由"),
-        ({"type": "null"}, None, None),
-        ({"anyOf": [{"type": "null"}, {"type": "boolean"}]}, True, False),
-        ({"type": "array", "items": {"type": "string"}}, [], ["根拠のない文。"]),
-        ({"type": "array", "items": {"type": "boolean"}, "minItems": 2}, [True] * 2, [False] * 2),
-        ({"$ref": "#/$defs/V", "$defs": {"V": {"type": "boolean"}}}, True, False),
-        (
-            {
-                "type": "array",
-                "items": {"$ref": "#/$defs/V"},
-                "minItems": 1,
-                "$defs": {"V": {"type": "string", "enum": ["yes", "no"]}},
-            },
-            ["yes"],
-            ["no"],
-        ),
-        ({"type": "number", "maximum": -10}, -10.0, -10.0),
-    ],
-)
-def test_schema_is_filled(schema: dict[str, Any], good: Any, bad: Any) -> None:
-    assert fill(schema, PASSED) == good
-    assert fill(schema, FAILED) == bad
+SCHEMAS: list[tuple[dict[str, Any], Any, Any]] = [
+    ({"type": "boolean"}, True, False),
+    ({"enum": ["bad", "good"]}, "good", "bad"),
+    ({"enum": ["A", "B", "C"]}, "A", "C"),
+    ({"enum": [1, 2, 3]}, 3, 1),
+    ({"enum": [True, False]}, True, False),
+    ({"const": "v1"}, "v1", "v1"),
+    ({"type": "integer"}, 5, 1),
+    ({"type": "integer", "minimum": 0, "maximum": 10}, 10, 0),
+    ({"type": "integer", "exclusiveMinimum": 0, "maximum": 3}, 3, 1),
+    ({"type": "number"}, 1.0, 0.0),
+    ({"type": "number", "minimum": -1, "maximum": 1}, 1.0, -1.0),
+    ({"type": ["string", "null"]}, "理由です。", "理由です。"),
+    ({"type": "string", "maxLength": 2}, "理由", "理由"),
+    ({"type": "null"}, None, None),
+    ({"anyOf": [{"type": "null"}, {"type": "boolean"}]}, True, False),
+    ({"type": "array", "items": {"type": "string"}}, [], ["根拠のない文。"]),
+    ({"type": "array", "items": {"type": "boolean"}, "minItems": 2}, [True] * 2, [False] * 2),
+    ({"$ref": "#/$defs/V", "$defs": {"V": {"type": "boolean"}}}, True, False),
+    (
+        {
+            "type": "array",
+            "items": {"$ref": "#/$defs/V"},
+            "minItems": 1,
+            "$defs": {"V": {"type": "string", "enum": ["yes", "no"]}},
+        },
+        ["yes"],
+        ["no"],
+    ),
+    ({"type": "number", "maximum": -10}, -10.0, -10.0),
+]
+
+
+def test_schema_is_filled() -> None:
+    for schema, good, bad in SCHEMAS:
+        assert (fill(schema, PASSED), fill(schema, FAILED)) == (good, bad), schema
 
 
 def test_stated_range_is_used_when_the_schema_has_none() -> None:
@@ -250,41 +231,30 @@ def test_any_key_set_is_answered(kinds: dict[str, str]) -> None:
 GRADE = {"properties": {"grade": {"enum": ["good", "bad"]}}, "required": ["grade"]}
 
 
-@pytest.mark.parametrize(
-    "schema",
-    [
-        {"allOf": [{"$ref": "#/$defs/Grade"}, {"properties": {"ok": {"type": "boolean"}}}]},
-        {"properties": {"ok": {"type": "boolean"}}, "allOf": [{"$ref": "#/$defs/Grade"}]},
-        {"properties": {"ok": {"type": "boolean"}}, "anyOf": [{"$ref": "#/$defs/Grade"}]},
-    ],
-)
-def test_keys_of_combined_schemas_are_all_there(schema: dict[str, Any]) -> None:
-    whole = {"type": "object", **schema, "$defs": {"Grade": GRADE}}
-    assert fill(whole, FAILED) == {"grade": "bad", "ok": False}
+def test_keys_of_combined_schemas_are_all_there() -> None:
+    grade, ok = {"$ref": "#/$defs/Grade"}, {"properties": {"ok": {"type": "boolean"}}}
+    for schema in ({"allOf": [grade, ok]}, {**ok, "allOf": [grade]}, {**ok, "anyOf": [grade]}):
+        whole = {"type": "object", **schema, "$defs": {"Grade": GRADE}}
+        assert fill(whole, FAILED) == {"grade": "bad", "ok": False}, schema
 
 
-@pytest.mark.parametrize(
-    ("answer", "passed"),
-    [
-        (GROUNDED, True),
-        ("お問い合わせありがとうございます。" + GROUNDED, True),
-        ("参考資料には見つかりませんでした。", True),
-        ("返品は商品の到着から30日以内に受け付けます。", False),  # 数字だけが違う
-        (GROUNDED + INVENTED, False),
-    ],
-)
-def test_grounded_rule(answer: str, passed: bool) -> None:
-    assert stub_rules.grounded(Case(answer=answer, document=SOURCE)).passed is passed
+def test_grounded_rule() -> None:
+    for answer, passed in {
+        GROUNDED: True,
+        "お問い合わせありがとうございます。" + GROUNDED: True,
+        "参考資料には見つかりませんでした。": True,
+        "返品は商品の到着から30日以内に受け付けます。": False,  # 数字だけが違う
+        GROUNDED + INVENTED: False,
+    }.items():
+        assert grounded(Case(answer=answer, document=SOURCE)).passed is passed, answer
+    found = grounded(Case(answer=GROUNDED + INVENTED, document=SOURCE))
+    assert (found.score, found.evidence) == (0.5, [INVENTED])  # 点数は、資料にある文の割合
 
 
-def test_grounded_score_is_the_share_of_supported_sentences() -> None:
-    found = stub_rules.grounded(Case(answer=GROUNDED + INVENTED, document=SOURCE))
-    assert (found.score, found.evidence) == (0.5, [INVENTED])
-
-
-@pytest.mark.parametrize(
-    ("answer", "passed"),
-    [("承ります。ご安心ください。", True), ("無理。あきらめろ。", False), ("Yes, you can.", True)],
-)
-def test_polite_rule(answer: str, passed: bool) -> None:
-    assert stub_rules.polite(Case(answer=answer)).passed is passed
+def test_polite_rule() -> None:
+    for answer, passed in {
+        "承ります。ご安心ください。": True,
+        "無理。あきらめろ。": False,
+        "Yes, you can.": True,
+    }.items():
+        assert polite(Case(answer=answer)).passed is passed, answer

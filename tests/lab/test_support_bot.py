@@ -11,8 +11,8 @@ import pytest
 from openai import OpenAI
 
 from chapter8_samples import _lab
-from chapter8_samples._lab.shop.documents import load_documents, load_questions
 from chapter8_samples._lab.llm.server import StubLlm
+from chapter8_samples._lab.shop.documents import load_documents, load_questions
 from chapter8_samples._lab.shop.support_bot import (
     PROMPT_ALIAS,
     PROMPT_NAME,

@@ -51,11 +51,11 @@ def test_one_connection_serves_many_requests(webhooks: WebhookReceiver) -> None:
 def test_keep_alive_has_no_delayed_ack_pause(webhooks: WebhookReceiver) -> None:
     times: list[float] = []
     with requests.Session() as session:
-        for _ in range(100):
+        for _ in range(30):
             started = time.monotonic()
             session.post(webhooks.url, timeout=5)
             times.append(time.monotonic() - started)
-    assert sorted(times)[30] < 0.035  # 遅延 ACK は、ほとんどの回で 40 ms。混んだ機械はときどき遅い
+    assert sorted(times)[9] < 0.035  # 遅延 ACK は、ほとんどの回で 40 ms。混んだ機械はときどき遅い
 
 
 def test_reset_cuts_the_connection(webhooks: WebhookReceiver) -> None:
