@@ -121,7 +121,7 @@ class AlertmanagerNotificationHandler(HttpHandler):
         ends_at = self._now() + self.hold
         if alert.status is AlertStatus.RESOLVED:
             ends_at = alert.ends_at or self._now()
-        labels = {_label_name(key): value for key, value in alert.labels.items()}
+        labels = {label_name(key): value for key, value in alert.labels.items()}
         labels |= {"alertname": alert.name, "severity": alert.severity.value}
         annotations = {"summary": alert.summary, "examples": " ".join(alert.examples)}
         if alert.value is not None:
@@ -139,8 +139,12 @@ class AlertmanagerNotificationHandler(HttpHandler):
         ]
 
 
-def _label_name(key: str) -> str:
-    """Prometheus のラベルの名前(英数字と ``_``)。ほかの文字があると、400 で断られる。"""
+def label_name(key: str) -> str:
+    """Prometheus のラベルの名前(英数字と ``_``)にする。ほかの文字があると、400 で断られる。
+
+    >>> label_name("team-name")
+    'team_name'
+    """
     return re.sub(r"\W|^(?=\d)", "_", key, flags=re.ASCII)
 
 

@@ -9,10 +9,10 @@ Databricks では ``to_databricks_alert`` で SQL アラートにする(``databr
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..delivery.channels import label_name
 from ..rules.config import AlertConfig
 from ..rules.model import AlertConfigError, AlertRule, BurnRateRule, Rule, format_duration
 
@@ -32,15 +32,6 @@ def selector(metric: str, window: str) -> str:
     escaped = assessment.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     label = f',assessment="{escaped}"' if assessment else ""
     return f'{PREFIX}{base}{{window="{window}"{label}}}'
-
-
-def label_name(key: str) -> str:
-    """Prometheus のラベルの名前にする(英数字と ``_`` だけ)。
-
-    >>> label_name("team-name")
-    'team_name'
-    """
-    return re.sub(r"\W|^(?=\d)", "_", key, flags=re.ASCII)
 
 
 def expression(rule: Rule) -> str:
