@@ -15,17 +15,18 @@ import mlflow
 import pytest
 from mlflow.entities.trace_location import MlflowExperimentLocation
 
+from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.graceful_shutdown import (
     GracefulShutdownHandler,
     setup_graceful_shutdown,
 )
-from chapter8_samples.production_tracing.delivery.flush import flush_traces
 
 SETUP = "setup_graceful_shutdown(timeout_seconds=20)\n"
-WORK = "for number in range(30): work(number)\n"
+WORK = "for number in range(15): work(number)\n"
 SELF_TERM = "os.kill(os.getpid(), signal.SIGTERM)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
@@ -41,14 +42,16 @@ def test_every_trace_is_stored_and_the_exit_status_is_kept(
     program: Any, stored: Any, ending: str, code: int
 ) -> None:
     assert program.run(SETUP + WORK + ending)[0] == code
-    assert len(stored("child", include_spans=False)) == 30
+    assert len(stored("child", include_spans=False)) == 15
 
 
+@pytest.mark.slow
 def test_without_the_handler_sigterm_loses_traces(program: Any, stored: Any) -> None:
     assert program.run(WORK + SELF_TERM + "time.sleep(60)")[0] == -signal.SIGTERM
-    assert len(stored("child", include_spans=False)) < 30
+    assert len(stored("child", include_spans=False)) < 15
 
 
+@pytest.mark.slow
 def test_open_trace_is_closed_and_stored(program: Any, stored: Any) -> None:
     body = SETUP + "with mlflow.start_span('open'):\n    " + SELF_TERM + "    time.sleep(60)"
     assert program.run(body)[0] == -signal.SIGTERM
@@ -56,6 +59,7 @@ def test_open_trace_is_closed_and_stored(program: Any, stored: Any) -> None:
     assert trace.info.execution_duration is not None and "IN_PROGRESS" not in str(trace.info.state)
 
 
+@pytest.mark.slow
 def test_previous_handler_is_chained_and_may_keep_the_process_alive(
     program: Any, stored: Any
 ) -> None:
@@ -68,18 +72,20 @@ def test_previous_handler_is_chained_and_may_keep_the_process_alive(
     )
     code, out, _ = program.run(body)
     assert (code, out.strip()) == (0, "alive [1]")
-    assert len(stored("child", include_spans=False)) == 30
+    assert len(stored("child", include_spans=False)) == 15
 
 
+@pytest.mark.slow
 def test_ignored_signal_stays_ignored(program: Any) -> None:
     body = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SETUP + SELF_TERM + "print('on')"
     assert program.run(body)[:2] == (0, "on\n")
 
 
+@pytest.mark.slow
 def test_exit_code_chosen_by_the_previous_handler_wins(program: Any, stored: Any) -> None:
     body = "signal.signal(signal.SIGTERM, lambda *a: sys.exit(9))\n" + SETUP + WORK + SELF_TERM
     assert program.run(body + "time.sleep(60)")[0] == 9
-    assert len(stored("child", include_spans=False)) == 30
+    assert len(stored("child", include_spans=False)) == 15
 
 
 HANG = "GracefulShutdownHandler({limit}, flush=lambda: time.sleep(100)).register()\n"
@@ -87,16 +93,12 @@ HANG = "GracefulShutdownHandler({limit}, flush=lambda: time.sleep(100)).register
 
 def _seconds_from_the_signal(program: Any, body: str) -> tuple[int, float]:
     """(終了コード, プロセスが自分に SIGTERM を送ってから消えるまでの秒数)。"""
-    child = program.start(body + "print(time.time(), flush=True)\n" + SELF_TERM + "time.sleep(60)")
-    try:
-        sent = float(child.stdout.readline())
-        code = child.wait()  # 期限を付けると、終了を見に行く間隔の分だけ遅く見える
-        return code, time.time() - sent
-    finally:
-        child.kill()
-        child.communicate()
+    body += "print(time.time(), flush=True)\n" + SELF_TERM + "time.sleep(60)"
+    code, out, _ = program.run(body)
+    return code, program.ended - float(out)
 
 
+@pytest.mark.slow
 def test_hanging_delivery_is_cut_at_the_deadline(program: Any) -> None:
     code, seconds = _seconds_from_the_signal(program, HANG.format(limit=2))
     assert code in (-signal.SIGTERM, 128 + signal.SIGTERM)
@@ -127,6 +129,7 @@ def test_unreachable_server_does_not_hold_the_exit(
     assert seconds <= 3 + 0.5
 
 
+@pytest.mark.slow
 def test_second_signal_leaves_at_once(program: Any) -> None:
     body = HANG.format(limit=50) + "try:\n    " + SELF_TERM + "    time.sleep(60)\n"
     body += "finally:\n    " + SELF_TERM + "    time.sleep(60)\n"
@@ -145,6 +148,7 @@ except KeyboardInterrupt:
 RELOADED = "os.kill(os.getpid(), signal.SIGHUP)\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [INTERRUPTED, RELOADED], ids=["ctrl-c", "reload"])
 def test_an_earlier_signal_the_app_survived_is_not_the_first_one(
     program: Any, stored: Any, earlier: str
@@ -152,9 +156,10 @@ def test_an_earlier_signal_the_app_survived_is_not_the_first_one(
     body = "signal.signal(signal.SIGHUP, lambda *_: None)\nboth = (signal.SIGTERM, signal.SIGHUP)\n"
     body += "setup_graceful_shutdown(20, signals=(*both, signal.SIGINT))\n" + earlier + WORK
     assert program.run(body + SELF_TERM + "time.sleep(60)")[0] == -signal.SIGTERM
-    assert len(stored("child", include_spans=False)) == 30
+    assert len(stored("child", include_spans=False)) == 15
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_leaves_at_once(program: Any) -> None:
     body = HANG.format(limit=50)
     body += "again = threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT))\n"
@@ -164,10 +169,11 @@ def test_second_ctrl_c_leaves_at_once(program: Any) -> None:
     assert time.monotonic() - started < 40
 
 
+@pytest.mark.slow
 def test_closed_stdout_does_not_hide_the_signal(program: Any, stored: Any) -> None:
     code, _, error = program.run(SETUP + WORK + "sys.stdout = None\n" + SELF_TERM)
     assert code == -signal.SIGTERM and "Traceback" not in error
-    assert len(stored("child", include_spans=False)) == 30
+    assert len(stored("child", include_spans=False)) == 15
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf")])
@@ -178,6 +184,7 @@ def test_limits_that_are_no_time_are_refused(limit: float) -> None:
         GracefulShutdownHandler(limit)
 
 
+@pytest.mark.slow
 def test_non_daemon_thread_does_not_hold_the_process(program: Any) -> None:
     body = "setup_graceful_shutdown(timeout_seconds=3)\n" + WORK
     body += "threading.Thread(target=time.sleep, args=(100,)).start()\n" + SELF_TERM
@@ -198,7 +205,7 @@ def test_multiprocessing_children_lose_nothing(program: Any, stored: Any) -> Non
     )
     code, out, err = program.run(body)
     assert (code, out.strip()) == (0, "0"), err
-    assert len(stored("child", include_spans=False)) == 50
+    assert len(stored("child", include_spans=False)) == 35
 
 
 @pytest.mark.slow
@@ -217,7 +224,7 @@ def test_spawned_children_lose_nothing(program: Any, stored: Any, where: str) ->
         "    for child in children: child.join()\n"
         "    print([child.exitcode for child in children])\n"
     )
-    code, out, err = program.run(body)
+    code, out, err = program.run_fresh(body)
     assert (code, out.strip()) == (0, "[0, 0]"), err
     assert len(stored("child", include_spans=False)) == 40
 
@@ -244,6 +251,7 @@ def test_forked_child_keeps_the_destination(program: Any, stored: Any) -> None:
     assert len(stored("destination")) == 2
 
 
+@pytest.mark.slow
 def test_forked_child_stays_disabled(program: Any, stored: Any) -> None:
     body = "mlflow.tracing.disable()\n" + SETUP
     body += (
@@ -316,11 +324,12 @@ def test_failure_is_counted_when_mlflow_is_not_to_warn(
     assert (export.level, export.propagate) == (logging.NOTSET, True)
 
 
+@pytest.mark.slow
 def test_process_that_never_traced_touches_no_backend(program: Any, tmp_path: Path) -> None:
     """データベースを作らず、止まったサーバーも待たない。"""
     code = "from chapter8_samples.production_tracing.graceful_shutdown import *\n" + SETUP
     uri = f"sqlite:///{tmp_path.as_posix()}/never.db"
-    child = program.start("", sys.executable, "-c", code, MLFLOW_TRACKING_URI=uri)
+    child = program.start(sys.executable, "-c", code, MLFLOW_TRACKING_URI=uri)
     _, error = child.communicate(timeout=60)
     assert child.returncode == 0, error
     assert not (tmp_path / "never.db").exists() and "INFO" not in error

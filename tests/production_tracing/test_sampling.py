@@ -25,6 +25,12 @@ from mlflow.tracing.trace_manager import InMemoryTraceManager
 
 from chapter8_samples.production_tracing import sampling as tail_sampling
 from chapter8_samples.production_tracing.metadata_tagging import incoming_trace, run_with_context
+from chapter8_samples.production_tracing.sampling import (
+    Decision,
+    TailSampler,
+    TraceSummary,
+    unit_hash,
+)
 from chapter8_samples.production_tracing.sampling_strategies import (
     AdaptiveRate,
     AdaptiveSampler,
@@ -32,12 +38,6 @@ from chapter8_samples.production_tracing.sampling_strategies import (
     KeepRules,
     ProbabilisticSampler,
     weighted_estimates,
-)
-from chapter8_samples.production_tracing.sampling import (
-    Decision,
-    TailSampler,
-    TraceSummary,
-    unit_hash,
 )
 
 
@@ -47,7 +47,7 @@ def half(summary: TraceSummary) -> Decision:
     return Decision(0.5, "rest")
 
 
-def test_private_names_of_mlflow_and_opentelemetry() -> None:
+def test_private_names_of_mlflow_and_opentelemetry(tracking_uri: str) -> None:
     """非公開の名前の契約。ここが落ちたら tail_sampling.py を直す。"""
     from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE, _MlflowSampler
     from opentelemetry.sdk.trace import TracerProvider
@@ -124,13 +124,13 @@ def make_traces(count: int) -> None:
 
 @pytest.mark.parametrize("use_async", ["true", "false"])
 def test_exactly_the_kept_traces_are_stored_with_all_children(
-    tracking_uri: str, stored: Any, monkeypatch: pytest.MonkeyPatch, use_async: str
+    collected: Any, monkeypatch: pytest.MonkeyPatch, use_async: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", use_async)
     mlflow.set_experiment("tail")
     sampler = TailSampler(half).install()
     make_traces(60)
-    traces = stored("tail")
+    traces = collected()
     stats = sampler.stats()
     assert stats.kept == len(traces) and stats.kept + stats.dropped == 60
     assert stats.by_rule["error"] == (12, 0) and stats.dropped > 5
@@ -151,6 +151,7 @@ def _root(trace: Any) -> str:
     return next(span.name for span in trace.data.spans if span.parent_id is None)
 
 
+@pytest.mark.slow
 def test_over_a_server(mlflow_server_url: str, stored: Any) -> None:
     mlflow.set_experiment("tail-server")
     sampler = TailSampler(half).install()
@@ -288,7 +289,7 @@ def test_open_traces_are_bounded_and_evicted_ones_are_kept(tracking_uri: str, st
     assert {t.info.trace_metadata["sampling.rule"] for t in traces} == {"evicted"}
 
 
-def test_only_one_sampler_at_a_time() -> None:
+def test_only_one_sampler_at_a_time(tracking_uri: str) -> None:
     first = TailSampler(half).install()
     assert first.install() is first
     with pytest.raises(RuntimeError, match="uninstall"):
@@ -299,7 +300,7 @@ def test_only_one_sampler_at_a_time() -> None:
         ProbabilisticSampler(1.1)
 
 
-def test_concurrent_requests_count_exactly(tracking_uri: str, stored: Any) -> None:
+def test_concurrent_requests_count_exactly(collected: Any) -> None:
     mlflow.set_experiment("threads")
     sampler = TailSampler(half).install()
     threads = [threading.Thread(target=make_traces, args=(20,)) for _ in range(8)]
@@ -309,7 +310,7 @@ def test_concurrent_requests_count_exactly(tracking_uri: str, stored: Any) -> No
         thread.join()
     stats = sampler.stats()
     assert stats.kept + stats.dropped == 160
-    assert len(stored("threads", include_spans=False)) == stats.kept
+    assert len(collected()) == stats.kept
 
 
 def test_remote_traces_are_not_decided_here(tracking_uri: str, stored: Any) -> None:
@@ -375,9 +376,7 @@ def test_rating_rule() -> None:
     assert [rules(summary(value)) for value in fine] == [None] * 4
 
 
-def test_head_sampling_records_the_weight_and_respects_overrides(
-    tracking_uri: str, stored: Any
-) -> None:
+def test_head_sampling_records_the_weight_and_respects_overrides(collected: Any) -> None:
     mlflow.set_experiment("head")
     sampler = ProbabilisticSampler(0.3).install()
 
@@ -387,20 +386,21 @@ def test_head_sampling_records_the_weight_and_respects_overrides(
     for number in range(100):
         plain(number)
     always()
-    traces = stored("head")
+    traces = collected()
     weights = {_root(trace): trace.info.trace_metadata["sampling.weight"] for trace in traces}
     assert float(weights["plain"]) == pytest.approx(1 / 0.3) and weights["always"] == "1.0"
     assert {len(t.data.spans) for t in traces if _root(t) == "plain"} == {2}
     stats = sampler.stats()
     assert stats.kept == len(traces) and stats.kept + stats.dropped == 101
+    kept = len(traces)
     sampler.uninstall()
     for number in range(20):
         plain(number)
-    assert len(stored("head")) == len(traces) + 20
+    assert len(collected()) == kept + 20
 
 
 def test_ratio_in_the_environment_is_part_of_the_weight(
-    tracking_uri: str, stored: Any, monkeypatch: pytest.MonkeyPatch
+    collected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACE_SAMPLING_RATIO", "0.5")
     mlflow.set_experiment("environment")
@@ -413,7 +413,7 @@ def test_ratio_in_the_environment_is_part_of_the_weight(
         for number in range(60):
             plain(number)
             always()
-        traces = stored("environment", max_results=500)
+        traces = collected()
         weights = {_root(trace): set[str]() for trace in traces}
         for trace in traces:
             weights[_root(trace)].add(trace.info.trace_metadata["sampling.weight"])
@@ -427,12 +427,12 @@ def test_ratio_in_the_environment_is_part_of_the_weight(
     assert type(provider.sampler._root).__name__ == "_MlflowSampler"
 
 
-def test_head_and_tail_weights_multiply(tracking_uri: str, stored: Any) -> None:
+def test_head_and_tail_weights_multiply(collected: Any) -> None:
     mlflow.set_experiment("both")
     ConditionalSampler(0.5, head_probability=0.5).install()
     for number in range(80):
         plain(number)
-    traces = stored("both")
+    traces = collected()
     assert traces and {t.info.trace_metadata["sampling.weight"] for t in traces} == {"4.0"}
 
 
@@ -533,9 +533,7 @@ def test_adaptive_follows_the_load() -> None:
     assert statistics.mean(errors) <= 10
 
 
-def test_adaptive_sampler_end_to_end(
-    tracking_uri: str, stored: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adaptive_sampler_end_to_end(collected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # トレース ID は毎回変わり、推定値はおよそ 120 回に 1 回、標準誤差の 4 倍より外れる
     draws = itertools.count()
     monkeypatch.setattr(tail_sampling, "unit_hash", lambda _id: unit_hash(str(next(draws))))
@@ -544,7 +542,7 @@ def test_adaptive_sampler_end_to_end(
     sampler = AdaptiveSampler(60, clock=lambda: next(ticks) * 0.1).install()
     for number in range(100):  # 毎分 600 件
         plain(number)
-    traces = stored("adaptive")
+    traces = collected()
     assert len(traces) == sampler.stats().kept < 60
     found = weighted_estimates(traces)
     assert abs(found.count - 100) < 4 * found.count_se

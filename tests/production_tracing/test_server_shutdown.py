@@ -15,6 +15,8 @@ import requests
 
 from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = 40
 IMPORTS = """
 import mlflow
@@ -48,7 +50,7 @@ def app(environ, start_response):
 def serve(program: Any, app: str, port: int, *arguments: str) -> int:
     """サーバーを起動し、リクエストを送って SIGTERM で止め、終了コードを返す。"""
     (program.folder / "app.py").write_text(app, encoding="utf-8")
-    child = program.start("", sys.executable, *arguments, MLFLOW_TRACKING_URI=program.uri)
+    child = program.start(sys.executable, *arguments, MLFLOW_TRACKING_URI=program.uri)
     try:
         _send_requests(child, port)
         os.kill(child.pid, signal.SIGTERM)
@@ -69,7 +71,6 @@ def _send_requests(child: Any, port: int) -> None:
             time.sleep(0.2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_uvicorn_with_lifespan_loses_nothing(
     program: Any, stored: Any, free_port: int, workers: int
@@ -80,7 +81,6 @@ def test_uvicorn_with_lifespan_loses_nothing(
     assert len(stored("child", include_spans=False)) == REQUESTS
 
 
-@pytest.mark.slow
 def test_uvicorn_with_signal_handler_only_loses_nothing(
     program: Any, stored: Any, free_port: int
 ) -> None:
@@ -90,7 +90,6 @@ def test_uvicorn_with_signal_handler_only_loses_nothing(
     assert len(stored("child", include_spans=False)) == REQUESTS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "options"),
     [("mlflow.set_experiment('child')", "lifespan=tracing_lifespan"), (SETUP, "")],
@@ -117,7 +116,6 @@ def post_fork_of_the_docstring() -> str:
 WARM_UP = "for _ in range(20):\n    with mlflow.start_span('warm-up'): pass\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "preload", "configured", "expected"),
     [

@@ -10,6 +10,8 @@ from typing import Any
 import mlflow
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SAMPLER = """
 from chapter8_samples.production_tracing.sampling_strategies import ConditionalSampler
 from chapter8_samples.production_tracing.basic_setup import setup_production_tracing
@@ -59,7 +61,6 @@ otel.set_tracer_provider(provider)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("owner", ["mlflow", "application"])
 def test_global_provider(program: Any, stored: Any, owner: str) -> None:
     """グローバルのプロバイダーを共有しても、MLflow の分だけを選び、他の送信先には触れない。"""
@@ -80,7 +81,6 @@ def test_global_provider(program: Any, stored: Any, owner: str) -> None:
     assert_exactly_the_kept_ones(kept, report, spans=2)
 
 
-@pytest.mark.slow
 def test_global_provider_over_a_server(
     program: Any, stored: Any, tmp_path: Path, mlflow_server_url: str
 ) -> None:
@@ -96,7 +96,6 @@ def test_global_provider_over_a_server(
     assert_exactly_the_kept_ones(stored(name), report, spans=2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("own_provider", ["true", "false"])
 def test_autologged_openai_calls(
     program: Any, stored: Any, stub_llm: Any, own_provider: str
@@ -129,7 +128,6 @@ def test_autologged_openai_calls(
     assert all(trace.info.token_usage for trace in traces)
 
 
-@pytest.mark.slow
 def test_every_error_is_kept_at_200_requests_per_second(program: Any, stored: Any) -> None:
     """毎秒 200 件を 3 秒、エラー 2%、残りは 5%。"""
     body = (

@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,9 +16,10 @@ import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 
+from chapter8_samples.production_tracing.__main__ import main
 from chapter8_samples.production_tracing.delivery import spool as trace_spool
-from chapter8_samples.production_tracing.graceful_shutdown import GracefulShutdownHandler
 from chapter8_samples.production_tracing.delivery.spool import TraceSpool, replay
+from chapter8_samples.production_tracing.graceful_shutdown import GracefulShutdownHandler
 
 
 class Server:
@@ -325,26 +324,20 @@ def test_server_killed_in_mid_burst_and_restarted(tmp_path: Path, free_port: int
         server.stop()
 
 
-def test_command_line(tmp_path: Path) -> None:
-    name = "chapter8_samples.production_tracing.delivery.spool"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        command = [sys.executable, "-m", name, *map(str, arguments)]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=False
-        )
-        return done.returncode, done.stdout, done.stderr
-
+def test_command_line(
+    tracking_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    assert run("replay", tmp_path / "empty")[:2] == (0, "delivered=0 pending=0 dead=0\n")
-    code, _, error = run("replay", tmp_path / "typo")
-    assert code == 1 and f"no spool at '{tmp_path / 'typo'}'" in error and "Traceback" not in error
+    assert main(["replay", str(tmp_path / "empty")]) == 0
+    assert capsys.readouterr().out == "delivered=0 pending=0 dead=0\n"
+    assert main(["replay", str(tmp_path / "typo")]) == 1
+    assert f"no spool at '{tmp_path / 'typo'}'" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
-    code, usage, _ = run("replay", "--help")
-    assert code == 0 and "DIR" in usage
-    code, _, error = run("repaly", tmp_path / "empty")
-    assert code == 2 and "repaly" in error
+    for arguments, code, shown in ((["replay", "--help"], 0, "DIR"), (["repaly"], 2, "repaly")):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == code
+        assert shown in "".join(capsys.readouterr())
 
 
 def test_a_spool_that_otlp_would_bypass_is_refused(

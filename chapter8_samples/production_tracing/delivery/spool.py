@@ -286,13 +286,14 @@ class TraceSpool:
 
     def _next_batch(self) -> list[str]:
         """送る番のトレース ID。取り外されたら空。"""
-        with self._changed:
+        changed = self._changed  # fork した子では作り直される
+        with changed:
             while not self._stopped:
                 wait = self._retry_at - self._clock()
                 ready = self._pending and self._allowed
                 if ready and wait <= 0:
                     return [self._pending[i] for i in range(min(self._batch, len(self._pending)))]
-                self._changed.wait(wait if ready else None)
+                changed.wait(wait if ready else None)
         return []
 
     def _send(self, batch: list[str]) -> None:
