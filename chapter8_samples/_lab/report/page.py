@@ -67,7 +67,7 @@ def write_report(
 ) -> Path:
     """レポートを書き、そのパスを返す。"""
     environment = Environment(
-        loader=PackageLoader("chapter8_samples._lab"),
+        loader=PackageLoader("chapter8_samples._lab.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
