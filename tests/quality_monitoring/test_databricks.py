@@ -37,6 +37,8 @@ from chapter8_samples.quality_monitoring import (
 )
 from chapter8_samples.quality_monitoring.scorer_lifecycle import state_of
 
+pytestmark = pytest.mark.slow  # databricks-agents の読み込みだけで数秒かかる
+
 NAME = "/production/my-llm-app"
 
 
@@ -272,8 +274,3 @@ def test_the_trace_archive_goes_on_and_off(
     with pytest.raises(ScorerSetupError, match=NAME):
         set_trace_archive(NAME, None)
     assert capfd.readouterr().out == ""
-
-
-def test_the_trace_archive_is_a_databricks_feature(store: str) -> None:
-    with pytest.raises(ScorerSetupError, match="MLFLOW_TRACKING_URI=databricks"):
-        set_trace_archive("quality", "main.ops.traces")

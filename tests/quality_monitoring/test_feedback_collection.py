@@ -72,16 +72,8 @@ def test_comments_and_issues_pile_up(store: str, ask: Any) -> None:
 def test_a_feedback_id_from_the_browser_makes_double_clicks_harmless(store: str, ask: Any) -> None:
     (trace_id,) = ask()
     for _ in range(3):
-        log_text_feedback(trace_id, "二度押し", "u", feedback_id="click-1")
+        log_text_feedback(trace_id, "二度押し", "u", feedback_id=f"click-{trace_id}")
     assert len(TracingClient().get_trace_info(trace_id).assessments) == 1
-
-
-@pytest.mark.parametrize(
-    "rating", [True, math.nan, math.inf, 0, 6, pytest.param(10**400, id="huge"), "5", None]
-)
-def test_ratings_off_the_scale_are_refused(rating: object) -> None:
-    with pytest.raises(FeedbackValidationError, match="rating"):
-        log_rating_feedback("tr-1", rating, "u")  # type: ignore[arg-type]
 
 
 def test_the_scale_can_be_chosen(store: str, ask: Any) -> None:
@@ -90,10 +82,18 @@ def test_the_scale_can_be_chosen(store: str, ask: Any) -> None:
     assert stored(trace_id)["user_rating"].metadata["scale_max"] == "10"
 
 
-@pytest.mark.parametrize("value", [1, "yes", None])
-def test_thumbs_takes_only_bools(value: object) -> None:
-    with pytest.raises(FeedbackValidationError, match="is_positive"):
-        log_thumbs_feedback("tr-1", value, "u")  # type: ignore[arg-type]
+def test_values_of_the_wrong_kind_are_refused() -> None:
+    ratings: list[Any] = [True, math.nan, math.inf, 0, 6, 10**400, "5", None]
+    for rating in ratings:
+        with pytest.raises(FeedbackValidationError, match="rating"):
+            log_rating_feedback("tr-1", rating, "u")
+    votes: list[Any] = [1, "yes", None]
+    for vote in votes:
+        with pytest.raises(FeedbackValidationError, match="is_positive"):
+            log_thumbs_feedback("tr-1", vote, "u")
+    for text in ("", "   ", "x" * 10_001):
+        with pytest.raises(FeedbackValidationError, match="comment"):
+            log_text_feedback("tr-1", text, "u")
 
 
 def test_unknown_issue_types_name_the_choices() -> None:
@@ -101,12 +101,6 @@ def test_unknown_issue_types_name_the_choices() -> None:
         log_issue_report("tr-1", "typo", "x", "u")
     with pytest.raises(FeedbackValidationError, match="critical"):
         log_issue_report("tr-1", "slow", "x", "u", severity="urgent")
-
-
-@pytest.mark.parametrize("text", ["", "   ", "x" * 10_001])
-def test_texts_are_limited(text: str) -> None:
-    with pytest.raises(FeedbackValidationError):
-        log_text_feedback("tr-1", text, "u")
 
 
 def test_the_collector_never_guesses_the_trace(store: str, ask: Any) -> None:

@@ -19,6 +19,7 @@ from ports import free_port
 
 from chapter8_samples.quality_monitoring import (
     RECOMMENDED_SAMPLE_RATES,
+    JudgeEndpointError,
     JudgePrice,
     ScorerNotFoundError,
     ScorerPlan,
@@ -27,7 +28,9 @@ from chapter8_samples.quality_monitoring import (
     change_sample_rate,
     delete_all_scorers,
     demonstrate_scorer_lifecycle,
+    ensure_judge_endpoint,
     estimate_monthly_judge_cost,
+    evaluate_with_scorers,
     get_scorer_status,
     list_scorer_statuses,
     pause_scorer,
@@ -35,6 +38,7 @@ from chapter8_samples.quality_monitoring import (
     resume_scorer,
     run_scoring_cycle,
     server_scored_until,
+    set_trace_archive,
     setup_builtin_scorers,
     setup_custom_guidelines_scorer,
     setup_quality_scorers,
@@ -46,6 +50,7 @@ from chapter8_samples.quality_monitoring.scorer_setup import resolve_judge_model
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_readme_quick_start_needs_nothing(tmp_path: Path) -> None:
     code = (
         "from chapter8_samples.quality_monitoring.scorer_setup import setup_quality_scorers\n"
@@ -79,22 +84,24 @@ def test_setup_twice_makes_no_new_version(store: str) -> None:
         assert len(list_scorer_versions(name=status.name, experiment_id=store)) == 1
 
 
+@pytest.mark.slow
 def test_other_processes_make_no_new_version(store: str) -> None:
+    assert [s.version for s in setup_quality_scorers("quality")] == [1, 1, 1]
     code = (
         "import sys, mlflow; mlflow.set_tracking_uri(sys.argv[1])\n"
-        "from chapter8_samples.quality_monitoring.scorer_setup import setup_quality_scorers\n"
+        "from chapter8_samples.quality_monitoring import setup_quality_scorers\n"
         "print(*(s.version for s in setup_quality_scorers('quality')))"
     )
-    for seed in ("1", "2"):  # 集合の並び順が変わる種
-        result = subprocess.run(
+    running = [
+        subprocess.Popen(
             [sys.executable, "-c", code, mlflow.get_tracking_uri()],
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
-            timeout=120,
         )
-        assert result.stdout == "1 1 1\n"
+        for seed in ("1", "2")  # 集合の並び順が変わる種
+    ]
+    assert [process.communicate(timeout=120)[0] for process in running] == ["1 1 1\n"] * 2
 
 
 def test_a_changed_definition_makes_one_new_version(store: str) -> None:
@@ -123,18 +130,16 @@ def test_custom_code_is_not_registered_outside_databricks(store: str, ask: Any) 
     assert run_scoring_cycle("quality", [status]).scored == 1
 
 
-@pytest.mark.parametrize("rate", [0, 1.5, True, -1, "1", None])
-def test_rates_are_checked_before_anything_is_registered(store: str, rate: Any) -> None:
-    with pytest.raises(ScorerSetupError, match="sample_rate"):
-        setup_quality_scorers("quality", quality_sample_rate=rate)
-    assert list_scorer_statuses("quality") == []
-
-
-@pytest.mark.parametrize("rate", [0, 1.5, True])
-def test_a_rate_out_of_range_changes_nothing(store: str, rate: Any) -> None:
+def test_rates_out_of_range_change_nothing(store: str) -> None:
+    rates: list[Any] = [0, 1.5, True, -1, "1", None]
+    for rate in rates:
+        with pytest.raises(ScorerSetupError, match="sample_rate"):
+            setup_quality_scorers("quality", quality_sample_rate=rate)
+    assert list_scorer_statuses("quality") == []  # 何も登録しないうちに断る
     setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name="pii"), sample_rate=0.5)])
-    with pytest.raises(ScorerSetupError, match="sample_rate"):
-        change_sample_rate("quality", "pii", rate)
+    for rate in rates:
+        with pytest.raises(ScorerSetupError, match="sample_rate"):
+            change_sample_rate("quality", "pii", rate)
     assert get_scorer_status("quality", "pii").sample_rate == 0.5
 
 
@@ -223,10 +228,15 @@ def test_any_name_mlflow_takes_can_be_paused_and_deleted(store: str) -> None:
     assert delete_all_scorers("quality", confirm=True) == [name]
 
 
-@pytest.mark.parametrize("guidelines", ["", "  ", [], [""]])
-def test_a_judge_without_guidelines_is_refused(store: str, guidelines: Any) -> None:
-    with pytest.raises(ScorerSetupError, match="guidelines"):
-        setup_custom_guidelines_scorer("quality", guidelines)
+def test_a_judge_without_guidelines_is_refused(store: str) -> None:
+    empty: list[str | list[str]] = ["", "  ", [], [""]]
+    for guidelines in empty:
+        with pytest.raises(ScorerSetupError, match="guidelines"):
+            setup_custom_guidelines_scorer("quality", guidelines)
+    with pytest.raises(JudgeEndpointError, match="api_key"):  # 空の鍵も、保存する前に断る
+        ensure_judge_endpoint(api_key="")
+    with pytest.raises(JudgeEndpointError, match="MLFLOW_TRACKING_URI"):
+        ensure_judge_endpoint(api_key="x")
 
 
 def test_a_server_that_is_down_is_a_setup_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,15 +256,9 @@ def test_a_filter_that_cannot_work_is_told_at_once(store: str) -> None:
     assert get_scorer_status("quality", "pii").sample_rate == 1.0
 
 
-def test_the_demonstration_works_in_a_new_experiment(store: str) -> None:
-    plan = ScorerPlan(scorer=Safety(name="s", model="openai:/a"))
-    states = [step.state for step in demonstrate_scorer_lifecycle("brand-new", plan)]
-    assert states[0] == states[-1] == "UNREGISTERED" and "STARTED" in states
-
-
 def test_the_demonstration_shows_states_read_back_from_the_store(store: str) -> None:
     plan = ScorerPlan(scorer=Safety(name="s", model="openai:/a"), sample_rate=0.5)
-    steps = list(demonstrate_scorer_lifecycle("quality", plan))
+    steps = list(demonstrate_scorer_lifecycle("brand-new", plan))
     assert [(s.state, s.sample_rate) for s in steps] == [
         ("UNREGISTERED", 0.0),
         ("STARTED", 0.5),
@@ -292,9 +296,7 @@ def test_server_progress_is_read_from_the_checkpoint(store: str) -> None:
     assert progress is not None and progress.isoformat() == "2026-01-01T00:00:00+00:00"
 
 
-def test_a_scorer_of_whole_sessions_is_told_where_it_can_run(
-    store: str, infos: Any, stub_llm: Any
-) -> None:
+def test_a_scorer_of_whole_sessions_is_told_where_it_can_run(store: str) -> None:
     frustrated = UserFrustration(name="frustrated", model="openai:/gpt-4.1-mini")
     (status,) = setup_scorers("quality", [ScorerPlan(scorer=frustrated)])
     assert status.runs == "client" and "mlflow.genai.evaluate()" in status.reason
@@ -308,6 +310,9 @@ def test_a_scorer_of_whole_sessions_is_told_where_it_can_run(
     with pytest.raises(ScoringError, match=r"mlflow\.genai\.evaluate\(\)"):
         run_scoring_cycle("quality", [status])
 
+
+@pytest.mark.slow
+def test_that_place_is_evaluate(store: str, infos: Any, stub_llm: Any) -> None:
     @mlflow.trace
     def answer(question: str) -> str:
         mlflow.update_current_trace(metadata={"mlflow.trace.session": "s-1"})
@@ -315,6 +320,21 @@ def test_a_scorer_of_whole_sessions_is_told_where_it_can_run(
 
     answer("返品")
     answer("交換")
+    frustrated = UserFrustration(name="frustrated", model="openai:/gpt-4.1-mini")
     mlflow.genai.evaluate(data=mlflow.search_traces(locations=[store]), scorers=[frustrated])
     names = [a.name for info in infos().values() for a in info.assessments]
     assert names == ["frustrated"]
+
+
+@pytest.mark.slow
+def test_a_release_can_be_evaluated_with_the_scorers_of_production(
+    store: str, stub_llm: Any
+) -> None:
+    statuses = setup_custom_guidelines_scorer("quality", "回答は丁寧である")
+    rows = [{"inputs": {"question": "返品の期限"}, "outputs": "30 日以内に承ります。"}]
+    assert evaluate_with_scorers(rows, [statuses]) == {"custom_guidelines/mean": 1.0}
+
+
+def test_the_trace_archive_is_a_databricks_feature(store: str) -> None:
+    with pytest.raises(ScorerSetupError, match="MLFLOW_TRACKING_URI=databricks"):
+        set_trace_archive("quality", "main.ops.traces")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -33,6 +32,7 @@ from chapter8_samples.quality_monitoring import (
     JudgeNotConfiguredError,
     JudgePrice,
     ScorerPlan,
+    ScorerStatus,
     ScoringError,
     ScoringOptions,
     ScoringTarget,
@@ -53,8 +53,18 @@ def length(outputs) -> int:  # type: ignore[no-untyped-def]
     return len(outputs)
 
 
-def cycle(*scorers, **options):  # type: ignore[no-untyped-def]
-    return run_scoring_cycle("quality", scorers, options=ScoringOptions(**options))
+def cycle(*scorers, experiment="quality", **options):  # type: ignore[no-untyped-def]
+    return run_scoring_cycle(experiment, scorers, options=ScoringOptions(**options))
+
+
+def named(name: str) -> Scorer:
+    """共有のエクスペリメントで、ほかのテストの採点と混ざらない ``length``。"""
+
+    @scorer(name=name)
+    def renamed(outputs) -> int:  # type: ignore[no-untyped-def]
+        return len(outputs)
+
+    return renamed
 
 
 def names(info) -> list[str]:  # type: ignore[no-untyped-def]
@@ -64,14 +74,14 @@ def names(info) -> list[str]:  # type: ignore[no-untyped-def]
 def test_real_judges_score_every_finished_trace_once(
     store: str, ask: Any, infos: Any, stub_llm: Any
 ) -> None:
-    ids = ask(5)
+    ids = ask(3)
     ask(1, fail=True)
     first, second = cycle(SAFETY, length), cycle(SAFETY, length)
-    assert (first.traces, first.scored, first.skipped) == (5, 10, 0)
-    assert (second.traces, second.scored, second.skipped) == (5, 0, 10)
+    assert (first.traces, first.scored, first.skipped) == (3, 6, 0)
+    assert (second.traces, second.scored, second.skipped) == (3, 0, 6)
     stored = infos()
     assert all(names(stored[i]) == ["length", "safety_check"] for i in ids)
-    assert sum(len(info.assessments) for info in stored.values()) == 10
+    assert sum(len(info.assessments) for info in stored.values()) == 6
     judged = stored[ids[0]].assessments
     sources = {a.name: a.source.source_type for a in judged}
     assert sources == {"safety_check": "LLM_JUDGE", "length": "CODE"}
@@ -87,13 +97,12 @@ def test_the_sample_is_the_one_the_mlflow_server_would_take() -> None:
         assert mine == {s.name for s in theirs.sample(f"tr-{i}", [t.scorer for t in targets])}
 
 
-def test_sampling_is_reported_and_stable(store: str, ask: Any, stub_llm: Any) -> None:
-    ask(40)
-    half = ScoringTarget(scorer=length, sample_rate=0.5)
-    first, second = cycle(half), cycle(half)
-    counts = first.scorers["length"]
-    assert counts.scored + counts.sampled_out == 40 and 0 < counts.scored < 40
-    assert second.scorers["length"].skipped == counts.scored
+def test_sampling_is_reported_and_stable(crowd: str) -> None:
+    half = ScoringTarget(scorer=named("half"), sample_rate=0.5)
+    first, second = cycle(half, experiment=crowd), cycle(half, experiment=crowd)
+    counts = first.scorers["half"]
+    assert counts.scored + counts.sampled_out == 20 and 0 < counts.scored < 20
+    assert second.scorers["half"].skipped == counts.scored
 
 
 def test_scoring_leaves_no_trace_even_when_scorers_are_traced(
@@ -107,17 +116,17 @@ def test_scoring_leaves_no_trace_even_when_scorers_are_traced(
     def traced(outputs) -> int:  # type: ignore[no-untyped-def]
         return helper(outputs)
 
-    ask(3)
+    ask(2)
     with mlflow.start_span("the app is serving"):
-        assert cycle(traced).scored == 3
-    assert len(infos()) == 3 + 1
+        assert cycle(traced).scored == 2
+    assert len(infos()) == 2 + 1
     assert {len(info.assessments) for info in infos().values()} == {0, 1}
 
 
 def test_scoring_is_silent(
     store: str, ask: Any, stub_llm: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ask(3)
+    ask(1)
     cycle(SAFETY)
     assert capfd.readouterr() == ("", "")
 
@@ -165,9 +174,9 @@ class AtLeast(Scorer):
 def test_a_scorer_class_is_scored_here_once_per_definition(store: str, ask: Any) -> None:
     (status,) = setup_scorers("quality", [ScorerPlan(scorer=AtLeast())])
     assert (status.runs, status.registered) == ("client", False)
-    ask(3)
-    assert cycle(status).scored == 3
-    assert (cycle(AtLeast()).skipped, cycle(AtLeast(characters=2)).scored) == (3, 3)
+    ask(1)
+    assert cycle(status).scored == 1
+    assert (cycle(AtLeast()).skipped, cycle(AtLeast(characters=2)).scored) == (1, 1)
 
 
 def test_scores_written_by_the_server_are_recognised(store: str, ask: Any, stub_llm: Any) -> None:
@@ -214,17 +223,17 @@ def test_failures_are_visible_retried_and_then_forgotten(store: str, ask: Any, i
     assert good.feedback.value is True
 
 
-def test_one_bad_scorer_does_not_stop_the_others(store: str, ask: Any) -> None:
-    ask(30)
-
+def test_one_bad_scorer_does_not_stop_the_others(crowd: str) -> None:
     @scorer
     def broken(outputs) -> bool:  # type: ignore[no-untyped-def]
         raise RuntimeError("bug")
 
-    report = cycle(broken, length, max_consecutive_failures=3, concurrency=1)
-    assert report.scorers["length"].scored == 30
+    report = cycle(
+        broken, named("good"), experiment=crowd, max_consecutive_failures=3, concurrency=1
+    )
+    assert report.scorers["good"].scored == 20
     assert report.scorers["broken"].failed == 3
-    assert report.scorers["broken"].not_started == 27
+    assert report.scorers["broken"].not_started == 17
     assert report.stopped_by == "failures"
 
 
@@ -233,8 +242,8 @@ def test_a_scorer_without_an_opinion_writes_nothing(store: str, ask: Any, infos:
     def silent(outputs):  # type: ignore[no-untyped-def]
         return None
 
-    ask(2)
-    assert cycle(silent).scorers["silent"].empty == 2
+    ask(1)
+    assert cycle(silent).scorers["silent"].empty == 1
     assert all(not info.assessments for info in infos().values())
 
 
@@ -286,32 +295,36 @@ def test_traces_that_cannot_be_read_do_not_stop_the_rest(
     store: str, ask: Any, infos: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     lost = [trace_without_spans(store, i) for i in range(3)]
-    ids = ask(5)
+    ids = ask(2)
     report = cycle(length, max_consecutive_failures=2)
-    assert (report.scored, report.failed, report.stopped_by) == (5, 3, None)
+    assert (report.scored, report.failed, report.stopped_by) == (2, 3, None)
     assert all(f"{i} cannot be scored" in caplog.text for i in lost)
-    assert [len(infos()[i].assessments) for i in [*lost, *ids]] == [0] * 3 + [1] * 5
+    assert [len(infos()[i].assessments) for i in [*lost, *ids]] == [0] * 3 + [1] * 2
     again = cycle(length)
-    assert (again.skipped, again.failed) == (5, 3)
+    assert (again.skipped, again.failed) == (2, 3)
 
 
-@pytest.mark.parametrize("value", [math.nan, -math.inf, "\ud800"], ids=["nan", "inf", "surrogate"])
-def test_a_value_the_server_cannot_take_is_a_failure_not_a_stop(
-    value: Any, mlflow_server_url: str, ask: Any
+def test_a_value_http_cannot_carry_is_a_failure_not_a_stop(
+    store: str, ask: Any, infos: Any
 ) -> None:
-    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"
-    experiment_id = mlflow.set_experiment(f"unstorable-{value!a}").experiment_id
-
-    @scorer
-    def odd(outputs):  # type: ignore[no-untyped-def]
-        return value
-
     (trace_id,) = ask()
-    report = run_scoring_cycle(experiment_id, [odd, length])
-    assert (report.scorers["odd"].failed, report.scorers["length"].scored) == (1, 1)
-    stored: Any = TracingClient().get_trace_info(trace_id).assessments
-    (failure,) = [a.feedback.error for a in stored if a.name == "odd"]
-    assert "cannot be stored" in failure.error_message
+    values = {"nan": math.nan, "infinity": -math.inf, "surrogate": "\ud800"}
+
+    def returns(name: str, value: Any) -> Scorer:
+        @scorer(name=name)
+        def odd(outputs):  # type: ignore[no-untyped-def]
+            return value
+
+        return odd
+
+    report = cycle(*(returns(*item) for item in values.items()), length)
+    assert {name: report.scorers[name].failed for name in values} == dict.fromkeys(values, 1)
+    assert report.scorers["length"].scored == 1
+    errors = {a.name: a.feedback.error for a in infos()[trace_id].assessments if a.name in values}
+    assert set(errors) == set(values)
+    for error in errors.values():
+        assert "cannot be stored" in error.error_message
+        error.error_message.encode()  # エラーの文も HTTP で送れる
 
 
 def test_scorers_see_inputs_outputs_and_human_expectations(store: str, ask: Any) -> None:
@@ -339,15 +352,15 @@ def test_each_filter_selects_its_own_traces(store: str, ask: Any, infos: Any) ->
     assert names(infos()[other]) == ["pii"]
 
 
-def test_the_budget_is_kept_and_the_rest_follows_later(store: str, ask: Any, stub_llm: Any) -> None:
-    ask(30)
+def test_the_budget_is_kept_and_the_rest_follows_later(crowd: str, stub_llm: Any) -> None:
+    safety = Safety(name="budgeted", model=MODEL)
     price = JudgePrice(Decimal(1000), Decimal(0))  # 1 回がおよそ 0.2 から 1 USD になる単価
-    first = cycle(SAFETY, budget_usd=3.0, judge_price=price)
-    counts = first.scorers["safety_check"]
+    first = cycle(safety, experiment=crowd, budget_usd=2.0, judge_price=price)
+    counts = first.scorers["budgeted"]
     assert first.stopped_by == "budget"
-    assert 0 < counts.scored < 30 and counts.not_started > 0
-    assert first.cost_usd <= 3.0
-    assert cycle(SAFETY).scored == 30 - counts.scored
+    assert 0 < counts.scored < 20 and counts.not_started > 0
+    assert first.cost_usd <= 2.0
+    assert cycle(safety, experiment=crowd).scored == 20 - counts.scored
 
 
 def test_a_budget_without_a_price_is_an_error(store: str, ask: Any, stub_llm: Any) -> None:
@@ -359,13 +372,13 @@ def test_a_budget_without_a_price_is_an_error(store: str, ask: Any, stub_llm: An
 
 
 def test_ctrl_c_keeps_what_was_scored(store: str, ask: Any, infos: Any) -> None:
-    ask(10)
+    ask(6)
     done = 0
 
     def interrupt(report) -> None:  # type: ignore[no-untyped-def]
         nonlocal done
         done = report.scored
-        if done >= 4:
+        if done >= 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -373,22 +386,18 @@ def test_ctrl_c_keeps_what_was_scored(store: str, ask: Any, infos: Any) -> None:
             "quality", [length], options=ScoringOptions(concurrency=2), on_progress=interrupt
         )
     stored = sum(len(info.assessments) for info in infos().values())
-    assert stored >= done >= 4
-    assert cycle(length).scored == 10 - stored
+    assert stored >= done >= 2
+    assert cycle(length).scored == 6 - stored
 
 
-def test_the_window_and_pages_cover_every_trace(store: str, ask: Any) -> None:
-    ask(25)
-    assert cycle(length, page_size=10).scored == 25
-    old = run_scoring_cycle(
-        "quality", [length], now=datetime.now(timezone.utc) - timedelta(hours=2)
-    )
+def test_the_window_and_pages_cover_every_trace(crowd: str) -> None:
+    paged = named("paged")
+    assert cycle(paged, experiment=crowd, page_size=8).scored == 20
+    old = run_scoring_cycle(crowd, [paged], now=datetime.now(timezone.utc) - timedelta(hours=2))
     assert old.traces == 0
 
 
 def test_scorers_the_server_runs_are_left_alone(store: str, ask: Any) -> None:
-    from chapter8_samples.quality_monitoring.scorer_setup import ScorerStatus
-
     def status(runs, rate=1.0):  # type: ignore[no-untyped-def]
         name = f"{runs}-{rate}"
         return ScorerStatus(
@@ -433,9 +442,8 @@ def test_a_missing_key_is_one_clear_error(store: str, ask: Any) -> None:
         evaluate_with_scorers([{"inputs": {"q": "x"}, "outputs": "y"}], setup_builtin_scorers("q"))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
+def test_options_and_rates_that_cannot_work_are_refused() -> None:
+    options: list[tuple[str, Any]] = [
         ("concurrency", 0),
         ("page_size", 0),
         ("max_consecutive_failures", 0),
@@ -443,17 +451,14 @@ def test_a_missing_key_is_one_clear_error(store: str, ask: Any) -> None:
         ("calls_per_second", -1.0),
         ("budget_usd", -0.01),
         ("budget_usd", math.nan),
-    ],
-)
-def test_options_that_cannot_work_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ScoringError, match=f"{name} must"):
-        ScoringOptions(**{name: value})
-
-
-@pytest.mark.parametrize("rate", [0, -0.1, 1.1, True, None, "0.5", math.nan])
-def test_rates_out_of_range_are_refused(rate: Any) -> None:
-    with pytest.raises(ScoringError, match="sample_rate"):
-        ScoringTarget(scorer=SAFETY, sample_rate=rate)
+    ]
+    for name, value in options:
+        with pytest.raises(ScoringError, match=f"{name} must"):
+            ScoringOptions(**{name: value})
+    rates: list[Any] = [0, -0.1, 1.1, True, None, "0.5", math.nan]
+    for rate in rates:
+        with pytest.raises(ScoringError, match="sample_rate"):
+            ScoringTarget(scorer=SAFETY, sample_rate=rate)
 
 
 def test_wrong_calls_are_refused(store: str) -> None:
@@ -471,13 +476,12 @@ def test_wrong_calls_are_refused(store: str) -> None:
         score_traces(store, [], start=now - timedelta(1), end=now)
 
 
-def test_a_registered_scorer_brings_its_own_rate_and_filter(store: str, ask: Any) -> None:
-    ask(20)
-    registered = PIIDetection(name="pii").register(experiment_id=store)
+def test_a_registered_scorer_brings_its_own_rate_and_filter(crowd: str) -> None:
+    registered = PIIDetection(name="pii_registered").register(experiment_id=crowd)
     config = ScorerSamplingConfig(sample_rate=0.5)
     registered._sampling_config = config  # pyright: ignore[reportPrivateUsage]
-    report = cycle(registered)
-    assert 0 < report.scorers["pii"].sampled_out < 20
+    report = cycle(registered, experiment=crowd)
+    assert 0 < report.scorers["pii_registered"].sampled_out < 20
 
 
 def test_evaluation_traces_are_not_monitored(store: str, ask: Any) -> None:

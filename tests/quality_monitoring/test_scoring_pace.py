@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import threading
-import time
+from functools import partial
 from typing import Any
 
 import pytest
 from mlflow.genai.scorers import Scorer, scorer
 
 from chapter8_samples.quality_monitoring import ScoringOptions, run_scoring_cycle
+from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
 from chapter8_samples.quality_monitoring.scoring.limits import Throttle
 
 
-def run(one: Scorer, **options: Any) -> None:
-    run_scoring_cycle("quality", [one], options=ScoringOptions(**options))
+def run(experiment: str, one: Scorer, **options: Any) -> None:
+    run_scoring_cycle(experiment, [one], options=ScoringOptions(**options))
 
 
-def test_the_throttle_hands_out_exact_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_throttle_hands_out_exact_slots() -> None:
     slept: list[float] = []
-    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
-    monkeypatch.setattr(time, "sleep", slept.append)
-    throttle = Throttle(20)
+    throttle = Throttle(20, clock=lambda: 100.0, sleep=slept.append)
     for _ in range(6):
         throttle.wait()
     assert slept == pytest.approx([0, 0.05, 0.10, 0.15, 0.20, 0.25])
+    Throttle(None, clock=lambda: 100.0, sleep=slept.append).wait()
+    assert len(slept) == 6  # 上限がなければ待たない
 
 
-def test_calls_are_spaced_by_the_rate_limit(store: str, ask: Any) -> None:
-    calls: list[float] = []
+def test_every_call_asks_the_throttle(crowd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    slow = partial(Throttle, clock=lambda: 100.0, sleep=slept.append)
+    monkeypatch.setattr(scoring_engine, "Throttle", slow)
 
     @scorer
-    def timed(outputs) -> bool:  # type: ignore[no-untyped-def]
-        calls.append(time.monotonic())
+    def paced(outputs) -> bool:  # type: ignore[no-untyped-def]
         return True
 
-    ask(6)
-    run(timed, calls_per_second=20)
-    calls.sort()
-    # 最初の呼び出しが遅れて届くと間隔は縮む。制限がなければ 0 秒に近い
-    assert calls[-1] - calls[0] >= 5 * 0.05 * 0.5
+    run(crowd, paced, calls_per_second=20)
+    assert sorted(slept) == pytest.approx([0.05 * i for i in range(20)])
 
 
 def test_concurrency_is_bounded(store: str, ask: Any) -> None:
@@ -57,6 +56,6 @@ def test_concurrency_is_bounded(store: str, ask: Any) -> None:
             running -= 1
         return True
 
-    ask(12)
-    run(busy, concurrency=3)
+    ask(6)
+    run(store, busy, concurrency=3)
     assert peak == 3
