@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,20 +23,18 @@ _POLL_SECONDS = 0.2
 
 
 @functools.cache
-def watch() -> subprocess.Popen[bytes] | None:
-    """このプロセスから起動するものに印を付け、見張りを起動する(2 度目からは何もしない)。"""
-    if sys.platform != "linux":
-        return None
+def watch() -> str:
+    """起動するものに印を付け、見張りを動かす。印を返す(2 度目からは同じもの)。"""
     mark = uuid.uuid4().hex
     inherited = os.environ.pop(VARIABLE, "")
-    watcher = subprocess.Popen(
-        [sys.executable, __file__, mark, str(os.getpid())],
-        stdin=subprocess.PIPE,  # このプロセスが終わると閉じる
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    if sys.platform == "linux":
+        command = [sys.executable, __file__, mark, str(os.getpid())]
+        end_of_pipe, _ = os.pipe()  # 書く側は、このプロセスが終わるまで閉じない
+        to_stdin = (os.POSIX_SPAWN_DUP2, end_of_pipe, 0)
+        os.posix_spawn(command[0], command, os.environ, file_actions=[to_stdin], setsid=True)
+        os.close(end_of_pipe)
     os.environ[VARIABLE] = f"{inherited} {mark}".strip()
-    return watcher
+    return mark
 
 
 def marked(mark: str) -> dict[int, str]:

@@ -18,6 +18,8 @@ from chapter8_samples._lab.shop.support_bot import SupportBot
 from chapter8_samples._lab.shop.traffic import Traffic
 from chapter8_samples.alerting.metrics.source import metric_source
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def operations(stub_llm: StubLlm, tracking_uri: str) -> Operations:

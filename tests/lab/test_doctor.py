@@ -208,6 +208,7 @@ def test_good_settings_are_left_alone() -> None:
         assert levels(environment) == {"設定の食い違い": "ok"}, environment
 
 
+@pytest.mark.slow
 def test_our_own_set_up_passes(tracking_uri: str) -> None:
     """8.1 と 8.5 が設定する環境変数に、診断が文句を言わない。"""
     from chapter8_samples.opentelemetry import build_otlp_config
@@ -359,6 +360,7 @@ def test_an_experiment_that_was_not_looked_for_is_said(tmp_path: Path) -> None:
         assert found.level == "warning" and "my-app は調べていません" in found.detail
 
 
+@pytest.mark.slow
 def test_databases(tmp_path: Path, database_template: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert "まだありません" in named(diagnosed({"MLFLOW_TRACKING_URI": uri}), "接続先").detail

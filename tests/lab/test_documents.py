@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from chapter8_samples._lab.llm import answers as stub_answers
-from chapter8_samples._lab.llm import rules as stub_rules
+from chapter8_samples._lab.llm import answers, rules
 from chapter8_samples._lab.llm.rules import Case
 from chapter8_samples._lab.llm.text import count_tokens, sentences
 from chapter8_samples._lab.shop.documents import Document, load_documents, load_questions
@@ -18,7 +17,7 @@ def answer(system: str, question: str, documents: list[Document]) -> str:
     references = "\n".join(document.text for document in documents)
     content = f"<documents>\n{references}\n</documents>\n\n質問: {question}"
     roles = {"system": system, "user": content}
-    return stub_answers.answer(
+    return answers.answer(
         {"messages": [{"role": role, "content": text} for role, text in roles.items()]}
     )
 
@@ -62,19 +61,19 @@ def test_good_answers_are_grounded_and_bad_ones_are_not() -> None:
         document = DOCUMENTS[question.expected_document]
         good = answer("参考資料だけ", question.question, [document])
         bad = answer("詳しく答えて", question.question, [document])
-        assert stub_rules.grounded(Case(answer=good, document=document.text)).passed
-        assert not stub_rules.grounded(Case(answer=bad, document=document.text)).passed
-        assert stub_rules.no_promise(Case(answer=good)).passed
-        assert not stub_rules.no_promise(Case(answer=bad)).passed
-        assert stub_rules.polite(Case(answer=good)).passed, good
+        assert rules.grounded(Case(answer=good, document=document.text)).passed
+        assert not rules.grounded(Case(answer=bad, document=document.text)).passed
+        assert rules.no_promise(Case(answer=good)).passed
+        assert not rules.no_promise(Case(answer=bad)).passed
+        assert rules.polite(Case(answer=good)).passed, good
         assert 3.5 <= count_tokens(bad) / count_tokens(good) <= 5.5
 
 
 def test_embeddings_bring_the_right_document_near() -> None:
-    vectors = {d.id: stub_answers.embed(d.title + d.text) for d in DOCUMENTS.values()}
+    vectors = {d.id: answers.embed(d.title + d.text) for d in DOCUMENTS.values()}
 
     def nearest(text: str) -> list[str]:
-        wanted = stub_answers.embed(text)
+        wanted = answers.embed(text)
         by_distance = sorted(
             vectors, key=lambda i: -sum(a * b for a, b in zip(wanted, vectors[i], strict=True))
         )

@@ -87,6 +87,7 @@ def test_examples_in_the_docstrings() -> None:
     assert doctest.testmod(health).failed == 0
 
 
+@pytest.mark.slow
 def test_sampled_traces_are_weighed(tracking_uri: str, tmp_path: Path) -> None:
     """正常を 9 分の 1 に間引いた 10 件 + 失敗 10 件は、100 件のうち 10 件の失敗。"""
     mlflow.set_experiment("weights")
@@ -99,6 +100,7 @@ def test_sampled_traces_are_weighed(tracking_uri: str, tmp_path: Path) -> None:
     assert cards["リクエスト"][0] == "20 件" and "推定 100 件" in cards["リクエスト"][1]
 
 
+@pytest.mark.slow
 def test_cost_and_worst_traces(tracking_uri: str, tmp_path: Path) -> None:
     mlflow.set_experiment("costs")
     setup_cost_tracking()
@@ -128,6 +130,7 @@ def test_cost_and_worst_traces(tracking_uri: str, tmp_path: Path) -> None:
     assert "user_rating" not in cards  # 1 点を「合格」と数えない
 
 
+@pytest.mark.slow
 def test_sections_without_anything_say_so(tracking_uri: str, tmp_path: Path) -> None:
     mlflow.set_experiment("quiet")
     trace()
@@ -137,6 +140,7 @@ def test_sections_without_anything_say_so(tracking_uri: str, tmp_path: Path) -> 
     assert "この期間に、リリース、アラート、ロールバックはありませんでした。" in html
 
 
+@pytest.mark.slow
 def test_long_names_do_not_run_into_the_figures(tracking_uri: str, tmp_path: Path) -> None:
     mlflow.set_experiment("long")
     setup_cost_tracking()
@@ -148,6 +152,7 @@ def test_long_names_do_not_run_into_the_figures(tracking_uri: str, tmp_path: Pat
     assert rows_of(html, "遅いトレース")[0][4] == short
 
 
+@pytest.mark.slow
 def test_links_open_the_trace_on_the_server(mlflow_server_url: str, tmp_path: Path) -> None:
     experiment = mlflow.set_experiment(f"links-{time.time_ns()}")
     trace_id = trace()
@@ -158,6 +163,7 @@ def test_links_open_the_trace_on_the_server(mlflow_server_url: str, tmp_path: Pa
     assert links and all(url.startswith(place) and trace_id in url for url in links)
 
 
+@pytest.mark.slow
 def test_no_links_without_a_server(tracking_uri: str, tmp_path: Path) -> None:
     mlflow.set_experiment("local")
     trace()
@@ -166,6 +172,7 @@ def test_no_links_without_a_server(tracking_uri: str, tmp_path: Path) -> None:
     assert "href" not in html and "--tracking-uri" in html
 
 
+@pytest.mark.slow
 def test_rules_give_the_thresholds(tracking_uri: str, tmp_path: Path) -> None:
     mlflow.set_experiment("rules")
     trace(seconds=2)
@@ -178,6 +185,7 @@ def test_rules_give_the_thresholds(tracking_uri: str, tmp_path: Path) -> None:
     assert cards["エラー率"][2] == "" and "しきい値なし" in cards["エラー率"][1]
 
 
+@pytest.mark.slow
 def test_releases_and_rollbacks_of_the_prompts_in_use(tracking_uri: str, tmp_path: Path) -> None:
     mlflow.set_experiment("rollbacks")
     for text in ("良い", "悪い"):
@@ -235,6 +243,7 @@ def test_rules_that_cannot_be_computed_are_named() -> None:
     assert len(problems) == 1 and problems[0].startswith("tone: ")
 
 
+@pytest.mark.slow
 def test_the_state_file_of_the_watch_is_read_and_left_alone(
     tracking_uri: str, tmp_path: Path
 ) -> None:
@@ -289,24 +298,27 @@ def test_any_other_text_is_refused_with_the_value(text: str) -> None:
         assert start < NOW
 
 
-@pytest.mark.parametrize("text", ["0s", "2027-01-01", "5 min", "tomorrow", "-3h", ""])
-def test_bad_since_is_an_argument_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def wrong(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """引数の誤り(終了ステータス 2)の文面。"""
     with pytest.raises(SystemExit) as error:
-        main(["report", "--experiment", "x", f"--since={text}"])
+        main([*arguments])
     assert error.value.code == 2
-    assert f"--since: {text!r} は" in capsys.readouterr().err
+    return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--since=1h", "--tracking-uri=x", "--model=x"])
-def test_options_are_not_ignored_in_silence(
-    option: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as error:
-        main(["report", option])
-    assert error.value.code == 2
-    assert f"{option.partition('=')[0]} には --experiment NAME" in capsys.readouterr().err
+def test_bad_since_is_an_argument_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("0s", "2027-01-01", "5 min", "tomorrow", "-3h", ""):
+        said = wrong(capsys, "report", "--experiment", "x", f"--since={text}")
+        assert f"--since: {text!r} は" in said
 
 
+def test_options_are_not_ignored_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--since=1h", "--tracking-uri=x", "--model=x"):
+        said = wrong(capsys, "report", option)
+        assert f"{option.partition('=')[0]} には --experiment NAME" in said
+
+
+@pytest.mark.slow
 def test_output_before_or_after_the_command(tracking_uri: str, tmp_path: Path) -> None:
     with mlflow.start_span("answer"):
         pass
@@ -318,43 +330,32 @@ def test_output_before_or_after_the_command(tracking_uri: str, tmp_path: Path) -
     assert before.exists() and after.exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_arguments_without_a_meaning_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         (["--fresh", "serve"], "--fresh は serve では使えません"),
         (["--keep", "report"], "--keep は report では使えません"),
         (["-o", "x.html", "doctor"], "--output は doctor では使えません"),
         (["serve", "--port", "99999"], "'99999' は 1 から 65535 の番号ではありません"),
         (["ui", "--port", "0"], "'0' は 1 から 65535 の番号ではありません"),
         (["ui", "--port", "http"], "'http' は 1 から 65535 の番号ではありません"),
-    ],
-)
-def test_arguments_without_a_meaning_are_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as error:
-        main(arguments)
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
+    ):
+        assert message in wrong(capsys, *arguments)
 
 
-@pytest.mark.parametrize(
-    ("experiment", "more", "message"),
-    [
+@pytest.mark.slow
+def test_what_cannot_be_reported_is_said_with_the_fix(tracking_uri: str, tmp_path: Path) -> None:
+    mlflow.set_experiment("empty")
+    cases: list[tuple[str, list[str], str]] = [
         ("", [], "エクスペリメント '' は .* にありません"),
         ("nothere", [], "エクスペリメント 'nothere' は .* にありません"),
         ("empty", [], "からのトレースがありません"),
         ("empty", ["--alerts", "none.yaml"], "アラートの設定 none.yaml に誤りがあります"),
         ("empty", ["-o", "no/folder/x.html"], "フォルダー .*no/folder がありません"),
-    ],
-)
-def test_what_cannot_be_reported_is_said_with_the_fix(
-    tracking_uri: str, tmp_path: Path, experiment: str, more: list[str], message: str
-) -> None:
-    mlflow.set_experiment("empty")
-    with pytest.raises(SystemExit, match=message) as error:
-        report(tmp_path, experiment, *more)
-    assert "\n  -> " in str(error.value.code)
+    ]
+    for experiment, more, message in cases:
+        with pytest.raises(SystemExit, match=message) as error:
+            report(tmp_path, experiment, *more)
+        assert "\n  -> " in str(error.value.code)
 
 
 def test_a_mistyped_database_is_not_created(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_wrong_key(refusing: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "wrong-s3cret" not in text
 
 
+@pytest.mark.slow
 def test_wrong_key_of_the_llm_and_no_llm(
     tracking_uri: str, refusing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +131,7 @@ def test_wrong_key_of_the_llm_and_no_llm(
         assert words in text and "CHAPTER8_OFFLINE" in text and "sk-wrong" not in text
 
 
+@pytest.mark.slow
 def test_wrong_experiment(tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow.delete_experiment(mlflow.create_experiment("ch8-problem"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
@@ -173,6 +175,7 @@ def test_backends_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert words in said(report)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_there(tracking_uri: str) -> None:
     client = mlflow.MlflowClient()
     for ask, words in (
@@ -230,6 +233,7 @@ def test_old_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 'pip install -U "mlflow>=3.17,<4"' in text
 
 
+@pytest.mark.slow
 def test_other_errors_keep_their_traceback(
     tracking_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import pytest
-
 from chapter8_samples._lab import commands
 from chapter8_samples._lab.shop.traffic import WORKERS
 from chapter8_samples._lab.story.play import (
@@ -66,27 +64,22 @@ def test_a_slow_machine_has_enough_answers_to_fire_and_to_resolve() -> None:
 SLOW = _OnlyAnswers("yes", latency_ms=10 * SLOW_MS)
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "firing"),
-    [
+def test_the_end_blames_the_release_but_not_the_machine(tmp_path: Path) -> None:
+    for before, after, firing in (
         (SLOW, SLOW, []),  # 混んだ機械
         (_OnlyAnswers("yes"), SLOW, ["slow_p95"]),  # 戻しても遅いまま
         (SLOW, _OnlyAnswers("yes", cost_usd=2 * COST_CEILING_USD), ["expensive"]),
         (SLOW, _OnlyAnswers("no"), ["answers_not_grounded"]),
-    ],
-)
-def test_the_end_blames_the_release_but_not_the_machine(
-    before: _OnlyAnswers, after: _OnlyAnswers, firing: list[str], tmp_path: Path
-) -> None:
-    nobody: Any = None
-    receiver: Any = SimpleNamespace(received=[])
-    story = Story(nobody, receiver, receiver, nobody, tmp_path)
-    story.engine = AlertEngine(alert_config(), before)
-    story.traffic = cast("Any", SimpleNamespace(last_at=NOW))
-    story.stay_quiet()
-    story.engine.source = after
-    story.engine.evaluate(NOW + timedelta(seconds=30))
-    assert story.still_firing() == firing
+    ):
+        nobody: Any = None
+        receiver: Any = SimpleNamespace(received=[])
+        story = Story(nobody, receiver, receiver, nobody, tmp_path)
+        story.engine = AlertEngine(alert_config(), before)
+        story.traffic = cast("Any", SimpleNamespace(last_at=NOW))
+        story.stay_quiet()
+        story.engine.source = after
+        story.engine.evaluate(NOW + timedelta(seconds=30))
+        assert story.still_firing() == firing
 
 
 def test_fresh_start_erases_what_the_samples_left_and_nothing_else(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def guideline(text: str) -> scorers.Guidelines:
     return scorers.Guidelines(model=MODEL, guidelines=[text])
 
 
+@pytest.mark.slow
 def test_trace_judges(traced: Callable[[str], Trace]) -> None:
     for scorer, good, bad in (
         (scorers.RetrievalGroundedness(model=MODEL), GROUNDED, INVENTED),
@@ -85,12 +86,14 @@ def test_safety(stub_llm: StubLlm) -> None:
     assert "馬鹿" in str(feedback.rationale)
 
 
+@pytest.mark.slow
 def test_retrieval_relevance(traced: Callable[..., Trace]) -> None:
     judge = scorers.RetrievalRelevance(model=MODEL)
     assert value(judge(trace=traced(GROUNDED))) == "yes"
     assert value(judge(trace=traced(GROUNDED, "二段階認証の設定"))) == "no"
 
 
+@pytest.mark.slow
 def test_correctness(traced: Callable[[str], Trace]) -> None:
     judge = scorers.Correctness(model=MODEL)
     good, bad = traced(GROUNDED), traced(INVENTED)
@@ -102,6 +105,7 @@ def test_correctness(traced: Callable[[str], Trace]) -> None:
         assert value(judge(trace=bad, expectations=expectations)) == "no"
 
 
+@pytest.mark.slow
 def test_user_frustration_uses_its_own_labels(traced: Callable[..., Trace]) -> None:
     judge = scorers.UserFrustration(model=MODEL)
     calm, angry = traced(GROUNDED), traced(GROUNDED, "何度も聞いているのに、ひどいですね。")
@@ -132,6 +136,7 @@ def test_make_judge_answers_in_the_asked_type(stub_llm: StubLlm) -> None:
         assert value(judge(inputs=inputs, outputs=INVENTED)) == bad
 
 
+@pytest.mark.slow
 def test_make_judge_on_a_trace_reads_it_with_a_tool(
     traced: Callable[[str], Trace], stub_llm: StubLlm
 ) -> None:

@@ -58,6 +58,7 @@ OBVIOUS = [
 ]
 
 
+@pytest.mark.slow
 def test_obvious_questions_get_the_obvious_answer(bot: SupportBot) -> None:
     wrong = [
         (question, found, said)
@@ -69,6 +70,7 @@ def test_obvious_questions_get_the_obvious_answer(bot: SupportBot) -> None:
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_trace_has_the_three_kinds_of_span(bot: SupportBot) -> None:
     question = load_questions()[2]
     answer = bot.answer(question.question)
@@ -80,6 +82,7 @@ def test_trace_has_the_three_kinds_of_span(bot: SupportBot) -> None:
     assert (trace.info.token_usage or {})["output_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_streamed_answer_is_one_complete_trace(bot: SupportBot) -> None:
     question = load_questions()[0].question
     assert "".join(bot.stream(question)) == bot.answer(question)
@@ -88,6 +91,7 @@ def test_streamed_answer_is_one_complete_trace(bot: SupportBot) -> None:
     assert usages[0] == usages[1] and usages[0]
 
 
+@pytest.mark.slow
 def test_bad_release_is_ungrounded_and_longer(bot: SupportBot) -> None:
     questions = load_questions()[:6]
     good = [bot.answer(q.question) for q in questions]
@@ -98,12 +102,14 @@ def test_bad_release_is_ungrounded_and_longer(bot: SupportBot) -> None:
     assert all(answer.split("。")[1] not in text for answer in bad)
 
 
+@pytest.mark.slow
 def test_releases_start_over_without_history(bot: SupportBot) -> None:
     mlflow.MlflowClient().set_prompt_tag(PROMPT_NAME, "rollback_production_1", "old")
     assert register_releases() == ("1", "2")
     assert "rollback_production_1" not in mlflow.MlflowClient().get_prompt(PROMPT_NAME).tags
 
 
+@pytest.mark.slow
 def test_the_migration_warning_that_leaks_between_threads_is_not_shown(bot: SupportBot) -> None:
     """MLflow の止め方はスレッドごとではないので、ほかのスレッドからは出たままに見える。"""
     with warnings.catch_warnings(record=True) as seen:
