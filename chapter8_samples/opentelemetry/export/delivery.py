@@ -99,7 +99,7 @@ def delivery_counts() -> DeliveryCounts:
 
 
 def watch_delivery() -> None:
-    """OTLP へ渡したスパンとその結果を、0 から数え始める。``setup_otlp_export`` が呼ぶ。"""
+    """OTLP へ渡したスパンとその結果を、0 から数え始める。送信を始めるときに呼ばれる。"""
     global _tally
     _count_spans()
     _tally = _Tally()
