@@ -6,14 +6,15 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from chapter8_samples.cost_tracking.usage.tracker import CostTracker
-    from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
+    from chapter8_samples.cost_tracking import CostTracker, CostTracking
+    from chapter8_samples.cost_tracking.archive.sql import ResultTable
 
 START = datetime(2026, 10, 1, tzinfo=timezone.utc)
 END = datetime(2026, 11, 20, tzinfo=timezone.utc)
@@ -167,6 +168,19 @@ def synthetic_rows(count: int, seed: int = 8) -> Iterable[dict[str, Any]]:
         )  # fmt: skip
 
 
+def normal(table: ResultTable) -> list[list[Any]]:
+    """エンジンごとの型の違い(Decimal と float、日時の精度)をならす。"""
+
+    def cell(value: Any) -> Any:
+        if isinstance(value, (Decimal, float, int)):
+            return round(float(value), 6)
+        if isinstance(value, datetime):
+            return value.replace(tzinfo=None)
+        return value
+
+    return [[cell(value) for value in row] for row in table.rows]
+
+
 @pytest.fixture
 def row() -> Callable[..., dict[str, Any]]:
     """アーカイブの 1 行を作る関数。"""
@@ -181,20 +195,17 @@ def archive_of(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
 
 @pytest.fixture(scope="session")
 def edge_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("pyarrow", reason="pip install 'chapter8-samples[sql]' で入る")
     return write_archive(tmp_path_factory.mktemp("edge") / "edge.parquet", edge_rows())
 
 
 @pytest.fixture(scope="session")
 def empty_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("pyarrow", reason="pip install 'chapter8-samples[sql]' で入る")
     return write_archive(tmp_path_factory.mktemp("empty") / "empty.parquet", [])
 
 
 @pytest.fixture(scope="session")
 def synthetic_parquet(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """``synthetic_parquet(100_000)`` のように、大きさを選んで作る。"""
-    pytest.importorskip("pyarrow", reason="pip install 'chapter8-samples[sql]' で入る")
     made: dict[int, Path] = {}
 
     def make(count: int) -> Path:
@@ -208,14 +219,14 @@ def synthetic_parquet(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int
 
 @pytest.fixture
 def tracker() -> CostTracker:
-    from chapter8_samples.cost_tracking.usage.tracker import CostTracker
+    from chapter8_samples.cost_tracking import CostTracker
 
     return CostTracker()
 
 
 @pytest.fixture
 def costs(tracking_uri: str, tracker: CostTracker) -> Iterator[CostTracking]:
-    from chapter8_samples.cost_tracking.usage.span_costs import setup_cost_tracking
+    from chapter8_samples.cost_tracking import setup_cost_tracking
 
     tracking = setup_cost_tracking(tracker=tracker)
     yield tracking

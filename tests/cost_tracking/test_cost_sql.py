@@ -8,28 +8,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date, datetime, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
-from chapter8_samples.cost_tracking.archive import sql as sql_runner
-from chapter8_samples.cost_tracking.sql_report import chart_svg, write_csv
+from chapter8_samples.cost_tracking import __main__ as commands
+from chapter8_samples.cost_tracking.__main__ import find_queries
+from chapter8_samples.cost_tracking.__main__ import main as command
 from chapter8_samples.cost_tracking.archive.sql import (
     ResultTable,
     SqlRunnerError,
     cost_parameters,
-    load_queries,
     run_on_duckdb,
     run_on_spark,
 )
+from chapter8_samples.cost_tracking.archive.tables import write_csv
 
-from .conftest import span, tokens, usd
-
-pytest.importorskip("duckdb", reason="pip install 'chapter8-samples[sql]' で入る")
+from .conftest import normal, span, tokens, usd
 
 ROOT = Path(__file__).resolve().parents[2]
 START = datetime(2026, 10, 1, tzinfo=timezone.utc)
@@ -42,12 +40,12 @@ TEN = [
 
 
 def records(path: Path, name: str, parameters: dict[str, Any] = PARAMETERS) -> list[dict[str, Any]]:
-    table = run_on_duckdb(path, [load_queries()[name]], parameters)[0]
+    table = run_on_duckdb(path, [find_queries()[name]], parameters)[0]
     return [dict(zip(table.columns, row, strict=True)) for row in table.rows]
 
 
 def test_the_file_has_the_ten_queries_each_explained() -> None:
-    queries = load_queries()
+    queries = find_queries()
     assert list(queries) == TEN
     assert all(len(query.description) > 15 for query in queries.values())
 
@@ -143,7 +141,7 @@ def test_week_over_week_starts_on_monday_in_the_given_zone(edge_parquet: Path) -
 
 
 def test_empty_archive_gives_empty_tables(empty_parquet: Path) -> None:
-    queries = [query for name, query in load_queries().items() if name != "budget"]
+    queries = [query for name, query in find_queries().items() if name != "budget"]
     for table in run_on_duckdb(empty_parquet, queries, PARAMETERS):
         assert table.rows == []
 
@@ -157,7 +155,7 @@ def test_unchecked_table_names_never_reach_sql(name: str) -> None:
 def test_values_are_bound_not_pasted(edge_parquet: Path) -> None:
     evil = {**PARAMETERS, "tz": "Asia/Tokyo'; DROP VIEW archived_traces; --"}
     with pytest.raises(SqlRunnerError, match="Unknown TimeZone"):
-        run_on_duckdb(edge_parquet, [load_queries()["by_hour"]], evil)
+        run_on_duckdb(edge_parquet, [find_queries()["by_hour"]], evil)
 
 
 def test_naive_times_are_refused() -> None:
@@ -165,14 +163,16 @@ def test_naive_times_are_refused() -> None:
         cost_parameters(datetime(2026, 1, 1), END)
 
 
-@pytest.mark.parametrize("weight", ["-2", "0", "x", "NaN", None])
-def test_a_broken_weight_is_one_request(
-    archive_of: Callable[..., Path], row: Any, weight: str | None
-) -> None:
-    """trace_reader.sampling_weight と同じ扱い。"""
-    trace = row(1, START, '{"total_cost": 0.5}', '{"total_tokens": 1}', weight=weight)
-    day = records(archive_of([trace]), "daily_summary")[0]
-    assert (day["requests"], day["cost_usd"], day["cost_per_request"]) == (1, Decimal("0.5"), 0.5)
+def test_a_broken_weight_is_one_request(archive_of: Callable[..., Path], row: Any) -> None:
+    """usage.sampling_weight と同じ扱い。"""
+    weights = ("-2", "0", "x", "NaN", None)
+    traces = [
+        row(i, START + timedelta(days=i), usd(0.5), '{"total_tokens": 1}', weight=weight)
+        for i, weight in enumerate(weights)
+    ]
+    days = records(archive_of(traces), "daily_summary")
+    found = [(day["requests"], day["cost_usd"], day["cost_per_request"]) for day in days]
+    assert found == [(1, Decimal("0.5"), 0.5)] * len(weights)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_broken_weight_is_one_request(
 def test_the_command_refuses_bad_parameters(
     edge_parquet: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
-    assert sql_runner.command([str(edge_parquet), *options]) == 1
+    assert command(["sql", str(edge_parquet), *options]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -198,7 +198,7 @@ def test_the_command_names_a_file_that_is_no_archive(
 ) -> None:
     path = tmp_path / "broken.parquet"
     path.write_text("not parquet", encoding="utf-8")
-    assert sql_runner.command([str(path)]) == 1
+    assert command(["sql", str(path)]) == 1
     assert f"error: cannot query {path}" in capsys.readouterr().err
 
 
@@ -213,19 +213,21 @@ def test_days_of_the_command_begin_in_the_zone(
     ]
     december = ["--start", "2026-12-01", "--end", "2027-01-01", "--query", "daily_summary"]
     path = str(archive_of(rows))
-    assert sql_runner.command([path, *december, "--query", "budget", "--budget", "12"]) == 0
+    assert command(["sql", path, *december, "--query", "budget", "--budget", "12"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if "2026-" in line] == ["2026-12-31", "2026-12-01"]
     budget = dict(zip(lines[-3].split(), lines[-2].split(), strict=True))
     assert (budget["spent_usd"], budget["used_pct"], budget["days"]) == ("6", "50", "31")
 
 
-def test_any_name_can_be_printed_on_a_japanese_console(
+def test_the_command_on_a_japanese_console(
     archive_of: Callable[..., Path], row: Any, tmp_path: Path
 ) -> None:
+    """別のプロセスで、cp932 の端末に。頼んだ順に並び、どんな名前でも表示できる。"""
     path = archive_of([row(1, START, '{"total_cost": 1}', "{}", user="利用者\U0001f600\x1b[31m")])
-    module = "chapter8_samples.cost_tracking.token_tracking"
-    options = ["--query", "top_users", "--start", "2026-10-01", "--end", "2026-11-20"]
+    module = "chapter8_samples.cost_tracking"
+    queries = ["--query", "budget", "--query", "top_users", "--budget", "20"]
+    options = [*queries, "--start", "2026-10-01", "--end", "2026-11-20"]
     run = subprocess.run(
         [sys.executable, "-m", module, "sql", str(path), *options],
         cwd=tmp_path,
@@ -235,20 +237,26 @@ def test_any_name_can_be_printed_on_a_japanese_console(
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
+    titles = [line.split(":")[0] for line in run.stdout.splitlines() if line.startswith("==")]
+    assert titles == ["== budget", "== top_users"]
     assert "利用者?[31m" in run.stdout
 
 
-def normal(table: ResultTable) -> list[list[Any]]:
-    """エンジンごとの型の違い(Decimal と float、日時の精度)をならす。"""
+def test_the_file_is_found_in_any_folder_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """番号付きフォルダーでも、アプリへコピーしてページと同じところに置いても。"""
+    monkeypatch.setattr(commands, "_FOLDERS", [str(tmp_path)])
+    assert command(["sql", "anything"]) == 1
+    assert f"error: no cost_analysis.sql in {tmp_path}" in capsys.readouterr().err
+    shutil.copy(ROOT / "chapter8_samples/02_cost_tracking/cost_analysis.sql", tmp_path)
+    assert list(find_queries()) == TEN
 
-    def cell(value: Any) -> Any:
-        if isinstance(value, (Decimal, float, int)):
-            return round(float(value), 6)
-        if isinstance(value, datetime):
-            return value.replace(tzinfo=None)
-        return value
 
-    return [[cell(value) for value in row] for row in table.rows]
+def test_hours_are_local(edge_parquet: Path) -> None:
+    hours = records(edge_parquet, "by_hour")
+    found = [(hour["hour_of_day"], hour["stored"], hour["requests"]) for hour in hours]
+    assert found == [(0, 2, 2), (9, 10, 19), (23, 1, 1)]
 
 
 needs_spark = pytest.mark.skipif(
@@ -263,7 +271,7 @@ needs_spark = pytest.mark.skipif(
 def test_both_engines_give_the_same_ten_results(
     edge_parquet: Path, empty_parquet: Path, synthetic_parquet: Callable[[int], Path]
 ) -> None:
-    queries = list(load_queries().values())
+    queries = list(find_queries().values())
     for path in (edge_parquet, empty_parquet, synthetic_parquet(100_000)):
         ours = run_on_duckdb(path, queries, PARAMETERS)
         theirs = run_on_spark(path, queries, PARAMETERS)
@@ -272,87 +280,8 @@ def test_both_engines_give_the_same_ten_results(
             assert normal(duck) == normal(spark), f"{path.name}: {duck.query.name}"
 
 
-SVG = "{http://www.w3.org/2000/svg}"
-
-
-def marks(svg: str) -> list[ElementTree.Element]:
-    """グラフの棒と点。XML として読めなければ例外になる。"""
-    return [e for e in ElementTree.fromstring(svg).iter() if e.get("class") in ("bar", "point")]
-
-
-@pytest.mark.parametrize("name", TEN)
-def test_a_chart_has_one_mark_for_every_row(edge_parquet: Path, name: str) -> None:
-    table = run_on_duckdb(edge_parquet, [load_queries()[name]], PARAMETERS)[0]
-    kind = {"daily_summary": "point", "week_over_week": "point", "error_waste": "point"}
-    found = marks(chart_svg(table))
-    assert [m.get("class") for m in found] == [kind.get(name, "bar")] * len(table.rows)
-
-
 def test_a_name_in_a_csv_is_not_run_as_a_formula(tmp_path: Path) -> None:
     rows: list[tuple[Any, ...]] = [("=HYPERLINK(1)", Decimal("-1.5")), ("user-1", None), ("@x", 0)]
-    table = ResultTable(load_queries()["top_users"], ("user_id", "cost_usd"), rows)
+    table = ResultTable(find_queries()["top_users"], ("user_id", "cost_usd"), rows)
     lines = write_csv(table, tmp_path).read_text(encoding="utf-8-sig").splitlines()
     assert lines == ["user_id,cost_usd", "'=HYPERLINK(1),-1.5", "user-1,", "'@x,0"]
-
-
-def test_an_empty_result_is_an_empty_chart(empty_parquet: Path) -> None:
-    for table in run_on_duckdb(empty_parquet, list(load_queries().values()), PARAMETERS):
-        assert len(marks(chart_svg(table))) == len(table.rows)
-
-
-def test_a_chart_shows_sizes_gaps_and_names_as_they_are() -> None:
-    query = load_queries()["by_model"]
-    rows = [("利用者 <A&B>\x00", Decimal("3")), ("b", 1.5), ("c", None), ("d", 0)]
-    svg = chart_svg(ResultTable(query, ("model", "cost_usd"), rows))
-    widths = [float(mark.get("width") or -1) for mark in marks(svg)]
-    assert widths[0] == 2 * widths[1] > 0
-    assert widths[2:] == [0, 0]
-    texts = [e.text for e in ElementTree.fromstring(svg).iter(f"{SVG}text")]
-    assert "利用者 <A&B>" in texts
-    assert texts[-3:] == ["-", "d", "0"]  # 値がないことと 0 を見分けられる
-
-
-def test_the_line_is_cut_where_there_is_no_value() -> None:
-    query = load_queries()["daily_summary"]
-    days = [date(2026, 11, day) for day in range(1, 6)]
-    rows = list(zip(reversed(days), (5, 4, None, 2, 1), strict=True))
-    svg = chart_svg(ResultTable(query, ("day", "cost_usd"), rows))
-    path = next(ElementTree.fromstring(svg).iter(f"{SVG}path")).get("d") or ""
-    assert [word[0] for word in path.split()] == ["M", "L", "M", "L"]
-    heights = [float(mark.get("cy") or 0) for mark in marks(svg)]
-    assert heights[0] > heights[1] > heights[3] > heights[4]  # 古い順、大きいほど上
-
-
-def test_the_command_of_the_readme(edge_parquet: Path, tmp_path: Path) -> None:
-    options = "--query budget --query top_users --start 2026-10-01 --end 2026-11-20 --budget 20"
-    module = "chapter8_samples.cost_tracking.token_tracking"
-    run = subprocess.run(
-        [sys.executable, "-m", module, "sql", str(edge_parquet), *options.split()],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
-    assert [line.split(":")[0] for line in run.stdout.splitlines() if line.startswith("==")] == [
-        "== budget",
-        "== top_users",
-    ]
-    assert "利用者" in run.stdout
-
-
-@pytest.mark.parametrize("names", [["by_model"], ["by_model", "by_hour"]])
-def test_the_command_draws_charts(edge_parquet: Path, tmp_path: Path, names: list[str]) -> None:
-    chosen = [word for name in names for word in ("--query", name)]
-    period = ["--start", "2026-10-01", "--end", "2026-11-20"]
-    plot = ["--plot", str(tmp_path / "charts" / "cost.svg")]
-    assert sql_runner.command([str(edge_parquet), *chosen, *period, *plot]) == 0
-    files = sorted(path.name for path in (tmp_path / "charts").iterdir())
-    many = ["cost-by_hour.svg", "cost-by_model.svg"]
-    assert files == (["cost.svg"] if len(names) == 1 else many)
-    assert marks((tmp_path / "charts" / files[-1]).read_text(encoding="utf-8"))
-
-
-def test_the_file_is_found_beside_the_module() -> None:
-    assert sql_runner.SQL_FILE.exists()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
+from unittest.mock import Mock
 from uuid import uuid4
 
 import mlflow
@@ -15,13 +16,12 @@ from mlflow.entities.trace_metrics import AggregationType, MetricAggregation, Me
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 
-from chapter8_samples.cost_tracking.usage import reader as trace_reader
-from chapter8_samples.cost_tracking.token_tracking import (
+from chapter8_samples.cost_tracking import (
     TokenUsageSummary,
     aggregate_token_usage_from_traces,
+    setup_cost_tracking,
 )
-from chapter8_samples.cost_tracking.usage.span_costs import setup_cost_tracking
-from chapter8_samples.cost_tracking.usage.reader import find_experiment_id
+from chapter8_samples.cost_tracking.usage import find_experiment_id, reader
 
 START = datetime(2024, 12, 20, tzinfo=timezone.utc)
 
@@ -64,6 +64,7 @@ def both(experiment: str, **period: Any) -> tuple[TokenUsageSummary, TokenUsageS
     return quick, paged
 
 
+@pytest.mark.slow
 def test_a_real_server_sums_to_the_same_totals(mlflow_server_url: str, experiment: str) -> None:
     for i in range(23):
         record(tokens(1000 + i, 3 * i + 1), START + timedelta(hours=i))
@@ -100,6 +101,7 @@ def test_an_embedded_database_can_sum_too(tracking_uri: str, experiment: str) ->
     ],
     ids=["sampled", "thinking", "zero"],
 )
+@pytest.mark.slow
 def test_totals_that_could_differ_are_counted_by_paging(
     tracking_uri: str, experiment: str, usage: dict[str, int], metadata: dict[str, str] | None
 ) -> None:
@@ -109,6 +111,7 @@ def test_totals_that_could_differ_are_counted_by_paging(
     assert quick == paged
 
 
+@pytest.mark.slow
 def test_the_store_would_count_a_cost_twice(tracking_uri: str, experiment: str) -> None:
     """集計 API の金額を使わない理由。これが失敗したら、金額も保存先に任せられる。"""
     costs = setup_cost_tracking()
@@ -126,6 +129,7 @@ def test_the_store_would_count_a_cost_twice(tracking_uri: str, experiment: str) 
     assert aggregate_token_usage_from_traces(experiment).cost_usd == Decimal("0.0075")
 
 
+@pytest.mark.slow
 def test_costs_and_filters_are_counted_by_paging(tracking_uri: str, experiment: str) -> None:
     record(tokens(10, 5))
     mlflow.flush_trace_async_logging()
@@ -135,14 +139,12 @@ def test_costs_and_filters_are_counted_by_paging(tracking_uri: str, experiment: 
     assert (found.source, found.trace_count) == ("paged", 1)
 
 
-@pytest.mark.parametrize("error", [MlflowException("ENDPOINT_NOT_FOUND"), NotImplementedError()])
+@pytest.mark.slow
 def test_a_store_without_metrics_is_paged(
-    tracking_uri: str, experiment: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+    tracking_uri: str, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(*args: Any) -> Any:
-        raise error
-
     record(tokens(10, 5))
-    monkeypatch.setattr(trace_reader, "_ask_store", missing)
-    quick, _ = both(experiment)
-    assert (quick.source, quick.total_tokens) == ("paged", 15)
+    for error in (MlflowException("ENDPOINT_NOT_FOUND"), NotImplementedError()):
+        monkeypatch.setattr(reader, "_ask_store", Mock(side_effect=error))
+        quick, _ = both(experiment)
+        assert (quick.source, quick.total_tokens) == ("paged", 15)
