@@ -13,28 +13,23 @@ _MODULES = {
         "SlackNotificationHandler notifier_from_config"
     ),
     "rollback": "ModelRollbackManager PromptRollbackManager get_champion_version quick_rollback",
-    "rules.model": "AlertConfigError AlertRule BurnRateRule",
-    "rules.config": "AlertConfig Inhibit MuteWindow",
-    "rules.file": "load_config",
-    "metrics.measures": "MetricSample MetricSourceError",
+    "rules": ("AlertConfig AlertConfigError AlertRule BurnRateRule Inhibit MuteWindow load_config"),
+    "metrics": "MetricSample MetricSourceError",
     "engine": "AlertEngine",
-    "delivery.posting": (
-        "Alert AlertSeverity AlertStatus Delivery NotificationConfigError "
-        "NotificationHandler RetryPolicy"
+    "delivery": (
+        "Alert AlertSeverity AlertStatus Delivery NotificationConfigError NotificationHandler "
+        "RetryPolicy AlertmanagerNotificationHandler EmailNotificationHandler "
+        "TeamsNotificationHandler ReplayGuard SignedWebhookNotificationHandler "
+        "WebhookRefusedError alert_from_mlflow_webhook verify_signature"
     ),
-    "delivery.channels": (
-        "AlertmanagerNotificationHandler EmailNotificationHandler TeamsNotificationHandler"
+    "releases": (
+        "Change RollbackError AliasedModel AliasedPrompt RollbackDecision auto_rollback "
+        "shift_serving_traffic"
     ),
-    "delivery.signature": (
-        "ReplayGuard SignedWebhookNotificationHandler WebhookRefusedError "
-        "alert_from_mlflow_webhook verify_signature"
+    "tools": (
+        "RecordedTraces Replay SyntheticTraffic replay to_alertmanager_config "
+        "to_databricks_alert to_prometheus_rules"
     ),
-    "releases.journal": "Change RollbackError",
-    "releases.aliased": "AliasedModel AliasedPrompt",
-    "releases.on_alert": "RollbackDecision auto_rollback",
-    "releases.traffic": "shift_serving_traffic",
-    "tools.backtest": "RecordedTraces Replay SyntheticTraffic replay",
-    "tools.exports": "to_alertmanager_config to_databricks_alert to_prometheus_rules",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_HOME)

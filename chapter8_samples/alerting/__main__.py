@@ -34,7 +34,7 @@ from . import (
     to_alertmanager_config,
     to_prometheus_rules,
 )
-from .metrics.source import TraceSearch, to_ms
+from .metrics import TraceSearch, to_ms
 
 OK, FIRING, CONFIG_ERROR, SOURCE_ERROR = 0, 1, 2, 3
 

@@ -18,10 +18,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from .delivery.posting import Alert, AlertSeverity, AlertStatus, Delivery, fingerprint
-from .metrics.measures import MetricSample, MetricSource
-from .rules.config import AlertConfig
-from .rules.model import Rule
+from .delivery import Alert, AlertSeverity, AlertStatus, Delivery, fingerprint
+from .metrics import MetricSample, MetricSource
+from .rules import AlertConfig, Rule
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from .channels import (
     EmailNotificationHandler,
     TeamsNotificationHandler,
     handlers_from_config,
+    label_name,
 )
 from .posting import (
     Alert,
@@ -17,6 +18,7 @@ from .posting import (
     NotificationHandler,
     RetryPolicy,
     encodable,
+    fingerprint,
     json_bytes,
 )
 from .signature import (
@@ -45,7 +47,9 @@ __all__ = [
     "WebhookRefusedError",
     "alert_from_mlflow_webhook",
     "encodable",
+    "fingerprint",
     "handlers_from_config",
     "json_bytes",
+    "label_name",
     "verify_signature",
 ]

@@ -18,8 +18,7 @@ from datetime import datetime, timedelta, timezone
 from email.message import EmailMessage
 from typing import Any
 
-from ..rules.config import AlertConfig
-from ..rules.file import delivery_problems
+from ..rules import AlertConfig, delivery_problems
 from .posting import (
     Alert,
     AlertSeverity,

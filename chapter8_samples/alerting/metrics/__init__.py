@@ -4,19 +4,22 @@ from .measures import (
     MetricSample,
     MetricSource,
     MetricSourceError,
+    RowNumbers,
     TraceRow,
     measure,
     metric_problem,
 )
-from .source import TraceSearch, metric_source
+from .source import TraceSearch, metric_source, to_ms
 
 __all__ = [
     "MetricSample",
     "MetricSource",
     "MetricSourceError",
+    "RowNumbers",
     "TraceRow",
     "TraceSearch",
     "measure",
     "metric_problem",
     "metric_source",
+    "to_ms",
 ]

@@ -1,7 +1,7 @@
 """アラートのルールと設定。"""
 
 from .config import WATCHDOG, AlertConfig, Inhibit, MuteWindow
-from .file import load_config
+from .file import delivery_problems, load_config
 from .model import (
     AlertConfigError,
     AlertRule,
@@ -23,6 +23,7 @@ __all__ = [
     "Inhibit",
     "MuteWindow",
     "Rule",
+    "delivery_problems",
     "format_duration",
     "load_config",
     "parse_duration",

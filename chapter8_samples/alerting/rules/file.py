@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..metrics.measures import metric_problem
+from ..metrics import metric_problem
 from .config import AlertConfig, Inhibit, MuteWindow
 from .model import (
     DAYS,

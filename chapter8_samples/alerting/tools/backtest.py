@@ -17,11 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 
-from ..delivery.posting import Alert, AlertStatus
+from ..delivery import Alert, AlertStatus
 from ..engine import AlertEngine
-from ..metrics.measures import MetricSample, RowNumbers, TraceRow, measure
-from ..rules.config import AlertConfig
-from ..rules.model import Rule
+from ..metrics import MetricSample, RowNumbers, TraceRow, measure
+from ..rules import AlertConfig, Rule
 
 logger = logging.getLogger(__name__)
 

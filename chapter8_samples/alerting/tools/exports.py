@@ -12,9 +12,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..delivery.channels import label_name
-from ..rules.config import AlertConfig
-from ..rules.model import AlertConfigError, AlertRule, BurnRateRule, Rule, format_duration
+from ..delivery import label_name
+from ..rules import (
+    AlertConfig,
+    AlertConfigError,
+    AlertRule,
+    BurnRateRule,
+    Rule,
+    format_duration,
+)
 
 logger = logging.getLogger(__name__)
 
