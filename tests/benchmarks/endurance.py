@@ -47,13 +47,15 @@ from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
 
 QUESTIONS = ("返品は何日以内ですか", "送料はいくらですか", "支払い方法を教えてください")
-CLIENTS, THINK_SECONDS, CYCLE_MINUTES = 3, 0.7, 3.0
+CLIENTS, CYCLE_MINUTES = 3, 3.0
 
 
 @dataclass
 class Traffic:
     """利用者の側の記録。"""
 
+    think_seconds: float = 0.7
+    """次に聞くまでの平均。"""
     traces: list[str] = field(default_factory=list[str])
     """答えと一緒に受け取ったトレースの ID。"""
     feedback: set[str] = field(default_factory=set[str])
@@ -69,7 +71,7 @@ class Traffic:
     def customer(self, url: str, stop: threading.Event) -> None:
         """1 人の利用者: 聞き、ときどき評価し、しばらく読む。"""
         dice = random.Random()
-        while not stop.wait(dice.expovariate(1 / THINK_SECONDS)):
+        while not stop.wait(dice.expovariate(1 / self.think_seconds)):
             try:
                 self._visit(url, dice)
             except requests.ConnectionError:  # 再起動の間。受け付けられていない
@@ -106,8 +108,11 @@ class Traffic:
 class App:
     """アプリのプロセス。何度でも起動し直せる。"""
 
-    def __init__(self, home: Path, endpoint: str, environment: dict[str, str]) -> None:
-        self.home, self.endpoint, self.port = home, endpoint, free_port()
+    def __init__(
+        self, home: Path, endpoint: str, otlp_timeout_seconds: float, environment: dict[str, str]
+    ) -> None:
+        self.home, self.port = home, free_port()
+        self._otlp = [endpoint, str(otlp_timeout_seconds)]
         self.url = f"http://127.0.0.1:{self.port}"
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
@@ -118,7 +123,7 @@ class App:
 
     def start(self) -> None:
         script = Path(__file__).with_name("endurance_app.py")
-        command = [sys.executable, str(script), str(self.port), str(self.home), self.endpoint]
+        command = [sys.executable, str(script), str(self.port), str(self.home), *self._otlp]
         with (self.home / "app.log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, env=self._environment, stdout=log, stderr=log, start_new_session=True
@@ -220,24 +225,35 @@ def environment(server: Server, stub: StubLlm) -> dict[str, str]:
     return kept | OFFLINE_DEFAULTS | llm | {"MLFLOW_TRACKING_URI": server.url}
 
 
-def run(minutes: float, home: Path, tell: Callable[[str], object] = print) -> Outcome:
-    """動かして、数える。"""
+def run(
+    minutes: float,
+    home: Path,
+    tell: Callable[[str], object] = print,
+    *,
+    think_seconds: float = Traffic.think_seconds,
+    error_rate: float = 0.03,
+    otlp_timeout_seconds: float = 5,
+) -> Outcome:
+    """動かして、数える。短いときは、要求を増やし、OTLP の再送を早くあきらめさせて補う。"""
     os.environ.update(OFFLINE_DEFAULTS)
     cycles = max(1, round(minutes / CYCLE_MINUTES))
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(OtlpReceiver())
         stub = stack.enter_context(StubLlm())
-        stub.set_faults(latency_seconds=0.2, error_rate=0.03)
+        stub.set_faults(latency_seconds=0.2, error_rate=error_rate)
         server = Server(home / "server")
         stack.callback(server.stop)
         server.start()
         collector = Collector(sink)
         stack.callback(collector.stop)
         collector.start()
-        app = App(home, collector.endpoint, environment(server, stub))
+        settings = environment(server, stub) | {
+            "OTEL_BSP_SCHEDULE_DELAY": f"{otlp_timeout_seconds * 1000:.0f}"
+        }
+        app = App(home, collector.endpoint, otlp_timeout_seconds, settings)
         stack.callback(app.kill)
         app.start()
-        traffic = Traffic()
+        traffic = Traffic(think_seconds)
         with customers(app, traffic):
             for number in range(cycles):
                 restart = number <= cycles // 4  # 残りは、メモリーを見るために止めない

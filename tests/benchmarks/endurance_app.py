@@ -1,6 +1,6 @@
 """``endurance.py`` が動かすアプリ: 8.1、8.3、8.5 の設定をした、お客様窓口の HTTP サーバー。
 
-    python tests/benchmarks/endurance_app.py PORT HOME OTLP_ENDPOINT
+    python tests/benchmarks/endurance_app.py PORT HOME OTLP_ENDPOINT OTLP_TIMEOUT_SECONDS
 
 SIGTERM を受けると、処理中の要求に答え終えてから送信待ちを書き出し、``HOME/reports`` に、届いた数と
 失った数を書いて終わる。
@@ -45,12 +45,12 @@ logger = logging.getLogger(__name__)
 class SupportApp:
     """アプリ 1 つと、その送信待ち。"""
 
-    def __init__(self, home: Path, endpoint: str) -> None:
+    def __init__(self, home: Path, endpoint: str, timeout_seconds: float) -> None:
         self.home = home
         setup_production_tracing(
             "endurance", strict=True, http_timeout_seconds=5, http_max_retries=1
         )
-        setup_otlp_export(endpoint, "support-bot", timeout_seconds=5)
+        setup_otlp_export(endpoint, "support-bot", timeout_seconds=timeout_seconds)
         mlflow.openai.autolog()  # type: ignore[no-untyped-call]
         self.spool = TraceSpool(home / "spool", cooldown_seconds=1).install()
         self.outbox = FeedbackOutbox(home / "outbox.jsonl")
@@ -104,9 +104,9 @@ class SupportApp:
 
 def main() -> None:
     """SIGTERM まで応答する。"""
-    port, home, endpoint = sys.argv[1:]
+    port, home, endpoint, timeout_seconds = sys.argv[1:]
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-    support = SupportApp(Path(home), endpoint)
+    support = SupportApp(Path(home), endpoint, float(timeout_seconds))
     app = FastAPI(lifespan=support.lifespan)
     app.get("/ask")(support.ask)
     app.get("/health")(lambda: os.getpid())
