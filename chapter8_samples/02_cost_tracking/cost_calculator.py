@@ -120,7 +120,7 @@ class CostCalculator:
         if on_unknown not in ("raise", "unpriced"):
             raise CostError(f"on_unknown must be 'raise' or 'unpriced', got {on_unknown!r}")
         table = _load(pricing, pricing_file)
-        self.table = table.with_aliases(aliases) if aliases else table
+        self.table: PriceTable = table.with_aliases(aliases) if aliases else table
         self.on_unknown = on_unknown
 
     def calculate(

@@ -145,7 +145,10 @@ def run_on_duckdb(
     """
     with extra("sql"):
         import duckdb
-    offline = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+    offline: dict[str, Any] = {
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
     with duckdb.connect(config=offline) as connection:
         for statement in _DUCKDB_PRELUDE:
             connection.execute(statement)
