@@ -301,7 +301,11 @@ def _rewrite_info(info: Any, change: Callable[[Any], Any]) -> None:
 def mask_pii(*extra: Pattern, patterns: tuple[Pattern, ...] = DEFAULT_PATTERNS) -> PiiMasker:
     """個人情報を隠す関数を作る。
 
-    ``setup_production_tracing(..., span_processors=[mask_pii()])`` のように使う。
+    ``setup_production_tracing(..., span_processors=[mask_pii()])`` のように使う。文字列だけを
+    隠すこともできる(MLflow は読み込まない)。
+
+    >>> mask_pii().text("taro@example.jp の注文を 090-1234-5678 に確認")
+    '[EMAIL] の注文を [PHONE] に確認'
 
     Args:
         extra: 自社の会員番号など、既定に加えるもの。

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import runpy
 import shutil
 import threading
 import time
@@ -32,8 +33,10 @@ from chapter8_samples.production_tracing.delivery.profiles import (
     TracingSetupError,
     otlp_environment,
 )
+from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
 from chapter8_samples.production_tracing.masking import mask_pii
 
+PAGES = ("basic_setup", "graceful_shutdown")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -63,6 +66,26 @@ def test_same_call_is_a_no_op_and_a_different_one_explains_itself(tracking_uri: 
     reset_production_tracing()
     assert tracing_status() is None
     assert setup_production_tracing("b").experiment_name == "b"
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_page_run_as_a_script_shares_its_state(tracking_uri: str) -> None:
+    """パスで実行したページは 2 つ目のモジュールになるが、設定もハンドラーも 1 つのまま。"""
+    folder = REPOSITORY / "chapter8_samples" / "01_production_tracing"
+    name = "chapter8_samples.production_tracing."
+    for setup, shutdown in (
+        [runpy.run_path(str(folder / f"{page}.py")) for page in PAGES],
+        [runpy.run_module(name + page, run_name="as-a-script") for page in PAGES],
+    ):
+        assert setup["setup_production_tracing"]("a") is tracing_status()
+        assert setup["setup_production_tracing"] is not setup_production_tracing
+        reset_production_tracing()
+        assert setup["tracing_status"]() is None
+        handler = shutdown["setup_graceful_shutdown"](7)
+        try:
+            assert setup_graceful_shutdown(7) is handler
+        finally:
+            handler.unregister()
 
 
 def test_reset_restores_environment_and_uri(
