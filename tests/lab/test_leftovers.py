@@ -99,41 +99,43 @@ def test_a_second_sigterm_does_not_interrupt_the_clean_up() -> None:
 
 
 SUITE = """
-    import os, subprocess, sys, time
+import subprocess, sys, time
 
-    def test_that_never_ends(mlflow_server_url, stub_llm):
-        command = [sys.executable, "-u", "-m", "chapter8_samples._lab.llm.server", "--port", "0"]
-        own = subprocess.Popen(command, start_new_session=True)
-        forked = os.fork()  # サーバーの見張りへのパイプの写しを持つ
-        if not forked:
-            time.sleep(60)
-            os._exit(0)
-        time.sleep(2)
-        print("ready", flush=True)
-        time.sleep(600)
+def test_that_never_ends(FIXTURE, stub_llm):
+    command = [sys.executable, "-u", "-m", "chapter8_samples._lab.llm.server", "--port", "0"]
+    own = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    own.stdout.readline()
+    print("ready", flush=True)
+    time.sleep(600)
 """
 
 
-def servers(place: Path) -> list[tuple[str, str]]:
-    """残っているサーバー(コマンドと種類)。fork しただけの子は、自分で終わるので数えない。"""
-    kinds = ("process_guard", "mlflow server", "uvicorn", "llm.server")
-    return [(line, kind) for line in alive(place) for kind in kinds if kind in line]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_a_test_run_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "fixture"),
+    [
+        (signal.SIGTERM, "mlflow_server_url"),
+        (signal.SIGKILL, "mlflow_server_url"),
+        (signal.SIGINT, "webhooks"),
+    ],
+)
+def test_a_test_run_that_is_ended_leaves_nothing(
+    number: signal.Signals, fixture: str, tmp_path: Path
+) -> None:
     suite = tmp_path / "test_suite.py"
-    suite.write_text("\n".join(line[4:] for line in SUITE.splitlines()), encoding="utf-8")
+    suite.write_text(SUITE.replace("FIXTURE", fixture), encoding="utf-8")
     arguments = ["-m", "pytest", "-s", "-p", "conftest", "-p", "no:cacheprovider", str(suite)]
     arguments += [f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}"]
     arguments += [f"--basetemp={tmp_path / 'runs'}"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     mark = {VARIABLE: tmp_path.as_posix()}
     with started(arguments, tmp_path, "ready", PYTHONPATH=path, **mark) as job:
-        assert {"mlflow server", "llm.server"} <= {found[1] for found in servers(tmp_path)}
+        commands = "\n".join(alive(tmp_path))
+        assert "_lab.llm.server" in commands
+        assert ("mlflow server" in commands) == (fixture == "mlflow_server_url")
         job.send_signal(number)
+        job.wait(60)
         deadline = time.monotonic() + 30
-        while (left := servers(tmp_path)) and time.monotonic() < deadline:
+        while (left := alive(tmp_path)) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert left == []
