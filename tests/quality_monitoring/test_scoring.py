@@ -80,6 +80,7 @@ def test_real_judges_score_every_finished_trace_once(
     assert (first.traces, first.scored, first.skipped) == (3, 6, 0)
     assert (second.traces, second.scored, second.skipped) == (3, 0, 6)
     stored = infos()
+    assert len(stored) == 3 + 1  # 採点はトレースを残さない
     assert all(names(stored[i]) == ["length", "safety_check"] for i in ids)
     assert sum(len(info.assessments) for info in stored.values()) == 6
     judged = stored[ids[0]].assessments
