@@ -222,7 +222,6 @@ def test_our_own_set_up_passes(tracking_uri: str) -> None:
     assert levels(made) == levels(otlp) == {"設定の食い違い": "ok"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["cp932", "utf-8"])
 def test_consoles_that_cannot_show_everything(tmp_path: Path, encoding: str) -> None:
     job = run_as_reader(
@@ -467,7 +466,6 @@ def old_mlflow(folder: Path, version: str = "3.9.0") -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
-@pytest.mark.slow
 def test_old_mlflow_is_diagnosed_not_crashed_into(tmp_path: Path) -> None:
     job = run_as_reader(
         ["-m", "chapter8_samples", "doctor"], tmp_path, environment=old_mlflow(tmp_path / "old")
@@ -476,7 +474,6 @@ def test_old_mlflow_is_diagnosed_not_crashed_into(tmp_path: Path) -> None:
     assert 'pip install -U "mlflow>=3.17,<4"' in job.stdout
 
 
-@pytest.mark.slow
 def test_works_where_mlflow_cannot_even_be_imported(tmp_path: Path) -> None:
     (tmp_path / "mlflow.py").write_text("raise ImportError('broken')")
     environment = without_settings(dict(os.environ)) | {

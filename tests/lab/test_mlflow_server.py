@@ -48,36 +48,26 @@ def port_open(url: str) -> bool:
 
 @posix_only
 @pytest.mark.slow
-def test_real_server_stores_traces_and_leaves_nothing(tmp_path: Path) -> None:
+def test_real_server_survives_a_kill_with_its_data_and_leaves_nothing(tmp_path: Path) -> None:
     with MlflowServer(tmp_path / "home") as server:
-        group, url = server.pid, server.url
+        url, group = server.url, server.pid
         mlflow.set_tracking_uri(url)
         mlflow.set_experiment("server-test")
         with mlflow.start_span("work") as span:
             span.set_outputs("完了")
         mlflow.flush_trace_async_logging()
-        assert mlflow.get_trace(span.trace_id) is not None
         assert "Security middleware" in server.log_path.read_text(encoding="utf-8")
         assert (tmp_path / "home" / "mlflow.db").exists()
-    assert not group_alive(group) and not port_open(url)
-    server.stop()
-    with pytest.raises(RuntimeError, match="not running"):
-        _ = server.pid
-
-
-@posix_only
-@pytest.mark.slow
-def test_killed_server_starts_again_on_the_same_port_and_data(tmp_path: Path) -> None:
-    with MlflowServer(tmp_path) as server:
-        url, group = server.url, server.pid
-        mlflow.set_tracking_uri(url)
-        experiment = mlflow.set_experiment("survives")
         server.kill()
         assert eventually(lambda: not group_alive(group)) and not port_open(url)
         server.start()
         assert server.url == url
-        found = mlflow.get_experiment_by_name("survives")
-        assert found is not None and found.experiment_id == experiment.experiment_id
+        group = server.pid
+        assert mlflow.get_trace(span.trace_id) is not None
+    assert not group_alive(group) and not port_open(url)
+    server.stop()
+    with pytest.raises(RuntimeError, match="not running"):
+        _ = server.pid
 
 
 @posix_only

@@ -12,6 +12,7 @@ from threading import Thread
 
 import mlflow
 import pytest
+import requests
 from mlflow.exceptions import MlflowException
 from openai import OpenAI
 from samples import ROOT, run_as_reader
@@ -20,11 +21,11 @@ from chapter8_samples import _lab
 from chapter8_samples.__main__ import main
 from chapter8_samples._lab.doctor import setup_problems
 from chapter8_samples._lab.doctor.setup_problems import bounded, explain
+from chapter8_samples._lab.servers.receivers import WebhookReceiver
 
 NOWHERE = "http://127.0.0.1:9"
 UNWRITABLE = "/dev/null/x"  # root でも書けない
 LLM_PAGE = ROOT / "chapter8_samples/02_cost_tracking/token_tracking.py"
-NOTIFYING_PAGE = ROOT / "chapter8_samples/04_alerting/notification_handlers.py"
 
 
 class _Refuses(BaseHTTPRequestHandler):
@@ -188,13 +189,23 @@ def test_names_that_are_not_there(tracking_uri: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [LLM_PAGE, NOTIFYING_PAGE], ids=lambda path: path.stem)
-def test_a_proxy_is_not_asked_for_what_is_here(tmp_path: Path, page: Path) -> None:
+def test_a_proxy_is_not_asked_for_what_is_here(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """社内のプロキシを設定した端末でも、手元の LLM スタブと受信サーバーに届く。"""
-    names = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    proxy = dict.fromkeys(names, NOWHERE) | {"NO_PROXY": "intra.example", "no_proxy": ""}
-    run = run_as_reader([page], tmp_path, environment=proxy)
-    assert run.returncode == 0, run.stdout + run.stderr
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, NOWHERE)
+    monkeypatch.setenv("all_proxy", NOWHERE)
+    for excluded in ({"NO_PROXY": "intra.example", "no_proxy": ""}, {}):
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in excluded.items():
+            monkeypatch.setenv(name, value)
+        with _lab.sample(llm=True):
+            assert OpenAI(max_retries=0).models.list().data
+        with WebhookReceiver() as hooks:
+            assert requests.post(hooks.url, timeout=5).status_code == 200
 
 
 def test_what_the_user_excludes_from_the_proxy_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
