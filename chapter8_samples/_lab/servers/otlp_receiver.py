@@ -280,6 +280,7 @@ _REQUEST_TYPES: dict[str, tuple[Any, Any]] = {
 
 class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # 既定の 5 では、同時につなぐ相手を 1 秒待たせる
 
     def __init__(self, receiver: OtlpReceiver, tls: tuple[Path, Path] | None) -> None:
         self.receiver = receiver

@@ -124,6 +124,7 @@ class WebhookReceiver:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # 既定の 5 では、同時につなぐ相手を 1 秒待たせる
 
     def __init__(self, receiver: WebhookReceiver) -> None:
         self.receiver = receiver
