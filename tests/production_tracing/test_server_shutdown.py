@@ -61,12 +61,12 @@ def serve(program: Any, app: str, port: int, *arguments: str) -> int:
 
 
 def _send_requests(child: Any, port: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     sent = 0
     while sent < REQUESTS:
         assert time.monotonic() < deadline and child.poll() is None, child.stderr.read()
         try:
-            sent += requests.get(f"http://127.0.0.1:{port}/", timeout=10).ok
+            sent += requests.get(f"http://127.0.0.1:{port}/", timeout=60).ok
         except requests.ConnectionError:
             time.sleep(0.2)
 
