@@ -6,6 +6,7 @@ Collector を 1 回だけ作り、リポジトリーの外(~/.cache/chapter8-ote
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import os
@@ -54,16 +55,27 @@ def find_collector(cache: Path) -> Path:
     manifest = (HERE / "builder.yaml").read_bytes()
     home = cache / hashlib.sha256(manifest).hexdigest()[:16]
     binary = home / "_build" / "otelcol-ch8"
-    if not binary.exists():
-        _build(home, manifest)
+    with _alone(home):
+        if not binary.exists():
+            _build(home, manifest)
     return binary
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """並列に走るテストのうち、1 つだけが作る。"""
+    import fcntl
+
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(home: Path, manifest: bytes) -> None:
     go = shutil.which("go", path=os.pathsep.join([os.environ["PATH"], "/usr/local/go/bin"]))
     if go is None:
         _missing("needs otelcol-contrib on PATH, or Go to build a collector")
-    home.mkdir(parents=True, exist_ok=True)
     (home / "builder.yaml").write_bytes(manifest)
     path = os.pathsep.join([str(Path(go).parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "GOBIN": str(home), "GOFLAGS": "-mod=mod -buildvcs=false"}
