@@ -78,8 +78,9 @@ def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
         from pathlib import Path
         from chapter8_samples._lab.servers.mlflow_server import MlflowServer
         server = MlflowServer(Path({str(tmp_path / "home")!r}), jobs=True).start()
-        print(server.pid, server.url, flush=True)
-        os.fork()  # 見張りへのパイプの写しを持つ子だけが残る
+        heir = os.fork()  # 見張りへのパイプの写しを持ったまま、親が終わっても残る
+        if heir:
+            print(server.pid, server.url, heir, flush=True)
         time.sleep(600)
     """
     root = Path(mlflow_server.__file__).resolve().parents[3]
@@ -88,10 +89,9 @@ def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
         cwd=root,
-        start_new_session=True,
     )
     assert parent.stdout is not None
-    group, url = parent.stdout.readline().split()
+    group, url, heir = parent.stdout.readline().split()
     children = _group_members(int(group))
     assert len(children) >= 3 and port_open(url)
     parent.kill()
@@ -99,7 +99,7 @@ def test_no_orphan_when_the_parent_is_killed(tmp_path: Path) -> None:
     assert eventually(lambda: not group_alive(int(group)))
     assert not port_open(url)
     assert not any(_alive(pid) for pid in children)
-    os.killpg(parent.pid, signal.SIGKILL)  # fork した子
+    os.kill(int(heir), signal.SIGKILL)  # いなければ、ここで失敗する
     parent.communicate(timeout=10)
 
 
