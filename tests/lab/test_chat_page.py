@@ -272,6 +272,7 @@ def test_without_automatic_rollback_the_reader_decides(site: Site, open_page: Op
     settle(page)
     page.locator("#auto").uncheck()
     page.locator("[data-action=release]").click()
+    expect(page.locator("#version")).to_contain_text("詳しく答える")  # 質問より先に切り替わる
     page.locator("[data-action=burst]").click()
     expect(page.locator("[data-kind=suggest]")).to_contain_text("v1 に戻すことを提案")
     expect(page.locator("#version")).to_contain_text("詳しく答える")
