@@ -25,7 +25,7 @@ from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
 from chapter8_samples.cost_tracking.cost_calculator import CostCalculator
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 COST = "mlflow.llm.cost"
 # mlflow 本体(レジストリやジャッジ)が要るページは、本番のアプリには置かない
 WITH_MLFLOW = {"scorer_setup", "scorer_lifecycle", "backfill_scorers", "alert_config", "rollback"}
