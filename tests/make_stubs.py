@@ -28,7 +28,7 @@ def stubs() -> dict[Path, str]:
         for page in sorted(folder.glob("[a-z]*.py")):
             source = page.read_text(encoding="utf-8")
             # スタブは節のフォルダーに置く。節ごと別のパッケージに写しても通じるよう、相対にする
-            source = re.sub(rf"\bchapter8_samples\.{section}\.", ".", source)
+            source = re.sub(rf"\bchapter8_samples\.{section}\b\.?", ".", source)
             found[SOURCE / section / f"{page.stem}.pyi"] = stub(source)
     return found
 
@@ -40,16 +40,17 @@ def exports(modules: dict[str, str]) -> str:
         for module, names in modules.items()
         for name in names.split()
     ]
-    return "".join(sorted(lines))
+    names = sorted(name for names in modules.values() for name in names.split())
+    return "".join(sorted(lines)) + f"\n__all__ = {names}\n"
 
 
 def stub(source: str) -> str:
     """ページの構文木から、公開名と、その型に要るものだけを残したもの。"""
     tree = ast.parse(source)
     summary = (ast.get_docstring(tree) or "").split("\n")[0]
-    tree.body = needed(list(typed_statements(tree.body)))
-    text = ast.unparse(Signatures().visit(tree))
-    lines = (line.rstrip() for line in text.splitlines())
+    tree = Signatures().visit(tree)
+    tree.body = needed(typed_statements(tree.body))
+    lines = (line.rstrip() for line in ast.unparse(tree).splitlines())
     return "\n".join([f'"""{summary}"""', "", *lines]) + "\n"
 
 
@@ -114,7 +115,7 @@ class Signatures(ast.NodeTransformer):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.stmt:
         kept = node.body[:1] if ast.get_docstring(node) else []
         if node.name == "__init__":
-            kept += [line for line in node.body if sets_attribute(line)]
+            kept += filter(None, map(attribute, node.body))
         node.body = kept or [ast.Expr(ast.Constant(...))]
         return node
 
@@ -128,10 +129,19 @@ class Signatures(ast.NodeTransformer):
         return ast.copy_location(plain, node)
 
 
-def sets_attribute(line: ast.stmt) -> bool:
-    if isinstance(line, ast.Assign):
-        return any(isinstance(target, ast.Attribute) for target in line.targets)
-    return isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Attribute)
+def attribute(line: ast.stmt) -> ast.stmt | None:
+    """``self.x = ...`` のうち、型が分かるもの: 注釈つき、引数そのもの、``Class(...)``。"""
+    if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Attribute):
+        line.value = None
+        return line
+    if not isinstance(line, ast.Assign) or not isinstance(line.targets[0], ast.Attribute):
+        return None
+    if isinstance(line.value, ast.Name):
+        return line
+    made = line.value.func if isinstance(line.value, ast.Call) else None
+    if isinstance(made, ast.Name) and made.id[0].isupper():
+        return ast.AnnAssign(line.targets[0], made, None, simple=0)
+    return None
 
 
 def write() -> None:

@@ -13,6 +13,10 @@ if __name__ == "opentelemetry":  # OpenTelemetry 本体と取り違えられた
 
 __path__.append(__path__[0].removesuffix("opentelemetry") + "05_opentelemetry")
 
+import sys
+from importlib import import_module
+from threading import RLock
+
 _MODULES = {
     "otlp_setup": (
         "setup_otlp_export setup_otlp_for_datadog setup_otlp_for_grafana_tempo "
@@ -27,15 +31,17 @@ _MODULES = {
     "web": "trace_http_requests use_unified_tracer_provider",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = list(_HOME)
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+# 最初の import が複数のスレッドで同時に起きても、作りかけのモジュールを渡さない。MLflow も同時の
+# import に弱いので、ロックは節ごとではなく、いちばん上のパッケージに 1 つ置く
+_IMPORTING = vars(sys.modules[__name__.partition(".")[0]]).setdefault("_IMPORTING", RLock())
 
 
 def __getattr__(name: str) -> object:
-    from importlib import import_module
-
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    with _IMPORTING:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

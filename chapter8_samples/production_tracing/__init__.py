@@ -6,6 +6,10 @@
 
 __path__.append(__path__[0].removesuffix("production_tracing") + "01_production_tracing")
 
+import sys
+from importlib import import_module
+from threading import RLock
+
 _MODULES = {
     "basic_setup": "setup_production_tracing reset_production_tracing tracing_status",
     "graceful_shutdown": "setup_graceful_shutdown tracing_lifespan",
@@ -27,15 +31,17 @@ _MODULES = {
     "delivery.spool": "TraceSpool",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = list(_HOME)
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+# 最初の import が複数のスレッドで同時に起きても、作りかけのモジュールを渡さない。MLflow も同時の
+# import に弱いので、ロックは節ごとではなく、いちばん上のパッケージに 1 つ置く
+_IMPORTING = vars(sys.modules[__name__.partition(".")[0]]).setdefault("_IMPORTING", RLock())
 
 
 def __getattr__(name: str) -> object:
-    from importlib import import_module
-
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    with _IMPORTING:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -29,7 +29,7 @@ from chapter8_samples.quality_monitoring import setup_quality_scorers
 from chapter8_samples.quality_monitoring.scoring.plan import ScoringTarget
 
 usd: float = CostCalculator().calculate("gpt-4o", 1000, 500)
-rule: AlertRule = AlertRule("slow", "latency_p95_ms", above=1)
+rule: AlertRule = AlertRule(name="slow", metric="latency_p95_ms", threshold=1)
 history = ModelRollbackManager("m").get_rollback_history()
 for change in history:
     print(change.from_version)

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from packaging_builds import install, sdist, wheel
 from reader_environment import new_environment
-from samples import ROOT, SAMPLES, run_as_reader
+from samples import ROOT, run_as_reader
 
 pytestmark = pytest.mark.slow
-PACKAGE = ROOT / "chapter8_samples"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICK_STARTS = "\n".join(re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL))
 
@@ -68,4 +67,7 @@ def test_pages_and_commands_run_from_the_installed_wheel(installed: Path, tmp_pa
             ["-m", f"chapter8_samples.{section}", "--help"], tmp_path, python=installed
         )
         assert run.returncode == 0, run.stderr
-    assert len(SAMPLES) == 14
+    # 番号付きフォルダーにある SQL も見つかる
+    command = ["-m", "chapter8_samples.cost_tracking", "sql", "x", "--query", "nope"]
+    run = run_as_reader(command, tmp_path, python=installed)
+    assert run.returncode == 2 and "choose from daily_summary" in run.stderr, run.stderr
