@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
@@ -22,7 +20,8 @@ OWNED_PREFIXES = ("MLFLOW_", "OTEL_", "OPENAI_", "DATABRICKS_", "SLACK_", "PAGER
 leftovers.watch()
 _lab.go_offline()
 _lab.bypass_proxy()  # 社内のプロキシを設定した機械でも、手元の相手に直接つなぐ
-from mlflow.tracing.export import async_export_queue  # noqa: E402 (上の設定のあとで読み込む)
+from mlflow import MlflowClient  # noqa: E402 (上の設定のあとで読み込む)
+from mlflow.tracing.export import async_export_queue  # noqa: E402
 
 # 背後で起動された(SIGINT を無視する)シェルからでも、子プロセスの Ctrl-C を試せるようにする
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -82,12 +81,7 @@ def _forget_mlflow_state() -> None:
 def database_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """表を作り終えた、空の SQLite。表を作るのは 1 秒ほどかかるので、テストごとに写して使う。"""
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
-    code = "import mlflow, sys; mlflow.MlflowClient(sys.argv[1]).search_experiments()"
-    command = [sys.executable, "-c", code, f"sqlite:///{path.as_posix()}"]
-    environment = without_settings(dict(os.environ)) | _lab.OFFLINE_DEFAULTS
-    subprocess.run(
-        command, env=environment, cwd=path.parent, check=True, capture_output=True, timeout=120
-    )
+    MlflowClient(f"sqlite:///{path.as_posix()}").search_experiments()
     return path
 
 

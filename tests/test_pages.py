@@ -6,7 +6,10 @@ import ast
 import doctest
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,30 +19,69 @@ OUTPUT = doctest.OutputChecker()
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
+@pytest.fixture(scope="module")
+def two_cores() -> Iterator[ThreadPoolExecutor]:
+    """ページは互いに影響しないので、2 つずつ実行する。"""
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def by_path(
+    two_cores: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Path, Future[Run]]:
+    """何もない空のディレクトリーで、初めて実行する読者。"""
+    return {
+        path: two_cores.submit(run_watched, [path], tmp_path_factory.mktemp(path.stem))
+        for path in SAMPLES
+    }
+
+
 @pytest.mark.parametrize("path", SAMPLES, ids=sample_id)
-def test_prints_what_the_docstring_says(
-    path: Path, tmp_path: Path, database_template: Path
-) -> None:
-    """初めてパスで実行する読者と、データベースがあるところでモジュールとして実行する読者。"""
-    outside, twins = tmp_path / "outside.log", tmp_path / "twins.log"
+def test_prints_what_the_docstring_says(path: Path, by_path: dict[Path, Future[Run]]) -> None:
+    check(path, by_path[path].result())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SAMPLES, ids=sample_id)
+def test_prints_the_same_as_a_module(path: Path, tmp_path: Path, database_template: Path) -> None:
+    """データベースがあるところで、``python -m`` で実行する読者。"""
+    (tmp_path / ".chapter8").mkdir()
+    shutil.copy(database_template, tmp_path / ".chapter8/mlflow.db")
+    check(path, run_watched(["-m", alias_of(path)], tmp_path))
+
+
+@dataclass(frozen=True)
+class Run:
+    """見張りながらの実行の、結果と、残したもの。"""
+
+    done: subprocess.CompletedProcess[str]
+    outside: str
+    """手元の外へ出ようとした接続。"""
+    twins: str
+    """ページが 2 つ読み込まれ、状態が食い違ったもの。"""
+    left: set[str]
+
+
+def run_watched(arguments: list[str | Path], directory: Path) -> Run:
+    logs = directory.with_name(f"{directory.name}-logs")
+    logs.mkdir()
+    outside, twins = logs / "outside", logs / "twins"
     hooks = {"CHAPTER8_OUTSIDE_LOG": str(outside), "CHAPTER8_TWIN_LOG": str(twins)}
     hooks["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/reader_hooks"), str(ROOT)])
-    first, again = tmp_path / "first", tmp_path / "again"
-    first.mkdir()
-    (again / ".chapter8").mkdir(parents=True)
-    shutil.copy(database_template, again / ".chapter8/mlflow.db")
-    with ThreadPoolExecutor(2) as pool:  # 互いに影響しないので、同時に実行して時間を縮める
-        by_path = pool.submit(run_as_reader, [path], first, environment=hooks)
-        as_module = pool.submit(run_as_reader, ["-m", alias_of(path)], again, environment=hooks)
+    done = run_as_reader(arguments, directory, environment=hooks)
+    noted = [log.read_text(encoding="utf-8") if log.exists() else "" for log in (outside, twins)]
+    return Run(done, *noted, {path.name for path in directory.iterdir()})
+
+
+def check(path: Path, run: Run) -> None:
     want = documented_run(path)
-    for run in (by_path.result(), as_module.result()):
-        assert run.returncode == 0, run.stderr
-        assert OUTPUT.check_output(want, run.stdout, FLAGS), (
-            f"docstring:\n{want}\n実際:\n{run.stdout}\n{run.stderr}"
-        )
-    assert not outside.exists(), f"手元の外へ接続しようとした: {outside.read_text()}"
-    assert not twins.exists(), f"ページが 2 つあり、状態が食い違う: {twins.read_text()}"
-    assert {path.name for path in first.iterdir()} <= {".chapter8"}, "ほかのものを残した"
+    assert run.done.returncode == 0, run.done.stderr
+    assert OUTPUT.check_output(want, run.done.stdout, FLAGS), (
+        f"docstring:\n{want}\n実際:\n{run.done.stdout}\n{run.done.stderr}"
+    )
+    assert (run.outside, run.twins) == ("", "")
+    assert run.left <= {".chapter8"}
 
 
 def test_text_is_printable_on_a_japanese_windows_console() -> None:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from chapter8_samples._lab.console import width
@@ -48,6 +48,7 @@ def test_ticks_cover_the_peak(peak: float) -> None:
 
 
 @given(st.floats(min_value=1, max_value=5 * 365 * 86400), st.booleans())
+@example(99_000.0, True)  # 27 時間半: 「12:00」が 2 度あった
 def test_time_ticks_are_few_and_inside(seconds: float, clock: bool) -> None:
     """携帯の幅でも重ならない数で、どの長さの図にも 1 つはある。"""
     ticks = time_ticks(seconds, START if clock else None)

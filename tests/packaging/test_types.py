@@ -34,7 +34,7 @@ history = ModelRollbackManager("m").get_rollback_history()
 for change in history:
     print(change.from_version)
 """
-WRONG = "usd: str = CostCalculator().calculate('gpt-4o', 1000, 500)\nname: int = rule.name\n"
+WRONG = "text: str = CostCalculator().calculate('gpt-4o', 1000, 500)\nname: int = rule.name\n"
 
 
 def pyright(directory: Path, python: str | Path = sys.executable, *more: str) -> dict[str, Any]:

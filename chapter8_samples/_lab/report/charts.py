@@ -244,5 +244,7 @@ def time_ticks(seconds: float, started: datetime | None = None) -> list[tuple[fl
     first = -(started - midnight).total_seconds() % step
     labels = {60: "%H:%M:%S", 86400: "%H:%M", 90 * 86400: "%m/%d"}
     label = next((text for limit, text in labels.items() if step < limit), "%Y-%m")
+    if step < 86400 < seconds:  # 1 日を超える図では、同じ時刻が 2 度出る
+        label = "%m/%d %H:%M"
     times = [first + step * i for i in range(MAX_TIME_TICKS + 1)]
     return [(t, f"{started + timedelta(seconds=t):{label}}") for t in times if t <= seconds]
