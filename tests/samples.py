@@ -86,3 +86,11 @@ def run_as_reader(
         encoding=encoding,
         errors="strict" if encoding == "utf-8" else "backslashreplace",
     )
+
+
+def check_steps(out: str) -> None:
+    """``python -m chapter8_samples`` の、すべての手順が OK で終わった。"""
+    steps = re.findall(r"^\[ ?(\d+)/(\d+)\] \S+ .* (OK|NG) ", out, re.MULTILINE)
+    total = int(steps[0][1])
+    assert [int(number) for number, _, _ in steps] == list(range(1, total + 1))
+    assert {mark for _, _, mark in steps} == {"OK"}

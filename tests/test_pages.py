@@ -1,60 +1,109 @@
-"""本書のページを、読者と同じやり方で実行する: パスで、モジュールとして、空のディレクトリーで。"""
+"""本書のページと章の全体を、読者と同じやり方で、空のディレクトリーで実行する。"""
 
 from __future__ import annotations
 
 import ast
 import doctest
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from samples import PARTS, ROOT, SAMPLES, alias_of, documented_run, run_as_reader, sample_id
+from samples import (
+    PARTS,
+    ROOT,
+    SAMPLES,
+    alias_of,
+    check_steps,
+    documented_run,
+    run_as_reader,
+    sample_id,
+)
 
 OUTPUT = doctest.OutputChecker()
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+CHAPTER = "the whole chapter"
+RUNS: Mapping[str, Sequence[str | Path]] = {CHAPTER: ["-m", "chapter8_samples"]} | {
+    sample_id(path): [path] for path in SAMPLES
+}
 
 
 @pytest.fixture(scope="module")
-def two_cores() -> Iterator[ThreadPoolExecutor]:
-    """ページは互いに影響しないので、2 つずつ実行する。"""
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Run]]]:
+    """選ばれたテストに要る実行。互いに影響しないので、2 つずつ行う。
+
+    どれも、何もない空のディレクトリーで、初めて実行する読者である。
+    """
+    marks = [mark for item in request.session.items for mark in item.iter_markers("needs_run")]
+    wanted = {mark.args[0] for mark in marks}
     with ThreadPoolExecutor(2) as pool:
-        yield pool
+        yield {
+            name: pool.submit(run_watched, arguments, tmp_path_factory.mktemp("reader"))
+            for name, arguments in RUNS.items()
+            if name in wanted
+        }
 
 
-@pytest.fixture(scope="module")
-def by_path(
-    two_cores: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory
-) -> dict[Path, Future[Run]]:
-    """何もない空のディレクトリーで、初めて実行する読者。"""
-    return {
-        path: two_cores.submit(run_watched, [path], tmp_path_factory.mktemp(path.stem))
-        for path in SAMPLES
-    }
-
-
-@pytest.mark.parametrize("path", SAMPLES, ids=sample_id)
-def test_prints_what_the_docstring_says(path: Path, by_path: dict[Path, Future[Run]]) -> None:
-    check(path, by_path[path].result())
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=sample_id(p), marks=pytest.mark.needs_run(sample_id(p))) for p in SAMPLES],
+)
+def test_prints_what_the_docstring_says(path: Path, runs: dict[str, Future[Run]]) -> None:
+    check(path, runs[sample_id(path)].result())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SAMPLES, ids=sample_id)
 def test_prints_the_same_as_a_module(path: Path, tmp_path: Path, database_template: Path) -> None:
     """データベースがあるところで、``python -m`` で実行する読者。"""
-    (tmp_path / ".chapter8").mkdir()
-    shutil.copy(database_template, tmp_path / ".chapter8/mlflow.db")
-    check(path, run_watched(["-m", alias_of(path)], tmp_path))
+    reader = tmp_path / "reader"
+    (reader / ".chapter8").mkdir(parents=True)
+    shutil.copy(database_template, reader / ".chapter8/mlflow.db")
+    check(path, run_watched(["-m", alias_of(path)], reader))
+
+
+@pytest.mark.needs_run(CHAPTER)
+def test_the_whole_chapter_holds(runs: dict[str, Future[Run]]) -> None:
+    """``python -m chapter8_samples``: すべての手順が OK になり、次にすることを示す。"""
+    run = runs[CHAPTER].result()
+    assert (run.done.returncode, run.done.stderr) == (0, ""), run.done.stdout + run.done.stderr
+    check_steps(run.done.stdout)
+    assert "python -m chapter8_samples ui" in run.done.stdout
+    assert str(run.directory / "health_report.html") in run.done.stdout
+    assert (run.outside, run.left) == ("", {".chapter8", "health_report.html"})
+
+
+@pytest.mark.needs_run(CHAPTER)
+def test_the_report_is_one_file_with_charts(runs: dict[str, Future[Run]]) -> None:
+    html = (runs[CHAPTER].result().directory / "health_report.html").read_text(encoding="utf-8")
+    assert html.count("<svg") >= 4
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:|//)""", html)
+    for mark in ("release", "alert", "rollback", "resolved"):
+        assert f'class="mark {mark}"' in html
+
+
+@pytest.mark.needs_run(CHAPTER)
+def test_the_report_can_be_rebuilt(runs: dict[str, Future[Run]]) -> None:
+    directory = runs[CHAPTER].result().directory
+    original = (directory / "health_report.html").read_text(encoding="utf-8")
+    command = ["-m", "chapter8_samples", "report", "-o", "again.html"]
+    run = run_as_reader(command, directory, environment={"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (directory / "again.html").read_text(encoding="utf-8") == original
 
 
 @dataclass(frozen=True)
 class Run:
     """見張りながらの実行の、結果と、残したもの。"""
 
+    directory: Path
     done: subprocess.CompletedProcess[str]
     outside: str
     """手元の外へ出ようとした接続。"""
@@ -63,15 +112,15 @@ class Run:
     left: set[str]
 
 
-def run_watched(arguments: list[str | Path], directory: Path) -> Run:
+def run_watched(arguments: Sequence[str | Path], directory: Path) -> Run:
     logs = directory.with_name(f"{directory.name}-logs")
     logs.mkdir()
     outside, twins = logs / "outside", logs / "twins"
     hooks = {"CHAPTER8_OUTSIDE_LOG": str(outside), "CHAPTER8_TWIN_LOG": str(twins)}
     hooks["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/reader_hooks"), str(ROOT)])
-    done = run_as_reader(arguments, directory, environment=hooks)
+    done = run_as_reader(arguments, directory, environment=hooks, timeout=240)
     noted = [log.read_text(encoding="utf-8") if log.exists() else "" for log in (outside, twins)]
-    return Run(done, *noted, {path.name for path in directory.iterdir()})
+    return Run(directory, done, *noted, {path.name for path in directory.iterdir()})
 
 
 def check(path: Path, run: Run) -> None:

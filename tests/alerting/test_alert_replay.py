@@ -35,6 +35,7 @@ def minutes(rule: RuleReplay) -> list[float | None]:
     return [None if d is None else d.total_seconds() / 60 for d in rule.detection]
 
 
+@pytest.mark.slow
 def test_the_published_incident_is_one_firing_and_one_resolution() -> None:
     slow = AlertRule(
         name="p95",
@@ -82,6 +83,7 @@ def check_many_seeds(storms: range, calms: range, false_pages: int) -> int:
     return sum(r.naive_false for r in results)
 
 
+@pytest.mark.slow
 def test_24_quiet_hours_give_no_false_page() -> None:
     assert check_many_seeds(range(101, 103), range(201, 205), 0) > 100
 
@@ -151,6 +153,7 @@ def test_a_rule_that_could_not_be_evaluated_does_not_look_quiet() -> None:
     assert "(評価できず" in result.table().splitlines()[1]
 
 
+@pytest.mark.slow
 def test_a_repeat_is_no_second_page_and_the_picture_ends_with_the_alert() -> None:
     traffic = SyntheticTraffic()
     routes = ({"match": {}, "to": [], "repeat": "1m"},)

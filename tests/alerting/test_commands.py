@@ -151,6 +151,7 @@ def test_watch_beats_and_stops_on_sigterm(config: str, failed_trace: str, tmp_pa
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_dry_run_sends_nothing_and_leaves_the_real_state_alone(
     failed_trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -364,6 +364,7 @@ def test_the_receivers_of_the_configuration_are_notified(
         setup_alerting("app", AlertConfig(rules=rules, receivers=secret))
 
 
+@pytest.mark.slow
 def test_a_window_too_large_to_read_completely_is_logged(
     tracking_uri: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

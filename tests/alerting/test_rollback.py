@@ -494,6 +494,7 @@ def test_undo_takes_every_option() -> None:
     assert rollback.undo(force=True, expected=2).to_version == "3"
 
 
+@pytest.mark.slow
 def test_only_the_exact_number_of_a_real_version_is_accepted(tracking_uri: str) -> None:
     import mlflow.genai
 
@@ -599,6 +600,7 @@ def test_a_row_that_vanished_while_it_was_written_is_a_lost_race() -> None:
         ModelAlias(Client(), "m", "champion").put_tag("k", "v")
 
 
+@pytest.mark.slow
 def test_the_version_an_alias_points_at_can_be_looked_up(tracking_uri: str) -> None:
     manager = ModelRollbackManager(model(2), settle_seconds=0)
     assert manager.get_alias_info("champion") is None

@@ -17,6 +17,7 @@ from chapter8_samples.cost_tracking import CostTracker, CostTracking, setup_cost
 from chapter8_samples.cost_tracking._internals import tracking_service
 
 
+@pytest.mark.slow
 def test_other_span_processors_are_kept(costs: CostTracking) -> None:
     seen: list[str] = []
 
@@ -65,6 +66,7 @@ def other_store(tmp_path: Path, database_template: Path) -> Callable[[int], str]
     return make
 
 
+@pytest.mark.slow
 def test_a_later_tracking_uri_changes_nothing(
     costs: CostTracking,
     tracker: CostTracker,

@@ -220,6 +220,7 @@ def test_days_of_the_command_begin_in_the_zone(
     assert (budget["spent_usd"], budget["used_pct"], budget["days"]) == ("6", "50", "31")
 
 
+@pytest.mark.slow
 def test_the_command_on_a_japanese_console(
     archive_of: Callable[..., Path], row: Any, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_callback_may_use_the_tracker() -> None:
     assert seen == [Decimal("0.0075")] * 3
 
 
+@pytest.mark.slow
 def test_no_call_is_lost_between_threads_and_resets() -> None:
     tracker = CostTracker(budget_usd=1_000_000)
     resets: list[int] = []

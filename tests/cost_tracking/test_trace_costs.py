@@ -62,6 +62,7 @@ def test_the_price_of_the_day_of_the_call_is_used(costs: CostTracking) -> None:
     assert total_cost(end(old)) == 1.0
 
 
+@pytest.mark.slow
 def test_unknown_models_are_visible_and_warned_once(
     costs: CostTracking, tracker: CostTracker, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,6 +133,7 @@ def test_missing_usage_is_not_zero(costs: CostTracking) -> None:
     assert usage_by_model(trace)[0].calls_without_usage == 1
 
 
+@pytest.mark.slow
 def test_a_failed_call_is_not_reported_as_missing(costs: CostTracking) -> None:
     with pytest.raises(RuntimeError), mlflow.start_span("call", span_type="CHAT_MODEL"):
         raise RuntimeError("rate limited")
@@ -278,6 +280,7 @@ def record(count: int, hours: int = 0, metadata: dict[str, str] | None = None) -
     mlflow.flush_trace_async_logging()
 
 
+@pytest.mark.slow
 def test_aggregation_pages_without_a_cut(costs: CostTracking) -> None:
     mlflow.set_experiment("many")
     record(7)
@@ -393,6 +396,7 @@ def test_usage_of_another_shape_is_not_reported_usage(tracking_uri: str) -> None
         assert not price_trace(trace).complete
 
 
+@pytest.mark.slow
 def test_no_query_per_trace(costs: CostTracking, monkeypatch: pytest.MonkeyPatch) -> None:
     """N+1 の見張り: 7 件を 3 件ずつ読むなら、問い合わせは 3 回。"""
     from mlflow.tracing.client import TracingClient

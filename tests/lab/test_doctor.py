@@ -466,6 +466,7 @@ def old_mlflow(folder: Path, version: str = "3.9.0") -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
 
 
+@pytest.mark.slow
 def test_old_mlflow_is_diagnosed_not_crashed_into(tmp_path: Path) -> None:
     job = run_as_reader(
         ["-m", "chapter8_samples", "doctor"], tmp_path, environment=old_mlflow(tmp_path / "old")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from chapter8_samples._lab.llm import answers, rules
 from chapter8_samples._lab.llm.rules import Case
 from chapter8_samples._lab.llm.text import count_tokens, sentences
@@ -69,6 +71,7 @@ def test_good_answers_are_grounded_and_bad_ones_are_not() -> None:
         assert 3.5 <= count_tokens(bad) / count_tokens(good) <= 5.5
 
 
+@pytest.mark.slow
 def test_embeddings_bring_the_right_document_near() -> None:
     vectors = {d.id: answers.embed(d.title + d.text) for d in DOCUMENTS.values()}
 

@@ -144,6 +144,7 @@ def test_metrics_arrive(otlp: OtlpReceiver, name: str) -> None:
     assert [r.path for r in otlp.requests] == ["/v1/metrics"]
 
 
+@pytest.mark.slow
 def test_delay_slows_the_answer(otlp: OtlpReceiver) -> None:
     otlp.delay_seconds = 0.2
     started = time.monotonic()

@@ -141,6 +141,7 @@ def test_wrong_experiment(tracking_uri: str, monkeypatch: pytest.MonkeyPatch) ->
     assert "エクスペリメント 'x' は" in text and "確かめてください" in text
 
 
+@pytest.mark.slow
 def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     for place in (UNWRITABLE, str(tmp_path / "file")):

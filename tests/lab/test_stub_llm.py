@@ -55,6 +55,7 @@ def test_good_prompt_quotes_the_nearest_sentences(client: OpenAI) -> None:
     assert reply.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_bad_prompt_invents_about_four_times_as_much(client: OpenAI) -> None:
     good = client.chat.completions.create(model="gpt-4o-mini", messages=ask(GOOD))
     bad = client.chat.completions.create(model="gpt-4o-mini", messages=ask(BAD))
@@ -63,6 +64,7 @@ def test_bad_prompt_invents_about_four_times_as_much(client: OpenAI) -> None:
     assert "14日" not in str(bad.choices[0].message.content)
 
 
+@pytest.mark.slow
 def test_answers_depend_on_content_alone(client: OpenAI) -> None:
     first = client.chat.completions.create(model="gpt-4o", messages=ask(BAD))
     client.chat.completions.create(model="gpt-4o", messages=ask(GOOD, "送料はいくらですか?"))
@@ -75,6 +77,7 @@ def test_nothing_near_the_question_is_said_so(client: OpenAI) -> None:
     assert reply.choices[0].message.content == NOT_FOUND
 
 
+@pytest.mark.slow
 def test_model_is_echoed_as_a_dated_snapshot(client: OpenAI) -> None:
     for asked, echoed in {
         "gpt-4o": "gpt-4o-2024-08-06",
@@ -100,6 +103,7 @@ def test_token_rule() -> None:
         assert count_tokens(text) == tokens, text
 
 
+@pytest.mark.slow
 def test_cached_tokens_are_the_system_message_in_blocks(client: OpenAI) -> None:
     for characters, cached in ((0, 0), (190, 0), (192, 128), (600, 384)):
         messages: list[Any] = [{"role": "user", "content": "こんにちは"}]
@@ -151,6 +155,7 @@ def test_client_may_leave_in_the_middle_of_a_stream(client: OpenAI) -> None:
     assert reply.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_async_client_and_concurrency(stub_llm: StubLlm) -> None:
     async def run() -> list[str | None]:
         async with AsyncOpenAI() as client:
@@ -168,6 +173,7 @@ def test_async_client_and_concurrency(stub_llm: StubLlm) -> None:
     assert [f"質問{n}" in str(a) for n, a in enumerate(answers)] == [True] * 20
 
 
+@pytest.mark.slow
 def test_long_answers_really_take_longer(client: OpenAI) -> None:
     started = time.monotonic()
     reply = client.chat.completions.create(model="gpt-4o", messages=ask(BAD))
@@ -300,6 +306,7 @@ def test_rate_limit_carries_retry_after(client: OpenAI, stub_llm: StubLlm) -> No
     assert caught.value.code == "rate_limit_exceeded"
 
 
+@pytest.mark.slow
 def test_sdk_retries_over_a_rate_limit(stub_llm: StubLlm) -> None:
     stub_llm.set_faults(rate_limit_rate=0.5, retry_after_seconds=0.01)
     client = OpenAI(max_retries=1)
@@ -314,6 +321,7 @@ def test_faults_hit_embeddings_too(client: OpenAI, stub_llm: StubLlm) -> None:
         client.embeddings.create(model="e", input="返品")
 
 
+@pytest.mark.slow
 def test_latency_delays_the_answer(client: OpenAI, stub_llm: StubLlm) -> None:
     stub_llm.set_faults(latency_seconds=0.2)
     started = time.monotonic()
@@ -321,6 +329,7 @@ def test_latency_delays_the_answer(client: OpenAI, stub_llm: StubLlm) -> None:
     assert time.monotonic() - started >= 0.2
 
 
+@pytest.mark.slow
 def test_bad_release_ignores_the_prompt(client: OpenAI, stub_llm: StubLlm) -> None:
     invented = client.chat.completions.create(model="gpt-4o", messages=ask(BAD))
     stub_llm.set_faults(bad_release=True)
@@ -365,6 +374,7 @@ def test_set_faults_refuses_the_same_in_python() -> None:
         stub.set_faults(latency_seconds=math.nan)
 
 
+@pytest.mark.slow
 def test_stop_closes_the_port_and_start_opens_it_again() -> None:
     stub = StubLlm()
     with pytest.raises(RuntimeError, match="not running"):

@@ -66,6 +66,7 @@ def test_reset_cuts_the_connection(webhooks: WebhookReceiver) -> None:
     assert requests.post(webhooks.url, timeout=5).status_code == 200
 
 
+@pytest.mark.slow
 def test_slow_answer_times_out_the_client_but_is_recorded(
     webhooks: WebhookReceiver, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ def test_wrong_arguments_are_told_in_one_line(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_send_leaves_the_traces_in_mlflow_too_where_one_is_set(
     tracking_uri: str, otlp: OtlpReceiver, capsys: Output
 ) -> None:

@@ -69,6 +69,7 @@ def test_names_the_reason_of_a_refusal(
     assert (check.ok, check.reason) == (False, reason), check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 def test_names_the_reason_when_there_is_no_answer(silent: str, protocol: str) -> None:
     refused = check_otlp_connection(f"http://127.0.0.1:{free_port()}", protocol)
@@ -178,6 +179,7 @@ def test_names_tls_when_the_port_is_plain(otlp: OtlpReceiver, protocol: str) -> 
     assert check.reason == "tls", check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 def test_flush_all_counts_what_was_lost(
     tracking_uri: str, otlp: OtlpReceiver, protocol: str
@@ -206,6 +208,7 @@ def test_retries_a_short_outage(tracking_uri: str, otlp: OtlpReceiver, protocol:
     assert len(otlp.spans) == 3
 
 
+@pytest.mark.slow
 def test_flush_all_counts_what_overflowed_the_queue(tracking_uri: str, otlp: OtlpReceiver) -> None:
     os.environ |= {"OTEL_BSP_MAX_QUEUE_SIZE": "8", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "8"}
     otlp.delay_seconds = 0.2
@@ -235,6 +238,7 @@ def test_a_hanging_receiver_delays_neither_the_app_nor_the_exit(
     assert report.delivered == 0 and not report.complete
 
 
+@pytest.mark.slow
 def test_results_of_an_abandoned_setting_are_not_counted_later(
     tracking_uri: str, otlp: OtlpReceiver
 ) -> None:

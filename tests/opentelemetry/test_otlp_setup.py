@@ -71,6 +71,7 @@ def other_store(database_template: Path, tmp_path: Path) -> str:
     return f"sqlite:///{Path(shutil.copy(database_template, tmp_path / 'other.db')).as_posix()}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_dual_mode_delivers_every_trace_twice_with_equal_ids(
     tracking_uri: str, otlp: OtlpReceiver, protocol: str
@@ -100,6 +101,7 @@ def test_otlp_only_keeps_the_root_span_of_traces_with_tags(
     assert stored_ids("only") == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["dual", "otlp_only"])
 @pytest.mark.parametrize("semconv", [True, False])
 def test_user_session_cache_and_errors_travel_as_standard_attributes(
@@ -150,6 +152,7 @@ def test_headers_arrive_and_are_not_shown(tracking_uri: str, otlp: OtlpReceiver)
     assert "s3cret" not in repr(status)
 
 
+@pytest.mark.slow
 def test_keeps_span_processors_experiment_and_added_processors(
     tracking_uri: str, otlp: OtlpReceiver
 ) -> None:
@@ -203,6 +206,7 @@ def test_survives_set_experiment_and_a_late_tracking_uri(
     assert any("mask" in w and "set_tracking_uri" in w for w in warnings), warnings
 
 
+@pytest.mark.slow
 def test_setting_up_again_after_a_late_tracking_uri_is_the_cure(
     tracking_uri: str, otlp: OtlpReceiver, other_store: str
 ) -> None:
@@ -238,6 +242,7 @@ def test_names_what_replaces_otlp_only(tracking_uri: str) -> None:
         setup_otlp_export("http://127.0.0.1:4317", "bot", mode="otlp_only")
 
 
+@pytest.mark.slow
 def test_second_call_changes_nothing_and_another_endpoint_moves(
     tracking_uri: str, otlp: OtlpReceiver
 ) -> None:
@@ -253,6 +258,7 @@ def test_second_call_changes_nothing_and_another_endpoint_moves(
         assert len(otlp.spans) == len(other.spans) == 3
 
 
+@pytest.mark.slow
 def test_disable_restores_the_environment_exactly(tracking_uri: str, otlp: OtlpReceiver) -> None:
     os.environ["OTEL_RESOURCE_ATTRIBUTES"] = "team=search,,"
     os.environ["OTEL_EXPORTER_OTLP_TRACES_HEADERS"] = "old=1"
@@ -280,6 +286,7 @@ def test_disable_restores_the_environment_beside_an_added_processor(
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_disable_keeps_its_deadline_while_a_request_hangs(tracking_uri: str, protocol: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -292,6 +299,7 @@ def test_disable_keeps_its_deadline_while_a_request_hangs(tracking_uri: str, pro
         assert time.monotonic() - started < 15
 
 
+@pytest.mark.slow
 def test_works_after_tracing_has_started(tracking_uri: str, otlp: OtlpReceiver) -> None:
     mlflow.set_experiment("late")
     made = {answer(1)}
@@ -345,6 +353,7 @@ def test_a_config_is_passed_alone(tracking_uri: str) -> None:
             setup_otlp_export(config, **more)
 
 
+@pytest.mark.slow
 def test_an_exporter_that_cannot_start_raises_and_tracing_goes_on(tracking_uri: str) -> None:
     mlflow.set_experiment("rollback")
     os.environ["OTEL_EXPORTER_OTLP_COMPRESSION"] = "deflate"
@@ -465,6 +474,7 @@ print(time.time(), flush=True)
     assert len(stored_ids("hang")) == 192
 
 
+@pytest.mark.slow
 def test_translation_keeps_the_names_of_ordinary_spans(
     tracking_uri: str, otlp: OtlpReceiver
 ) -> None:

@@ -43,6 +43,7 @@ def endpoint_of(otlp: OtlpReceiver, protocol: str) -> str:
     return otlp.grpc_endpoint if protocol == "grpc" else otlp.http_endpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("mode", ["dual", "otlp_only"])
 def test_every_span_arrives(
@@ -62,6 +63,7 @@ def test_every_span_arrives(
     assert sorted(span.name for span in secure.spans) == sorted(f"s{n}" for n in range(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_without_the_authority_nothing_arrives_and_the_check_says_why(
     tracking_uri: str, secure: OtlpReceiver, certificate: tuple[Path, Path], protocol: str
@@ -82,6 +84,7 @@ def test_without_the_authority_nothing_arrives_and_the_check_says_why(
 SYSTEM_BUNDLE = requests.certs.where()  # この中に、プライベート CA はない
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
 def test_a_ca_bundle_in_the_environment_wins_over_http(
     tracking_uri: str, secure: OtlpReceiver, certificate: tuple[Path, Path], name: str

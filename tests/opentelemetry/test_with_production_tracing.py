@@ -30,6 +30,7 @@ from chapter8_samples.production_tracing.sampling_strategies import ConditionalS
 from .conftest import wait_until
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("otlp_first", [True, False])
 @pytest.mark.parametrize("mode", ["dual", "otlp_only"])
 def test_sampled_out_traces_never_leave_and_kept_ones_carry_their_weight(

@@ -388,6 +388,7 @@ def test_early_traces_do_not_leave_the_small_buffer(tracking_uri: str) -> None:
     assert InMemoryTraceManager.get_instance()._traces.maxsize == 20000
 
 
+@pytest.mark.slow
 def test_autologging_names(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match=r"unknown providers \['opneai'\].*'openai'"):
         enable_autologging(["opneai"])

@@ -262,6 +262,7 @@ def test_forked_child_stays_disabled(program: Any, stored: Any) -> None:
     assert stored("child") == []
 
 
+@pytest.mark.slow
 def test_flush_bounds_reports_and_keeps_tracing(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("flush")
 
@@ -277,6 +278,7 @@ def test_flush_bounds_reports_and_keeps_tracing(tracking_uri: str, stored: Any) 
         flush_traces(0)
 
 
+@pytest.mark.slow
 def test_flush_deadline_and_failure_are_reported() -> None:
     slow = GracefulShutdownHandler(5, flush=lambda: time.sleep(20))
     result = slow.flush(0.2)

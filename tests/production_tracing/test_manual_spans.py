@@ -65,6 +65,7 @@ def test_full_aborted_and_failed_streams(stored: Any) -> None:
     assert nothing_is_open()
 
 
+@pytest.mark.slow
 def test_async_streams_and_cancellation(stored: Any) -> None:
     async def main() -> None:
         assert [word async for word in atraced_stream("full", awords())] == ["a", "b"]
@@ -144,6 +145,7 @@ def test_fastapi_client_that_disconnects(stored: Any) -> None:
     assert len(stored("spans")) == 1 and nothing_is_open()
 
 
+@pytest.mark.slow
 def test_steps_attributes_and_errors(stored: Any) -> None:
     with pytest.raises(ConnectionResetError), traced_step("a", span_type="LLM", inputs={"q": 1}):
         raise ConnectionResetError("reset")

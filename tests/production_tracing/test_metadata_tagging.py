@@ -58,6 +58,7 @@ def test_context_is_frozen_and_makes_its_own_request_id() -> None:
     assert RequestContext(session_id="s" * 250).session_id
 
 
+@pytest.mark.slow
 def test_user_and_session_are_where_mlflow_groups_them(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("group")
     for session in ("s1", "s1", "s2"):
@@ -81,6 +82,7 @@ def test_unsampled_or_outside_is_false_without_a_warning(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+@pytest.mark.slow
 def test_find_traces(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("find")
     chat(RequestContext(user_id="o'neil", session_id='say "hi"', request_id="r1"))
@@ -118,6 +120,7 @@ def test_a_value_that_is_no_string_is_refused() -> None:
         find_traces(user=number)
 
 
+@pytest.mark.slow
 def test_scope_covers_traces_of_others(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("scope")
     scope = request_scope(RequestContext(user_id="u", session_id="s", request_id="r"))
@@ -135,6 +138,7 @@ def test_scope_covers_traces_of_others(tracking_uri: str, stored: Any) -> None:
 def step() -> None: ...
 
 
+@pytest.mark.slow
 def test_propagation(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("propagation")
     with ThreadPoolExecutor(1) as pool, mlflow.start_span("with") as root:
@@ -153,6 +157,7 @@ def test_propagation(tracking_uri: str, stored: Any) -> None:
     assert counts == {"with": 2, "without": 1, "step": 1, "asyncio": 2}
 
 
+@pytest.mark.slow
 def test_http_joins_the_callers_trace(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("http")
     with mlflow.start_span("caller"):
@@ -173,6 +178,7 @@ def test_headers_are_cut_not_refused() -> None:
     assert context.request_id.startswith("req-")
 
 
+@pytest.mark.slow
 def test_fastapi_middleware(tracking_uri: str, stored: Any) -> None:
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
@@ -209,6 +215,7 @@ def test_fastapi_middleware(tracking_uri: str, stored: Any) -> None:
     assert len(find_traces()) == 4
 
 
+@pytest.mark.slow
 def test_flask_hook(tracking_uri: str, stored: Any) -> None:
     from flask import Flask
 

@@ -156,6 +156,7 @@ def harmless_texts(count: int, seed: int = 8) -> list[tuple[str, str]]:
     return [(kind, makers[kind]()) for kind in (kinds[i % len(kinds)] for i in range(count))]
 
 
+@pytest.mark.slow
 def test_false_maskings_are_counted_and_bounded() -> None:
     """検査数字が偶然に合う番号だけを、述べた割合まで。日付・金額・型番・JAN・郵便番号は 0。"""
     masker = mask_pii()

@@ -47,6 +47,7 @@ def half(summary: TraceSummary) -> Decision:
     return Decision(0.5, "rest")
 
 
+@pytest.mark.slow
 def test_private_names_of_mlflow_and_opentelemetry(tracking_uri: str) -> None:
     """非公開の名前の契約。ここが落ちたら tail_sampling.py を直す。"""
     from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE, _MlflowSampler
@@ -122,6 +123,7 @@ def make_traces(count: int) -> None:
         SHAPES[number % len(SHAPES)][0](number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_async", ["true", "false"])
 def test_exactly_the_kept_traces_are_stored_with_all_children(
     collected: Any, monkeypatch: pytest.MonkeyPatch, use_async: str
@@ -159,6 +161,7 @@ def test_over_a_server(mlflow_server_url: str, stored: Any) -> None:
     assert len(stored("tail-server")) == sampler.stats().kept
 
 
+@pytest.mark.slow
 def test_dual_export_asks_once_and_the_weight_reaches_otlp(
     tracking_uri: str, stored: Any, otlp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +193,7 @@ def test_dual_export_asks_once_and_the_weight_reaches_otlp(
     assert sampler.stats().kept == len(traces)
 
 
+@pytest.mark.slow
 def test_survives_every_way_the_provider_is_rebuilt(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("first")
     sampler = TailSampler(lambda _summary: Decision(0.0, "none")).install()
@@ -206,6 +210,7 @@ def test_survives_every_way_the_provider_is_rebuilt(tracking_uri: str, stored: A
     assert len(stored("second")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rebuild", ["set_experiment", "enable"])
 def test_uninstall_gives_back_every_trace_after_a_rebuild(
     tracking_uri: str, stored: Any, rebuild: str
@@ -224,6 +229,7 @@ def test_uninstall_gives_back_every_trace_after_a_rebuild(
     assert len(stored("after")) == 2
 
 
+@pytest.mark.slow
 def test_install_before_tracing_is_enabled(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("later")
     mlflow.tracing.disable()
@@ -242,6 +248,7 @@ def test_policy_error_keeps_and_counts(tracking_uri: str, stored: Any) -> None:
     assert sampler.stats().policy_errors == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [None, 0.5, (1.0, "rule")])
 def test_policy_that_returns_no_decision_keeps_and_counts(
     tracking_uri: str, stored: Any, answer: Any, caplog: pytest.LogCaptureFixture
@@ -255,6 +262,7 @@ def test_policy_that_returns_no_decision_keeps_and_counts(
     assert f"policy returned {answer!r}; return a Decision" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_late_child_follows_the_decision(
     tracking_uri: str, stored: Any, probability: float
@@ -274,6 +282,7 @@ def test_late_child_follows_the_decision(
     assert sampler.stats().open_traces == 0
 
 
+@pytest.mark.slow
 def test_open_traces_are_bounded_and_evicted_ones_are_kept(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("bounded")
     sampler = TailSampler(lambda _s: Decision(0.0, "none"), max_open_traces=3).install()
@@ -300,6 +309,7 @@ def test_only_one_sampler_at_a_time(tracking_uri: str) -> None:
         ProbabilisticSampler(1.1)
 
 
+@pytest.mark.slow
 def test_concurrent_requests_count_exactly(collected: Any) -> None:
     mlflow.set_experiment("threads")
     sampler = TailSampler(half).install()
@@ -313,6 +323,7 @@ def test_concurrent_requests_count_exactly(collected: Any) -> None:
     assert len(collected()) == stats.kept
 
 
+@pytest.mark.slow
 def test_remote_traces_are_not_decided_here(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("remote")
     with mlflow.start_span("caller"):
@@ -329,6 +340,7 @@ def test_remote_traces_are_not_decided_here(tracking_uri: str, stored: Any) -> N
 # ---- 規則 ----
 
 
+@pytest.mark.slow
 def test_rules(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("rules")
     sampler = ConditionalSampler(0.0, slow_ms=60_000, vip_users=["boss"]).install()
@@ -376,6 +388,7 @@ def test_rating_rule() -> None:
     assert [rules(summary(value)) for value in fine] == [None] * 4
 
 
+@pytest.mark.slow
 def test_head_sampling_records_the_weight_and_respects_overrides(collected: Any) -> None:
     mlflow.set_experiment("head")
     sampler = ProbabilisticSampler(0.3).install()
@@ -399,6 +412,7 @@ def test_head_sampling_records_the_weight_and_respects_overrides(collected: Any)
     assert len(collected()) == kept + 20
 
 
+@pytest.mark.slow
 def test_ratio_in_the_environment_is_part_of_the_weight(
     collected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,6 +531,7 @@ def test_weights_are_unbiased(kind: str) -> None:
     assert 0.5 < statistics.stdev(run["z"] for run in runs) < 1.6
 
 
+@pytest.mark.slow
 def test_adaptive_follows_the_load() -> None:
     clock, rng = [0.0], random.Random(1)
     rate = AdaptiveRate(60, clock=lambda: clock[0])
@@ -533,6 +548,7 @@ def test_adaptive_follows_the_load() -> None:
     assert statistics.mean(errors) <= 10
 
 
+@pytest.mark.slow
 def test_adaptive_sampler_end_to_end(collected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # トレース ID は毎回変わり、推定値はおよそ 120 回に 1 回、標準誤差の 4 倍より外れる
     draws = itertools.count()

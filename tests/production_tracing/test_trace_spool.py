@@ -62,6 +62,7 @@ def record(*names: str) -> None:
     mlflow.flush_trace_async_logging()
 
 
+@pytest.mark.slow
 def test_delivers_everything_while_the_server_is_up(spool: TraceSpool, stored: Any) -> None:
     record(*["ok"] * 20)
     assert spool.drain(30) == 0
@@ -75,6 +76,7 @@ def test_delivers_everything_while_the_server_is_up(spool: TraceSpool, stored: A
     assert metadata["mlflow.trace.user"] == "u" and metadata["m"] == "1"
 
 
+@pytest.mark.slow
 def test_outage_then_automatic_recovery(spool: TraceSpool, server: Server, stored: Any) -> None:
     server.error = ConnectionError("refused")
     record(*["down"] * 10)
@@ -87,6 +89,7 @@ def test_outage_then_automatic_recovery(spool: TraceSpool, server: Server, store
     assert len(stored()) == 11
 
 
+@pytest.mark.slow
 def test_replay_is_idempotent_and_keeps_ids(spool: TraceSpool, server: Server, stored: Any) -> None:
     server.error = ConnectionError("refused")
     record(*["down"] * 5)
@@ -102,6 +105,7 @@ def test_replay_is_idempotent_and_keeps_ids(spool: TraceSpool, server: Server, s
     assert [len(trace.data.spans) for trace in traces] == [2] * 5
 
 
+@pytest.mark.slow
 def test_a_spool_that_is_only_made_sends_nothing(
     spool: TraceSpool, server: Server, stored: Any
 ) -> None:
@@ -146,6 +150,7 @@ def test_full_spool_sends_directly_and_counts_real_loss(
     assert len(stored()) == 3
 
 
+@pytest.mark.slow
 def test_disk_error_is_reported_and_falls_back(
     spool: TraceSpool, stored: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,6 +243,7 @@ def test_no_thread_at_interpreter_shutdown_leaves_the_trace_on_disk(
     assert len(list(spool.directory.glob("*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_survives_provider_rebuild_and_uninstall_restores(spool: TraceSpool, stored: Any) -> None:
     from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter as Exporter
 
@@ -253,6 +259,7 @@ def test_survives_provider_rebuild_and_uninstall_restores(spool: TraceSpool, sto
     assert spool.stats().written == 1 and len(stored("spool2")) == 2
 
 
+@pytest.mark.slow
 def test_handler_reports_what_stays_on_disk(spool: TraceSpool, server: Server) -> None:
     server.error = ConnectionError("refused")
     record("a", "b")

@@ -36,6 +36,7 @@ MODEL = "openai:/gpt-4.1-mini"
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_by_name_uses_the_rates_and_says_the_default_window(
     crowd: str, stub_llm: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_dry_run_asked_for_in_the_options_writes_nothing_either(
     assert list_scorer_statuses("quality") == []
 
 
+@pytest.mark.slow
 def test_a_dry_run_learns_the_price_from_past_verdicts(store: str, ask: Any, stub_llm: Any) -> None:
     target = ScoringTarget(scorer=Safety(name="safety_check", model=MODEL))
     ask(2)
@@ -101,12 +103,14 @@ def test_an_unknown_price_is_not_zero(store: str, ask: Any) -> None:
     assert (plan.cost_usd, plan.unpriced) == (None, ("s",))
 
 
+@pytest.mark.slow
 def test_running_again_scores_nothing(crowd: str) -> None:
     targets = [ScoringTarget(scorer=PIIDetection(name="pii_again"))]
     first, second = backfill(crowd, targets), backfill(crowd, targets)
     assert (first.scored, second.scored, second.skipped) == (20, 0, 20)
 
 
+@pytest.mark.slow
 def test_a_new_scorer_is_registered_and_scores_the_past(
     store: str, ask: Any, infos: Any, stub_llm: Any
 ) -> None:
@@ -208,6 +212,7 @@ def test_dates_and_time_zones_that_do_not_exist_are_named(store: str) -> None:
             backfill_date_range(store, ["pii"], first, last, tz=tz)
 
 
+@pytest.mark.slow
 def test_progress_is_reported_and_options_apply(store: str, ask: Any) -> None:
     ask(3)
     seen: list[int] = []

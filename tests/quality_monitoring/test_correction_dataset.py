@@ -11,6 +11,7 @@ from mlflow.genai.datasets import search_datasets
 from chapter8_samples.quality_monitoring import corrections_to_dataset, log_user_correction
 
 
+@pytest.mark.slow
 def test_corrected_traces_become_rows(store: str, ask: Any) -> None:
     first, second, _ = ask(3)
     log_user_correction(first, "古い答え", "u-1")

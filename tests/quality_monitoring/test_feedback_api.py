@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from mlflow.tracing.client import TracingClient
@@ -85,6 +86,7 @@ def test_bad_input_is_422_with_the_reason() -> None:
         assert answer.status_code == 422 and message in answer.text, body
 
 
+@pytest.mark.slow
 def test_undeliverable_feedback_is_kept_and_sent_later(
     store: str, ask: Any, tmp_path: Path
 ) -> None:
@@ -104,6 +106,7 @@ def test_undeliverable_feedback_is_kept_and_sent_later(
     assert len(TracingClient().get_trace_info(trace_id).assessments) == 1
 
 
+@pytest.mark.slow
 def test_without_an_outbox_the_page_must_send_again(store: str, ask: Any) -> None:
     (trace_id,) = ask()
     server_down()
@@ -114,6 +117,7 @@ def test_without_an_outbox_the_page_must_send_again(store: str, ask: Any) -> Non
     assert "127.0.0.1" not in answer.text  # 接続先を画面に見せない
 
 
+@pytest.mark.slow
 def test_one_unknown_trace_does_not_block_the_rest(store: str, ask: Any, tmp_path: Path) -> None:
     (trace_id,), uri = ask(), mlflow.get_tracking_uri()
     outbox = FeedbackOutbox(tmp_path / "box.jsonl")
@@ -127,6 +131,7 @@ def test_one_unknown_trace_does_not_block_the_rest(store: str, ask: Any, tmp_pat
     assert stored(trace_id) == {"user_thumbs": True}
 
 
+@pytest.mark.slow
 def test_a_line_cut_by_a_crash_does_not_swallow_the_next(store: str, tmp_path: Path) -> None:
     box = tmp_path / "box.jsonl"
     box.write_text('{"add": {"trace', encoding="utf-8")

@@ -92,6 +92,7 @@ def test_votes_during_the_export_do_not_pile_up(half_exported: LiveSpan) -> None
     assert sorted(found) == [(False, True), (True, False)]
 
 
+@pytest.mark.slow
 def test_a_vote_waits_for_the_one_that_is_saved_with_the_trace(half_exported: LiveSpan) -> None:
     first = thumbs(half_exported.trace_id)
     with safe_set_span_in_context(half_exported):
@@ -186,6 +187,7 @@ def test_unknown_trace_is_an_error_that_carries_the_request(store: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_dead_server_ends_at_the_deadline(tmp_path: Path) -> None:
     mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port()}")
     began = time.monotonic()

@@ -18,6 +18,7 @@ from chapter8_samples.quality_monitoring import (
 from chapter8_samples.quality_monitoring.feedback.summary import Rate
 
 
+@pytest.mark.slow
 def test_only_valid_human_feedback_counts(store: str, ask: Any) -> None:
     first, second, _ = ask(3)
     mlflow.set_trace_tag(first, "prompt.version", "v1")

@@ -76,6 +76,7 @@ def test_the_readme_quick_start_needs_nothing(tmp_path: Path) -> None:
     assert all("OPENAI_API_KEY" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_setup_twice_makes_no_new_version(store: str) -> None:
     first = setup_quality_scorers("quality", custom_guidelines=["丁寧", "簡潔"])
     second = setup_quality_scorers("quality", custom_guidelines=["丁寧", "簡潔"])
@@ -169,6 +170,7 @@ def test_another_process_finds_rate_and_filter(store: str) -> None:
     }
 
 
+@pytest.mark.slow
 def test_pause_and_resume_keep_rate_and_filter(store: str, ask: Any, stub_llm: Any) -> None:
     setup_builtin_scorers("quality", 0.5, 0.5)
     assert pause_scorer("quality", "safety_check").sample_rate == 0
@@ -181,6 +183,7 @@ def test_pause_and_resume_keep_rate_and_filter(store: str, ask: Any, stub_llm: A
     assert get_scorer_status("quality", "safety_check").filter_string is None
 
 
+@pytest.mark.slow
 def test_paused_scorers_do_not_score_and_stay_paused_after_a_deployment(
     store: str, ask: Any
 ) -> None:
@@ -204,6 +207,7 @@ def test_delete_needs_confirmation_and_removes_every_version(store: str) -> None
     assert list_scorer_statuses("quality") == []
 
 
+@pytest.mark.slow
 def test_a_deleted_scorer_does_not_come_back_paused(store: str) -> None:
     setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name="pii"))])
     pause_scorer("quality", "pii")
@@ -256,6 +260,7 @@ def test_a_filter_that_cannot_work_is_told_at_once(store: str) -> None:
     assert get_scorer_status("quality", "pii").sample_rate == 1.0
 
 
+@pytest.mark.slow
 def test_the_demonstration_shows_states_read_back_from_the_store(store: str) -> None:
     plan = ScorerPlan(scorer=Safety(name="s", model="openai:/a"), sample_rate=0.5)
     steps = list(demonstrate_scorer_lifecycle("brand-new", plan))

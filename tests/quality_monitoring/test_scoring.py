@@ -71,6 +71,7 @@ def names(info) -> list[str]:  # type: ignore[no-untyped-def]
     return sorted(a.name for a in info.assessments)
 
 
+@pytest.mark.slow
 def test_real_judges_score_every_finished_trace_once(
     store: str, ask: Any, infos: Any, stub_llm: Any
 ) -> None:
@@ -98,6 +99,7 @@ def test_the_sample_is_the_one_the_mlflow_server_would_take() -> None:
         assert mine == {s.name for s in theirs.sample(f"tr-{i}", [t.scorer for t in targets])}
 
 
+@pytest.mark.slow
 def test_sampling_is_reported_and_stable(crowd: str) -> None:
     half = ScoringTarget(scorer=named("half"), sample_rate=0.5)
     first, second = cycle(half, experiment=crowd), cycle(half, experiment=crowd)
@@ -106,6 +108,7 @@ def test_sampling_is_reported_and_stable(crowd: str) -> None:
     assert second.scorers["half"].skipped == counts.scored
 
 
+@pytest.mark.slow
 def test_scoring_leaves_no_trace_even_when_scorers_are_traced(
     store: str, ask: Any, infos: Any
 ) -> None:
@@ -224,6 +227,7 @@ def test_failures_are_visible_retried_and_then_forgotten(store: str, ask: Any, i
     assert good.feedback.value is True
 
 
+@pytest.mark.slow
 def test_one_bad_scorer_does_not_stop_the_others(crowd: str) -> None:
     @scorer
     def broken(outputs) -> bool:  # type: ignore[no-untyped-def]
@@ -292,6 +296,7 @@ def trace_without_spans(experiment_id: str, number: int) -> str:
     return TracingClient().store.start_trace(info).trace_id
 
 
+@pytest.mark.slow
 def test_traces_that_cannot_be_read_do_not_stop_the_rest(
     store: str, ask: Any, infos: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -353,6 +358,7 @@ def test_each_filter_selects_its_own_traces(store: str, ask: Any, infos: Any) ->
     assert names(infos()[other]) == ["pii"]
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept_and_the_rest_follows_later(crowd: str, stub_llm: Any) -> None:
     safety = Safety(name="budgeted", model=MODEL)
     price = JudgePrice(Decimal(1000), Decimal(0))  # 1 回がおよそ 0.2 から 1 USD になる単価
@@ -372,6 +378,7 @@ def test_a_budget_without_a_price_is_an_error(store: str, ask: Any, stub_llm: An
     assert cycle(unknown).skipped == 1  # 呼んだ分の結果は残っている
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_scored(store: str, ask: Any, infos: Any) -> None:
     ask(6)
     done = 0
@@ -391,6 +398,7 @@ def test_ctrl_c_keeps_what_was_scored(store: str, ask: Any, infos: Any) -> None:
     assert cycle(length).scored == 6 - stored
 
 
+@pytest.mark.slow
 def test_the_window_and_pages_cover_every_trace(crowd: str) -> None:
     paged = named("paged")
     assert cycle(paged, experiment=crowd, page_size=8).scored == 20

@@ -143,6 +143,7 @@ def test_ctrl_c_cannot_stop_a_transaction(store: str, ask: Any, infos: Any) -> N
     assert [len(info.assessments) for info in infos().values()] == [1] * 3
 
 
+@pytest.mark.slow
 def test_results_of_running_judges_are_kept_when_the_budget_cannot_be(
     store: str, ask: Any, infos: Any, stub_llm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

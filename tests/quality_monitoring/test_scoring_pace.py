@@ -28,6 +28,7 @@ def test_the_throttle_hands_out_exact_slots() -> None:
     assert len(slept) == 6  # 上限がなければ待たない
 
 
+@pytest.mark.slow
 def test_every_call_asks_the_throttle(crowd: str, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     slow = partial(Throttle, clock=lambda: 100.0, sleep=slept.append)
@@ -41,6 +42,7 @@ def test_every_call_asks_the_throttle(crowd: str, monkeypatch: pytest.MonkeyPatc
     assert sorted(slept) == pytest.approx([0.05 * i for i in range(20)])
 
 
+@pytest.mark.slow
 def test_concurrency_is_bounded(store: str, ask: Any) -> None:
     lock, running, peak = threading.Lock(), 0, 0
     together = threading.Barrier(3)  # 3 件がそろうまで、どれも終わらない

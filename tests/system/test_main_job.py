@@ -1,12 +1,11 @@
 """``python -m chapter8_samples``: シナリオが最後まで通り、何も残さずに終わること。
 
-最初の 1 回は ``pytest`` だけで必ず実行する。ほかの起動のしかたは ``system``。
+ふつうの 1 回は、tests/test_pages.py が ``pytest`` だけで必ず実行する。
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,8 +16,9 @@ from pathlib import Path
 import mlflow
 import pytest
 from conftest import without_settings
-from samples import ROOT, run_as_reader
+from samples import ROOT, check_steps, run_as_reader
 
+pytestmark = pytest.mark.system
 CHECKOUT = {"PYTHONPATH": str(ROOT)}
 DEADLINE_SECONDS = 240
 EXPERIMENT = "/production/support-bot"
@@ -35,51 +35,6 @@ def run_job(
     )
 
 
-def check_steps(out: str) -> None:
-    """すべての手順が OK で終わった。"""
-    steps = re.findall(r"^\[ ?(\d+)/(\d+)\] \S+ .* (OK|NG) ", out, re.MULTILINE)
-    total = int(steps[0][1])
-    assert [int(number) for number, _, _ in steps] == list(range(1, total + 1))
-    assert {mark for _, _, mark in steps} == {"OK"}
-
-
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    directory = tmp_path_factory.mktemp("reader")
-    run = run_job(directory)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stderr == ""
-    return directory, run.stdout
-
-
-def test_every_step_holds(first_run: tuple[Path, str]) -> None:
-    _, out = first_run
-    check_steps(out)
-
-
-def test_tells_what_comes_next(first_run: tuple[Path, str]) -> None:
-    directory, out = first_run
-    assert "python -m chapter8_samples ui" in out
-    assert str(directory / "health_report.html") in out
-
-
-def test_report_is_one_file_with_charts(first_run: tuple[Path, str]) -> None:
-    directory, _ = first_run
-    html = (directory / "health_report.html").read_text(encoding="utf-8")
-    assert html.count("<svg") >= 4
-    assert not re.search(r"""(?:src|href)=["']?(?:https?:|//)""", html)
-    for mark in ("release", "alert", "rollback", "resolved"):
-        assert f'class="mark {mark}"' in html
-
-
-def test_report_can_be_rebuilt(first_run: tuple[Path, str]) -> None:
-    directory, _ = first_run
-    original = (directory / "health_report.html").read_text(encoding="utf-8")
-    run = run_job(directory, "report", "-o", "again.html")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert (directory / "again.html").read_text(encoding="utf-8") == original
-
-
 def traces_of_the_bot(directory: Path) -> Counter[str]:
     """エクスペリメントごとの、シナリオのトレースの数。"""
     client = mlflow.MlflowClient(f"sqlite:///{(directory / '.chapter8/mlflow.db').as_posix()}")
@@ -93,7 +48,6 @@ def traces_of_the_bot(directory: Path) -> Counter[str]:
     )
 
 
-@pytest.mark.system
 @pytest.mark.timeout(600)
 def test_runs_fresh_and_again_beside_the_users_settings(tmp_path: Path) -> None:
     """``--fresh`` は前のデータを消して始め、``--keep`` は同じエクスペリメントに書き足す。
@@ -117,7 +71,6 @@ def test_runs_fresh_and_again_beside_the_users_settings(tmp_path: Path) -> None:
     assert fresh[1] > 0 and kept == (fresh[0], 2 * fresh[1])
 
 
-@pytest.mark.system
 @pytest.mark.skipif(sys.platform == "win32", reason="only on POSIX: process groups")
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = without_settings(dict(os.environ)) | CHECKOUT
@@ -144,7 +97,6 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
         os.killpg(job.pid, 0)  # 同じグループのプロセスが 1 つも残っていない
 
 
-@pytest.mark.system
 def test_nothing_to_report_is_said_plainly(tmp_path: Path) -> None:
     run = run_job(tmp_path, "report")
     assert run.returncode == 1
