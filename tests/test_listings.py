@@ -72,6 +72,7 @@ def test_listing_that_asks_a_model(number: str, store: str, stub_llm: StubLlm) -
     CALLS[number](HERE)
 
 
+@pytest.mark.slow  # 既定の段では、コピーしたものを test_copying.py が SIGTERM で止める
 @pytest.mark.skipif(sys.platform == "win32", reason="only on POSIX: SIGTERM")
 def test_listing_that_ends_with_sigterm(store: str, tmp_path: Path) -> None:
     """8.6。プロセスが終わるので、別のプロセスで。"""

@@ -5,26 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import TraceInfo
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 
 Ask = Callable[..., list[str]]
-
-
-@event.listens_for(Engine, "connect")
-def _do_not_wait_for_the_disk(connection: Any, _: object) -> None:
-    """書き込みのたびにディスクを待たない。"""
-    if isinstance(connection, sqlite3.Connection):
-        connection.execute("PRAGMA synchronous=OFF")
 
 
 @pytest.fixture(scope="session")
