@@ -110,8 +110,7 @@ def violations(known: dict[str, Module], homes: dict[str, str]) -> Iterator[str]
 def refused(module: Module, used: Import, target: Module | None) -> str:
     """この import を許さない理由。許すなら空。"""
     if used.target.startswith("(string)"):
-        outside = used.target.startswith(("(string) f'mlflow.", "(string) 'mlflow."))
-        return "" if module.is_root or outside else "imports by string"
+        return "" if module.is_root else "imports by string"
     if target is None or not module.section or module.is_root:
         return ""
     if module.is_page and used.relative:

@@ -41,7 +41,7 @@ def runs(
 ) -> Iterator[dict[str, Future[Run]]]:
     """選ばれたテストに要る実行。互いに影響しないので、2 つずつ行う。
 
-    どれも空のディレクトリーから始める。ページの SQLite は、表(作るのに 4 秒かかる)だけを作っておく。
+    どれも空のディレクトリーから始める。ページの SQLite には、表(作るのに 4 秒かかる)だけがある。
     何もないところからは、章の全体と、``slow`` の全ページを実行する。
     """
     marks = [mark for item in request.session.items for mark in item.iter_markers("needs_run")]

@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
-from importlib import import_module
 from typing import Any, Literal
 
 import mlflow
@@ -134,15 +133,16 @@ def setup_cost_tracking(
 
 
 def _autolog(provider: str) -> None:
+    flavor = getattr(mlflow, provider, None)
+    if flavor is None:
+        raise ValueError(f"unknown provider {provider!r}: no mlflow.{provider}")
     try:
-        flavor = import_module(f"mlflow.{provider}")
+        enable = flavor.autolog  # mlflow.openai などは、ここで初めて読み込まれる
     except ModuleNotFoundError as error:
-        if error.name == f"mlflow.{provider}":
-            raise ValueError(f"unknown provider {provider!r}: no mlflow.{provider}") from error
         raise ImportError(f"provider {provider!r} needs {error.name!r}; install it") from error
-    if not hasattr(flavor, "autolog"):
-        raise ValueError(f"mlflow.{provider} has no autolog()")
-    flavor.autolog()
+    except AttributeError as error:
+        raise ValueError(f"mlflow.{provider} has no autolog()") from error
+    enable()
 
 
 def get_token_usage_from_trace(trace: Trace | str) -> TokenUsage | None:

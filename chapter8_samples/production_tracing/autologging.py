@@ -9,11 +9,12 @@ Databricks でも ``mlflow-tracing`` だけの本番環境でも同じ(``mlflow.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+
+import mlflow
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _autolog(name: str, *, explicit: bool) -> bool:
             logger.warning("autologging of %r skipped: package %r is not installed", name, package)
         return False
     try:
-        importlib.import_module(f"mlflow.{flavor}").autolog()
+        getattr(mlflow, flavor).autolog()  # mlflow の属性は、使うときに import される
     except ImportError as error:  # mlflow-tracing にないものなど
         logger.warning("autologging of %r skipped: %s", name, error)
         return False

@@ -1,4 +1,4 @@
-"""manual_spans: スパンの手書きと、途中で切れるストリーミング。"""
+"""spans: スパンの手書きと、途中で切れるストリーミング。"""
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 from __future__ import annotations

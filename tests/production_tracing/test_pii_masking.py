@@ -1,4 +1,4 @@
-"""pii_masking: 植え付けた個人情報が、保存・送信・ログのどこにも残らない。"""
+"""masking: 植え付けた個人情報が、保存・送信・ログのどこにも残らない。"""
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 from __future__ import annotations

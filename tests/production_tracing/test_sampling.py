@@ -1,4 +1,4 @@
-"""tail_sampling と sampling_strategies: 残すと決めたものだけが、欠けずに保存される。"""
+"""sampling と sampling_strategies: 残すと決めたものだけが、欠けずに保存される。"""
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 from __future__ import annotations
@@ -49,7 +49,7 @@ def half(summary: TraceSummary) -> Decision:
 
 @pytest.mark.slow
 def test_private_names_of_mlflow_and_opentelemetry(tracking_uri: str) -> None:
-    """非公開の名前の契約。ここが落ちたら tail_sampling.py を直す。"""
+    """非公開の名前の契約。ここが落ちたら sampling.py を直す。"""
     from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE, _MlflowSampler
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.sampling import ParentBased

@@ -1,4 +1,4 @@
-"""trace_spool: 止まったサーバー、壊れたファイル、満杯のディスクでも失わず、重複もしない。"""
+"""delivery.spool: 止まったサーバー、壊れたファイル、満杯のディスクでも失わず、重複もしない。"""
 
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 from __future__ import annotations
