@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ast
 import doctest
-import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from reader_environment import checkout, new_environment
 from samples import (
     PARTS,
     ROOT,
@@ -53,7 +54,8 @@ def runs(
             if name != CHAPTER:
                 (directory / ".chapter8").mkdir()
                 shutil.copy(database_template, directory / ".chapter8/mlflow.db")
-            runs[name] = pool.submit(run_watched, RUNS[name], directory)
+            logs = tmp_path_factory.mktemp("logs")
+            runs[name] = pool.submit(run_watched, RUNS[name], directory, logs)
         yield runs
 
 
@@ -65,13 +67,24 @@ def test_prints_what_the_docstring_says(path: Path, runs: dict[str, Future[Run]]
     check(path, runs[sample_id(path)].result())
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(Python、リポジトリー)。依存パッケージはあるが、プロジェクトは入れていない。"""
+    here = tmp_path_factory.mktemp("bare")
+    return new_environment(here / "venv"), checkout(here / "checkout")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SAMPLES, ids=sample_id)
-def test_prints_the_same_as_a_module_where_nothing_is(path: Path, tmp_path: Path) -> None:
-    """初めて、``python -m`` で実行する読者。"""
-    reader = tmp_path / "reader"
-    reader.mkdir()
-    check(path, run_watched(["-m", alias_of(path)], reader))
+def test_prints_the_same_as_a_module_of_a_bare_checkout(
+    path: Path, bare: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """初めて、リポジトリーの中から ``python -m`` で実行する読者。"""
+    python, root = bare
+    shutil.rmtree(root / ".chapter8", ignore_errors=True)
+    before = {path.name for path in root.iterdir()}
+    run = run_watched(["-m", alias_of(path)], root, tmp_path, python=python)
+    check(path, replace(run, left=run.left - before))
 
 
 @pytest.mark.needs_run(CHAPTER)
@@ -117,13 +130,17 @@ class Run:
     left: set[str]
 
 
-def run_watched(arguments: Sequence[str | Path], directory: Path) -> Run:
-    logs = directory.with_name(f"{directory.name}-logs")
-    logs.mkdir()
+def run_watched(
+    arguments: Sequence[str | Path], directory: Path, logs: Path, python: Path | None = None
+) -> Run:
     outside, twins = logs / "outside", logs / "twins"
-    hooks = {"CHAPTER8_OUTSIDE_LOG": str(outside), "CHAPTER8_TWIN_LOG": str(twins)}
-    hooks["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests/reader_hooks"), str(ROOT)])
-    done = run_as_reader(arguments, directory, environment=hooks, timeout=240)
+    hooks = {
+        "CHAPTER8_OUTSIDE_LOG": str(outside),
+        "CHAPTER8_TWIN_LOG": str(twins),
+        "PYTHONPATH": str(ROOT / "tests/reader_hooks"),
+    }
+    program = python or sys.executable
+    done = run_as_reader(arguments, directory, python=program, environment=hooks, timeout=240)
     noted = [log.read_text(encoding="utf-8") if log.exists() else "" for log in (outside, twins)]
     return Run(directory, done, *noted, {path.name for path in directory.iterdir()})
 

@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-from reader_environment import checkout, new_environment
 from samples import ROOT, SAMPLES, SECTIONS, alias_of, run_as_reader
 
 CHECKOUT = {"PYTHONPATH": str(ROOT)}
@@ -128,14 +127,3 @@ def test_a_page_runs_with_m_under_both_names_without_a_warning(tmp_path: Path) -
         page = f"chapter8_samples.{name}.cost_calculator"
         run = run_as_reader(["-W", "error", "-m", page], tmp_path, environment=CHECKOUT)
         assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.slow
-def test_pages_run_from_a_bare_checkout(tmp_path: Path) -> None:
-    """依存パッケージだけがあり、プロジェクトは入れていない環境で、リポジトリーの中から。"""
-    python = new_environment(tmp_path / "venv")
-    root = checkout(tmp_path / "checkout")
-    for page in SAMPLES:
-        lab = {"CHAPTER8_LAB": str(tmp_path / page.stem)}
-        run = run_as_reader(["-m", alias_of(page)], root, python=python, environment=lab)
-        assert run.returncode == 0, f"{page.name}: {run.stderr}"

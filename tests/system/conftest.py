@@ -13,6 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "xdist_group(name): pytest-xdist の同じ worker で動かす")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist が印を読むより先に
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
