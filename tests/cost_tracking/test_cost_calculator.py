@@ -302,6 +302,7 @@ GENAI_DIFFERS = {
 GENAI_WITHOUT_CACHE_PRICE = {"gemini-1.5-pro", "gemini-1.5-flash"}
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(set(TABLE.rows) - set(GENAI_DIFFERS))), TOKENS, TOKENS, st.data())
 def test_agrees_with_genai_prices(model: str, prompt: int, output: int, data: Any) -> None:
     """独立した相手: genai-prices。10 進数の最後の桁まで比べる。"""

@@ -13,15 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlflow
 import uvicorn
 from conftest import without_settings
 from fastapi import FastAPI
 from mlflow.entities import TraceInfo
-from playwright.sync_api import Locator, Page
 from ports import free_port
 from samples import ROOT
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
 
 EXPERIMENT = "/production/support-bot-chat"
 THUMB = {True: '[data-vote="true"]', False: '[data-vote="false"]'}
