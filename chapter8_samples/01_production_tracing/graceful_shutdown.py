@@ -92,7 +92,8 @@ def _stop_child(tracking_uri: str, mode: str) -> tuple[int, int]:
 
     name = f"ch8-graceful-{mode}"
     experiment = mlflow.set_experiment(name)
-    arguments = [sys.executable, __file__, "child", tracking_uri, name, mode]
+    page = "chapter8_samples.production_tracing.graceful_shutdown"
+    arguments = [sys.executable, "-m", page, "child", tracking_uri, name, mode]
     # 既定では 5 秒ごとに送る。混んだ機械で SIGTERM が遅れても、その前に止められるようにする
     slow = {**os.environ, "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "60000"}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=slow) as child:
