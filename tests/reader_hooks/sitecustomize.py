@@ -27,9 +27,9 @@ def note_connection(event: str, arguments: tuple[object, ...]) -> None:
 def note_second_selves() -> None:
     """``python ページ.py`` のページが公開名でも読み込まれ、2 つの状態が食い違ったもの。"""
     page = sys.modules["__main__"]
-    source = getattr(page, "__file__", None)
+    source = os.path.abspath(sys.argv[0])  # noqa: PTH100 (終了のときには __main__.__file__ がない)
     for name, twin in list(sys.modules.items()):
-        if name == "__main__" or not source or getattr(twin, "__file__", None) != source:
+        if name == "__main__" or getattr(twin, "__file__", None) != source:
             continue
         for differing in differences(page, twin):
             write("CHAPTER8_TWIN_LOG", f"{name}.{differing}")
