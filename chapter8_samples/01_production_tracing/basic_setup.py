@@ -19,23 +19,48 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlflow
 
 from chapter8_samples.production_tracing.autologging import enable_autologging as enable_autologging
-from chapter8_samples.production_tracing.delivery.profiles import (
-    ExportProfile,
-    SpanFilter,
-    TracingOptions,
-    TracingStatus,
-)
 from chapter8_samples.production_tracing.delivery.session import (
     close_session,
     open_session,
     session_status,
 )
+from chapter8_samples.production_tracing.delivery.settings import TracingStatus, check_options
+
+if TYPE_CHECKING:
+    from mlflow.entities import LiveSpan
+
+ExportProfile = Literal["default", "burst", "otlp"]
+
+# MLflow の送信には、満杯になると捨てる場所が 4 つある。どれか 1 つでも足りないと、そこで失われる。
+# burst は 10,000 件のバーストを 1 件も失わなかった値(満杯でもメモリーは数十 MB)
+EXPORT_PROFILES: Mapping[ExportProfile, Mapping[str, str]] = {
+    "default": {},
+    "burst": {  # 値はこの設定、コメントは MLflow の既定
+        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_SPAN_BATCH_SIZE": "16384",  # スパンのキュー 2,048 個
+        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE": "20000",  # 送信タスクのキュー 1,000 件
+        "MLFLOW_TRACE_BUFFER_MAX_SIZE": "20000",  # 組み立て中のトレース 1,000 件(警告も出ない)
+        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "1000",  # 5,000 ミリ秒ごとに送る
+        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS": "4",  # 10 本で書く
+    },
+    "otlp": {
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "OTEL_BSP_MAX_QUEUE_SIZE": "50000",  # 2,048 個
+        "OTEL_BSP_SCHEDULE_DELAY": "1000",  # 5,000 ミリ秒
+        "MLFLOW_TRACE_BUFFER_MAX_SIZE": "50000",
+    },
+}
+"""送信の設定(環境変数)。``default`` は MLflow のまま、``burst`` はバーストを失わない設定。
+
+``otlp`` は MLflow サーバーの ``/v1/traces`` へ直接送る。書き込みが 9-16 倍速い代わりに、
+トレースのメタデータ・``client_request_id``・明示したプレビューは送られない
+(``add_trace_metadata`` はルートスパンの属性に書いて補う)。
+"""
 
 
 def setup_production_tracing(
@@ -54,7 +79,7 @@ def setup_production_tracing(
     http_max_retries: int = 2,
     probe_timeout_seconds: float = 2.0,
     retry_seconds: float = 15.0,
-    span_processors: Sequence[SpanFilter] = (),
+    span_processors: Sequence[Callable[[LiveSpan], None]] = (),
 ) -> TracingStatus:
     """本番のトレーシングを設定する。アプリの起動時に一度だけ呼ぶ。
 
@@ -71,15 +96,20 @@ def setup_production_tracing(
         export_profile: ``EXPORT_PROFILES`` の名前。利用者の環境変数が優先される。
         sampling_ratio: ヘッドサンプリングの割合 [0, 1]。``sampling_strategies`` の重みにも入る。
         strict: サーバーに届かないとき ``True`` は例外、``False`` は記録を止めて起動を続け、
-            ``retry_seconds`` 秒ごとに背後で接続し直す。
+            ``retry_seconds`` 秒ごとに背後で接続し直す(その間のトレースは残らない)。
         http_timeout_seconds: MLflow サーバーへの 1 回のリクエストの上限。
+        probe_timeout_seconds: 起動時に、サーバーの応答を待つ時間。
         span_processors: ``mlflow.tracing.configure`` に渡す関数(``mask_pii()`` など)。
 
     Raises:
-        ValueError: 引数の値が正しくない。
-        TracingSetupError: 二重設定、使えない URI、``strict=True`` での接続失敗。
+        ValueError: 引数の値が正しくない(すべてを一度に挙げる)。
+        TracingSetupError: 二重設定、使えない URI や名前、``strict=True`` での接続失敗。
     """
-    options = TracingOptions(
+    if export_profile not in list(EXPORT_PROFILES):
+        raise ValueError(
+            f"export_profile={export_profile!r} must be one of {list(EXPORT_PROFILES)}"
+        )
+    options = check_options(
         experiment_name=experiment_name,
         service_name=service_name,
         tracking_uri=tracking_uri,
@@ -96,11 +126,11 @@ def setup_production_tracing(
         retry_seconds=retry_seconds,
         span_processors=tuple(span_processors),
     )
-    return open_session(options)
+    return open_session(options, EXPORT_PROFILES[export_profile])
 
 
 def tracing_status() -> TracingStatus | None:
-    """いまの状態(再接続した後の ``ready`` など)。設定前は ``None``。"""
+    """いまの状態(再接続した後の ``ready`` や、送信待ち・消失の件数)。設定前は ``None``。"""
     return session_status()
 
 

@@ -11,7 +11,9 @@ from importlib import import_module
 from threading import RLock
 
 _MODULES = {
-    "basic_setup": "setup_production_tracing reset_production_tracing tracing_status",
+    "basic_setup": (
+        "setup_production_tracing EXPORT_PROFILES reset_production_tracing tracing_status"
+    ),
     "graceful_shutdown": "setup_graceful_shutdown tracing_lifespan",
     "metadata_tagging": (
         "RequestContext RequestContextMiddleware add_trace_metadata find_traces "
@@ -26,7 +28,7 @@ _MODULES = {
     "masking": "mask_pii",
     "sampling": "Decision TraceSummary",
     "delivery.flush": "FlushResult flush_traces",
-    "delivery.profiles": "EXPORT_PROFILES TracingSetupError TracingStatus",
+    "delivery.settings": "TracingSetupError TracingStatus",
     "delivery.shutdown": "GracefulShutdownHandler",
     "delivery.spool": "TraceSpool",
 }

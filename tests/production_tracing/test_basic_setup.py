@@ -28,10 +28,10 @@ from chapter8_samples.production_tracing.basic_setup import (
     setup_production_tracing,
     tracing_status,
 )
-from chapter8_samples.production_tracing.delivery.profiles import (
+from chapter8_samples.production_tracing.delivery.otlp import otlp_environment
+from chapter8_samples.production_tracing.delivery.settings import (
     EnvironmentPatch,
     TracingSetupError,
-    otlp_environment,
 )
 from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
 from chapter8_samples.production_tracing.masking import mask_pii
@@ -147,7 +147,7 @@ def test_secrets_in_urls_and_headers_are_never_shown(
     with pytest.raises(TracingSetupError) as caught:
         setup_production_tracing("b")
     patch = EnvironmentPatch()
-    patch.set(otlp_environment(uri, "server", "1"))
+    patch.set(otlp_environment(uri, "1"))
     shown += [caught.value, patch.warnings, patch.applied]
     patch.restore()
     assert secret not in caplog.text + repr(shown)
@@ -168,7 +168,7 @@ def test_otlp_carries_the_credentials_of_mlflow(
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
     patch = EnvironmentPatch()
     with OtlpReceiver() as receiver:
-        patch.set(otlp_environment(receiver.http_endpoint, "server", "12"))
+        patch.set(otlp_environment(receiver.http_endpoint, "12"))
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter()))
         provider.get_tracer("t").start_span("s").end()

@@ -1,12 +1,11 @@
 """8.1.4 トレースを失わずに送る: 設定値、期限つきのフラッシュ、終了、ディスクの置き場。"""
 
 from .flush import FlushResult, flush_traces
-from .profiles import EXPORT_PROFILES, TracingSetupError, TracingStatus
+from .settings import TracingSetupError, TracingStatus
 from .shutdown import Drainable, GracefulShutdownHandler
 from .spool import SpoolStats, TraceSpool, replay
 
 __all__ = [
-    "EXPORT_PROFILES",
     "Drainable",
     "FlushResult",
     "GracefulShutdownHandler",

@@ -1,8 +1,7 @@
 """8.1.4 プロセスに 1 つだけのトレーシングの設定(basic_setup.py の土台)。
 
 二重の設定を断り、サーバーに届かなければ記録を止めて背後で接続し直し、やり直すときは環境変数と
-トラッキング URI を元に戻す。状態はここにだけあるので、設定のファイルを直接実行しても 2 つに
-分かれない。
+トラッキング URI を元に戻す。状態はここにだけあるので、ページを直接実行しても 2 つに分かれない。
 """
 
 from __future__ import annotations
@@ -10,27 +9,32 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlflow
 import mlflow.tracing
 import requests
+from mlflow.exceptions import MlflowException
 
-from .._internals import fix_id_generator, renew_trace_buffer
-from .profiles import (
+from .._internals import renew_trace_buffer
+from .counts import delivery_counts, start_counting, stop_counting
+from .ids import use_system_random_ids
+from .otlp import check_otlp, otlp_environment
+from .settings import (
     EnvironmentPatch,
     TracingOptions,
     TracingSetupError,
     TracingStatus,
     backend_of,
-    default_tracking_uri,
-    export_environment,
     hide_secrets,
-    otlp_environment,
 )
+from .text import replace_surrogates
 
 logger = logging.getLogger(__name__)
+
+_WORKERS = "MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS"
 
 
 @dataclass
@@ -51,21 +55,36 @@ _lock = threading.RLock()
 _session: _Session | None = None
 
 
-def open_session(options: TracingOptions) -> TracingStatus:
+def open_session(options: TracingOptions, limits: Mapping[str, str]) -> TracingStatus:
     """設定を始める。同じ ``options`` での 2 回目は何もしない。
 
+    Args:
+        limits: 送信の上限を決める環境変数。
+
     Raises:
-        TracingSetupError: 二重設定、使えない URI、``strict=True`` での接続失敗。
+        TracingSetupError: 二重設定、使えない URI や名前、``strict=True`` での接続失敗。
     """
     with _lock:
-        if _session is not None:
-            return _same_or_error(_session, options)
-        return _start(options)
+        if _session is None:
+            return _start(options, limits)
+        if _session.options == options:
+            return _session.status
+        raise TracingSetupError(
+            f"tracing is already set up for {_session.options.experiment_name!r}; a second, "
+            f"different setup ({_session.options.differences(options)}) would rebuild the tracer "
+            "provider and break traces in flight. Call setup_production_tracing() once per "
+            "process, or reset_production_tracing() first (tests, notebooks)."
+        )
 
 
 def session_status() -> TracingStatus | None:
-    """いまの状態(再接続した後の ``ready`` など)。設定前は ``None``。"""
-    return _session.status if _session else None
+    """いまの状態と件数。設定前は ``None``。"""
+    if _session is None:
+        return None
+    counts = vars(delivery_counts())
+    if any(getattr(_session.status, name) != count for name, count in counts.items()):
+        _session.status = replace(_session.status, **counts)
+    return _session.status
 
 
 def close_session() -> None:
@@ -82,22 +101,12 @@ def close_session() -> None:
     _restore(session)
 
 
-def _same_or_error(session: _Session, options: TracingOptions) -> TracingStatus:
-    if session.options == options:
-        return session.status
-    raise TracingSetupError(
-        f"tracing is already set up for {session.options.experiment_name!r}; a second, different "
-        f"setup ({session.options.differences(options)}) would rebuild the tracer provider and "
-        "break traces in flight. Call setup_production_tracing() once per process, or "
-        "reset_production_tracing() first (tests, notebooks)."
-    )
-
-
-def _start(options: TracingOptions) -> TracingStatus:
+def _start(options: TracingOptions, limits: Mapping[str, str]) -> TracingStatus:
     global _session
     session = _new_session(options)
+    start_counting()
     try:
-        _prepare(session)
+        _prepare(session, limits)
         _connect_or_wait(session)
     except BaseException:
         session.stop.set()
@@ -108,12 +117,15 @@ def _start(options: TracingOptions) -> TracingStatus:
 
 
 def _new_session(options: TracingOptions) -> _Session:
-    uri = options.tracking_uri or default_tracking_uri()
+    uri = options.tracking_uri or mlflow.get_tracking_uri()
+    backend = backend_of(uri)
+    if options.export_profile == "otlp":
+        check_otlp(uri, backend)
     status = TracingStatus(
         experiment_id="",
         experiment_name=options.experiment_name,
         tracking_uri=hide_secrets(uri),
-        backend=backend_of(uri),
+        backend=backend,
         export_profile=options.export_profile,
         applied={},
         warnings=(),
@@ -127,28 +139,39 @@ def _new_session(options: TracingOptions) -> _Session:
     return _Session(options, uri, status, patch, previous)
 
 
-def _prepare(session: _Session) -> None:
-    """プロバイダーが作られる前に、環境変数・URI・マスク処理を決める。"""
-    options, status = session.options, session.status
-    session.environment.set(
-        {
-            "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": str(options.enable_async).lower(),
-            **export_environment(
-                status.export_profile,
-                status.backend,
-                http_timeout_seconds=options.http_timeout_seconds,
-                http_max_retries=options.http_max_retries,
-            ),
-        }
-    )
+def _prepare(session: _Session, limits: Mapping[str, str]) -> None:
+    """プロバイダーが作られる前に、環境変数・URI・スパンの処理を決める。"""
+    options = session.options
+    settings = {
+        "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": str(options.enable_async).lower(),
+        **limits,
+        **_backend_limits(session, limits),
+    }
     if options.sampling_ratio is not None:
-        session.environment.set({"MLFLOW_TRACE_SAMPLING_RATIO": str(options.sampling_ratio)})
-    session.environment.set_service_name(options.service_name)
-    session.environment.add_resource(options.resource_attributes())
+        settings["MLFLOW_TRACE_SAMPLING_RATIO"] = str(options.sampling_ratio)
+    session.environment.set(settings)
+    session.environment.set_resource(options.service_name, options.resource_attributes())
     if options.tracking_uri is not None:
         mlflow.set_tracking_uri(session.uri)
-    mlflow.tracing.configure(span_processors=list(options.span_processors))
+    mlflow.tracing.configure(span_processors=[replace_surrogates, *options.span_processors])
     _update(session)
+
+
+def _backend_limits(session: _Session, limits: Mapping[str, str]) -> dict[str, str]:
+    """保存先ごとの設定。"""
+    if session.status.backend == "sqlite" and _WORKERS in limits:
+        return {_WORKERS: "1"}  # SQLite は書き手が 1 人のほうが衝突の再試行がなく、失わない
+    if session.status.backend == "server":  # 止まっているときに、1 回の送信をあきらめるまで
+        return {
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(session.options.http_timeout_seconds),
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(session.options.http_max_retries),
+            "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+            # 429 の Retry-After に従うと、1 時間でも眠る
+            "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
+        }
+    if session.status.backend == "databricks":
+        return {"MLFLOW_ASYNC_TRACE_LOGGING_RETRY_TIMEOUT": "30"}
+    return {}
 
 
 def _update(session: _Session, *problems: str, **changes: Any) -> None:
@@ -164,6 +187,7 @@ def _update(session: _Session, *problems: str, **changes: Any) -> None:
 def _restore(session: _Session) -> None:
     mlflow.set_tracking_uri(session.previous_uri)  # type: ignore[arg-type]  # None で未設定に戻る
     session.environment.restore()
+    stop_counting()
 
 
 def _connect_or_wait(session: _Session) -> None:
@@ -181,44 +205,59 @@ def _connect_or_wait(session: _Session) -> None:
 
 
 def _connect(session: _Session) -> str | None:
-    """``set_experiment`` を一度だけ呼ぶ。届かないときはその理由を返す。"""
-    status = session.status
+    """``set_experiment`` を一度だけ呼ぶ。待てば直りうる失敗なら、その理由を返す。"""
+    name = session.options.experiment_name
     if problem := _probe(session):
-        return problem
+        return f"experiment {name!r} cannot be used yet: {problem}"
     try:
-        experiment = mlflow.set_experiment(  # pyright: ignore[reportUnknownMemberType]
-            session.options.experiment_name
-        )
-    except mlflow.MlflowException as error:
-        reason = hide_secrets(str(error))
-        problem = f"experiment {session.options.experiment_name!r} cannot be used: {reason}"
-        # 500 番台は、応答の途切れや、サーバーの奥のデータベースの停止も含む(待てば直りうる)
-        server_error = status.backend == "server" and error.get_http_status_code() >= 500
-        if server_error or status.backend == "databricks":
-            return problem
-        raise TracingSetupError(problem) from error
-    if status.export_profile == "otlp":
-        identity = experiment.experiment_id
-        session.environment.set(otlp_environment(session.uri, status.backend, identity))
+        experiment = mlflow.set_experiment(name)  # pyright: ignore[reportUnknownMemberType]
+    except Exception as error:
+        problem = f"experiment {name!r} cannot be used: {hide_secrets(str(error))}"
+        if session.status.backend == "sqlite" or _is_refused_name(error):
+            raise TracingSetupError(problem) from error
+        return problem
+    if session.options.export_profile == "otlp":
+        session.environment.set(otlp_environment(session.uri, experiment.experiment_id))
     renew_trace_buffer()
     if session.disabled:
         mlflow.tracing.enable()
-    fix_id_generator()
+    use_system_random_ids()
     _update(session, experiment_id=experiment.experiment_id, ready=True)
     return None
 
 
+def _is_refused_name(error: Exception) -> bool:
+    """名前そのものが使えないか。ほかの応答(401、404、429 など)は、直るまで待つ。"""
+    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
+
+
 def _probe(session: _Session) -> str | None:
-    """短いリクエストでサーバーを確かめる。MLflow の再試行(既定で数分)に入る前に分かる。"""
+    """MLflow の再試行(数分)に入る前に、短いリクエストでサーバーとその奥のデータベースを確かめる。
+
+    証明書は MLflow と同じ変数、プロキシは ``requests`` が読む変数による。4xx は認証や経路の
+    都合でも返るので、MLflow 自身に判断させる。
+    """
     if session.status.backend != "server":
         return None
-    url, limit = f"{session.uri.rstrip('/')}/health", session.options.probe_timeout_seconds
-    shown = hide_secrets(url)
+    url = f"{session.uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name"
+    insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
+    certificate = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
     try:
-        answer = requests.get(url, timeout=limit)
-    except requests.RequestException as error:
-        return f"{shown} did not answer within {limit:g}s ({type(error).__name__})"
-    return f"{shown} answered HTTP {answer.status_code}" if answer.status_code >= 500 else None
+        answer = requests.get(
+            url,
+            params={"experiment_name": session.options.experiment_name},
+            timeout=session.options.probe_timeout_seconds,
+            verify=certificate or not insecure,
+            cert=os.environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH"),
+        )
+    except (requests.exceptions.InvalidURL, UnicodeError) as error:
+        raise TracingSetupError(f"tracking_uri={hide_secrets(session.uri)!r}: {error}") from error
+    except OSError as error:  # 証明書のファイルがないときは、requests の例外にならない
+        cause = str(error).rpartition("Caused by ")[2]
+        return hide_secrets(f"{url} did not answer: {cause}")
+    if answer.status_code >= 500 or answer.status_code == 429:
+        return hide_secrets(f"{url} answered HTTP {answer.status_code}")
+    return None
 
 
 _fork_hook_installed = False
@@ -243,15 +282,20 @@ def _reconnect_after_fork() -> None:
 
 
 def _reconnect(session: _Session) -> None:
+    """接続できるまで続ける。理由が変わるたびに、ログと状態に書く。"""
+    known = session.status.warnings[-1]
     while not session.stop.wait(session.options.retry_seconds):
         with _lock:
             if session.stop.is_set():
                 return
             try:
                 problem = _connect(session)
-            except TracingSetupError:
-                logger.exception("tracing stays off")
-                return
+            except Exception as error:
+                problem = str(error)
             if problem is None:
                 logger.warning("tracing is on: %s", session.status.tracking_uri)
                 return
+            if problem != known:
+                logger.warning("tracing stays off: %s", problem)
+                _update(session, problem)
+                known = problem

@@ -1,0 +1,37 @@
+"""8.1.4 重ならないトレース ID。
+
+OpenTelemetry の既定は ``random`` で ID を作るので、アプリが ``random.seed(42)`` を呼ぶと、
+起動のたびに同じ ID になり、前のトレースを上書きする。MLflow の
+``MLFLOW_TRACE_USE_ISOLATED_RANDOM_ID_GENERATOR`` は、3.17 では終了時に例外を残す。
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import mlflow.tracing
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+
+
+class SystemRandomIds(IdGenerator):
+    """OS の乱数による ID。``random.seed()`` も fork も影響しない。"""
+
+    _random = random.SystemRandom()
+
+    def generate_span_id(self) -> int:
+        """0 でない 64 ビットの値。"""
+        return self._random.randrange(1, 2**64)
+
+    def generate_trace_id(self) -> int:
+        """0 でない 128 ビットの値。"""
+        return self._random.randrange(1, 2**128)
+
+
+def use_system_random_ids() -> None:
+    """MLflow のプロバイダーの ID を OS の乱数で作る(アプリと共有するプロバイダーは変えない)。"""
+    provider = mlflow.tracing.get_bridged_tracer_provider()
+    shared = os.environ.get("MLFLOW_USE_DEFAULT_TRACER_PROVIDER", "").lower() in ("false", "0")
+    if isinstance(provider, TracerProvider) and not shared:
+        provider.id_generator = SystemRandomIds()
