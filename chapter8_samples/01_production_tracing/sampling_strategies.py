@@ -1,15 +1,15 @@
 """8.1 サンプリング戦略(ヘッド、テール、適応)。
 
-ヘッドサンプリングは、いちばん見たいエラーや遅延も同じ割合で捨ててしまう。結果を見てから選び、
-残した分に重み(確率の逆数)を付ければ、少ない記録からでも件数・エラー率・コストを偏りなく求められる。
+ヘッドサンプリングは始まりで選ぶので、いちばん見たいエラーや遅延も同じ割合で捨ててしまう。終わってから
+選び、残した分に重み(確率の逆数)を付ければ、少ない記録からでも全体を偏りなく求められる。
 
 実行::
 
     $ python chapter8_samples/01_production_tracing/sampling_strategies.py
     300 リクエスト(うちエラー 6 件 = 2.0%)。残ったトレースから求めたエラー率と件数:
-    一律 10%: ... 件(エラー ...)  単純 ...% → 重み付き ...%、全体は ... ± ... 件
-    条件つき: ... 件(エラー 6)  単純 ...% → 重み付き ...%、全体は ... ± ... 件
-    毎分 60 件: ... 件(エラー 6)  単純 ...% → 重み付き ...%、全体は ... ± ... 件
+    一律 10%: 30 件(エラー 1)  単純 3.3% → 重み付き 3.3%、全体は 300 ± 52 件
+    条件つき: 34 件(エラー 6)  単純 17.6% → 重み付き 2.1%、全体は 286 ± 50 件
+    毎分 60 件: 67 件(エラー 6)  単純 9.0% → 重み付き 2.0%、全体は 304 ± 34 件
 
 Databricks でも同じコードで動く。メタデータ ``sampling.weight`` を掛ければ SQL の集計も偏らない。
 """
@@ -19,77 +19,29 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import threading
+import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlflow
+from mlflow.entities import Trace
 
-from chapter8_samples.production_tracing.sampling import (
-    WEIGHT_KEY,
-    Decision,
-    TailSampler,
-    TraceSummary,
-    check_probability,
-)
-
-if TYPE_CHECKING:
-    from mlflow.entities import Trace
-
-
-_KEEP = {rule: Decision(1.0, rule) for rule in ("error", "slow", "vip", "forced", "feedback")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeepRules:
-    """必ず残す条件。どれにも当てはまらないものは ``rest`` の確率で残す。"""
-
-    slow_ms: float = 5000.0
-    """これ以上かかったトレースを残す(ミリ秒)。"""
-    vip_users: Iterable[str] = frozenset[str]()
-    keep_tag: str = "sampling.keep"
-    """このタグが ``"true"`` のトレースを残す(調査中の機能など)。"""
-    low_rating: float = 2.0
-    """実行中に付いた評価がこれ以下、または ``False`` のトレースを残す。"""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.vip_users, str):  # 1 文字ずつのユーザーになり、誰も残らない
-            raise ValueError(f"vip_users={self.vip_users!r} must be a list of user ids")
-        object.__setattr__(self, "vip_users", frozenset(self.vip_users))
-
-    def __call__(self, summary: TraceSummary) -> Decision | None:
-        """必ず残すという判断と、その理由。どれにも当てはまらなければ ``None``。"""
-        if summary.is_error:
-            return _KEEP["error"]
-        if summary.duration_ms >= self.slow_ms:
-            return _KEEP["slow"]
-        if summary.user and summary.user in self.vip_users:
-            return _KEEP["vip"]
-        if summary.tags.get(self.keep_tag) == "true":
-            return _KEEP["forced"]
-        low = any(map(self._is_low, summary.feedback.values()))
-        return _KEEP["feedback"] if low else None
-
-    def _is_low(self, value: object) -> bool:
-        if isinstance(value, bool):
-            return not value
-        return isinstance(value, int | float) and value <= self.low_rating
+from chapter8_samples.production_tracing.policies import AdaptiveRate, Decision, KeepRules
+from chapter8_samples.production_tracing.sampling import WEIGHT_KEY, TailSampler
 
 
 class ProbabilisticSampler(TailSampler):
-    """先頭で、決まった割合だけを記録する。最も安いが、エラーも同じ割合で失う。"""
+    """ヘッド: 始まる前に、決まった割合だけを選ぶ。最も安いが、エラーも同じ割合で失う。"""
 
     def __init__(self, probability: float) -> None:
         """``probability`` は残す割合 [0, 1]。"""
-        check_probability("probability", probability)
-        keep = Decision(1.0, "head")
-        super().__init__(lambda _summary: keep, head_probability=probability)
+        super().__init__(lambda _trace: Decision(1.0, "head"), head_probability=probability)
 
 
 class ConditionalSampler(TailSampler):
-    """エラー・遅延・VIP・指定・低評価は必ず残し、ほかは ``rest_probability`` で残す。"""
+    """テール: 終わってから選ぶ。``KeepRules`` は必ず、ほかは ``rest_probability`` で残す。"""
 
     def __init__(
         self,
@@ -102,26 +54,17 @@ class ConditionalSampler(TailSampler):
         head_probability: float = 1.0,
     ) -> None:
         """``rest_probability`` は、どの条件にも当てはまらないトレースを残す割合 [0, 1]。"""
-        check_probability("rest_probability", rest_probability)
-        rules = KeepRules(
-            slow_ms=slow_ms,
-            vip_users=vip_users,
-            keep_tag=keep_tag,
-            low_rating=low_rating,
+        keep = KeepRules(
+            slow_ms=slow_ms, vip_users=vip_users, keep_tag=keep_tag, low_rating=low_rating
         )
-
         rest = Decision(rest_probability, "rest")
-
-        def policy(summary: TraceSummary) -> Decision:
-            return rules(summary) or rest
-
-        super().__init__(policy, head_probability=head_probability)
+        super().__init__(lambda trace: keep(trace) or rest, head_probability=head_probability)
 
 
 class AdaptiveSampler(TailSampler):
-    """通常のトレースを、流量が変わっても 1 分あたり一定の件数に保つ。
+    """適応: 通常のトレースを、流量が変わっても 1 分あたり一定の件数に保つ。
 
-    必ず残すもの(``rules``)は、この件数とは別に残す。
+    残す確率は「目標 / いまの流量」で、1 件ごとに変わる。``rules`` に当たるものは別に、必ず残す。
     """
 
     def __init__(
@@ -141,76 +84,26 @@ class AdaptiveSampler(TailSampler):
             clock=clock,
         )
         keep = rules or KeepRules()
-
-        def policy(summary: TraceSummary) -> Decision:
-            return keep(summary) or Decision(self.rate(), "adaptive")
-
-        super().__init__(policy)
-
-
-class AdaptiveRate:
-    """到着の速さを指数減衰で見積もり、目標に合う確率を返す(メモリーは一定)。
-
-    過去だけから決めるので、確率の逆数は偏りのない重みになる。流量が k 倍に増えた直後の超過は、
-    およそ 目標 * 時定数 * ln k 件で収まる。
-    """
-
-    def __init__(
-        self,
-        target_per_minute: float,
-        *,
-        time_constant_seconds: float = 10.0,
-        min_probability: float = 1e-4,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        if target_per_minute <= 0 or time_constant_seconds <= 0:
-            raise ValueError("target_per_minute and time_constant_seconds must be > 0")
-        check_probability("min_probability", min_probability)
-        self._target = target_per_minute / 60.0
-        self._tau = time_constant_seconds
-        self._floor = min_probability
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._sum = 0.0
-        self._first: float | None = None
-        self._last = 0.0
-
-    def __call__(self) -> float:
-        """1 件の到着を数え、それを残す確率を返す。"""
-        now = self._clock()
-        with self._lock:
-            rate = self._rate_until(now)
-            self._sum += 1.0
-        return 1.0 if rate <= 0 else max(self._floor, min(1.0, self._target / rate))
-
-    def _rate_until(self, now: float) -> float:
-        """この到着より前の、1 秒あたりの件数。始まってすぐの過小評価を補正する。"""
-        if self._first is None:
-            self._first = self._last = now
-            return 0.0
-        self._sum *= math.exp(-max(0.0, now - self._last) / self._tau)
-        self._last = now
-        elapsed = max(now - self._first, 1e-3)
-        return self._sum / (self._tau * (1 - math.exp(-elapsed / self._tau)))
+        super().__init__(lambda trace: keep(trace) or Decision(self.rate(), "adaptive"))
 
 
 @dataclass(frozen=True)
 class WeightedEstimates:
-    """重みから求めた、間引く前の全体の推定値。``*_se`` は標準誤差。"""
+    """重みから求めた、間引く前の全体の推定値。``*_se`` は標準誤差(すべて残していれば 0)。
+
+    コストは分かるトレースだけのもの。``unpriced_traces`` が 0 でなければ、合計は実際より小さい。
+    """
 
     traces: int
-    """計算に使ったトレースの件数。"""
     count: float
     count_se: float
     error_rate: float | None
     error_rate_se: float | None
     total_cost_usd: float
-    """コストの分かるトレースの合計。"""
     total_cost_usd_se: float
     mean_cost_usd: float | None
     mean_cost_usd_se: float | None
     unpriced_traces: int
-    """コストの分からなかったトレースの件数。0 でなければ合計は実際より小さい。"""
 
 
 def trace_cost_usd(trace: Trace) -> float | None:
@@ -219,61 +112,46 @@ def trace_cost_usd(trace: Trace) -> float | None:
     return None if cost is None else float(cost["total_cost"])
 
 
-def trace_weight(trace: Trace) -> float:
-    """``sampling.weight``。間引かずに残したトレースは 1。"""
-    values = {**trace.info.tags, **trace.info.trace_metadata}
-    return float(values.get(WEIGHT_KEY, 1.0))
-
-
 def weighted_estimates(
     traces: Iterable[Trace], *, cost_usd: Callable[[Trace], float | None] = trace_cost_usd
 ) -> WeightedEstimates:
     """残ったトレースから、間引く前の件数・エラー率・コストを推定する。
 
-    合計は Horvitz-Thompson 推定、比率は Hajek 推定、標準誤差は線形化による(間引きによる誤差だけを
-    表し、すべて残していれば 0 になる)。
+    確率 p で残るトレースの値 x は、重み w = 1/p を掛けて足す。合計に入るのは、確率 p で x/p、残りの
+    確率で 0 なので、平均は p * x/p = x になり、p がトレースごとに違っても偏らない。
 
     Args:
         cost_usd: トレースのコスト(USD)を返す関数。分からなければ ``None``。
     """
     items = list(traces)
-    weights = [trace_weight(trace) for trace in items]
+    weights = [float(trace.info.trace_metadata.get(WEIGHT_KEY, 1.0)) for trace in items]
     errors = [float(str(trace.info.state).endswith("ERROR")) for trace in items]
-    priced = [(w, c) for w, t in zip(weights, items, strict=True) if (c := cost_usd(t)) is not None]
-    count, count_se = _total(weights, [1.0] * len(items))
-    error_rate, error_rate_se = _ratio(weights, errors)
-    cost_weights, costs = [w for w, _ in priced], [c for _, c in priced]
-    total_cost, total_cost_se = _total(cost_weights, costs)
-    mean_cost, mean_cost_se = _ratio(cost_weights, costs)
+    costs = [cost_usd(trace) for trace in items]
+    priced = [(w, cost) for w, cost in zip(weights, costs, strict=True) if cost is not None]
     return WeightedEstimates(
-        traces=len(items),
-        count=count,
-        count_se=count_se,
-        error_rate=error_rate,
-        error_rate_se=error_rate_se,
-        total_cost_usd=total_cost,
-        total_cost_usd_se=total_cost_se,
-        mean_cost_usd=mean_cost,
-        mean_cost_usd_se=mean_cost_se,
+        len(items),
+        *_total([(w, 1.0) for w in weights]),
+        *_mean(list(zip(weights, errors, strict=True))),
+        *_total(priced),
+        *_mean(priced),
         unpriced_traces=len(items) - len(priced),
     )
 
 
-def _total(weights: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
-    pairs = list(zip(weights, values, strict=True))
-    variance = sum(w * (w - 1.0) * v * v for w, v in pairs)
-    return sum(w * v for w, v in pairs), math.sqrt(max(0.0, variance))
+def _total(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """(重み w, 値 x) から、合計 Σwx(Horvitz-Thompson)と、その標準誤差 √Σw(w-1)x²。"""
+    variance = sum(w * (w - 1) * x * x for w, x in pairs)
+    return sum(w * x for w, x in pairs), math.sqrt(variance)
 
 
-def _ratio(
-    weights: Sequence[float], values: Sequence[float]
-) -> tuple[float, float] | tuple[None, None]:
-    size = sum(weights)
-    if not weights:
+def _mean(pairs: list[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """平均 m = Σwx / Σw(Hajek)と、その標準誤差(差 x - m の合計のもの / Σw)。"""
+    if not pairs:
         return None, None
-    mean = sum(w * v for w, v in zip(weights, values, strict=True)) / size
-    _, spread = _total(weights, [value - mean for value in values])
-    return mean, spread / size
+    size, _ = _total([(w, 1.0) for w, _ in pairs])
+    total, _ = _total(pairs)
+    _, spread = _total([(w, x - total / size) for w, x in pairs])
+    return total / size, spread / size
 
 
 def main() -> None:
@@ -283,28 +161,25 @@ def main() -> None:
     ticks = itertools.count(0, 0.2)  # 毎分 300 件の流量を、待たずに再現する
     samplers: dict[str, TailSampler] = {
         "一律 10%": ProbabilisticSampler(0.1),
-        "条件つき": ConditionalSampler(0.1, slow_ms=40),
-        "毎分 60 件": AdaptiveSampler(60, rules=KeepRules(slow_ms=40), clock=lambda: next(ticks)),
+        "条件つき": ConditionalSampler(0.1),
+        "毎分 60 件": AdaptiveSampler(60, clock=lambda: next(ticks)),
     }
+    random.seed(2)  # 残るかどうかはトレース ID で決まる。何度実行しても同じものが残るようにする
     with _lab.sample("ch8-sampling", fresh_store=True):
         print("300 リクエスト(うちエラー 6 件 = 2.0%)。残ったトレースから求めたエラー率と件数:")
         for name, sampler in samplers.items():
             print(_compare(name, sampler))
 
 
-def _compare(name: str, sampler: TailSampler, requests: int = 300) -> str:
-    experiment = mlflow.set_experiment(  # pyright: ignore[reportUnknownMemberType]
-        f"ch8-sampling {name}"
-    )
+def _compare(name: str, sampler: TailSampler) -> str:
+    mlflow.set_experiment(f"ch8-sampling {name}")
     sampler.install()
-    for number in range(requests):
+    for number in range(300):
         with contextlib.suppress(TimeoutError):
             _answer(number)
     mlflow.flush_trace_async_logging()
     sampler.uninstall()
-    found: Any = mlflow.search_traces(
-        locations=[experiment.experiment_id], return_type="list", include_spans=False
-    )
+    found: Any = mlflow.search_traces(return_type="list", include_spans=False)
     errors = sum(str(trace.info.state).endswith("ERROR") for trace in found)
     estimate = weighted_estimates(found)
     return (
@@ -318,8 +193,6 @@ def _compare(name: str, sampler: TailSampler, requests: int = 300) -> str:
 def _answer(number: int) -> str:
     if number % 50 == 7:  # 2% がタイムアウトする
         raise TimeoutError("provider timeout")
-    if number % 40 == 3:
-        time.sleep(0.05)
     return "ok"
 
 

@@ -17,16 +17,18 @@ _MODULES = {
     "graceful_shutdown": "setup_graceful_shutdown tracing_lifespan",
     "metadata_tagging": (
         "RequestContext RequestContextMiddleware add_trace_metadata find_traces "
-        "incoming_trace init_flask outgoing_headers request_scope run_with_context"
+        "init_flask request_scope"
     ),
     "sampling_strategies": (
-        "AdaptiveSampler ConditionalSampler KeepRules ProbabilisticSampler "
+        "AdaptiveSampler ConditionalSampler ProbabilisticSampler "
         "WeightedEstimates weighted_estimates"
     ),
     "autologging": "enable_autologging",
+    "log_context": "TraceContextFilter",
+    "propagation": "incoming_trace outgoing_headers run_with_context",
     "spans": "atraced_stream record_error traced_step traced_stream",
     "masking": "mask_pii",
-    "sampling": "Decision TraceSummary",
+    "policies": "Decision KeepRules TraceSummary",
     "delivery.flush": "FlushResult flush_traces",
     "delivery.settings": "TracingSetupError TracingStatus",
     "delivery.shutdown": "GracefulShutdownHandler",

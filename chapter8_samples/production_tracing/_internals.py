@@ -6,12 +6,26 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import atexit
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import mlflow.tracing
+from opentelemetry.trace import INVALID_SPAN, Span, set_span_in_context
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.id_generator import IdGenerator
+    from mlflow.entities import LiveSpan, Trace, TraceInfo
+    from mlflow.tracing.client import TracingClient
+    from opentelemetry.sdk.trace import SpanProcessor, SynchronousMultiSpanProcessor
+    from opentelemetry.sdk.trace import TracerProvider as SdkProvider
+    from opentelemetry.sdk.trace.sampling import Sampler
     from opentelemetry.trace import TracerProvider
 
 
@@ -33,17 +47,16 @@ def renew_trace_buffer() -> None:
     InMemoryTraceManager.reset()
 
 
-def fix_id_generator() -> None:
-    """MLflow 3.17 の ID 生成器は、終了時に ``__del__`` が必ず失敗し、まれに終了が止まる。"""
-    provider: Any = mlflow.tracing.get_bridged_tracer_provider()
-    generator: Any = getattr(provider, "id_generator", None)
-    kind: Any = generator.__class__
-    if kind.__module__.startswith("mlflow.") and "__del__" in vars(kind):
-        del kind.__del__
+def use_id_generator(generator: IdGenerator) -> None:
+    """作成済みの tracer も ID の生成器を覚えていて、差し替える公開 API がない。"""
+    provider = mlflow.tracing.get_bridged_tracer_provider()
+    provider.id_generator = generator
+    for tracer in provider._tracers.values():
+        tracer.id_generator = generator
 
 
 def reset_but_keep_settings() -> None:
-    """``mlflow.tracing.reset()`` が消すもの(マスク処理、``set_destination`` の送り先、無効)を、
+    """``mlflow.tracing.reset()`` が消すもの(マスク処理、``set_destination`` の送り先、ID の作り方、無効)を、
     作り直した後にも引き継ぐ。読み出す公開 API がない。
     """
     from mlflow.tracing.config import get_config
@@ -51,9 +64,355 @@ def reset_but_keep_settings() -> None:
     from mlflow.tracing.provider import is_tracing_enabled
 
     processors, location = get_config().span_processors, destination._global_value
+    ids = getattr(current_provider(), "id_generator", None)
     enabled = is_tracing_enabled()
     mlflow.tracing.reset()
     mlflow.tracing.configure(span_processors=processors)
     destination._global_value = location
     if not enabled:
         mlflow.tracing.disable()
+    elif ids is not None:
+        use_id_generator(ids)
+
+
+def mlflow_trace_id(span: Any) -> str:
+    """OpenTelemetry のスパンが属する、MLflow のトレース ID。"""
+    return f"tr-{span.context.trace_id:032x}"
+
+
+def observe_exports(ended: Callable[[str], None], send: Callable[..., Any]) -> Callable[[], None]:
+    """ルートスパンの終わりを ``ended`` に、送信を ``send(名前, 元の関数, *引数)`` に通す。
+
+    MLflow は送信の結果を返さず、キューから捨てた数も残さない。クラスのメソッドを包むので、
+    プロバイダーが作り直されても外れない。戻り値を呼ぶと元に戻る。
+    """
+    from mlflow.tracing.client import TracingClient
+    from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
+    from mlflow.tracing.processor.otel import OtelSpanProcessor
+
+    def on_end(call: Callable[..., Any], processor: Any, span: Any) -> None:
+        if span.parent is None:
+            ended(mlflow_trace_id(span))
+        call(processor, span)
+
+    def on_end_otlp(call: Callable[..., Any], processor: Any, span: Any) -> None:
+        exporter = processor.span_exporter
+        if processor._should_register_traces:  # MLflow にも送る設定では、そちらで数える
+            if "export" not in vars(exporter):
+                exporter.export = partial(send, "export", exporter.export)
+                undo.append(partial(vars(exporter).pop, "export"))
+            on_end(call, processor, span)
+        else:
+            call(processor, span)
+
+    def request(name: str) -> Callable[..., Any]:
+        def around(call: Callable[..., Any], client: Any, *values: Any, **named: Any) -> Any:
+            return send(name, partial(call, client), *values, *named.values())
+
+        return around
+
+    undo: list[Callable[[], object]] = [
+        _around(MlflowV3SpanProcessor, "_on_end_impl", on_end),
+        _around(OtelSpanProcessor, "on_end", on_end_otlp),
+        *(_around(TracingClient, name, request(name)) for name in EXPORT_REQUESTS),
+    ]
+
+    def restore() -> None:
+        for step in undo:
+            step()
+
+    return restore
+
+
+EXPORT_REQUESTS = ("start_trace", "log_spans", "_upload_trace_data", "_upload_attachments")
+
+
+def _around(owner: type, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
+    """``owner.name`` を ``wrapper(元の関数, self, ...)`` に包む。戻り値を呼ぶと元に戻る。"""
+    own, original = vars(owner).get(name), getattr(owner, name, None)
+    if original is None:
+        raise RuntimeError(f"MLflow {mlflow.__version__} has no {owner.__name__}.{name}")
+
+    @wraps(original)
+    def method(*values: Any, **named: Any) -> Any:
+        return wrapper(original, *values, **named)
+
+    setattr(owner, name, method)
+    return lambda: setattr(owner, name, own) if own else delattr(owner, name)
+
+
+def export_is_idle() -> bool:
+    """MLflow の送信のキューが、どれも空か(数える公開 API がない)。"""
+    active: Any = getattr(current_provider(), "_active_span_processor", None)
+    for processor in getattr(active, "_span_processors", ()):
+        batch: Any = getattr(
+            getattr(processor, "_batch_delegate", None) or processor, "_batch_processor", None
+        )
+        if batch is not None and (batch._queue or batch._export_lock.locked()):
+            return False
+        tasks: Any = getattr(getattr(processor, "span_exporter", None), "_async_queue", None)
+        if tasks is not None and tasks._queue.unfinished_tasks:
+            return False
+    return True
+
+
+def has_open_spans(trace_id: str) -> bool:
+    """置き場に残り、まだ終わらない子がいるか(MLflow は、子が終わるまで送信を待つ)。"""
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+        spans = trace.span_dict.values() if trace else ()
+        return any(span.end_time_ns is None for span in spans)
+
+
+def before_threads_are_joined(callback: Callable[[], None]) -> None:
+    """終わりのいちばん先で呼ぶ。``atexit`` では、MLflow の送信のスレッドが止められた後になる。
+
+    CPython の非公開の名前で、``concurrent.futures`` も同じ目的で使う。なければ ``atexit`` になる。
+    """
+    import_module("concurrent.futures.thread")  # 後に登録したものが先に呼ばれる
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(callback)
+
+
+# ---- いまのスパン、進行中のトレース(propagation, log_context, spans) ----
+
+
+def current_span() -> Span:
+    """いまの OpenTelemetry のスパン。公開の ``get_current_active_span`` は、MLflow が知らないスパンを
+    書き換え、記録しないスパンを返さない。
+    """
+    from mlflow.tracing.provider import get_current_otel_span
+
+    return get_current_otel_span() or INVALID_SPAN
+
+
+def active_trace_id() -> str | None:
+    """実行中のトレースの ID。公開の API は、上と同じ理由で使えない。"""
+    from mlflow.tracing.constant import SpanAttributeKey
+
+    attributes: Any = getattr(current_span(), "attributes", None) or {}
+    trace_id = json.loads(attributes.get(SpanAttributeKey.REQUEST_ID) or "null")
+    return trace_id if isinstance(trace_id, str) else None
+
+
+@contextmanager
+def otel_span_is_current(span: Span) -> Iterator[None]:
+    """``span`` を、MLflow の「いまのスパン」にする(``INVALID_SPAN`` なら、いまのスパンをなくす)。
+    MLflow は OpenTelemetry と別の文脈を使い、切り替える公開 API がない。
+    """
+    from mlflow.tracing.provider import get_context_api
+
+    api: Any = get_context_api()
+    token = api.attach(set_span_in_context(span, api.get_current()))
+    try:
+        yield
+    finally:
+        api.detach(token)
+
+
+def span_is_current(span: LiveSpan) -> AbstractContextManager[None]:
+    """``start_span_no_context`` で始めたスパンを「いまのスパン」にする。公開 API がない。"""
+    from mlflow.tracing.provider import safe_set_span_in_context
+
+    return safe_set_span_in_context(span)
+
+
+def hand_over_spans() -> None:
+    """終わったスパンを、加わったトレースの控えが消える前に送信待ちへ移す。通信は待たない。
+    公開の ``force_flush`` は、OTLP の送信まで待つ。
+    """
+    from mlflow.tracing.provider import _get_span_processor
+
+    if processor := _get_span_processor():
+        processor.force_flush()
+
+
+def set_metadata_once(trace_id: str, key: str, value: str) -> None:
+    """進行中のトレースに、まだないメタデータを足す。公開の API は上書きする。"""
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as found:
+        if found is not None:
+            found.info.trace_metadata.setdefault(key, value)
+
+
+def open_spans_below(span: LiveSpan) -> list[LiveSpan]:
+    """同じトレースで、``span`` の下にある、終わっていないスパン。公開 API では読めない。"""
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+    with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as found:
+        spans = dict(found.span_dict) if found is not None else {}
+
+    def is_below(one: LiveSpan | None) -> bool:
+        while one is not None and one.parent_id != span.span_id:
+            one = spans.get(one.parent_id or "")
+        return one is not None
+
+    return [one for one in spans.values() if one.end_time_ns is None and is_below(one)]
+
+
+def is_half_read_stream(span: LiveSpan) -> bool:
+    """読みかけの LLM のストリームか(自動トレースは、断片ごとにこの名前のイベントを足す)。"""
+    from mlflow.tracing.constant import STREAM_CHUNK_EVENT_NAME_FORMAT
+
+    prefix = STREAM_CHUNK_EVENT_NAME_FORMAT.partition("{")[0]
+    return any(event.name.startswith(prefix) for event in span.events)
+
+
+def scope_metadata() -> dict[str, str]:
+    """``mlflow.tracing.context`` のメタデータ。OTLP だけの送信では付かず、読む公開 API もない。"""
+    from mlflow.tracing.context import get_configured_trace_metadata
+
+    return get_configured_trace_metadata() or {}
+
+
+# ---- テールサンプリング ----
+
+
+def processors_of(pipeline: SynchronousMultiSpanProcessor) -> tuple[SpanProcessor, ...]:
+    """並んでいる processor。MLflow 自身もここから送信処理を探す。公開 API では読めない。"""
+    return pipeline._span_processors
+
+
+def use_pipeline(
+    provider: SdkProvider, pipeline: SynchronousMultiSpanProcessor, sampler: Sampler
+) -> None:
+    """processor を ``pipeline`` に移し、サンプラーも替える。公開の入り口は ``TracerProvider`` の
+    引数だけで、それは MLflow が渡す。作成済みの tracer も古いものを覚えている。
+    """
+    current: Any = provider._active_span_processor
+    for processor in processors_of(current):
+        pipeline.add_span_processor(processor)
+    tracers = provider._tracers
+    provider._active_span_processor = pipeline
+    provider.sampler = sampler
+    for tracer in list(tracers.values()):
+        tracer.span_processor = pipeline
+        tracer.sampler = sampler
+
+
+def watch_provider(built: Callable[[], None]) -> Callable[[], None]:
+    """MLflow がプロバイダーを作るたびに ``built`` を呼ぶ。戻り値を呼ぶとやめる。
+
+    ``set_experiment`` や ``reset`` は黙って作り直し、公開の手段では知れない(``configure`` に渡した
+    関数は ``reset`` で消え、古いプロバイダーには新しいものが知らされない)。
+    """
+    from mlflow.tracing import provider as module
+
+    original = module._initialize_tracer_provider
+
+    @wraps(original)
+    def build(disabled: bool = False) -> None:
+        original(disabled=disabled)
+        built()
+
+    module._initialize_tracer_provider = build
+    return lambda: setattr(module, "_initialize_tracer_provider", original)
+
+
+def head_ratio(sampler: Sampler) -> float | None:
+    """先頭で残す割合(``MLFLOW_TRACE_SAMPLING_RATIO`` など)。公開 API では読めない。"""
+    from mlflow.tracing.sampling import _MlflowSampler
+    from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
+
+    root: object = getattr(sampler, "_root", sampler)
+    if isinstance(root, _MlflowSampler):
+        return root._default_ratio
+    return root.rate if isinstance(root, TraceIdRatioBased) else None
+
+
+def sampling_ratio_override() -> float | None:
+    """``@mlflow.trace(sampling_ratio_override=...)`` の値。公開 API では読めない。"""
+    from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE
+
+    return _SAMPLING_RATIO_OVERRIDE.get()
+
+
+@contextmanager
+def live_trace(otel_trace_id: int) -> Iterator[TraceInfo]:
+    """組み立て中のトレース(MLflow のロックを持つ)。公開の API は、いまのスパンのものしか変えない。
+
+    ``MLFLOW_TRACE_TIMEOUT_SECONDS`` を過ぎて消えていれば、空のもの。
+    """
+    from mlflow.entities import TraceInfo, TraceLocation, TraceState
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+    manager = InMemoryTraceManager.get_instance()
+    trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_trace_id) or f"tr-{otel_trace_id:032x}"
+    with manager.get_trace(trace_id) as trace:
+        nowhere = TraceLocation.from_experiment_id("0")
+        yield trace.info if trace else TraceInfo(trace_id, nowhere, 0, TraceState.OK)
+
+
+def forget_trace(otel_trace_id: int) -> None:
+    """組み立て中のトレースを、送らずにメモリーから消す。公開 API がない。"""
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+    InMemoryTraceManager.get_instance().pop_trace(otel_trace_id)
+
+
+# ---- マスキング ----
+
+
+def rewrite_events(span: LiveSpan, change: Callable[[list[Any]], list[dict[str, Any]]]) -> None:
+    """イベントの属性を置き換える(名前・時刻・件数は残す)。公開 API は足すことしかできない。"""
+    inner: Any = span._span
+    events: list[Any] = list(inner._events)
+    for event, attributes in zip(events, change(events), strict=True):
+        event._attributes = attributes
+
+
+def rewrite_status(span: LiveSpan, change: Callable[[str], str]) -> None:
+    """状態の説明(例外の文面)を置き換える。公開の ``set_status`` は、エラーのときしか説明を変えない。"""
+    status: Any = span._span.status
+    if status.description:
+        status._description = change(status.description)
+
+
+@contextmanager
+def open_trace_info(trace_id: str) -> Iterator[TraceInfo | None]:
+    """組み立て中のトレースのタグ・メタデータ・プレビュー・評価。まとめて読み書きする公開 API がない。"""
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
+        yield trace.info if trace else None
+
+
+def tracing_client() -> TracingClient:
+    """ID を保ったままトレースを書く公開 API がない(``mlflow.log_trace`` は新しい ID にする)。"""
+    from mlflow.tracing.client import TracingClient
+
+    return TracingClient()
+
+
+def divert_traces(accept: Callable[[Trace], None]) -> Callable[[], None]:
+    """完成したトレースを、送る代わりに ``accept`` に渡す。送信先を差し替える公開 API がない。
+
+    呼び出し元のトレースに加わったスパンは、ここではトレースとして完成しないので、そのまま送る。
+    戻り値を呼ぶと元に戻る。
+    """
+    from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
+
+    def log_trace(_call: object, _exporter: object, trace: Trace, *_: object, **__: object) -> None:
+        accept(trace)
+
+    def log_spans(call: Callable[..., Any], exporter: object, spans: Sequence[Any]) -> None:
+        if joined := [span for span in spans if _joins_a_caller(span)]:
+            call(exporter, joined)
+
+    undo_trace = _around(MlflowV3SpanExporter, "_log_trace", log_trace)
+    undo_spans = _around(MlflowV3SpanExporter, "_export_spans_incrementally", log_spans)
+
+    def restore() -> None:
+        undo_trace()
+        undo_spans()
+
+    return restore
+
+
+def _joins_a_caller(span: Any) -> bool:
+    from mlflow.tracing.trace_manager import InMemoryTraceManager
+
+    with InMemoryTraceManager.get_instance().get_trace(mlflow_trace_id(span)) as trace:
+        return trace is not None and trace.is_remote_trace

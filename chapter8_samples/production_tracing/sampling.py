@@ -2,84 +2,36 @@
 
 終わったトレースだけを見て残すかどうかを決め、捨てるものは MLflow の送信処理に渡さない。したがって
 ネットワークにもデータベースにも出ていかない。残すものには重み(確率の逆数)を付ける。
-
-Databricks でも同じ。MLflow には捨てるための公開 API がないため、下の ``_Hooks`` とその周りだけが
-非公開の名前を使う(MLflow 3.17 で確認。名前が変われば ``install()`` が ``RuntimeError`` を出す)。
 """
 
-# MLflow と OpenTelemetry の非公開の名前を、このファイルだけで使う
-# pyright: reportPrivateUsage=false, reportUnknownMemberType=false
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import logging
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlflow
-import mlflow.tracing
-import mlflow.tracing.provider as mlflow_provider
-from mlflow.entities import TraceInfo, TraceState
-from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE, _MlflowSampler
-from mlflow.tracing.trace_manager import InMemoryTraceManager
-from mlflow.tracing.trace_manager import _Trace as LiveTrace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.sampling import (
-    DEFAULT_ON,
-    ParentBased,
-    Sampler,
-    SamplingResult,
-    TraceIdRatioBased,
-)
-from opentelemetry.sdk.trace.sampling import Decision as HeadDecision
+from mlflow.entities import TraceState
+from opentelemetry.sdk import trace as otel
+from opentelemetry.sdk.trace import ReadableSpan, sampling
 from opentelemetry.trace import StatusCode
+
+from . import _internals
+from .policies import Decision, TraceSummary, check_probability
 
 logger = logging.getLogger(__name__)
 
 PROBABILITY_KEY = "sampling.probability"
 WEIGHT_KEY = "sampling.weight"
 RULE_KEY = "sampling.rule"
-_HEAD_KEY = "sampling.head_probability"
-_MAX_DECISIONS = 8192  # 決定後に終わるスパン(背後のスレッドなど)のために覚えておく数
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceSummary:
-    """終わったトレースの要約。残すかどうかをこれで決める。"""
-
-    trace_id: str
-    name: str
-    duration_ms: float
-    is_error: bool
-    """どれか 1 つのスパンでもエラーなら真。"""
-    num_spans: int = 1
-    user: str | None = None
-    session: str | None = None
-    tags: Mapping[str, str] = field(default_factory=dict[str, str])
-    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
-    feedback: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """トレースの実行中に付いたフィードバック(名前 -> 値)。"""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """残す確率 [0, 1] と、その理由。"""
-
-    probability: float
-    rule: str
-
-    def __post_init__(self) -> None:
-        check_probability("probability", self.probability)
-
-
-Policy = Callable[[TraceSummary], Decision]
-Forward = Callable[[ReadableSpan], None]
+HEAD_KEY = "sampling.head_probability"
+MAX_DECISIONS = 8192  # 決定後に終わるスパン(背後のスレッドなど)のために覚えておく数
 
 
 @dataclass(frozen=True)
@@ -95,19 +47,18 @@ class SamplerStats:
     evicted: int
     """同時に開いているトレースが上限を超え、判断せずに残した件数。"""
     open_traces: int
-    """子スパンを預かっている、終わっていないトレースの数。"""
+    """終わっていないトレースの数。"""
 
 
-def check_probability(name: str, value: float) -> None:
-    """確率でなければ ``ValueError``(NaN も拒む)。"""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value!r} must be within [0, 1]")
-
-
-def unit_hash(trace_id: str, salt: str = "tail") -> float:
+def unit_hash(trace_id: str) -> float:
     """トレース ID から決まる [0, 1) の値。先頭の間引きが見るビットとは独立。"""
-    digest = hashlib.blake2b(f"{salt}:{trace_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    digest = hashlib.blake2b(f"tail:{trace_id}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
+
+
+Policy = Callable[[TraceSummary], Decision]
+Send = Callable[[ReadableSpan], None]
+_EVICTED = Decision(1.0, "evicted")
 
 
 class TailSampler:
@@ -122,7 +73,7 @@ class TailSampler:
             policy: 終わったトレースの要約から ``Decision`` を返す関数。例外なら残す。
             head_probability: その前に先頭で残す割合。重みに反映される。1 のままなら、環境変数
                 ``MLFLOW_TRACE_SAMPLING_RATIO`` の割合が使われ、それも重みに反映される。
-            max_open_traces: 子スパンを預かるトレースの上限(超えた分は古い順に残す)。
+            max_open_traces: 同時に開いているトレースの上限(超えた分は古い順に残す)。
         """
         check_probability("head_probability", head_probability)
         if max_open_traces < 1:
@@ -130,12 +81,11 @@ class TailSampler:
         self.head_probability = head_probability
         self._policy = policy
         self._max_open = max_open_traces
-        self._hooks: _Hooks | None = None
-        self._exports_otlp = False
+        self._attached: dict[otel.TracerProvider, sampling.Sampler] = {}
         self._clear()
 
     def install(self) -> TailSampler:
-        """MLflow につなぐ。以後に終わるトレースから有効になる(2 回目は何もしない)。
+        """MLflow につなぐ。以後に始まるトレースから有効になる(2 回目は何もしない)。
 
         ``set_experiment`` などで MLflow がプロバイダーを作り直しても有効なまま残る。
 
@@ -148,120 +98,114 @@ class TailSampler:
         if _active is not None:
             raise RuntimeError(f"{type(_active).__name__} is installed; uninstall() it first")
         self._clear()
-        self._hooks = _Hooks(self)
+        try:
+            self._attach()
+            self._unwatch = _internals.watch_provider(self._attach)
+        except (AttributeError, ImportError) as error:
+            self._detach()
+            raise RuntimeError(f"TailSampler: MLflow {mlflow.__version__}: {error}") from error
         _active = self
-        _renew_locks_after_fork()
+        self._renew_locks_after_fork()
         return self
 
     def uninstall(self) -> None:
         """MLflow から外す。預かっている子スパンは、捨てずに渡す。"""
         global _active
-        if self._hooks is None:
+        if _active is not self:
             return
-        self._hooks.remove()
-        self._hooks = None
         _active = None
+        self._unwatch()
+        self._detach()
         with self._lock:
-            waiting = [item for items in self._open.values() for item in items]
+            held = [item for items in self._open.values() for item in items]
             self._open.clear()
-        _send(waiting)
+        _send_all(held)
 
     def stats(self) -> SamplerStats:
         """いままでの件数。"""
         with self._lock:
-            rules = sorted({rule for rule, _ in self._counts})
-            by_rule = {
-                rule: (self._counts[rule, True], self._counts[rule, False]) for rule in rules
-            }
-            return SamplerStats(
-                kept=sum(kept for kept, _ in by_rule.values()),
-                dropped=sum(dropped for _, dropped in by_rule.values()),
-                by_rule=by_rule,
-                policy_errors=self._counts["policy_error", True],
-                evicted=self._counts["evicted", True],
-                open_traces=len(self._open),
-            )
+            counts, open_traces = self._counts.copy(), len(self._open)
+        rules = sorted({rule for rule, _ in counts})
+        return SamplerStats(
+            kept=sum(counts[rule, True] for rule in rules),
+            dropped=sum(counts[rule, False] for rule in rules),
+            by_rule={rule: (counts[rule, True], counts[rule, False]) for rule in rules},
+            policy_errors=counts["policy_error", True],
+            evicted=counts["evicted", True],
+            open_traces=open_traces,
+        )
 
     def _clear(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, list[tuple[Forward, ReadableSpan]]] = OrderedDict()
+        self._open: OrderedDict[int, list[tuple[Send, ReadableSpan]]] = OrderedDict()
         self._decided: OrderedDict[int, bool] = OrderedDict()
-        self._unmarked: set[int] = set()
         self._counts: Counter[tuple[str, bool]] = Counter()
 
-    def _count(self, rule: str, kept: bool) -> None:
-        with self._lock:
-            self._counts[rule, kept] += 1
+    def _attach(self) -> None:
+        """いまのプロバイダーの、スパンの行き先とサンプラーを包む。"""
+        provider = _internals.current_provider()
+        if not isinstance(provider, otel.TracerProvider) or provider in self._attached:
+            return  # トレーシングが無効か、まだ作られていない
+        ratio, plain = self.head_probability, provider.sampler
+        if ratio >= 1.0:
+            ratio = _internals.head_ratio(plain)
+        head = plain if ratio is None else sampling.ParentBased(_Head(ratio, self))
+        _internals.use_pipeline(provider, _Gate(self), head)
+        self._attached[provider] = plain
 
-    def _on_end(self, forward: Forward, span: ReadableSpan) -> None:
-        """スパンの終わり。子は預かり、ルートが終わったら決めて、まとめて渡すか捨てる。"""
-        if not _sampled(span) or _decided_by_caller(span):
-            forward(span)
-        elif span.parent is not None:
-            self._end_child(forward, span)
+    def _detach(self) -> None:
+        for provider, plain in self._attached.items():
+            _internals.use_pipeline(provider, otel.SynchronousMultiSpanProcessor(), plain)
+        self._attached.clear()
+
+    def head_dropped(self) -> None:
+        """先頭で 1 件捨てられた。"""
+        with self._lock:
+            self._counts["head", False] += 1
+
+    def span_started(self, span: otel.Span) -> None:
+        """ここでルートが始まったトレースだけを預かる(続きは、呼び出し元のサービスが決める)。"""
+        context = span.get_span_context()
+        if span.parent is not None or not context.trace_flags.sampled:
+            return
+        oldest: list[tuple[Send, ReadableSpan]] = []
+        with self._lock:
+            self._open[context.trace_id] = []
+            if len(self._open) > self._max_open:
+                trace_id, oldest = self._open.popitem(last=False)
+                self._remember(trace_id, _EVICTED, True)
+        _send_all(oldest)
+
+    def span_ended(self, span: ReadableSpan, send: Send) -> None:
+        """子は預かり、ルートが終わったら決めて、まとめて渡すか捨てる。"""
+        trace_id = _otel_id(span)
+        with self._lock:
+            held, decided = self._open.get(trace_id), self._decided.get(trace_id)
+            if held is not None and span.parent is not None:
+                held.append((send, span))
+                return
+        if held is not None:
+            self._decide(span, [child for _, child in held], send)
+        elif span.parent is None and decided:  # 終わる前にあふれて、残すと決めた
+            send(_marked(span, _EVICTED))
+        elif decided is not False:
+            send(span)
+
+    def _decide(self, root: ReadableSpan, children: list[ReadableSpan], send: Send) -> None:
+        trace_id, summary = _otel_id(root), _summary(root, children)
+        decision = self._ask(summary)
+        keep = unit_hash(summary.trace_id) < decision.probability
+        with self._lock:
+            held = self._open.pop(trace_id, None)
+            if held is not None:
+                self._remember(trace_id, decision, keep)
+        if held is None:  # 判断している間にあふれた
+            send(_marked(root, _EVICTED))
+        elif keep:
+            _send_all(held)
+            send(_marked(root, decision))
         else:
-            self._end_root(forward, span)
-
-    def _end_child(self, forward: Forward, span: ReadableSpan) -> None:
-        trace_id = _otel_id(span)
-        with self._lock:
-            keep = self._decided.get(trace_id)
-            evicted = self._hold(trace_id, forward, span) if keep is None else []
-        if keep:
-            forward(span)
-        _send(evicted)
-
-    def _hold(
-        self, trace_id: int, forward: Forward, span: ReadableSpan
-    ) -> list[tuple[Forward, ReadableSpan]]:
-        """子を預かる。上限を超えたら、いちばん古いトレースを残すと決めて返す。"""
-        self._open.setdefault(trace_id, []).append((forward, span))
-        if len(self._open) <= self._max_open:
-            return []
-        oldest, items = self._open.popitem(last=False)
-        self._remember(oldest, True)
-        self._unmarked.add(oldest)
-        self._counts["evicted", True] += 1
-        return items
-
-    def _remember(self, trace_id: int, keep: bool) -> None:
-        self._decided[trace_id] = keep
-        if len(self._decided) > _MAX_DECISIONS:
-            forgotten, _ = self._decided.popitem(last=False)
-            self._unmarked.discard(forgotten)
-
-    def _end_root(self, forward: Forward, span: ReadableSpan) -> None:
-        trace_id = _otel_id(span)
-        with self._lock:
-            keep = self._decided.get(trace_id)
-            children = [child for _, child in self._open.get(trace_id, [])]
-            evicted = trace_id in self._unmarked
-            self._unmarked.discard(trace_id)
-        if keep is None:
-            keep = self._decide(span, children)
-        elif evicted:
-            with _live_trace(trace_id) as trace:
-                self._mark(span, trace, Decision(1.0, "evicted"))
-        if keep:
-            forward(span)
-
-    def _decide(self, span: ReadableSpan, children: list[ReadableSpan]) -> bool:
-        trace_id = _otel_id(span)
-        with _live_trace(trace_id) as trace:
-            summary = _summary(span, children, trace.info if trace else None)
-        decision = self._ask(summary)  # 利用者の関数なので、MLflow のロックの外で呼ぶ
-        keep = decision.probability >= 1.0 or unit_hash(summary.trace_id) < decision.probability
-        if keep:
-            self._mark(span, trace, decision)
-        with self._lock:
-            self._remember(trace_id, keep)
-            self._counts[decision.rule, keep] += 1
-            waiting = self._open.pop(trace_id, [])
-        if keep:
-            _send(waiting)
-        else:
-            InMemoryTraceManager.get_instance().pop_trace(trace_id)
-        return keep
+            _internals.forget_trace(trace_id)
 
     def _ask(self, summary: TraceSummary) -> Decision:
         try:
@@ -273,196 +217,110 @@ class TailSampler:
             logger.exception("sampling policy failed; the trace is kept")
             return Decision(1.0, "policy_error")
 
-    def _mark(self, span: ReadableSpan, trace: LiveTrace | None, decision: Decision) -> None:
-        """残すトレースに確率・重み・規則を記す。OTLP にはメタデータが届かないので属性にも書く。"""
-        attributes = span.attributes or {}
-        probability = decision.probability * float(str(attributes.get(_HEAD_KEY, "1")))
-        values = {
-            PROBABILITY_KEY: repr(probability),
-            WEIGHT_KEY: repr(1.0 / probability),
-            RULE_KEY: decision.rule,
-        }
-        if trace is not None:
-            trace.info.trace_metadata.update(values)
-        if self._exports_otlp:
-            tags = {f"mlflow.traceTag.{key}": value for key, value in values.items()}
-            span._attributes = {**attributes, **values, **tags}
+    @staticmethod
+    @functools.cache
+    def _renew_locks_after_fork() -> None:
+        """fork の瞬間に別スレッドが持っていたロックは、子では永久に解かれないので作り直す。"""
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=lambda: _active and _active._clear())
+
+    def _remember(self, trace_id: int, decision: Decision, keep: bool) -> None:
+        self._counts[decision.rule, keep] += 1
+        self._decided[trace_id] = keep
+        if len(self._decided) > MAX_DECISIONS:
+            self._decided.popitem(last=False)
 
 
-class _HeadSampler(Sampler):
+class _Gate(otel.SynchronousMultiSpanProcessor):
+    """プロバイダーの入り口。MLflow の送信処理だけは、残すと決まったスパンを後から受け取る。"""
+
+    def __init__(self, sampler: TailSampler) -> None:
+        super().__init__()
+        self._sampler = sampler
+
+    def on_start(self, span: otel.Span, parent_context: Any = None) -> None:
+        self._sampler.span_started(span)
+        super().on_start(span, parent_context)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self._send(span, to_mlflow=False)
+        self._sampler.span_ended(span, self._send)
+
+    def _send(self, span: ReadableSpan, to_mlflow: bool = True) -> None:
+        for processor in _internals.processors_of(self):
+            if type(processor).__module__.startswith("mlflow.") is to_mlflow:
+                processor.on_end(span)
+
+
+class _Head(sampling.Sampler):
     """ヘッドサンプリングを行い、残したものには確率を記す(``sampling_ratio_override`` にも従う)。"""
 
-    def __init__(self, ratio: float, dropped: Callable[[], None]) -> None:
+    def __init__(self, ratio: float, tail: TailSampler) -> None:
         self._ratio = ratio
-        self._default = TraceIdRatioBased(ratio)
-        self._dropped = dropped
+        self._tail = tail
 
-    def should_sample(self, *args: Any, **kwargs: Any) -> SamplingResult:
-        override = _SAMPLING_RATIO_OVERRIDE.get()
+    def should_sample(self, *args: Any, **kwargs: Any) -> sampling.SamplingResult:
+        override = _internals.sampling_ratio_override()
         ratio = self._ratio if override is None else override
-        sampler = self._default if override is None else TraceIdRatioBased(override)
-        result = sampler.should_sample(*args, **kwargs)
-        if result.decision is HeadDecision.DROP:
-            self._dropped()
+        result = sampling.TraceIdRatioBased(ratio).should_sample(*args, **kwargs)
+        if not result.decision.is_sampled():
+            self._tail.head_dropped()
+        if not result.decision.is_sampled() or ratio >= 1.0:
             return result
-        if ratio >= 1.0:  # 記さなければ 1 とみなす(リクエストごとの手間を省く)
-            return result
-        attributes = {**(result.attributes or {}), _HEAD_KEY: repr(ratio)}
-        return SamplingResult(result.decision, attributes, result.trace_state)
+        attributes = {**(result.attributes or {}), HEAD_KEY: repr(ratio)}
+        return sampling.SamplingResult(result.decision, attributes, result.trace_state)
 
     def get_description(self) -> str:
         return f"Head{{{self._ratio}}}"
 
 
-class _Hooks:
-    """MLflow への取り付け。非公開の名前はここと、このファイルの下の 4 つの関数だけが使う。
-
-    ``_get_span_processors`` と ``_get_trace_sampler`` は、MLflow がプロバイダーを作るたびに必ず
-    通る 2 か所である。ここを包めば、作り直されても外れない。
-    """
-
-    NAMES = ("_get_span_processors", "_get_trace_sampler")
-
-    def __init__(self, sampler: TailSampler) -> None:
-        for name in self.NAMES:
-            if not callable(getattr(mlflow_provider, name, None)):
-                raise RuntimeError(f"MLflow {mlflow.__version__} has no {name}; update this file")
-        self._sampler = sampler
-        self._gated: list[Any] = []
-        self._provider: object = mlflow.tracing.get_bridged_tracer_provider()
-        self._get_processors = mlflow_provider._get_span_processors
-        self._get_sampler = mlflow_provider._get_trace_sampler
-        mlflow_provider._get_span_processors = self._processors
-        mlflow_provider._get_trace_sampler = self._head
-        self._attach_to_current()
-
-    def remove(self) -> None:
-        """取り付ける前に戻す。"""
-        mlflow_provider._get_span_processors = self._get_processors
-        mlflow_provider._get_trace_sampler = self._get_sampler
-        for processor in self._gated:
-            vars(processor).pop("on_end", None)
-        self._restore_sampler()
-
-    def _restore_sampler(self) -> None:
-        provider: Any = mlflow.tracing.get_bridged_tracer_provider()
-        if not isinstance(provider, TracerProvider) or not _is_ours(provider.sampler):
-            return  # 無効になっている(有効になるとき作り直される)か、替えていない
-        if provider is self._provider:
-            _use_sampler(provider, self._previous_sampler)
-        else:  # つないだ後に作り直されたもの
-            _use_sampler(provider, self._get_sampler() or DEFAULT_ON)
-
-    def _attach_to_current(self) -> None:
-        provider = self._provider
-        if not isinstance(provider, TracerProvider):
-            return  # トレーシングが無効。有効になったときに _processors が呼ばれる
-        self._previous_sampler = provider.sampler
-        if (head := self._weighted(provider.sampler)) is not None:
-            _use_sampler(provider, head)
-        self._gate(provider._active_span_processor._span_processors)
-
-    def _processors(self, disabled: bool = False) -> list[Any]:
-        processors = self._get_processors(disabled=disabled)
-        self._gate(processors)
-        return processors
-
-    def _head(self) -> Sampler | None:
-        original = self._get_sampler()
-        return self._weighted(original) or original
-
-    def _weighted(self, original: Sampler | None) -> Sampler | None:
-        """先頭で残した割合を重みに記すサンプラー。先頭では間引かないなら ``None``。"""
-        ratio = self._sampler.head_probability
-        if ratio >= 1.0:
-            if not isinstance(root := getattr(original, "_root", None), _MlflowSampler):
-                return None
-            ratio = root._default_ratio  # MLFLOW_TRACE_SAMPLING_RATIO
-        dropped = partial(self._sampler._count, "head", False)
-        return ParentBased(root=_HeadSampler(ratio, dropped))
-
-    def _gate(self, processors: Iterable[Any]) -> None:
-        """送信の入り口(``on_end``)だけを差し替える。型や状態は MLflow のものがそのまま残る。"""
-        for processor in processors:
-            ours = type(processor).__module__.startswith("mlflow.")
-            if ours and "on_end" not in vars(processor):
-                # MLflow の送信処理だけが、ルートスパンから _start_trace でトレースを始める
-                self._sampler._exports_otlp |= not hasattr(processor, "_start_trace")
-                processor.on_end = partial(self._sampler._on_end, processor.on_end)
-                self._gated.append(processor)
-
-
-def _is_ours(sampler: Sampler) -> bool:
-    return isinstance(getattr(sampler, "_root", None), _HeadSampler)
-
-
-def _use_sampler(provider: TracerProvider, sampler: Sampler) -> None:
-    """作成済みの tracer もサンプラーを覚えているので、それも差し替える。"""
-    provider.sampler = sampler
-    for tracer in provider._tracers.values():
-        tracer.sampler = sampler
-
-
-def _send(items: Iterable[tuple[Forward, ReadableSpan]]) -> None:
-    for forward, span in items:
-        forward(span)
+def _send_all(items: list[tuple[Send, ReadableSpan]]) -> None:
+    for send, span in items:
+        send(span)
 
 
 def _otel_id(span: ReadableSpan) -> int:
     return span.context.trace_id if span.context else 0
 
 
-def _sampled(span: ReadableSpan) -> bool:
-    return span.context is not None and span.context.trace_flags.sampled
-
-
-def _mlflow_id(trace_id: int) -> str:
-    return f"tr-{trace_id:032x}"
-
-
-def _decided_by_caller(span: ReadableSpan) -> bool:
-    """別のサービスから続くトレースか(残すかどうかは呼び出し元が決めている)。"""
-    if span.parent is None:
-        return False
-    if span.parent.is_remote:
-        return True
-    with _live_trace(_otel_id(span)) as trace:
-        return trace is not None and trace.is_remote_trace
-
-
-def _live_trace(trace_id: int) -> contextlib.AbstractContextManager[LiveTrace | None]:
-    """MLflow がいま組み立てているトレース(ロックを持ったまま読む)。"""
-    return InMemoryTraceManager.get_instance().get_trace(_mlflow_id(trace_id))
-
-
-def _summary(
-    span: ReadableSpan, children: list[ReadableSpan], info: TraceInfo | None
-) -> TraceSummary:
-    failed = any(item.status.status_code is StatusCode.ERROR for item in (span, *children))
-    metadata = dict(info.trace_metadata) if info else {}
-    found = info.assessments or () if info else ()
+def _summary(root: ReadableSpan, children: list[ReadableSpan]) -> TraceSummary:
+    failed = any(span.status.status_code is StatusCode.ERROR for span in (root, *children))
+    with _internals.live_trace(_otel_id(root)) as info:
+        metadata, tags = dict(info.trace_metadata), dict(info.tags)
+        feedback = {item.name: item.feedback.value for item in info.assessments if item.feedback}
+        failed = failed or info.state is TraceState.ERROR
     return TraceSummary(
-        trace_id=_mlflow_id(_otel_id(span)),
-        name=span.name,
-        duration_ms=((span.end_time or 0) - (span.start_time or 0)) / 1e6,
-        is_error=failed or (info is not None and info.state is TraceState.ERROR),
+        trace_id=info.trace_id,
+        name=root.name,
+        duration_ms=((root.end_time or 0) - (root.start_time or 0)) / 1e6,
+        is_error=failed,
         num_spans=len(children) + 1,
         user=metadata.get("mlflow.trace.user"),
         session=metadata.get("mlflow.trace.session"),
-        tags=dict(info.tags) if info else {},
+        tags=tags,
         metadata=metadata,
-        feedback={item.name: item.feedback.value for item in found if item.feedback is not None},
+        feedback=feedback,
     )
 
 
+def _marked(root: ReadableSpan, decision: Decision) -> ReadableSpan:
+    """残すトレースに確率・重み・規則を記す。OTLP にはメタデータが届かないので属性にも書く。"""
+    attributes = root.attributes or {}
+    probability = decision.probability * float(str(attributes.get(HEAD_KEY, 1)))
+    values = {
+        PROBABILITY_KEY: repr(probability),
+        WEIGHT_KEY: repr(1.0 / probability),
+        RULE_KEY: decision.rule,
+    }
+    with _internals.live_trace(_otel_id(root)) as info:
+        info.trace_metadata.update(values)
+    tags = {f"mlflow.traceTag.{key}": value for key, value in values.items()}
+    same: dict[str, Any] = {name: getattr(root, name) for name in _COPIED}
+    return ReadableSpan(**same, attributes={**attributes, **values, **tags})
+
+
+_COPIED = (
+    *("name", "context", "parent", "resource", "events", "links", "kind"),
+    *("instrumentation_scope", "status", "start_time", "end_time"),
+)
 _active: TailSampler | None = None
-_fork_hook_installed = False
-
-
-def _renew_locks_after_fork() -> None:
-    """fork の瞬間に別スレッドが持っていたロックは、子では永久に解かれないので作り直す。"""
-    global _fork_hook_installed
-    if _fork_hook_installed or not hasattr(os, "register_at_fork"):
-        return
-    _fork_hook_installed = True
-    os.register_at_fork(after_in_child=lambda: _active and _active._clear())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import itertools
 import math
 import random
@@ -22,15 +21,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.tracing.trace_manager import InMemoryTraceManager
+from opentelemetry.sdk.trace import ReadableSpan, SynchronousMultiSpanProcessor
+from opentelemetry.trace import SpanContext, TraceFlags
 
 from chapter8_samples.production_tracing import sampling as tail_sampling
 from chapter8_samples.production_tracing.metadata_tagging import incoming_trace, run_with_context
-from chapter8_samples.production_tracing.sampling import (
-    Decision,
-    TailSampler,
-    TraceSummary,
-    unit_hash,
-)
+from chapter8_samples.production_tracing.policies import Decision, TraceSummary
+from chapter8_samples.production_tracing.sampling import TailSampler, unit_hash
 from chapter8_samples.production_tracing.sampling_strategies import (
     AdaptiveRate,
     AdaptiveSampler,
@@ -45,25 +42,6 @@ def half(summary: TraceSummary) -> Decision:
     if summary.is_error:
         return Decision(1.0, "error")
     return Decision(0.5, "rest")
-
-
-@pytest.mark.slow
-def test_private_names_of_mlflow_and_opentelemetry(tracking_uri: str) -> None:
-    """非公開の名前の契約。ここが落ちたら sampling.py を直す。"""
-    from mlflow.tracing.sampling import _SAMPLING_RATIO_OVERRIDE, _MlflowSampler
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.sampling import ParentBased
-
-    assert list(inspect.signature(provider_module._get_span_processors).parameters) == ["disabled"]
-    assert not inspect.signature(provider_module._get_trace_sampler).parameters
-    provider = mlflow.tracing.get_bridged_tracer_provider()
-    assert isinstance(provider, TracerProvider)
-    assert provider._active_span_processor._span_processors
-    assert isinstance(provider._tracers, dict)
-    assert _SAMPLING_RATIO_OVERRIDE.get() is None
-    assert vars(ParentBased(root=_MlflowSampler(0.5)))["_root"]._default_ratio == 0.5
-    manager = InMemoryTraceManager.get_instance()
-    assert all(hasattr(manager, name) for name in ("get_trace", "pop_trace", "set_trace_metadata"))
 
 
 @mlflow.trace(span_type="LLM")
@@ -324,17 +302,141 @@ def test_concurrent_requests_count_exactly(collected: Any) -> None:
 
 
 @pytest.mark.slow
-def test_remote_traces_are_not_decided_here(tracking_uri: str, stored: Any) -> None:
+def test_joined_traces_are_not_decided_here(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("remote")
     with mlflow.start_span("caller"):
         headers = mlflow.tracing.get_tracing_context_headers_for_http_request()
     stored("remote")
     sampler = TailSampler(lambda _summary: Decision(0.0, "none")).install()
-    with incoming_trace(headers):
+    with incoming_trace(headers, join_caller=True):
         plain(1)
     (trace,) = stored("remote")
     assert {span.name for span in trace.data.spans} == {"caller", "plain", "llm"}
     assert sampler.stats().dropped == 0
+
+
+@pytest.mark.parametrize("flags", ["00", "01"])
+def test_an_own_trace_is_decided_here_whatever_traceparent_came_in(
+    collected: Any, flags: str
+) -> None:
+    mlflow.set_experiment("own")
+    sampler = TailSampler(half).install()
+    for number in range(30):
+        with incoming_trace({"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-{flags}"}):
+            plain(number)
+    stats, traces = sampler.stats(), collected()
+    assert (stats.kept + stats.dropped, stats.open_traces) == (30, 0)
+    assert len(traces) == stats.kept and 0 < stats.kept < 30
+    assert {len(trace.data.spans) for trace in traces} == {2}
+
+
+def test_a_tracer_taken_before_install_is_sampled_too(collected: Any) -> None:
+    """OpenTelemetry の計装は、MLflow のプロバイダーから作った tracer を持ち続ける。"""
+    mlflow.set_experiment("bridged")
+    tracer = mlflow.tracing.get_bridged_tracer_provider().get_tracer("instrumentor")
+    sampler = TailSampler(lambda _summary: Decision(0.0, "none")).install()
+    with tracer.start_as_current_span("bridged"):
+        pass
+    assert sampler.stats().dropped == 1 and not collected()
+    sampler.uninstall()
+    with tracer.start_as_current_span("bridged"):
+        pass
+    assert len(collected()) == 1
+
+
+def test_a_trace_open_at_install_is_stored_whole(collected: Any) -> None:
+    mlflow.set_experiment("open")
+    root = mlflow.start_span_no_context("root")
+    early = mlflow.start_span_no_context("early", parent_span=root)
+    sampler = TailSampler(lambda _summary: Decision(0.0, "none")).install()
+    mlflow.start_span_no_context("later", parent_span=root).end()
+    early.end()
+    root.end()
+    (trace,) = collected()
+    assert len(trace.data.spans) == 3
+    assert (sampler.stats().dropped, sampler.stats().open_traces) == (0, 0)
+
+
+def test_uninstall_leaves_mlflow_as_it_was(tracking_uri: str) -> None:
+    mlflow.set_experiment("as it was")
+    plain(1)
+    provider: Any = mlflow.tracing.get_bridged_tracer_provider()
+    tracer = provider.get_tracer("mine")
+
+    def state() -> list[Any]:
+        pipeline = provider._active_span_processor
+        processors = pipeline._span_processors
+        module = {k: v for k, v in vars(provider_module).items() if callable(v)}
+        return [
+            *(type(pipeline), processors, [dict(vars(p)) for p in processors]),
+            *(provider.sampler, tracer.sampler, tracer.span_processor is pipeline, module),
+        ]
+
+    before = state()
+    assert before[0] is SynchronousMultiSpanProcessor
+    sampler = ProbabilisticSampler(0.5).install()
+    changed = {name for name, value in before[-1].items() if state()[-1][name] is not value}
+    assert changed == {"_initialize_tracer_provider"} and state()[1:3] == before[1:3]
+    sampler.uninstall()
+    assert state() == before
+
+
+def test_a_moved_internal_is_named_and_nothing_stays_attached(
+    collected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.set_experiment("moved")
+    plain(1)
+    with monkeypatch.context() as patch:
+        patch.delattr(provider_module, "_initialize_tracer_provider")
+        with pytest.raises(RuntimeError, match=r"MLflow 3\..*_initialize_tracer_provider"):
+            ProbabilisticSampler(0.0).install()
+    plain(2)
+    assert len(collected()) == 2
+
+
+# ---- MLflow なしで、仕組みだけを試す ----
+
+
+def a_span(trace_id: int, number: int) -> ReadableSpan:
+    """``number`` が 0 ならルート。"""
+    context = SpanContext(trace_id, number + 1, is_remote=False, trace_flags=TraceFlags(1))
+    parent = SpanContext(trace_id, 1, is_remote=False) if number else None
+    return ReadableSpan("span", context=context, parent=parent, start_time=1, end_time=2)
+
+
+@given(st.permutations([(trace, number) for trace in range(1, 5) for number in range(4)]))
+def test_whatever_ends_first_a_trace_is_sent_whole_or_not_at_all(
+    order: list[tuple[int, int]],
+) -> None:
+    sampler = TailSampler(
+        lambda trace: Decision(float(trace.trace_id.endswith(("1", "3"))), "odd"),
+        max_open_traces=3,
+    )
+    sent: list[ReadableSpan] = []
+    for trace_id in range(1, 5):  # 4 つめが始まると、1 つめはあふれて残る
+        root: Any = a_span(trace_id, 0)
+        sampler.span_started(root)
+    for trace_id, number in order:
+        sampler.span_ended(a_span(trace_id, number), sent.append)
+    ids = [(span.context.trace_id, span.context.span_id) for span in sent]
+    assert sorted(ids) == [(trace_id, span) for trace_id in (1, 3) for span in (1, 2, 3, 4)]
+    stats = sampler.stats()
+    assert (stats.kept, stats.dropped, stats.evicted, stats.open_traces) == (2, 2, 1, 0)
+
+
+def test_a_trace_evicted_while_the_policy_thinks_is_sent_whole() -> None:
+    roots: list[Any] = [a_span(1, 0), a_span(2, 0)]
+
+    def policy(_trace: TraceSummary) -> Decision:
+        sampler.span_started(roots[1])
+        return Decision(0.0, "none")
+
+    sampler = TailSampler(policy, max_open_traces=1)
+    sent: list[ReadableSpan] = []
+    sampler.span_started(roots[0])
+    sampler.span_ended(a_span(1, 1), sent.append)
+    sampler.span_ended(roots[0], sent.append)
+    assert len(sent) == 2 and dict(sent[1].attributes or {})["sampling.rule"] == "evicted"
 
 
 # ---- 規則 ----

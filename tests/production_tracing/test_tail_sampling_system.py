@@ -81,6 +81,30 @@ def test_global_provider(program: Any, stored: Any, owner: str) -> None:
     assert_exactly_the_kept_ones(kept, report, spans=2)
 
 
+def test_the_ratio_of_the_applications_own_sampler_is_part_of_the_weight(
+    program: Any, stored: Any
+) -> None:
+    body = OWN_PROVIDER.replace(
+        "TracerProvider()", "TracerProvider(sampler=ParentBased(TraceIdRatioBased(0.5)))"
+    )
+    body = (
+        "from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased\n"
+        + body
+        + REQUESTS
+        + "sampler = ConditionalSampler(0.3).install()\n"
+        "for number in range(100): request(number)\nreport(sampler)\n"
+    )
+    report = result(program, body, MLFLOW_USE_DEFAULT_TRACER_PROVIDER="false")
+    assert report["kept"] + report["dropped"] == 100 and report["rules"]["head"][1] > 20
+    traces = stored("child")
+    assert_exactly_the_kept_ones(traces, report, spans=2)
+    weights = {
+        (trace.info.trace_metadata["sampling.rule"], trace.info.trace_metadata["sampling.weight"])
+        for trace in traces
+    }
+    assert weights <= {("error", "2.0"), ("rest", repr(1 / (0.3 * 0.5)))} and weights
+
+
 def test_global_provider_over_a_server(
     program: Any, stored: Any, tmp_path: Path, mlflow_server_url: str
 ) -> None:
