@@ -1,0 +1,101 @@
+"""8.1 が使う非公開の名前の契約。MLflow か OpenTelemetry が動かしたら、その名前を出して落ちる。"""
+
+# pyright: reportPrivateUsage=false
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import mlflow
+import mlflow.tracing
+import pytest
+from mlflow.tracing import provider as mlflow_provider
+from opentelemetry.sdk.trace import ReadableSpan, SynchronousMultiSpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, DEFAULT_ON, ParentBased, TraceIdRatioBased
+
+from chapter8_samples.production_tracing import _internals
+
+# ---- テールサンプリング ----
+
+
+def test_active_span_processor_and_its_span_processors(tracking_uri: str) -> None:
+    """MLflow の送信処理は、``_active_span_processor._span_processors`` にある。"""
+    provider: Any = mlflow.tracing.get_bridged_tracer_provider()
+    processors = _internals.processors_of(provider._active_span_processor)
+    assert type(provider._active_span_processor) is SynchronousMultiSpanProcessor
+    assert [type(one).__module__.split(".")[0] for one in processors] == ["mlflow"]
+
+
+def test_tracers_and_their_span_processor_and_sampler() -> None:
+    """作成済みの tracer は ``_tracers`` にあり、``span_processor`` と ``sampler`` を使う。"""
+    provider, seen = TracerProvider(), list[ReadableSpan]()
+    tracer = provider.get_tracer("made before")
+
+    class Pipeline(SynchronousMultiSpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            seen.append(span)
+
+    _internals.use_pipeline(provider, Pipeline(), DEFAULT_ON)
+    tracer.start_span("seen").end()
+    _internals.use_pipeline(provider, Pipeline(), ALWAYS_OFF)
+    tracer.start_span("dropped").end()
+    assert [span.name for span in seen] == ["seen"]
+
+
+def test_initialize_tracer_provider_runs_for_every_new_provider(tracking_uri: str) -> None:
+    """``_initialize_tracer_provider(disabled=False)`` を、MLflow は作り直すたびに呼ぶ。"""
+    original = mlflow_provider._initialize_tracer_provider
+    assert list(inspect.signature(original).parameters) == ["disabled"]
+    built: list[object] = []
+    stop = _internals.watch_provider(lambda: built.append(_internals.current_provider()))
+    try:
+        mlflow.set_experiment("new provider")
+        mlflow.tracing.get_bridged_tracer_provider()
+        mlflow.tracing.disable()
+        mlflow.tracing.enable()
+        mlflow.tracing.reset()
+        mlflow.tracing.get_bridged_tracer_provider()
+    finally:
+        stop()
+    made = [one for one in built if isinstance(one, TracerProvider)]
+    assert len(set(made)) == 3 and made[-1] is _internals.current_provider()
+    assert mlflow_provider._initialize_tracer_provider is original
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
+def test_root_and_default_ratio_of_a_sampler(ratio: float) -> None:
+    """``ParentBased._root`` と ``_MlflowSampler._default_ratio``。"""
+    from mlflow.tracing.sampling import _MlflowSampler
+
+    assert _internals.head_ratio(ParentBased(_MlflowSampler(ratio))) == ratio
+    assert _internals.head_ratio(ParentBased(TraceIdRatioBased(ratio))) == ratio
+    assert _internals.head_ratio(TraceIdRatioBased(ratio)) == ratio
+    assert _internals.head_ratio(DEFAULT_ON) is None
+
+
+def test_sampling_ratio_override_is_set_while_a_span_starts(tracking_uri: str) -> None:
+    """``_SAMPLING_RATIO_OVERRIDE`` は、スパンを始める間だけ値を持つ。"""
+    seen: list[float | None] = []
+
+    class Watch(SynchronousMultiSpanProcessor):
+        def on_start(self, span: Any, parent_context: Any = None) -> None:
+            seen.append(_internals.sampling_ratio_override())
+
+    provider: Any = mlflow.tracing.get_bridged_tracer_provider()
+    provider.add_span_processor(Watch())
+    mlflow.trace(sampling_ratio_override=1.0)(lambda: None)()
+    mlflow.trace(lambda: None)()
+    assert seen == [1.0, None] and _internals.sampling_ratio_override() is None
+
+
+def test_in_memory_trace_manager_finds_and_forgets_a_trace(tracking_uri: str) -> None:
+    """``get_mlflow_trace_id_from_otel_id``、``get_trace``、``pop_trace``。"""
+    root = mlflow.start_span_no_context("root")
+    number = int(root.trace_id.removeprefix("tr-"), 16)
+    with _internals.live_trace(number) as info:
+        info.trace_metadata["key"] = "value"
+    with _internals.live_trace(number) as info:
+        assert (info.trace_id, info.trace_metadata["key"]) == (root.trace_id, "value")
+    _internals.forget_trace(number)
+    with _internals.live_trace(number) as info:
+        assert info.trace_id == root.trace_id and not info.trace_metadata
