@@ -10,14 +10,14 @@ import atexit
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import mlflow.tracing
-from opentelemetry.trace import INVALID_SPAN, Span, set_span_in_context
+from opentelemetry.trace import INVALID_SPAN, Span, get_current_span, set_span_in_context
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.id_generator import IdGenerator
@@ -211,11 +211,37 @@ def otel_span_is_current(span: Span) -> Iterator[None]:
         api.detach(token)
 
 
-def span_is_current(span: LiveSpan) -> AbstractContextManager[None]:
-    """``start_span_no_context`` で始めたスパンを「いまのスパン」にする。公開 API がない。"""
-    from mlflow.tracing.provider import safe_set_span_in_context
+class ResumableSpan:
+    """``start_span_no_context`` で始めたスパンを、間を空けながら「いまのスパン」にする。公開 API がない。
 
-    return safe_set_span_in_context(span)
+    ``with`` の中で開いたままのスパンは、次の ``with`` でも開いている。終わっていれば、元のスパンに戻る。
+    """
+
+    def __init__(self, span: LiveSpan) -> None:
+        from mlflow.tracing.provider import mlflow_runtime_context, safe_set_span_in_context
+        from opentelemetry import context
+
+        both: tuple[Any, Any] = (mlflow_runtime_context, context)
+        before = [api.get_current() for api in both]
+        with safe_set_span_in_context(span):
+            inside = [(api, api.get_current()) for api in both]
+        changed = [one for one, was in zip(inside, before, strict=True) if one[1] is not was]
+        self._own = self._next = dict(changed)
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        tokens = [(api, api.attach(context)) for api, context in self._next.items()]
+        try:
+            yield
+            self._next = {api: self._open(api) for api in self._own}
+        finally:
+            for api, token in reversed(tokens):
+                with suppress(ValueError):  # 別の文脈で捨てられたタスクの中
+                    api.detach(token)
+
+    def _open(self, api: Any) -> Context:
+        context = api.get_current()
+        return context if get_current_span(context).is_recording() else self._own[api]
 
 
 def hand_over_spans() -> None:

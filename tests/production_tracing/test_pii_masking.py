@@ -3,6 +3,9 @@
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import json
 import logging
 import random
@@ -10,10 +13,12 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ from chapter8_samples.production_tracing.masking import (
     mask_pii,
     my_number,
 )
+from chapter8_samples.production_tracing.spans import traced_stream
 
 
 def with_check(digits: str, valid: Callable[[str], bool]) -> str:
@@ -400,3 +406,211 @@ def test_autologged_openai_call_is_masked(tracking_uri: str, stored: Any, stub_l
         mlflow.openai.autolog(disable=True)
     (trace,) = stored("pii-openai")
     assert "taro@" not in json.dumps(trace.to_dict()) and trace.info.token_usage
+
+
+# ---- ストリーミング ----
+
+PIECES = {
+    "phone": ("電話は ", "090", "-83", "17-", "2946", " です"),
+    "mail": ("連絡先 ", "kumagoro", "@exa", "mple.jp", " まで"),
+}
+SECRET_PIECES = ("-83", "17-", "2946", "8317", "kumagoro", "@exa", "mple.jp")
+
+
+def readable(uri: str) -> list[str]:
+    """データベースの全表の、ID と時刻ではない全部の文字列(JSON は中まで)。"""
+    connection = sqlite3.connect(uri.removeprefix("sqlite:///"))
+    names = connection.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall()
+    rows = [row for (name,) in names for row in connection.execute(f'SELECT * FROM "{name}"')]
+    connection.close()
+    found = list(strings(rows))
+    return [text for text in found if not re.fullmatch(r"(?:tr-)?[0-9a-f-]{16,}|[\w+/]{8,}==", text)]
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
+    if isinstance(value, str):
+        yield value
+        with contextlib.suppress(ValueError):
+            if isinstance(plain := json.loads(value), dict | list | str):
+                yield from strings(plain)
+
+
+@dataclasses.dataclass
+class Chunk:
+    text: str
+
+
+class Opaque:
+    """JSON にできず、文字列として残る断片。"""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return f"Opaque(text={self._text!r})"
+
+
+def broken_join(_chunks: list[Any]) -> Any:
+    raise TypeError("cannot join")
+
+
+def read_generator(pieces: Sequence[str]) -> None:
+    @mlflow.trace
+    def stream() -> Iterator[str]:
+        yield from pieces
+
+    list(stream())
+
+
+def read_async_generator(pieces: Sequence[str]) -> None:
+    @mlflow.trace
+    async def stream() -> AsyncIterator[str]:
+        for piece in pieces:
+            yield piece
+
+    async def read() -> None:
+        async for _ in stream():
+            pass
+
+    asyncio.run(read())
+
+
+def read_failing_generator(pieces: Sequence[str]) -> None:
+    @mlflow.trace
+    def stream() -> Iterator[dict[str, str]]:
+        for piece in pieces:
+            yield {"delta": piece}
+        raise OSError("disconnected")
+
+    with pytest.raises(OSError):
+        list(stream())
+
+
+def read_stream(join: Callable[[list[Any]], Any], make: Callable[[str], Any]) -> Any:
+    def read(pieces: Sequence[str]) -> None:
+        list(traced_stream("stream", [make(piece) for piece in pieces], join=join))
+
+    return read
+
+
+def as_chunk(piece: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": piece}}]}
+
+
+def as_line(piece: str) -> str:
+    return f"data: {json.dumps({'text': piece}, ensure_ascii=False)}\n\n"
+
+
+def interleaved(pieces: Sequence[str]) -> None:
+    """2 つの回答(``n=2``)が 1 つのストリームに交ざる。"""
+    chunks = [
+        {"choices": [{"index": index, "delta": {"content": text}}]}
+        for piece in pieces
+        for index, text in enumerate((piece, "い"))
+    ]
+    list(traced_stream("stream", chunks, join=list))
+
+
+STREAMS: dict[str, Callable[[Sequence[str]], None]] = {
+    "generator": read_generator,
+    "async generator": read_async_generator,
+    "failing generator": read_failing_generator,
+    "list of strings": read_stream(list, str),
+    "list of dictionaries": read_stream(list, as_chunk),
+    "list of objects": read_stream(list, Chunk),
+    "list of opaque objects": read_stream(list, Opaque),
+    "two answers": interleaved,
+    "broken join": read_stream(broken_join, str),
+    "broken join of chunks": read_stream(broken_join, as_chunk),
+    "joined text": read_stream("".join, str),
+    "server-sent events": read_stream("".join, as_line),
+    "list of server-sent events": read_stream(list, as_line),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_no_piece_of_a_stream_is_left_in_the_database(
+    kind: str, tracking_uri: str, stored: Any
+) -> None:
+    mlflow.set_experiment("stream")
+    mlflow.tracing.configure(span_processors=[mask_pii()])
+    for pieces in PIECES.values():
+        STREAMS[kind](pieces)
+    assert len(stored("stream")) == 2
+    found = readable(tracking_uri)
+    assert [(piece, text) for piece in SECRET_PIECES for text in found if piece in text] == []
+    assert any("[PHONE]" in text for text in found)
+    assert any("です" in text for text in found)  # 個人情報でない断片は残る
+
+
+def test_harmless_stream_keeps_its_chunks(tracking_uri: str, stored: Any) -> None:
+    mlflow.tracing.configure(span_processors=[mask_pii()])
+    read_generator(["返品は ", "14 日", "以内", "です"])
+    (trace,) = stored()
+    events = [event.attributes["mlflow.chunk.value"] for event in trace.data.spans[0].events]
+    assert [json.loads(value) for value in events] == ["返品は ", "14 日", "以内", "です"]
+    assert trace.data.spans[0].outputs == ["返品は ", "14 日", "以内", "です"]
+
+
+class ChatStream(BaseHTTPRequestHandler):
+    """OpenAI のストリーミングを、決めた断片で返す。"""
+
+    pieces: Sequence[str] = ()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        for piece in self.pieces:
+            choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
+            self.wfile.write(f"data: {json.dumps({**base, 'choices': [choice]})}\n\n".encode())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def chat_stream_url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ChatStream)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+def test_streamed_openai_call_is_masked(
+    pieces: Sequence[str],
+    tracking_uri: str,
+    stored: Any,
+    chat_stream_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from openai import OpenAI
+
+    monkeypatch.setattr(ChatStream, "pieces", pieces)
+    mlflow.tracing.configure(span_processors=[mask_pii()])
+    mlflow.openai.autolog()
+    try:
+        client = OpenAI(base_url=chat_stream_url, api_key="test")
+        messages: Any = [{"role": "user", "content": "連絡先は?"}]
+        chunks = list(
+            client.chat.completions.create(model="m", messages=messages, stream=True)
+        )
+    finally:
+        mlflow.openai.autolog(disable=True)
+    answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert answer == "".join(pieces)  # 利用者への応答は変えない
+    (trace,) = stored()
+    assert len(trace.data.spans[0].events) == len(pieces)
+    found = readable(tracking_uri)
+    assert [(piece, text) for piece in SECRET_PIECES for text in found if piece in text] == []
+    assert pieces[0] in trace.data.spans[0].outputs["choices"][0]["message"]["content"]
