@@ -20,11 +20,12 @@ import mlflow.tracing
 from opentelemetry.trace import INVALID_SPAN, Span, get_current_span, set_span_in_context
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace.id_generator import IdGenerator
     from mlflow.entities import LiveSpan, Trace, TraceInfo
     from mlflow.tracing.client import TracingClient
+    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor, SynchronousMultiSpanProcessor
     from opentelemetry.sdk.trace import TracerProvider as SdkProvider
+    from opentelemetry.sdk.trace.id_generator import IdGenerator
     from opentelemetry.sdk.trace.sampling import Sampler
     from opentelemetry.trace import TracerProvider
 
@@ -442,3 +443,8 @@ def _joins_a_caller(span: Any) -> bool:
 
     with InMemoryTraceManager.get_instance().get_trace(mlflow_trace_id(span)) as trace:
         return trace is not None and trace.is_remote_trace
+
+
+def raw_attributes(span: LiveSpan) -> dict[str, Any]:
+    """JSON のままの属性。公開の ``attributes`` は、毎回すべてを読み直す。"""
+    return dict(span._span.attributes or {})

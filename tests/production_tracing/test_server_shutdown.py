@@ -1,146 +1,310 @@
-"""graceful_shutdown: uvicorn と gunicorn を本物の SIGTERM で止め、保存された件数を数える。"""
+"""graceful_shutdown: 本物のサーバーを SIGTERM で止め、終わったトレースの行き先を 1 件まで数える。
+
+どのテストも「保存された件数 + ログに出た件数 = 応答した件数」を確かめる。
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
+import re
 import signal
 import sys
-import textwrap
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import ports
 import pytest
 import requests
+from relay import relay
 
-from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
+from chapter8_samples.production_tracing.delivery.spool import replay
 
 pytestmark = pytest.mark.slow
 
-REQUESTS = 40
-IMPORTS = """
-import mlflow
-from chapter8_samples.production_tracing.graceful_shutdown import *
+REQUESTS = 60
+SETUP = "mlflow.set_experiment('child')\nsetup_graceful_shutdown(timeout_seconds=20)\n"
+PLAIN = "mlflow.set_experiment('child')\n"
+HEAD = """
+import os, mlflow
+from chapter8_samples.production_tracing import *
+{before}
+ANSWERED = os.open("answered.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def answer():
+    with mlflow.start_span("request"): pass
+    os.write(ANSWERED, b".")
 """
-SETUP = "mlflow.set_experiment('child'); setup_graceful_shutdown(20)\n"
 ASGI = (
-    IMPORTS
+    HEAD
     + """
 from fastapi import FastAPI
-{before}
 app = FastAPI({options})
 @app.get("/")
-def index():
-    with mlflow.start_span("request"): pass
+async def index():
+    answer()
     return "ok"
 """
 )
 WSGI = (
-    IMPORTS
+    HEAD
     + """
-{before}
 def app(environ, start_response):
-    with mlflow.start_span("request"): pass
+    answer()
     start_response("200 OK", [])
     return [b"ok"]
 """
 )
+TASKS = (
+    HEAD
+    + """
+from celery import Celery
+app = Celery("tasks", broker="filesystem://")
+app.conf.broker_transport_options = {{
+    "data_folder_in": "queue", "data_folder_out": "queue", "control_folder": "control"
+}}
+app.conf.worker_prefetch_multiplier = 1
+@app.task(ignore_result=True)
+def work(number):
+    answer()
+"""
+)
 
 
-def serve(program: Any, app: str, port: int, *arguments: str) -> int:
-    """サーバーを起動し、リクエストを送って SIGTERM で止め、終了コードを返す。"""
+class Served:
+    """動いているサーバー。止めてから、件数と終了コードを読む。"""
+
+    def __init__(self, program: Any, command: list[str], **environment: str) -> None:
+        self.folder: Path = program.folder
+        # 標準エラーはファイルに書く(パイプは、読まないと詰まる)
+        shell = ["sh", "-c", 'exec "$0" "$@" 2>err.txt', sys.executable, *command]
+        self.child = program.start(*shell, **{"MLFLOW_TRACKING_URI": program.uri, **environment})
+        self.code: int | None = None
+
+    @property
+    def answered(self) -> int:
+        path = self.folder / "answered.txt"
+        return path.stat().st_size if path.exists() else 0
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "err.txt").read_text("utf-8", "replace")
+
+    @property
+    def reported(self) -> int:
+        return sum(map(int, re.findall(r"(\d+) traces (?:are kept|not delivered)", self.log)))
+
+    def wait_for(self, reached: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < deadline and self.child.poll() is None, self.log
+            time.sleep(0.05)
+
+    def stop(self, seconds: float = 60) -> None:
+        os.kill(self.child.pid, signal.SIGTERM)
+        self.code = self.child.wait(seconds)
+
+
+@contextmanager
+def serving(program: Any, app: str, *command: str, **environment: str) -> Iterator[Served]:
+    """``app`` を ``app.py`` に置いて、コマンドを動かす。"""
     (program.folder / "app.py").write_text(app, encoding="utf-8")
-    child = program.start(sys.executable, *arguments, MLFLOW_TRACKING_URI=program.uri)
+    served = Served(program, list(command), **environment)
     try:
-        _send_requests(child, port)
-        os.kill(child.pid, signal.SIGTERM)
-        return child.wait(40)
+        yield served
     finally:
-        child.kill()
-        child.communicate()
+        served.child.kill()
+        served.child.communicate()
 
 
-def _send_requests(child: Any, port: int) -> None:
-    deadline = time.monotonic() + 120
-    sent = 0
-    while sent < REQUESTS:
-        assert time.monotonic() < deadline and child.poll() is None, child.stderr.read()
-        try:
-            sent += requests.get(f"http://127.0.0.1:{port}/", timeout=60).ok
-        except requests.ConnectionError:
-            time.sleep(0.2)
+def get(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=60).ok
+    except requests.RequestException:
+        return False
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_uvicorn_with_lifespan_loses_nothing(
-    program: Any, stored: Any, free_port: int, workers: int
+@contextmanager
+def load(url: str, clients: int = 4) -> Iterator[None]:
+    """終わるまで、つながらなくなっても、リクエストを送り続ける。"""
+    over = threading.Event()
+
+    def client() -> None:
+        while not over.is_set():
+            if not get(url):
+                time.sleep(0.05)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def uvicorn(port: int, *more: str) -> list[str]:
+    return ["-m", "uvicorn", "app:app", "--port", str(port), "--log-level", "warning", *more]
+
+
+def gunicorn(port: int, *more: str) -> list[str]:
+    pytest.importorskip("gunicorn")
+    # 起動の途中のワーカーは SIGTERM を受け損なうことがある(gunicorn)。リクエストも受けていない
+    bind = ["--bind", f"127.0.0.1:{port}", "--graceful-timeout", "25", "-w", "2"]
+    return ["-m", "gunicorn", "app:app", *bind, *more]
+
+
+LIFESPAN = ASGI.format(before=PLAIN, options="lifespan=tracing_lifespan")
+HANDLER = ASGI.format(before=SETUP, options="")
+BOTH = ASGI.format(before=SETUP, options="lifespan=tracing_lifespan")
+SYNC = WSGI.format(before=SETUP)
+WARM_UP = "for _ in range(20):\n    with mlflow.start_span('warm-up'): pass\n"
+RUN = (
+    "\nimport uvicorn\nif __name__ == '__main__': uvicorn.run(app, port=int(os.environ['PORT']))\n"
+)
+UVICORN_WORKER = ["-k", "uvicorn.workers.UvicornWorker"]
+
+
+def servers(port: int) -> dict[str, tuple[str, list[str]]]:
+    return {
+        "uvicorn": (HANDLER, uvicorn(port)),
+        "uvicorn-lifespan": (LIFESPAN, uvicorn(port)),
+        "uvicorn.run": (HANDLER + RUN, ["app.py"]),
+        "uvicorn.run-lifespan": (LIFESPAN + RUN, ["app.py"]),
+        "uvicorn-2": (HANDLER, uvicorn(port, "--workers", "2")),
+        "uvicorn-2-lifespan": (LIFESPAN, uvicorn(port, "--workers", "2")),
+        "uvicorn-2-both": (BOTH, uvicorn(port, "--workers", "2")),
+        "gunicorn-sync": (SYNC, gunicorn(port)),
+        "gunicorn-gthread": (SYNC, gunicorn(port, "-k", "gthread", "--threads", "4")),
+        "gunicorn-preload": (SYNC, gunicorn(port, "--preload")),
+        "gunicorn-uvicorn": (HANDLER, gunicorn(port, *UVICORN_WORKER)),
+    }
+
+
+KINDS = list(servers(0))
+DIES_OF_THE_SIGNAL = ("uvicorn", "uvicorn-lifespan", "uvicorn.run", "uvicorn.run-lifespan")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_idle_server_loses_nothing(program: Any, stored: Any, free_port: int, kind: str) -> None:
+    app, command = servers(free_port)[kind]
+    with serving(program, app, *command, PORT=str(free_port)) as served:
+        url = f"http://127.0.0.1:{free_port}/"
+        served.wait_for(lambda: get(url))
+        while served.answered < REQUESTS:
+            assert get(url), served.log
+        served.stop()
+        assert served.code == (-signal.SIGTERM if kind in DIES_OF_THE_SIGNAL else 0), served.log
+        assert (len(stored("child", include_spans=False)), served.reported) == (served.answered, 0)
+
+
+@pytest.mark.parametrize("kind", ["uvicorn-2", "uvicorn-2-lifespan", "gunicorn-sync"])
+def test_server_under_load_accounts_for_every_answer(
+    program: Any, stored: Any, free_port: int, kind: str
 ) -> None:
-    app = ASGI.format(before="mlflow.set_experiment('child')", options="lifespan=tracing_lifespan")
-    arguments = ["-m", "uvicorn", "app:app", "--port", str(free_port), "--workers", str(workers)]
-    serve(program, app, free_port, *arguments)
-    assert len(stored("child", include_spans=False)) == REQUESTS
+    app, command = servers(free_port)[kind]
+    with serving(program, app, *command) as served:
+        with load(f"http://127.0.0.1:{free_port}/"):
+            served.wait_for(lambda: served.answered >= REQUESTS)
+            served.stop()
+        found = len(stored("child", include_spans=False))
+        assert found + served.reported == served.answered >= REQUESTS, served.log
 
 
-def test_uvicorn_with_signal_handler_only_loses_nothing(
+def test_traces_from_before_the_fork_are_stored_once(
     program: Any, stored: Any, free_port: int
 ) -> None:
-    app = ASGI.format(before=SETUP, options="")
-    arguments = ["-m", "uvicorn", "app:app", "--port", str(free_port)]
-    assert serve(program, app, free_port, *arguments) == -signal.SIGTERM
-    assert len(stored("child", include_spans=False)) == REQUESTS
+    app = WSGI.format(before=SETUP + WARM_UP)
+    with serving(program, app, *gunicorn(free_port, "--preload")) as served:
+        url = f"http://127.0.0.1:{free_port}/"
+        served.wait_for(lambda: get(url))
+        while served.answered < REQUESTS:
+            assert get(url), served.log
+        served.stop()
+        assert len(stored("child", include_spans=False)) == served.answered + 20
+
+
+@pytest.mark.parametrize("moment", ["idle", "load"])
+def test_celery_children_account_for_every_task(program: Any, stored: Any, moment: str) -> None:
+    celery: Any = pytest.importorskip("celery")
+    for name in ("queue", "control"):
+        (program.folder / name).mkdir()
+    producer = celery.Celery("tasks", broker="filesystem://")
+    producer.conf.broker_transport_options = {
+        "data_folder_in": "queue",
+        "data_folder_out": "queue",
+        "control_folder": "control",
+    }
+    count = REQUESTS if moment == "idle" else 600
+    for number in range(count):
+        producer.send_task("app.work", args=[number])
+    options = [
+        "--concurrency",
+        "2",
+        "--loglevel",
+        "WARNING",
+        "--without-gossip",
+        "--without-mingle",
+    ]
+    command = ["-m", "celery", "-A", "app", "worker", *options]
+    with serving(program, TASKS.format(before=SETUP), *command) as served:
+        served.wait_for(lambda: served.answered >= REQUESTS)
+        served.stop()
+        assert served.code == 0, served.log
+        found = len(stored("child", include_spans=False))
+        assert found + served.reported == served.answered, served.log
+        assert found == REQUESTS or moment == "load"
+
+
+SLOW = "mlflow.set_experiment('slow-{name}')\n{setup}\n"
+SPOOLED = "setup_graceful_shutdown(timeout_seconds=5, spool=TraceSpool('spool').install())"
 
 
 @pytest.mark.parametrize(
-    ("before", "options"),
-    [("mlflow.set_experiment('child')", "lifespan=tracing_lifespan"), (SETUP, "")],
-    ids=["lifespan", "handler"],
-)
-def test_uvicorn_run_loses_nothing(
-    program: Any, stored: Any, free_port: int, before: str, options: str
-) -> None:
-    app = ASGI.format(before=before, options=options)
-    app += f"import uvicorn\nif __name__ == '__main__': uvicorn.run(app, port={free_port})\n"
-    assert serve(program, app, free_port, "app.py") == -signal.SIGTERM
-    assert len(stored("child", include_spans=False)) == REQUESTS
-
-
-def post_fork_of_the_docstring() -> str:
-    """``setup_graceful_shutdown`` の説明にある gunicorn.conf.py。"""
-    text = inspect.getdoc(setup_graceful_shutdown) or ""
-    start = text.index("    # gunicorn.conf.py")
-    snippet = textwrap.dedent(text[start : text.index("Raises:")])
-    assert "def post_fork(server, worker):" in snippet
-    return IMPORTS + snippet.replace("/production/my-llm-app", "child")
-
-
-WARM_UP = "for _ in range(20):\n    with mlflow.start_span('warm-up'): pass\n"
-
-
-@pytest.mark.parametrize(
-    ("before", "preload", "configured", "expected"),
+    ("name", "setup", "options"),
     [
-        (SETUP, False, False, REQUESTS),
-        ("", True, True, REQUESTS),
-        (SETUP + WARM_UP, True, False, REQUESTS + 20),
+        ("handler", "setup_graceful_shutdown(timeout_seconds=5)", ""),
+        ("lifespan", "", "lifespan=lambda app: tracing_lifespan(app, 5)"),
+        ("spool", SPOOLED, ""),
     ],
-    ids=["no-preload", "preload-post_fork", "preload-traced-before-fork"],
 )
-def test_gunicorn_loses_nothing(
+def test_slow_server_and_requests_that_keep_coming(
     program: Any,
     stored: Any,
     free_port: int,
-    before: str,
-    preload: bool,
-    configured: bool,
-    expected: int,
+    mlflow_server_url: str,
+    name: str,
+    setup: str,
+    options: str,
 ) -> None:
-    pytest.importorskip("gunicorn")
-    arguments = ["-m", "gunicorn", "app:app", "--bind", f"127.0.0.1:{free_port}", "-w", "2"]
-    # 起動の途中のワーカーは SIGTERM を受け損なうことがある(gunicorn)。リクエストも受けていない
-    arguments += ["--graceful-timeout", "10"]
-    arguments += ["--preload"] * preload
-    if configured:
-        config = program.folder / "gunicorn.conf.py"  # カレントディレクトリーの既定の名前
-        config.write_text(post_fork_of_the_docstring(), encoding="utf-8")
-    assert serve(program, WSGI.format(before=before), free_port, *arguments) == 0
-    assert len(stored("child", include_spans=False)) == expected
+    """間に合わない分は、失った件数がログに出る。``TraceSpool`` があれば、ディスクに残る。"""
+    app = ASGI.format(before=SLOW.format(name=name, setup=setup), options=options)
+    port = ports.free_port()
+    environment = {
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}",
+        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "500",
+    }
+    command = uvicorn(free_port, "--workers", "2")
+    with (
+        relay(port, mlflow_server_url, 0.3),
+        serving(program, app, *command, **environment) as served,
+    ):
+        with load(f"http://127.0.0.1:{free_port}/"):
+            served.wait_for(lambda: served.answered >= 300)
+            served.stop()
+        found = len(stored(f"slow-{name}", include_spans=False, max_results=5000))
+        files = len(list(served.folder.glob("spool/*.json")))
+        print(found, files, served.reported, served.answered, served.log)
+        assert served.reported > 0, served.log
+        assert (found + served.reported, files > 0) == (served.answered, name == "spool"), (
+            served.log
+        )
+        if name == "spool":
+            replay(served.folder / "spool")
+            assert (
+                len(stored("slow-spool", include_spans=False, max_results=5000)) == served.answered
+            )

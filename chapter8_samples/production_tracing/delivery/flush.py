@@ -20,10 +20,10 @@ from typing import Any
 import mlflow
 
 from .._internals import current_provider
+from .counts import LEDGER, start_counting, stop_counting
 
 logger = logging.getLogger(__name__)
 
-_EXPORT_LOGGERS = ("mlflow.tracing.export", "opentelemetry.exporter.otlp")
 _NO_LIMIT_MS = 24 * 3600 * 1000
 
 
@@ -32,56 +32,29 @@ class FlushResult:
     """``flush_traces`` の結果。"""
 
     ok: bool
-    """時間内に終わり、送信の失敗も記録されなかった。"""
+    """時間内に終わり、1 件も失わず、送信の失敗もなかった。"""
     seconds: float
     error: str | None = None
-
-
-class _FailureCounter(logging.Handler):
-    """MLflow は送信の失敗を例外にせず警告として記録するので、それを数える。
-
-    アプリが MLflow の警告を出さない設定(``MLFLOW_LOGGING_LEVEL=ERROR`` など)でも数える。
-    """
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-        self._muted: list[tuple[logging.Logger, int, bool]] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage().splitlines()[0][:200])
-
-    def __enter__(self) -> _FailureCounter:
-        for target in map(logging.getLogger, _EXPORT_LOGGERS):
-            target.addHandler(self)
-            if not target.isEnabledFor(logging.WARNING):  # 数えるだけで、表示はしない
-                self._muted.append((target, target.level, target.propagate))
-                target.setLevel(logging.WARNING)
-                target.propagate = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for target in map(logging.getLogger, _EXPORT_LOGGERS):
-            target.removeHandler(self)
-        for target, level, propagate in self._muted:
-            target.setLevel(level)
-            target.propagate = propagate
+    undelivered: int = 0
+    """前回の結果の後に失った件数と、時間内に送れずに待っている件数の合計。"""
 
 
 def flush_everything() -> str | None:
     """MLflow の 2 つのキューと OTLP のキューを空にする。失敗があればその説明を返す。
 
-    ``flush_trace_async_logging()`` は OTLP を含まない。``terminate=True`` は使わない(その後の
-    トレースがすべて消える)。まだ何も記録していなければ、接続もしない。
+    ``terminate=True`` は使わない(その後のトレースがすべて消える)。まだ何も記録していなければ、
+    接続もしない。
     """
-    with _FailureCounter() as failures:
+    start_counting()
+    try:
         mlflow.flush_trace_async_logging()
         provider: Any = current_provider()
         if force_flush := getattr(provider, "force_flush", None):
             force_flush(_NO_LIMIT_MS)  # 期限は呼び出す側が決める
-    if not failures.messages:
-        return None
-    return f"{len(failures.messages)} export failures, first: {failures.messages[0]}"
+        LEDGER.settle()
+        return LEDGER.take_failures()
+    finally:
+        stop_counting()
 
 
 class FlushWorker:
@@ -102,16 +75,26 @@ class FlushWorker:
         """結果を待たずに送信を始める。"""
         self._requests.put(None)
 
-    def wait(self, timeout_seconds: float) -> FlushResult:
-        """送信を頼み、最大 ``timeout_seconds`` 秒待つ。"""
+    def wait(self, timeout_seconds: float, *, for_good: bool = False) -> FlushResult:
+        """送信を頼み、最大 ``timeout_seconds`` 秒待つ。
+
+        間に合わなければ、新しく送るのを期限の少し前に止めて、送り始めた分の返事だけを待つ。届いた件数と
+        届かない件数が、これで決まる。``for_good`` は、その後も送らない(プロセスの終わり)。
+        """
         started = time.monotonic()
         answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._requests.put(answer)
+        grace = LEDGER.grace_seconds(timeout_seconds)
         try:
-            error = answer.get(timeout=timeout_seconds)
+            error = answer.get(timeout=timeout_seconds - grace)
+            undelivered = LEDGER.report(finished=True)
         except queue.Empty:
-            error = f"not finished within {timeout_seconds:g}s; traces may be lost"
-        return FlushResult(error is None, time.monotonic() - started, error)
+            LEDGER.stop_sending(grace, for_good=for_good)
+            undelivered = LEDGER.report(finished=False)
+            error = f"not finished within {timeout_seconds:g}s"
+        if undelivered:
+            error = f"{undelivered} traces not delivered ({error or 'lost before'})"
+        return FlushResult(error is None, time.monotonic() - started, error, undelivered)
 
     def _run(self) -> None:
         while True:
@@ -137,17 +120,22 @@ def _default_worker() -> FlushWorker:
         return _worker
 
 
+def require_seconds(timeout_seconds: float) -> None:
+    """待てる長さでなければ ``ValueError``。"""
+    if not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"timeout_seconds={timeout_seconds!r} must be > 0 and finite")
+
+
 def flush_traces(timeout_seconds: float = 10.0) -> FlushResult:
     """送信待ちのトレースを送り終えるまで、最大 ``timeout_seconds`` 秒待つ。
 
-    ``mlflow.flush_trace_async_logging()`` は期限がなく(サーバーが止まると数分から 30 分)、失敗を
-    知らせず、OTLP を含まない。これはその 3 つを補い、送った後もトレーシングは動き続ける。
+    送った後もトレーシングは動き続ける。``setup_production_tracing`` も ``setup_graceful_shutdown``
+    も呼んでいないプロセスでは、呼んでいる間の失敗だけが分かる。
 
     Raises:
         ValueError: ``timeout_seconds`` が 0 以下、または無限大。
     """
-    if not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
-        raise ValueError(f"timeout_seconds={timeout_seconds!r} must be > 0 and finite")
+    require_seconds(timeout_seconds)
     result = _default_worker().wait(timeout_seconds)
     if not result.ok:
         logger.warning("trace flush: %s", result.error)

@@ -22,10 +22,13 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, Protocol
 
-from .._internals import reset_but_keep_settings
-from .flush import FlushResult, FlushWorker, flush_everything
+from .._internals import before_threads_are_joined, reset_but_keep_settings
+from .counts import LEDGER, start_counting, stop_counting
+from .flush import FlushResult, FlushWorker, flush_everything, require_seconds
 
 logger = logging.getLogger(__name__)
+
+_SPARE_SECONDS = 0.5  # 期限で強制終了する前に、結果をログに残す余裕
 
 
 class Drainable(Protocol):
@@ -55,24 +58,29 @@ class GracefulShutdownHandler:
         """設定だけを行う。登録は ``register()``。
 
         Args:
-            timeout_seconds: シグナルから強制終了までの上限。
+            timeout_seconds: シグナルから強制終了までの上限。送れなかった分は、件数をログに残す。
             signals: 対象のシグナル。SIGHUP などを足せる。
             spool: 送れなかった分をディスクに残すもの(``TraceSpool``)。
             flush: 送信の関数。失敗の説明か ``None`` を返す。
         """
-        if not 0 < timeout_seconds <= threading.TIMEOUT_MAX:
-            raise ValueError(f"timeout_seconds={timeout_seconds!r} must be > 0 and finite")
+        require_seconds(timeout_seconds)
         self.timeout_seconds = timeout_seconds
         self.signals = tuple(signal.Signals(number) for number in signals)
-        self.received: signal.Signals | None = None
         self._spool = spool
         self._flush = flush
         self._previous: dict[int, Any] = {}
+        self._registered = self._has_signals = False
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.received: signal.Signals | None = None
         self._leaving = False  # シグナルで終わると決まった(次のシグナルは待たない)
-        self._exiting = False
-        self._registered = False
-        self._has_signals = False
-        self._start_threads()
+        self._exit_by: float | None = None
+        self._held: set[int] = set()
+        self._pid = os.getpid()
+        self._worker = FlushWorker(self._flush)
+        self._deadline: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threading.Thread(target=self._watch, name="trace-flush-deadline", daemon=True).start()
 
     def register(self) -> GracefulShutdownHandler:
         """終了処理とシグナルを登録する(2 回目は何もしない)。メインスレッドで呼ぶ。
@@ -81,8 +89,9 @@ class GracefulShutdownHandler:
         """
         if not self._registered:
             self._registered = True
+            start_counting()
             atexit.register(self._at_exit)
-            _watch_forks(self)
+            _watch_the_process(self)
         if self._has_signals:
             return self
         if threading.current_thread() is threading.main_thread():
@@ -102,29 +111,45 @@ class GracefulShutdownHandler:
         atexit.unregister(self._at_exit)
         self._restore_signals()
         _watched.discard(self)
+        stop_counting()
 
     def flush(self, timeout_seconds: float | None = None) -> FlushResult:
         """送信待ちを送り終える。既定の上限はコンストラクターの ``timeout_seconds``。"""
         limit = self.timeout_seconds if timeout_seconds is None else timeout_seconds
-        result = self._worker.wait(limit)
+        return self._deliver(limit)
+
+    def _deliver(self, limit: float, *, for_good: bool = False) -> FlushResult:
+        result = self._worker.wait(limit, for_good=for_good)
         left = self._spool.drain(max(0.0, limit - result.seconds)) if self._spool else 0
         if left:
             error = f"{left} traces are kept on disk for replay ({result.error or 'undelivered'})"
-            result = FlushResult(False, result.seconds, error)
+            result = FlushResult(False, result.seconds, error, result.undelivered + left)
         if not result.ok:
             logger.warning("trace flush at shutdown: %s", result.error)
         return result
 
-    def _start_threads(self) -> None:
-        self._pid = os.getpid()
-        self._worker = FlushWorker(self._flush)
-        self._deadline: queue.SimpleQueue[int] = queue.SimpleQueue()
-        threading.Thread(target=self._watch, name="trace-flush-deadline", daemon=True).start()
+    def _deliver_before_the_end(self) -> None:
+        """プロセスの終わりに、期限まで送る。"""
+        if self._pid != os.getpid() or not self._registered or LEDGER.closed:
+            return
+        if self._exit_by is None:
+            self._exit_by = time.monotonic() + self.timeout_seconds
+            if number := self._signal_to_repeat() or next(iter(self._held), None):
+                self._deadline.put(number)
+        left = self._exit_by - time.monotonic() - _SPARE_SECONDS
+        self._deliver(max(0.1, left), for_good=True)
 
     def _watch(self) -> None:
+        """シグナルから期限まで待ち、まだ終わらなければ強制終了する。次のシグナルなら、すぐに。"""
         number = self._deadline.get()
-        time.sleep(self.timeout_seconds)
-        logger.error("shutdown took over %gs; exiting now", self.timeout_seconds)
+        with contextlib.suppress(queue.Empty):
+            self._deadline.get(timeout=max(0.0, self.timeout_seconds - _SPARE_SECONDS / 2))
+        left = self._worker.wait(_SPARE_SECONDS / 4, for_good=True).undelivered
+        logger.error(
+            "shutdown took over %gs; exiting now%s",
+            self.timeout_seconds,
+            f" ({left} traces not delivered)" if left else "",
+        )
         os._exit(128 + number)
 
     def _install_signals(self) -> None:
@@ -140,30 +165,41 @@ class GracefulShutdownHandler:
                 signal.signal(number, previous)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._leaving:
-            os._exit(128 + number)
         self.received = signal.Signals(number)
         previous = self._previous.get(number)
-        if callable(previous) and not self._exiting:  # アプリやサーバーのハンドラーが決める
+        if callable(previous) and self._exit_by is None:  # アプリやサーバーのハンドラーが決める
+            self._hold_if_raised_again(number, previous)
             previous(number, frame)
             return
-        self._leaving = True
         self._deadline.put(number)
-        if not self._exiting:  # 終了処理の送信は中断せず、期限だけ付ける
+        if not self._leaving and self._exit_by is None:  # 終了処理の送信は中断しない
+            self._leaving = True
+            self._exit_by = time.monotonic() + self.timeout_seconds
             self._worker.start()
             raise SystemExit(128 + number)
+
+    def _hold_if_raised_again(self, number: int, previous: Any) -> None:
+        """uvicorn は、止まり終えると設定を既定に戻し、同じシグナルを自分に送って即死する。
+
+        送り終えるまで、メインスレッドへの分だけを止めておく(外からのシグナルは別のスレッドが受ける)。
+        """
+        uvicorn = str(getattr(previous, "__module__", "")).startswith("uvicorn.")
+        if uvicorn and number != signal.SIGINT and hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+            self._held.add(number)
 
     def _at_exit(self) -> None:
         if self._pid != os.getpid():
             return
-        self._exiting = True
-        self._leaving |= self._signal_to_repeat() is not None
-        # 期限で強制終了される前に、結果をログに残す余裕を取る
-        self.flush(max(0.1, self.timeout_seconds - 0.5))
-        if number := self._signal_to_repeat():
+        self._deliver_before_the_end()
+        number = self._signal_to_repeat()
+        if number or self._held:
             logging.shutdown()
             with contextlib.suppress(AttributeError, OSError, ValueError):  # 閉じた標準出力
                 sys.stdout.flush()
+        if self._held:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._held)
+        if number:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)  # 待つ側には「シグナルで終わった」と見える
 
@@ -180,35 +216,41 @@ class GracefulShutdownHandler:
         # キューに残りがあるまま fork すると、子の送信は永久に終わらない
         self._worker.wait(self.timeout_seconds)
 
-    def _after_fork(self) -> None:
-        self.received = None
-        self._leaving = self._exiting = False
-        self._start_threads()
-
-    def _in_multiprocessing_child(self) -> None:
-        """``multiprocessing`` の子は atexit を通らない。Pool を止めるシグナルは元に戻す。"""
-        multiprocessing.util.Finalize(self, self._at_exit, exitpriority=100)
-        self._restore_signals()
+    def _in_forked_child(self) -> None:
+        self._start_over()
+        _connect_celery()
 
 
 _watched: set[GracefulShutdownHandler] = set()
-_fork_hooks_installed = False
+_process_hooks_installed = False
 
 
-def _watch_forks(handler: GracefulShutdownHandler) -> None:
-    """fork の前に送り終え、子では作り直す(フックは取り消せないので 1 回だけ登録する)。"""
-    global _fork_hooks_installed
+def _watch_the_process(handler: GracefulShutdownHandler) -> None:
+    """終わりと fork を見張る(どちらのフックも取り消せないので、1 回だけ登録する)。"""
+    global _process_hooks_installed
     _watched.add(handler)
-    multiprocessing.util.register_after_fork(handler, _multiprocessing_child)
-    if _fork_hooks_installed or not hasattr(os, "register_at_fork"):
+    # Pool を止めるシグナルは、multiprocessing の子では元に戻す
+    multiprocessing.util.register_after_fork(handler, GracefulShutdownHandler._restore_signals)
+    _connect_celery()
+    if _process_hooks_installed:
         return
-    _fork_hooks_installed = True
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+    _process_hooks_installed = True
+    before_threads_are_joined(_deliver_all)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_before_fork, after_in_child=_in_forked_child)
 
 
-def _multiprocessing_child(handler: GracefulShutdownHandler) -> None:
-    if handler in _watched:
-        handler._in_multiprocessing_child()
+def _deliver_all(**_: object) -> None:
+    for handler in _watched:
+        handler._deliver_before_the_end()
+
+
+def _connect_celery() -> None:
+    """Celery の prefork の子は atexit を通らず ``os._exit`` で終わるので、その直前に送る。"""
+    if "celery" in sys.modules:
+        from celery import signals  # pyright: ignore
+
+        signals.worker_process_shutdown.connect(_deliver_all, weak=False, dispatch_uid=__name__)
 
 
 def _before_fork() -> None:
@@ -216,12 +258,12 @@ def _before_fork() -> None:
         handler._before_fork()
 
 
-def _after_fork() -> None:
+def _in_forked_child() -> None:
     if not _watched:
         return
     reset_but_keep_settings()
     for handler in _watched:
-        handler._after_fork()
+        handler._in_forked_child()
 
 
 _installed: GracefulShutdownHandler | None = None

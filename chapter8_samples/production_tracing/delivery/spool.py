@@ -9,8 +9,6 @@ Databricks では、スパンを成果物の置き場に送る経路になるた
     python -m chapter8_samples.production_tracing replay DIR
 """
 
-# MLflow には送信先を差し替える公開 API がなく、ID を保ったまま送る公開 API もない
-# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import contextlib
@@ -18,23 +16,24 @@ import logging
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
-import mlflow
 from mlflow.entities import Trace
 from mlflow.exceptions import MlflowException
+
+from .._internals import divert_traces, tracing_client
+from .counts import LEDGER
+from .text import send_as_utf8
 
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Trace]], None]
 _RETRYABLE_4XX = (401, 403, 408, 429)
 _DRAFT_SECONDS = 3600.0
-_MAX_CACHED = 500  # 読み直しを省くために、メモリーにも置く数
 
 
 @dataclass(frozen=True)
@@ -55,29 +54,23 @@ class SpoolStats:
 
 def deliver(traces: Sequence[Trace]) -> None:
     """トレースを同じ ID のまま保存する。同じものを 2 回送っても 1 件のままになる。"""
-    from mlflow.tracing.client import TracingClient
-
-    client = TracingClient()
+    store = tracing_client().store
     for trace in traces:
-        client.start_trace(trace.info)
+        send_as_utf8(store.start_trace, trace.info)
 
     def experiment(trace: Trace) -> str:
         return str(trace.info.experiment_id)
 
     for identity, group in groupby(sorted(traces, key=experiment), experiment):
-        client.log_spans(identity, [span for trace in group for span in trace.data.spans])
-
-
-def _sends_only_otlp() -> bool:
-    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    dual = os.environ.get("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "").lower() in ("true", "1")
-    return any(os.environ.get(name) for name in names) and not dual
+        spans = [span for trace in group for span in trace.data.spans]
+        send_as_utf8(store.log_spans, identity, spans)
 
 
 class TraceSpool:
     """完成したトレースを、送る前にディスクへ書く。
 
-    添付ファイルと、プロンプトの版とのリンクは送らない。
+    1 つのディレクトリーを、いくつものプロセスで使える。添付ファイルと、プロンプトの版とのリンクは
+    送らない。
     """
 
     def __init__(
@@ -109,10 +102,18 @@ class TraceSpool:
         self._fsync = fsync
         self._deliver = deliver
         self._clock = clock
-        self._originals: tuple[Any, Any] | None = None
-        self._totals = SpoolStats()
+        self._undo: Callable[[], None] | None = None
+        self._counts: Counter[str] = Counter()
         self._remove_old_drafts()
-        self._start_sender(self._on_disk())
+        self._start_over(self._on_disk())
+
+    def _start_over(self, pending: Iterable[str]) -> None:
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._pending = dict.fromkeys(pending)  # 送る順のトレース ID
+        self._retry_at = 0.0
+        self._sender: threading.Thread | None = None
+        self._stop = threading.Event()
 
     def install(self) -> TraceSpool:
         """MLflow の送信をこの置き場に切り替える。前回の残りも送り始める。
@@ -121,99 +122,95 @@ class TraceSpool:
             RuntimeError: 別の置き場が有効、トレースを OTLP だけに送る設定、または MLflow の内部が
                 変わった。
         """
+        global _installed
         if _sends_only_otlp():
             raise RuntimeError(
                 "traces go only to OTLP, past the spool; use export_profile='burst' or set "
                 "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT=true"
             )
-        from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter as Exporter
-
-        names = ("_log_trace", "_export_spans_incrementally")
-        originals = tuple(vars(Exporter).get(name) for name in names)
-        if None in originals:
-            raise RuntimeError(f"MLflow {mlflow.__version__} has no {names}; update this file")
-        if self._originals is not None:
-            return self
-        if getattr(Exporter, "_spool", None) is not None:
+        if _installed not in (None, self):
             raise RuntimeError("another TraceSpool is installed; uninstall() it first")
-        if self._stopped:  # 一度外したものを、つなぎ直す
-            self._start_sender(self._on_disk())
-        self._originals = (originals[0], originals[1])
-        exporter: Any = Exporter
-        exporter._spool = self
-        exporter._log_trace = lambda _exporter, trace, *_args, **_kwargs: self.accept(trace)
-        exporter._export_spans_incrementally = lambda _exporter, _spans: None  # 完成してから送る
-        self._allow_sending()
+        if _installed is None:
+            self._undo = divert_traces(self.accept)
+            _installed = self
+            LEDGER.spooled = lambda: len(self._on_disk())
+            if self._stop.is_set():  # 一度外したものを、つなぎ直す
+                self._start_over(self._on_disk())
+            self._start_sending()
         return self
 
     def uninstall(self) -> None:
         """MLflow の送信に戻す。残ったファイルはそのまま置いておく。"""
-        from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter as Exporter
+        global _installed
+        if self._undo is not None:
+            self._undo()
+            self._undo = _installed = None
+            LEDGER.spooled = lambda: 0
+            self.stop()
 
-        if self._originals is None:
-            return
-        Exporter._log_trace, Exporter._export_spans_incrementally = self._originals
-        Exporter._spool = None  # pyright: ignore[reportAttributeAccessIssue]
-        self._originals = None
+    def stop(self) -> None:
+        """背後で送るのをやめる。"""
         with self._changed:
-            self._stopped = True
+            self._stop.set()
             self._changed.notify_all()
 
     def accept(self, trace: Trace) -> None:
         """トレースを書いて、送信を頼む(MLflow の背後のスレッドから呼ばれる)。"""
-        self._renew_after_fork()
-        self._allow_sending()
-        if self._reserve() and self._write(trace):
-            self._enqueue(trace)
-            return
+        self._start_sending()
+        text = send_as_utf8(Trace.to_json, trace)
+        with self._changed:
+            kept = len(self._pending) < self._max and self._write(trace.info.trace_id, text)
+            if kept:
+                self._pending[trace.info.trace_id] = None
+                self._changed.notify_all()
+        if kept:
+            LEDGER.arrived([trace.info.trace_id])
+        else:
+            self._send_directly(Trace.from_json(text))
+
+    def _send_directly(self, trace: Trace) -> None:
+        trace_id = trace.info.trace_id
         try:
             self._deliver([trace])
-            self._add(delivered=1)
-        except Exception:
-            self._add(dropped=1)
-            logger.exception("trace %s could neither be written nor sent", trace.info.trace_id)
+        except Exception as error:
+            self._counts["dropped"] += 1
+            LEDGER.lost([trace_id], f"{type(error).__name__}: {error}")
+            logger.exception("trace %s could neither be written nor sent", trace_id)
+        else:
+            self._counts["delivered"] += 1
+            LEDGER.arrived([trace_id])
 
     def drain(self, timeout_seconds: float = 10.0) -> int:
         """送り終えるまで最大 ``timeout_seconds`` 秒待ち、ディスクに残った件数を返す。"""
-        self._renew_after_fork()
-        deadline = time.monotonic() + timeout_seconds
-        self._allow_sending()
+        self._start_sending()
         with self._changed:
             self._retry_at = 0.0
             self._changed.notify_all()
-            while self._pending and not self._stopped and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
+            if self._sender is not None and not self._stop.is_set():
+                self._changed.wait_for(lambda: not self._pending, timeout_seconds)
             return len(self._pending)
 
     def stats(self) -> SpoolStats:
         """いままでの件数。"""
-        self._renew_after_fork()
-        with self._changed:
-            return replace(self._totals, pending=len(self._pending))
+        self._forget_the_parent()
+        return SpoolStats(pending=len(self._pending), **self._counts)
 
-    def _renew_after_fork(self) -> None:
+    def _forget_the_parent(self) -> None:
         """fork した子には送るスレッドがない。残りは親が送るので、子は空から始める。"""
         if self._pid != os.getpid():
-            self._start_sender([])
+            self._start_over([])
 
-    def _start_sender(self, pending: Iterable[str]) -> None:
-        self._pid = os.getpid()
-        self._changed = threading.Condition()
-        self._pending = deque(pending)
-        self._cache: dict[str, Trace] = {}
-        self._retry_at = 0.0
-        self._writing = 0
-        self._stopped = self._allowed = False
-        try:
-            threading.Thread(target=self._send_forever, name="trace-spool", daemon=True).start()
-        except RuntimeError:  # Python 3.12 以降の終了処理の中(fork した子の終わりなど)
-            self._stopped = True  # 書くだけにする。次の起動か replay で送る
-
-    def _allow_sending(self) -> None:
+    def _start_sending(self) -> None:
         """ここまでは送らない(作っただけでは、接続先がまだ決まっていないことがある)。"""
+        self._forget_the_parent()
         with self._changed:
-            self._allowed = True
-            self._changed.notify_all()
+            if self._sender is not None or self._stop.is_set():
+                return
+            sender = threading.Thread(target=self._send_forever, name="trace-spool", daemon=True)
+            # Python 3.12 以降の終了処理の中では作れない。書くだけにして、次の起動か replay で送る
+            with contextlib.suppress(RuntimeError):
+                sender.start()
+                self._sender = sender
 
     def _remove_old_drafts(self) -> None:
         """書きかけで強制終了されたプロセスの残りを消す(新しいものは、誰かが書いている途中)。"""
@@ -233,97 +230,72 @@ class TraceSpool:
     def _path(self, trace_id: str) -> Path:
         return self.directory / f"{trace_id}.json"
 
-    def _reserve(self) -> bool:
-        """上限までなら 1 件分の場所を取る(書き手は複数いる)。"""
-        with self._changed:
-            free = len(self._pending) + self._writing < self._max
-            self._writing += free
-            return free
-
-    def _enqueue(self, trace: Trace) -> None:
-        with self._changed:
-            self._writing -= 1
-            self._pending.append(trace.info.trace_id)
-            if len(self._cache) < _MAX_CACHED:
-                self._cache[trace.info.trace_id] = trace
-            self._changed.notify_all()
-
-    def _write(self, trace: Trace) -> bool:
-        path = self._path(trace.info.trace_id)
+    def _write(self, trace_id: str, text: str) -> bool:
+        path = self._path(trace_id)
         draft = path.with_suffix(".tmp")
         try:
             handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(trace.to_json())
+                file.write(text)
                 file.flush()
                 if self._fsync:
                     os.fsync(file.fileno())
             draft.replace(path)
-        except (OSError, UnicodeError) as error:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
-            with self._changed:
-                self._writing -= 1
-            self._add(write_errors=1)
+            self._counts["write_errors"] += 1
             logger.error("cannot write to spool %s: %s", self.directory, error)
             return False
-        self._add(written=1)
+        self._counts["written"] += 1
         return True
 
-    def _add(self, **counts: int) -> None:
-        with self._changed:
-            values = {key: getattr(self._totals, key) + value for key, value in counts.items()}
-            self._totals = replace(self._totals, **values)
-
     def _send_forever(self) -> None:
-        while batch := self._next_batch():
+        stop, changed = self._stop, self._changed  # つなぎ直すと作り直される
+        while batch := self._next_batch(stop, changed):
             try:
                 self._send(batch)
             except Exception as error:
                 self._retry_at = self._clock() + self._cooldown
-                self._cache.clear()  # 長い停止の間は、ディスクだけに置く
-                logger.warning("%d traces wait on disk: %s", len(self._pending), str(error)[:200])
+                waiting, reason = len(self._pending), str(error)[:200]
+                logger.warning("%d traces wait on disk: %s", waiting, reason)
 
-    def _next_batch(self) -> list[str]:
+    def _next_batch(self, stop: threading.Event, changed: threading.Condition) -> list[str]:
         """送る番のトレース ID。取り外されたら空。"""
-        changed = self._changed  # fork した子では作り直される
         with changed:
-            while not self._stopped:
+            while not stop.is_set():
                 wait = self._retry_at - self._clock()
-                ready = self._pending and self._allowed
-                if ready and wait <= 0:
-                    return [self._pending[i] for i in range(min(self._batch, len(self._pending)))]
-                changed.wait(wait if ready else None)
+                if self._pending and wait <= 0:
+                    return list(islice(self._pending, self._batch))
+                changed.wait(wait if self._pending else None)
         return []
 
     def _send(self, batch: list[str]) -> None:
         traces = [trace for trace in map(self._load, batch) if trace is not None]
-        try:
-            self._deliver(traces)
-            rejected: list[Trace] = []
-        except MlflowException as error:
-            if not _is_rejection(error):
-                raise
-            rejected = self._send_one_by_one(traces)
+        rejected = self._rejected(traces)
         for trace in rejected:
             self._set_aside(trace.info.trace_id, "rejected by the server")
-        self._forget(batch, delivered=len(traces) - len(rejected))
+        self._counts["delivered"] += len(traces) - len(rejected)
+        for trace_id in batch:
+            self._path(trace_id).unlink(missing_ok=True)
+        with self._changed:
+            for trace_id in batch:
+                self._pending.pop(trace_id, None)
+            self._changed.notify_all()
 
-    def _send_one_by_one(self, traces: Iterable[Trace]) -> list[Trace]:
-        """まとめて拒否されたときに、原因のトレースだけを取り分ける。"""
-        rejected: list[Trace] = []
-        for trace in traces:
-            try:
-                self._deliver([trace])
-            except MlflowException as error:
-                if not _is_rejection(error):
-                    raise
-                rejected.append(trace)
-        return rejected
+    def _rejected(self, traces: list[Trace]) -> list[Trace]:
+        """送って、中身を拒否されたものを返す。まとめて拒否されたら、1 件ずつ確かめる。"""
+        try:
+            self._deliver(traces)
+        except Exception as error:
+            if not _is_rejection(error):
+                raise
+            if len(traces) == 1:
+                return traces
+            return [bad for trace in traces for bad in self._rejected([trace])]
+        return []
 
     def _load(self, trace_id: str) -> Trace | None:
-        if trace := self._cache.get(trace_id):
-            return trace
         try:
             return Trace.from_json(self._path(trace_id).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -336,22 +308,23 @@ class TraceSpool:
         grave = self.directory / "dead"
         grave.mkdir(exist_ok=True, mode=0o700)
         self._path(trace_id).replace(grave / f"{trace_id}.json")
-        self._add(dead=1)
+        self._counts["dead"] += 1
         logger.error("trace %s moved to %s: %s", trace_id, grave, reason)
 
-    def _forget(self, batch: list[str], delivered: int) -> None:
-        for trace_id in batch:
-            self._path(trace_id).unlink(missing_ok=True)
-        self._add(delivered=delivered)
-        with self._changed:
-            for trace_id in batch:
-                self._pending.popleft()
-                self._cache.pop(trace_id, None)
-            self._changed.notify_all()
+
+_installed: TraceSpool | None = None
 
 
-def _is_rejection(error: MlflowException) -> bool:
-    """サーバーが中身を理由に拒否したか(待っても直らない)。"""
+def _sends_only_otlp() -> bool:
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    dual = os.environ.get("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "").lower() in ("true", "1")
+    return any(os.environ.get(name) for name in names) and not dual
+
+
+def _is_rejection(error: Exception) -> bool:
+    """中身を理由に拒否されたか(待っても直らない)。"""
+    if not isinstance(error, MlflowException):
+        return False
     status = error.get_http_status_code()
     return 400 <= status < 500 and status not in _RETRYABLE_4XX
 
@@ -368,7 +341,5 @@ def replay(directory: str | os.PathLike[str], timeout_seconds: float = 60.0) -> 
         )
     spool = TraceSpool(directory)
     spool.drain(timeout_seconds)
-    with spool._changed:
-        spool._stopped = True
-        spool._changed.notify_all()
+    spool.stop()
     return spool.stats()

@@ -1,0 +1,211 @@
+"""8.1.4 送り終えていないトレースと、失ったトレースを 1 件まで数える。
+
+MLflow は送れなかったトレースをログに書くだけで、数えない。キューからあふれた分や、置き場から
+追い出された分は、ログにも出ない。ここでは「終わったトレース」から「サーバーが受け取ったと答えた
+もの」を引く。途中のどこで消えても、引き算に残る。
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .._internals import export_is_idle, has_open_spans, mlflow_trace_id, observe_exports
+from .text import send_as_utf8
+
+_SETTLE_SECONDS = 1.0
+_LONGEST_GRACE_SECONDS = 3.0
+_PAUSE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class DeliveryCounts:
+    """送信のいまの件数。数え始めは ``setup_production_tracing`` か ``setup_graceful_shutdown``。"""
+
+    backlog: int
+    """終わったが、まだサーバーにもディスクにも届いていないトレース。"""
+    dropped: int
+    """数え始めてから失ったトレース(キューの満杯、置き場からの追い出し、送信の失敗)。"""
+    spooled: int
+    """``TraceSpool`` のディスクで送信を待つトレース。"""
+
+
+class Ledger:
+    """終わったトレースと、その行き先の帳簿(プロセスに 1 つ)。"""
+
+    def __init__(self) -> None:
+        self.spooled: Callable[[], int] = lambda: 0
+        self._users = 0
+        self._undo: Callable[[], None] | None = None
+        self.start_over()
+
+    def start_over(self) -> None:
+        """空にする(fork した子では、親の分は親が送る)。"""
+        self._changed = threading.Condition(threading.Lock())
+        self._waiting: dict[str, float] = {}
+        self._half: set[str] = set()  # スパンだけが届き、タグやメタデータがまだのもの
+        self._dropped = self._reported = self._failures = self._sending = 0
+        self._first_failure = ""
+        self._slowest = self._paused_until = 0.0
+        self.closed = False
+
+    def open(self) -> None:
+        """数え始める(使う側の数だけ重ねてよい)。"""
+        self._users += 1
+        if self._undo is None:
+            self._undo = observe_exports(self.ended, self.send)
+            _watch_forks()
+
+    def release(self) -> None:
+        """使う側が 1 つ減った。最後の 1 つなら、MLflow を元に戻す。"""
+        self._users = max(0, self._users - 1)
+        if self._users == 0 and self._undo is not None:
+            self._undo()
+            self._undo = None
+            self.start_over()
+
+    def ended(self, trace_id: str) -> None:
+        """ルートスパンが終わった。"""
+        with self._changed:
+            self._waiting[trace_id] = time.monotonic()
+
+    def arrived(self, trace_ids: Iterable[str], *, whole: bool = True) -> None:
+        """サーバーかディスクが受け取った(``whole=False`` はスパンだけ)。"""
+        with self._changed:
+            for trace_id in trace_ids:
+                known = self._waiting.pop(trace_id, None) is not None
+                if whole:
+                    self._half.discard(trace_id)
+                elif known:
+                    self._half.add(trace_id)
+
+    def lost(self, trace_ids: Iterable[str], reason: str) -> None:
+        """もう届かない。"""
+        with self._changed:
+            for trace_id in trace_ids:
+                self._dropped += self._waiting.pop(trace_id, None) is not None
+                self._half.discard(trace_id)
+            self._failures += 1
+            self._first_failure = self._first_failure or reason[:200]
+
+    def send(self, name: str, call: Callable[..., Any], *values: Any) -> Any:
+        """MLflow の送信を 1 つ通して、結果を記す。閉じた後は、送らずに終える。"""
+        if not self._may_send():
+            return values[-1]
+        started = time.monotonic()
+        ids = _trace_ids(name, values)
+        try:
+            answer = send_as_utf8(call, *values)
+            if name == "export" and answer.name == "FAILURE":
+                self.lost(ids, "the OTLP endpoint did not accept the spans")
+            else:
+                self.arrived(ids, whole=name != "log_spans")
+            return answer
+        except BaseException as error:
+            # スパンだけを送れなくても、MLflow は続く start_trace の後で全体を送り直す
+            self.lost([] if name == "log_spans" else ids, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._sent(time.monotonic() - started)
+
+    def _may_send(self) -> bool:
+        while not self.closed and time.monotonic() < self._paused_until:
+            time.sleep(0.02)
+        with self._changed:
+            self._sending += not self.closed
+            return not self.closed
+
+    def _sent(self, seconds: float) -> None:
+        with self._changed:
+            self._sending -= 1
+            self._slowest = max(seconds, 0.9 * self._slowest)
+            self._changed.notify_all()
+
+    def grace_seconds(self, timeout_seconds: float) -> float:
+        """期限のうち、送り始めたものの返事だけを待つ時間。"""
+        wanted = min(0.2 + 1.5 * self._slowest, _LONGEST_GRACE_SECONDS)
+        return min(wanted, timeout_seconds / 2)
+
+    def stop_sending(self, grace_seconds: float, *, for_good: bool) -> None:
+        """新しく送り始めるのを止め、送り始めたものの返事を待つ。残りの件数は、これで動かない。
+
+        ``for_good`` なら二度と送らず、残りは失ったと数える。でなければ、2 秒後にまた送り始める。
+        """
+        self._paused_until = time.monotonic() + grace_seconds + _PAUSE_SECONDS
+        with self._changed:
+            self._changed.wait_for(lambda: self._sending <= 0, grace_seconds)
+            if for_good:
+                self.closed = True
+                self._dropped += len(self._waiting)
+                self._waiting.clear()
+
+    def settle(self, older_than_seconds: float = 0.0) -> None:
+        """MLflow のキューが空なのに届いていないトレースは、途中で捨てられている。"""
+        limit = time.monotonic() - older_than_seconds
+        with self._changed:
+            old = [trace_id for trace_id, ended in self._waiting.items() if ended <= limit]
+        if old and export_is_idle():
+            gone = [trace_id for trace_id in old if not has_open_spans(trace_id)]
+            if gone:
+                self.lost(gone, f"MLflow discarded {len(gone)} traces (a queue was full)")
+
+    def take_failures(self) -> str | None:
+        """前回からの失敗の説明。なければ ``None``。"""
+        with self._changed:
+            count, first = self._failures, self._first_failure
+            self._failures, self._first_failure = 0, ""
+        return f"{count} export failures, first: {first}" if count else None
+
+    def report(self, *, finished: bool) -> int:
+        """前回の報告の後に失った件数。送り終えていなければ、待っている件数も足す。"""
+        with self._changed:
+            new, self._reported = self._dropped - self._reported, self._dropped
+            return new if finished else new + len(self._waiting)
+
+    def counts(self) -> DeliveryCounts:
+        """いまの件数。"""
+        self.settle(_SETTLE_SECONDS)
+        with self._changed:
+            backlog = len(self._waiting) + len(self._half)
+        return DeliveryCounts(backlog, self._dropped, self.spooled())
+
+
+def _trace_ids(name: str, values: tuple[Any, ...]) -> list[str]:
+    """1 回の送信で届くトレース。"""
+    if name == "start_trace":
+        return [values[0].trace_id]
+    if name == "log_spans":
+        return [span.trace_id for span in values[1] if span.parent_id is None]
+    if name == "export":
+        return [mlflow_trace_id(span) for span in values[0] if span.parent is None]
+    return []
+
+
+LEDGER = Ledger()
+_fork_hook_installed = False
+
+
+def _watch_forks() -> None:
+    global _fork_hook_installed
+    if not _fork_hook_installed and hasattr(os, "register_at_fork"):
+        _fork_hook_installed = True
+        os.register_at_fork(after_in_child=LEDGER.start_over)
+
+
+def start_counting() -> None:
+    """数え始める。接続もプロバイダーの作成もしない。"""
+    LEDGER.open()
+
+
+def stop_counting() -> None:
+    """``start_counting`` を 1 回分取り消す。"""
+    LEDGER.release()
+
+
+def delivery_counts() -> DeliveryCounts:
+    """送信待ち、消失、ディスクの件数。"""
+    return LEDGER.counts()
