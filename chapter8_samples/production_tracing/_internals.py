@@ -180,8 +180,8 @@ def before_threads_are_joined(callback: Callable[[], None]) -> None:
 
 
 def current_span() -> Span:
-    """いまの OpenTelemetry のスパン。公開の ``get_current_active_span`` は、MLflow が知らないスパンを
-    書き換え、記録しないスパンを返さない。
+    """いまの OpenTelemetry のスパン。公開の API は、MLflow が知らないスパンを書き換え、
+    記録しないスパンを返さない。
     """
     from mlflow.tracing.provider import get_current_otel_span
 
@@ -213,9 +213,9 @@ def otel_span_is_current(span: Span) -> Iterator[None]:
 
 
 class ResumableSpan:
-    """``start_span_no_context`` で始めたスパンを、間を空けながら「いまのスパン」にする。公開 API がない。
+    """``start_span_no_context`` のスパンを、間を空けて「いまのスパン」にする。公開 API がない。
 
-    ``with`` の中で開いたままのスパンは、次の ``with`` でも開いている。終わっていれば、元のスパンに戻る。
+    中で開いたままのスパンは、次のときも開いている。終わっていれば、元のスパンに戻る。
     """
 
     def __init__(self, span: LiveSpan) -> None:
@@ -253,15 +253,6 @@ def hand_over_spans() -> None:
 
     if processor := _get_span_processor():
         processor.force_flush()
-
-
-def set_metadata_once(trace_id: str, key: str, value: str) -> None:
-    """進行中のトレースに、まだないメタデータを足す。公開の API は上書きする。"""
-    from mlflow.tracing.trace_manager import InMemoryTraceManager
-
-    with InMemoryTraceManager.get_instance().get_trace(trace_id) as found:
-        if found is not None:
-            found.info.trace_metadata.setdefault(key, value)
 
 
 def open_spans_below(span: LiveSpan) -> list[LiveSpan]:

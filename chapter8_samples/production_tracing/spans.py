@@ -8,25 +8,35 @@ Databricks でも同じ。ストリーミングのトレースは、最後の断
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
+import functools
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextvars import ContextVar
+from typing import Any, ClassVar, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import mlflow
-from mlflow.entities import SpanEvent
+from mlflow.entities import LiveSpan, SpanEvent
+from opentelemetry.trace import INVALID_SPAN
 
-if TYPE_CHECKING:
-    from mlflow.entities import LiveSpan
+from . import _internals
+from .delivery.text import replace_surrogates
+from .log_context import restore_ids, saved_ids
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R")
 Join = Callable[[list[Any]], Any]
 
-
-def _join_text(chunks: list[Any]) -> str:
-    return "".join(str(chunk) for chunk in chunks)
+TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
+"""最初の断片が届くまでの秒数を入れる、スパンの属性(OpenTelemetry の GenAI の規約の名前)。"""
+TIME_TO_FIRST_CHUNK_MS = "stream.time_to_first_chunk_ms"
+"""同じ時間(ミリ秒)を入れる、トレースのメタデータ。OTLP だけで送るときは届かない。"""
 
 
 @contextlib.contextmanager
@@ -62,39 +72,10 @@ def record_error(span: LiveSpan, error: BaseException, **details: Any) -> None:
     span.set_attributes({**values, **extra})
 
 
-class _StreamSpan:
-    """ストリーミング 1 回分のスパン。必ず 1 度だけ終わる。"""
-
-    def __init__(self, name: str, inputs: Any, join: Join) -> None:
-        parent = mlflow.get_current_active_span()
-        self._span = mlflow.start_span_no_context(name, inputs=inputs, parent_span=parent)
-        self._join = join
-        self._chunks: list[Any] = []
-        self._status = "OK"
-
-    def add(self, chunk: Any) -> None:
-        self._chunks.append(chunk)
-
-    def aborted(self) -> None:
-        self._span.set_attribute("stream.aborted", True)
-
-    def failed(self, error: BaseException) -> None:
-        self._status = "ERROR"
-        record_error(self._span, error)
-        if isinstance(error, Exception):
-            self._span.add_event(SpanEvent.from_exception(error))
-
-    def end(self) -> None:
-        self._span.set_attribute("stream.chunks", len(self._chunks))
-        self._span.end(outputs=self._output(), status=self._status)
-
-    def _output(self) -> Any:
-        try:
-            return self._join(self._chunks)
-        except Exception as error:  # 記録の都合で、応答もトレースも失わない
-            kind = type(error).__name__
-            logger.warning("join of %r failed (%s); its chunks are kept", self._span.name, kind)
-            return self._chunks
+def _join_text(chunks: list[Any]) -> str:
+    """つないだ文字列。断片の境目で分かれた絵文字は戻し、片割れだけのものは U+FFFD に替える。"""
+    text = "".join(str(chunk) for chunk in chunks)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def traced_stream(
@@ -105,40 +86,172 @@ def traced_stream(
     ``@mlflow.trace`` を付けたジェネレーターは、最後まで読まれないとトレースが失われ、メモリーにも
     残り続ける。これは途中で閉じられても必ず終わり、``stream.aborted`` を付ける。
 
+    ``chunks`` の中の LLM の呼び出しは、どのスレッドやタスクから読まれても、このスパンの子になる。
+    最初の断片までの時間も記録する。どちらも、LLM を呼ぶのが ``chunks`` の中のときに意味を持つ。
+
     Args:
         join: 断片の一覧から出力を作る関数。既定は文字列としてつなぐ。例外なら断片の一覧を記録する。
     """
-    span = _StreamSpan(name, inputs, join)
-    try:
-        for chunk in chunks:
-            span.add(chunk)
-            yield chunk
-    except GeneratorExit:
-        span.aborted()
-        raise
-    except BaseException as error:
-        span.failed(error)
-        raise
-    finally:
-        span.end()
+    return _read(_Stream(name, inputs, join), chunks)
 
 
-async def atraced_stream(
+def atraced_stream(
     name: str, chunks: AsyncIterable[T], *, inputs: Any = None, join: Join = _join_text
 ) -> AsyncGenerator[T, None]:
     """``traced_stream`` の非同期版。タスクのキャンセルも切断として記録する。"""
-    import asyncio
+    return _aread(_Stream(name, inputs, join), chunks)
 
-    span = _StreamSpan(name, inputs, join)
-    try:
-        async for chunk in chunks:
-            span.add(chunk)
-            yield chunk
-    except (GeneratorExit, asyncio.CancelledError):
-        span.aborted()
-        raise
-    except BaseException as error:
-        span.failed(error)
-        raise
-    finally:
-        span.end()
+
+def _read(stream: _Stream, chunks: Iterable[T]) -> Generator[T, None, None]:
+    stream.start()
+    with stream.recorded():
+        iterator = stream.call(iter, chunks)
+        try:
+            while (chunk := stream.call(next, iterator, _END)) is not _END:
+                stream.add(chunk)
+                yield cast("T", chunk)
+        except BaseException:
+            if close := getattr(iterator, "close", None):
+                stream.call(close)
+            raise
+
+
+async def _aread(stream: _Stream, chunks: AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    stream.start()
+    with stream.recorded():
+        iterator = stream.call(aiter, chunks)
+        try:
+            while True:
+                with stream.running():
+                    chunk = await anext(iterator)
+                stream.add(chunk)
+                yield chunk
+        except StopAsyncIteration:
+            return
+        except BaseException:
+            if aclose := getattr(iterator, "aclose", None):
+                with stream.running():
+                    await aclose()
+            raise
+
+
+_END = object()
+_RUNNING_IN: ContextVar[str | None] = ContextVar("trace_of_running_stream", default=None)
+
+
+class _Stream:
+    """ストリーミング 1 回分のスパン。必ず 1 度だけ終わる。"""
+
+    _open: ClassVar[WeakValueDictionary[str | None, _Stream]] = WeakValueDictionary()
+
+    def __init__(self, name: str, inputs: Any, join: Join) -> None:
+        self._name = name
+        self._inputs = inputs
+        self._join = join
+        self._chunks: list[Any] = []
+        self._status = "OK"
+        self._cut = False
+        # 本体は、リクエストの文脈が片付いた後に、別のスレッドから読まれることがある
+        self._made_in = contextvars.copy_context()
+
+    def start(self) -> None:
+        """最初の断片を求められたときに始める(一度も読まれなければ、スパンは残らない)。"""
+        begin = functools.partial(_start_span, self._name, self._inputs)
+        in_trace = _internals.current_span().is_recording()
+        self._span = begin() if in_trace else self._made_in.run(begin)
+        self._resumable = _internals.ResumableSpan(self._span)
+        self._is_inner = _RUNNING_IN.get() == self._span.trace_id
+        scope, of_trace = self._made_in.run(saved_ids)
+        self._ids = (saved_ids()[0] or scope, of_trace or saved_ids()[1])
+        self._started = time.perf_counter()
+        self._open[self._span.span_id] = self
+
+    @contextlib.contextmanager
+    def running(self) -> Generator[None, None, None]:
+        """中身が動いている間だけ、スパンを有効にする(断片を受け取る側には漏らさない)。"""
+        ids, trace_id = saved_ids(), _RUNNING_IN.get()
+        restore_ids(self._ids)
+        _RUNNING_IN.set(self._span.trace_id)
+        try:
+            with self._resumable.resumed():
+                yield
+        finally:
+            self._ids = saved_ids()
+            restore_ids(ids)
+            _RUNNING_IN.set(trace_id)
+
+    def call(self, function: Callable[..., R], *args: Any) -> R:
+        with self.running():
+            return function(*args)
+
+    def add(self, chunk: Any) -> None:
+        if not self._chunks:
+            self._record_first_chunk(time.perf_counter() - self._started)
+        self._chunks.append(chunk)
+
+    def _record_first_chunk(self, seconds: float) -> None:
+        self._span.set_attribute(TIME_TO_FIRST_CHUNK, round(seconds, 6))
+        with _internals.open_trace_info(self._span.trace_id) as info:
+            if info is not None and not self._is_inner:
+                info.trace_metadata.setdefault(TIME_TO_FIRST_CHUNK_MS, f"{seconds * 1000:.0f}")
+
+    @contextlib.contextmanager
+    def recorded(self) -> Generator[None, None, None]:
+        """どう終わっても、スパンを 1 度だけ終える。"""
+        try:
+            yield
+        except (GeneratorExit, asyncio.CancelledError):
+            self._cut = True
+            raise
+        except BaseException as error:
+            self._failed(error)
+            raise
+        finally:
+            self._end()
+
+    def _failed(self, error: BaseException) -> None:
+        self._status = "ERROR"
+        record_error(self._span, error)
+        if isinstance(error, Exception):
+            self._span.add_event(SpanEvent.from_exception(error))
+
+    def _end(self) -> None:
+        if self._open.pop(self._span.span_id, None) is None:
+            return
+        self._end_what_is_left_open()
+        if self._cut:
+            self._span.set_attribute("stream.aborted", True)
+        self._span.set_attribute("stream.chunks", len(self._chunks))
+        span: Any = self._span
+        span.set_outputs(self._output())
+        if isinstance(span, LiveSpan):  # 間引かれたときは違う
+            replace_surrogates(span)
+        span.end(status=self._status)
+
+    def _end_what_is_left_open(self) -> None:
+        """読みかけの LLM のスパンは、自分では終わらない。残すと、MLflow はトレースを送らない。"""
+        finished = not self._cut and self._status == "OK"
+        for span in _internals.open_spans_below(self._span):
+            if stream := self._open.get(span.span_id):
+                stream._cut = True
+                stream._end()
+            elif not finished or _internals.is_half_read_stream(span):
+                span.set_attribute("stream.aborted", True)
+                span.end()
+
+    def _output(self) -> Any:
+        try:
+            return self._join(self._chunks)
+        except Exception as error:  # 記録の都合で、応答もトレースも失わない
+            kind = type(error).__name__
+            logger.warning("join of %r failed (%s); its chunks are kept", self._name, kind)
+            return self._chunks
+
+
+def _start_span(name: str, inputs: Any) -> LiveSpan:
+    """いまのスパンの子として始める。その親がもう終わっていれば、新しいトレースとして始める。"""
+    ended = getattr(_internals.current_span(), "end_time", None) is not None
+    root = _internals.otel_span_is_current(INVALID_SPAN) if ended else contextlib.nullcontext()
+    with root:
+        parent = mlflow.get_current_active_span()
+        return mlflow.start_span_no_context(name, inputs=inputs, parent_span=parent)

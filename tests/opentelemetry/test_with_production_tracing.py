@@ -26,6 +26,7 @@ from chapter8_samples.production_tracing.basic_setup import (
     tracing_status,
 )
 from chapter8_samples.production_tracing.sampling_strategies import ConditionalSampler
+from chapter8_samples.production_tracing.spans import TIME_TO_FIRST_CHUNK, traced_stream
 
 from .conftest import wait_until
 
@@ -59,6 +60,20 @@ def test_sampled_out_traces_never_leave_and_kept_ones_carry_their_weight(
     weights = sorted({span.attributes["sampling.weight"] for span in roots})
     assert len(roots) == kept and weights == [1.0, 2.0]
     assert otlp_status().warnings == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("genai", [False, True])
+@pytest.mark.parametrize("mode", ["dual", "otlp_only"])
+def test_time_to_first_chunk_is_exported_as_a_number_of_seconds(
+    tracking_uri: str, otlp: OtlpReceiver, mode: Any, genai: bool
+) -> None:
+    mlflow.set_experiment("streamed")
+    setup_otlp_export(otlp.grpc_endpoint, "bot", mode=mode, genai_semconv=genai)
+    list(traced_stream("answer", ["a", "b"]))
+    flush_all()
+    (span,) = otlp.spans
+    assert 0 <= span.attributes[TIME_TO_FIRST_CHUNK] < 1
 
 
 @pytest.mark.slow

@@ -9,9 +9,11 @@ from typing import Any
 import mlflow
 import mlflow.tracing
 import pytest
+from mlflow.entities import SpanEvent
 from mlflow.tracing import provider as mlflow_provider
 from opentelemetry.sdk.trace import ReadableSpan, SynchronousMultiSpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, DEFAULT_ON, ParentBased, TraceIdRatioBased
+from opentelemetry.trace import INVALID_SPAN, NonRecordingSpan, SpanContext, get_current_span
 
 from chapter8_samples.production_tracing import _internals
 
@@ -99,3 +101,96 @@ def test_in_memory_trace_manager_finds_and_forgets_a_trace(tracking_uri: str) ->
     _internals.forget_trace(number)
     with _internals.live_trace(number) as info:
         assert info.trace_id == root.trace_id and not info.trace_metadata
+
+
+# ---- いまのスパン、進行中のトレース ----
+
+
+def test_get_current_otel_span_and_the_request_id_attribute(tracking_uri: str) -> None:
+    """``get_current_otel_span()`` のスパンの ``SpanAttributeKey.REQUEST_ID`` は、トレース ID。"""
+    assert _internals.active_trace_id() is None
+    with mlflow.start_span("root") as span:
+        assert _internals.active_trace_id() == span.trace_id
+        assert format(_internals.current_span().get_span_context().span_id, "016x") == span.span_id
+
+
+@pytest.mark.parametrize("isolated", ["true", "false"])
+def test_get_context_api_switches_the_current_span(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch, isolated: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_USE_DEFAULT_TRACER_PROVIDER", isolated)
+    outer = NonRecordingSpan(SpanContext(1, 2, is_remote=False))
+    with _internals.otel_span_is_current(outer):
+        assert _internals.current_span() is outer
+        with _internals.otel_span_is_current(INVALID_SPAN):
+            assert not _internals.current_span().get_span_context().is_valid
+        assert _internals.current_span() is outer
+    assert not _internals.current_span().get_span_context().is_valid
+
+
+@pytest.mark.parametrize("propagated", ["true", "false"])
+def test_safe_set_span_in_context_changes_mlflow_runtime_context(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch, propagated: str
+) -> None:
+    """``MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT`` なら、OpenTelemetry の文脈も変える。"""
+    monkeypatch.setenv("MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT", propagated)
+    span = mlflow.start_span_no_context("root")
+    resumable = _internals.ResumableSpan(span)
+    assert mlflow.get_current_active_span() is None
+    for _ in range(2):
+        with resumable.resumed():
+            assert mlflow.get_current_active_span() is span
+            assert get_current_span().is_recording() == (propagated == "true")
+        assert mlflow.get_current_active_span() is None
+        assert not get_current_span().is_recording()
+
+
+def test_get_span_processor_has_what_is_waiting(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``_get_span_processor()`` の ``force_flush`` で、待っているスパンが送信側に渡る。"""
+    mlflow.tracing.get_bridged_tracer_provider()
+    processor: Any = mlflow_provider._get_span_processor()
+    flushed: list[str] = []
+    monkeypatch.setattr(processor, "force_flush", lambda: flushed.append("all"))
+    _internals.hand_over_spans()
+    assert flushed == ["all"]
+
+
+def test_span_dict_of_get_trace_has_the_open_spans(tracking_uri: str) -> None:
+    """``InMemoryTraceManager.get_trace(...).span_dict`` は、スパン ID からスパンを引く。"""
+    with mlflow.start_span("root") as root, mlflow.start_span("child") as child:
+        with mlflow.start_span("ended"):
+            pass
+        with mlflow.start_span("grandchild") as grandchild:
+            assert _internals.open_spans_below(root) == [child, grandchild]
+            assert _internals.open_spans_below(child) == [grandchild]
+            assert _internals.open_spans_below(grandchild) == []
+    mlflow.flush_trace_async_logging()
+    assert _internals.open_spans_below(root) == []
+
+
+def test_stream_chunk_event_name_format(tracking_uri: str) -> None:
+    """``STREAM_CHUNK_EVENT_NAME_FORMAT`` のイベントが、断片ごとに付く。"""
+    spans: list[Any] = []
+
+    @mlflow.trace
+    def chunks() -> Any:
+        spans.append(mlflow.get_current_active_span())
+        yield "a"
+        yield "b"
+
+    stream = chunks()
+    next(stream)
+    assert _internals.is_half_read_stream(spans[0])
+    with mlflow.start_span("plain") as span:
+        span.add_event(SpanEvent("note"))
+        assert not _internals.is_half_read_stream(span)
+    list(stream)
+
+
+def test_get_configured_trace_metadata() -> None:
+    """``mlflow.tracing.context`` のメタデータは、``get_configured_trace_metadata()`` で読める。"""
+    assert _internals.scope_metadata() == {}
+    with mlflow.tracing.context(metadata={"caller.trace_id": "1"}):
+        assert _internals.scope_metadata() == {"caller.trace_id": "1"}

@@ -44,7 +44,7 @@ _COPIED = (
     *("name", "context", "parent", "resource", "events", "links", "kind"),
     *("instrumentation_scope", "status", "start_time", "end_time"),
 )
-_NUMBERS = ("sampling.probability", "sampling.weight")
+_NUMBERS = ("sampling.probability", "sampling.weight", "gen_ai.response.time_to_first_chunk")
 _TRANSLATED = {'"CHAT_MODEL"', '"LLM"', '"EMBEDDING"', '"TOOL"', '"AGENT"'}
 
 

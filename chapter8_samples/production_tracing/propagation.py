@@ -1,0 +1,229 @@
+"""8.1.6 トレースとリクエストの文脈を、スレッド・HTTP・Web フレームワークの先へ引き継ぐ。
+
+``traceparent`` は入り口のプロキシもブラウザーも付け、誰でも書ける。MLflow が作ったものでなければ、
+加わったトレースは保存されないか、``IN_PROGRESS`` のまま残る。だからリクエストごとに自分のトレースを
+始め、呼び出し元の ID はメタデータに控える。加わるのは、呼び出し元を信用すると書いたときだけ。
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, TypeVar
+
+import mlflow.tracing
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from ._internals import active_trace_id, current_span, hand_over_spans, otel_span_is_current
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+CALLER_TRACE_ID = "caller.trace_id"
+"""呼び出し元のトレース ID(16 進 32 桁)を控えるメタデータ。"""
+CALLER_SPAN_ID = "caller.span_id"
+"""呼び出し元のスパン ID(16 進 16 桁)を控えるメタデータ。"""
+
+
+def run_with_context(
+    executor: Executor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+) -> Future[R]:
+    """``executor.submit`` と同じだが、実行中のトレースと ``request_scope`` を引き継ぐ。
+
+    素の ``submit`` や ``Thread`` では引き継がれず、別のトレースに分かれてしまう
+    (``asyncio.to_thread`` と ``asyncio.gather`` は引き継ぐ)。
+    """
+    call = functools.partial(function, *args, **kwargs)
+    return executor.submit(contextvars.copy_context().run, call)
+
+
+def outgoing_headers() -> dict[str, str]:
+    """次のサービスへ渡す HTTP ヘッダー(``traceparent``)。トレースの外では空。"""
+    if active_trace_id() is None:
+        return {}
+    return mlflow.tracing.get_tracing_context_headers_for_http_request()
+
+
+@contextlib.contextmanager
+def incoming_trace(
+    headers: Mapping[str, str], *, join_caller: bool = False
+) -> Generator[bool, None, None]:
+    """届いたリクエストのトレースを始められるようにする。呼び出し元に加わったら ``True`` を渡す。
+
+    Args:
+        join_caller: 呼び出し元のトレースに加わる。呼ぶのが、同じ MLflow に記録するサービスだけの
+            ときに使う。``traceparent`` がない・壊れている・記録しない印(``-00``)なら加わらない。
+            加わったトレースのユーザーとセッションは、呼び出し元が付けたものになる。
+    """
+    lowered = {key.lower(): value for key, value in headers.items()}
+    caller = trace.get_current_span(TraceContextTextMapPropagator().extract(lowered, Context()))
+    joins = join_caller and caller.get_span_context().trace_flags.sampled
+    with _joined(caller, lowered) if joins else _own_trace(caller.get_span_context()):
+        yield joins
+
+
+@contextlib.contextmanager
+def _own_trace(caller: trace.SpanContext) -> Generator[None, None, None]:
+    ids = {
+        CALLER_TRACE_ID: trace.format_trace_id(caller.trace_id),
+        CALLER_SPAN_ID: trace.format_span_id(caller.span_id),
+    }
+    with contextlib.ExitStack() as stack:
+        if _is_foreign(current_span(), caller):
+            stack.enter_context(otel_span_is_current(trace.INVALID_SPAN))
+        stack.enter_context(mlflow.tracing.context(metadata=ids if caller.is_valid else None))
+        yield
+
+
+def _is_foreign(span: trace.Span, caller: trace.SpanContext) -> bool:
+    """いまのスパンが、呼び出し元のトレースか、MLflow が記録していないトレースのものか。
+
+    ほかの OpenTelemetry の計装が、``traceparent`` を先に読んでいることがある。
+    """
+    here = span.get_span_context()
+    if not here.is_valid:
+        return False
+    unknown = span.is_recording() and active_trace_id() is None
+    return here.is_remote or unknown or here.trace_id == caller.trace_id
+
+
+@contextlib.contextmanager
+def _joined(caller: trace.Span, headers: Mapping[str, str]) -> Generator[None, None, None]:
+    trace_id = caller.get_span_context().trace_id
+    with contextlib.ExitStack() as stack:
+        _enter(trace_id, headers)
+        stack.callback(_leave, trace_id)
+        stack.callback(hand_over_spans)
+        stack.enter_context(otel_span_is_current(caller))
+        yield
+
+
+class _Join:
+    """加わっている 1 つのトレースの控え。
+
+    同じトレースのリクエストは並んで届く。MLflow の関数をそれぞれで呼ぶと、先に終わったものが、
+    ほかのスパンごと控えを捨てるので、最初の 1 つで開き、最後の 1 つで閉じる。
+    """
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self.requests = 0
+        self._context = contextvars.copy_context()
+        self._scope = contextlib.ExitStack()
+        joined = mlflow.tracing.set_tracing_context_from_http_request_headers(dict(headers))
+        self._context.run(self._scope.enter_context, joined)
+
+    def close(self) -> None:
+        self._context.run(self._scope.close)
+
+
+_joining = threading.Lock()
+_joins: dict[int, _Join] = {}
+
+
+def _enter(trace_id: int, headers: Mapping[str, str]) -> None:
+    with _joining:
+        if trace_id not in _joins:
+            _joins[trace_id] = _Join(headers)
+        _joins[trace_id].requests += 1
+
+
+def _leave(trace_id: int) -> None:
+    with _joining:
+        join = _joins[trace_id]
+        join.requests -= 1
+        if join.requests == 0:
+            del _joins[trace_id]
+            join.close()
+
+
+# ---- Web フレームワーク ----
+
+RequestScope = Callable[[Mapping[str, str]], AbstractContextManager[object]]
+_SCOPE = "chapter8.request_scope"
+
+
+def read_safely(read: Callable[[Mapping[str, str]], R], headers: Mapping[str, str]) -> R | None:
+    """``read(headers)``。失敗しても、記録の都合で応答は失敗させない(``None`` を返す)。"""
+    try:
+        return read(headers)
+    except Exception as error:
+        kind = type(error).__name__
+        logger.warning("%r failed (%s); this request has no user or session", read, kind)
+        return None
+
+
+class AsgiMiddleware:
+    """HTTP のリクエストごとに ``scope(ヘッダー)`` に入り、応答を送り終えたら出る ASGI アプリ。"""
+
+    def __init__(self, app: Any, scope: RequestScope) -> None:
+        self._app = app
+        self._scope = scope
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        """ASGI の入り口。HTTP 以外(lifespan や websocket)はそのまま渡す。"""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with self._scope(_headers(scope.get("headers", ()))):
+            await self._app(scope, receive, send)
+
+
+def _headers(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """名前は小文字にし、同じ名前のものは、WSGI と同じくコンマでつなぐ。"""
+    headers: dict[str, str] = {}
+    for key, value in pairs:
+        name, text = key.decode("latin-1").lower(), value.decode("latin-1")
+        headers[name] = f"{headers[name]},{text}" if name in headers else text
+    return headers
+
+
+def scope_flask_requests(app: Any, scope: RequestScope) -> None:
+    """Flask アプリで、リクエストごとに ``scope(ヘッダー)`` に入り、応答を送り終えたら出る。
+
+    ``teardown_request`` では早すぎる。ストリーミングの本体は、その後でサーバーが読む。
+    """
+    from flask import request
+
+    def enter() -> None:
+        if (stack := request.environ.get(_SCOPE)) is not None:
+            stack.enter_context(scope(dict(request.headers)))
+
+    app.wsgi_app = _OneContextPerRequest(app.wsgi_app)
+    app.before_request(enter)
+
+
+class _OneContextPerRequest:
+    """1 リクエストを、応答の本体まで 1 つの ``contextvars.Context`` で動かす WSGI アプリ。"""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        from werkzeug.wsgi import ClosingIterator
+
+        context = contextvars.copy_context()
+        scope = environ[_SCOPE] = contextlib.ExitStack()
+        leave = functools.partial(context.run, scope.close)
+        try:
+            body = context.run(self._app, environ, start_response)
+        except BaseException:
+            leave()
+            raise
+        if close := getattr(body, "close", None):
+            scope.callback(close)
+        chunks: Any = context.run(iter, body)
+        end: Any = object()
+        sent = ClosingIterator(iter(lambda: context.run(next, chunks, end), end), [leave])
+        weakref.finalize(sent, leave).atexit = False  # close() を呼ばないサーバーやテスト
+        return sent
