@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import runpy
 import shutil
 import threading
@@ -386,6 +387,37 @@ def test_early_traces_do_not_leave_the_small_buffer(tracking_uri: str) -> None:
     setup_production_tracing("a")
     answer(1)
     assert InMemoryTraceManager.get_instance()._traces.maxsize == 20000
+
+
+def test_ids_do_not_repeat_when_the_app_seeds_random(tracking_uri: str) -> None:
+    setup_production_tracing("a")
+    ids = set[str | None]()
+    for _ in range(3):
+        random.seed(42)
+        answer(1)
+        ids.add(mlflow.get_last_active_trace_id())
+    assert len(ids) == 3
+
+
+@pytest.mark.slow
+def test_ids_do_not_repeat_in_forked_workers(program: Any) -> None:
+    """fork した子どうしでも、子がそれぞれ ``random.seed`` を呼んでも、同じ ID を作らない。"""
+    body = """
+from chapter8_samples.production_tracing.basic_setup import *
+import random
+setup_production_tracing("a")
+setup_graceful_shutdown(5)
+for _ in range(2):
+    if os.fork() == 0:
+        random.seed(42)
+        work(1)
+        print(mlflow.get_last_active_trace_id(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    code, out, error = program.run(body)
+    assert code == 0, error
+    assert len(set(out.split())) == 2
 
 
 @pytest.mark.slow

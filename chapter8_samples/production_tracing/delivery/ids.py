@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import random
 
-import mlflow.tracing
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.id_generator import IdGenerator
+
+from .._internals import use_id_generator
 
 
 class SystemRandomIds(IdGenerator):
@@ -28,10 +28,13 @@ class SystemRandomIds(IdGenerator):
         """0 でない 128 ビットの値。"""
         return self._random.randrange(1, 2**128)
 
+    def is_trace_id_random(self) -> bool:
+        """W3C の random フラグを立てる。"""
+        return True
+
 
 def use_system_random_ids() -> None:
     """MLflow のプロバイダーの ID を OS の乱数で作る(アプリと共有するプロバイダーは変えない)。"""
-    provider = mlflow.tracing.get_bridged_tracer_provider()
     shared = os.environ.get("MLFLOW_USE_DEFAULT_TRACER_PROVIDER", "").lower() in ("false", "0")
-    if isinstance(provider, TracerProvider) and not shared:
-        provider.id_generator = SystemRandomIds()
+    if not shared:
+        use_id_generator(SystemRandomIds())
