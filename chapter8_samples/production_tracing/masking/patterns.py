@@ -235,7 +235,7 @@ _BARE = r"""[^\s"'&,;<>(){}\[\]$\x7f-\U0010ffff]+(?=[\s"'&,;<>)}\]\x7f-\U0010fff
 
 def unmasked(text: str) -> bool:
     """隠した後の "[API_KEY]" や、"<token>" のような置き場所ではないか。"""
-    return not re.fullmatch(r"\[[A-Z_]+\]|<[^<>]*>|\$\{?\w+\}?", text)
+    return not re.fullmatch(r"\[[A-Z_]+\]|<[^<>]*>|\$\{?[A-Z_]+\}?", text)
 
 
 def _number(

@@ -7,7 +7,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
@@ -44,25 +44,28 @@ _WIDE = re.compile(
 # 文字を別の書き方にしたもの: JSON や repr の "\\u3042" と "\\n"、URL の "%40"、HTML の "&#64;"。
 # 幅のない文字は、読む人には見えない
 _UNSEEN = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u20e3\ufe00-\ufe0f\ufeff"
+_HEX = "[0-9a-fA-F]"
 _ESCAPED = re.compile(
-    rf"[\\%&+{_UNSEEN}](?:"
-    r"(?<=\\)\\{0,8}(?:u[0-9a-fA-F]{4}(?:(?<!u[dD]...)(?:\\+u(?![dD][89a-fA-F])[0-9a-fA-F]{4})+)?|x[c-fC-F][0-9a-fA-F](?:\\+x[89abAB][0-9a-fA-F])+"
-    r"|x[0-9a-fA-F]{2}|[nrtfv])"
-    r"|(?<=%)(?:[c-fC-F][0-9a-fA-F](?:%[89abAB][0-9a-fA-F])+|[0-9a-fA-F]{2})"
-    r"|(?<=&)(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|amp|nbsp|commat|period|hyphen);"
-    r"|(?<=[0-9)]\+)(?=[0-9(%])"
+    rf"[\\%&+{_UNSEEN}](?:(?<=\\)\\{{0,8}}(?:"
+    rf"u{_HEX}{{4}}(?:(?<!u[dD]...)(?:\\+u(?![dD][89a-fA-F]){_HEX}{{4}})+)?"
+    rf"|x[c-fC-F]{_HEX}(?:\\+x[89abAB]{_HEX})+|x{_HEX}{{2}}|[nrtfv])"
+    rf"|(?<=%)(?:[c-fC-F]{_HEX}(?:%[89abAB]{_HEX})+|{_HEX}{{2}})"
+    rf"|(?<=&)(?:#\d{{1,7}}|#[xX]{_HEX}{{1,6}}|amp|nbsp|commat|period|hyphen);"
+    r"|(?<=[0-9)]\+)(?=[0-9(%])"  # URL の空白
     rf"|(?<=[{_UNSEEN}])[{_UNSEEN}]*)"
 )
+_DEPTH = 3  # "%2540" や、JSON の中の JSON
 # 既定の規則では何も見つからない文字列を、すぐに終える
 _MAYBE = re.compile(r"[0-9０-９〇一二三四五六七八九@＠:：=＝\\%&]|[A-Za-z0-9_-]{16}|BEGIN")
 _ANYTHING = re.compile("")
 # ストリーミングの断片を並べたもの: JSON や repr の同じ名前の値と、"data: " の行
 _FRAME = re.compile(
-    r"""([A-Za-z_](?<![0-9A-Za-z_].)\w{0,30})\\*["']?\s?[:=]\s?(\\*["'])((?:(?!\2)[^\n])*)\2"""
-    r"""|^(data): ?([^\n"'{\[]+)""",
+    r"""(?:([A-Za-z_](?<![0-9A-Za-z_].)\w{0,30})\\*["']?\s?[:=]\s?|(?<![0-9A-Za-z_])b)"""
+    r"""(\\*["'])(?P<value>(?:(?!\2)[^\n])*)\2|^data: ?(?P<line>[^\n"'{\[]+)""",
     re.MULTILINE,
 )
-_FRAMED = ('":', "':", "='", '="', "data:")
+_PIECE = 40  # 断片の平均の長さ。もっと長い値の並びは、記録の一覧
+_FRAMED = ('":', "':", "='", '="', "b'", 'b"', "data:")
 
 
 class Found(NamedTuple):
@@ -74,72 +77,44 @@ class Found(NamedTuple):
 
 
 def _decoded(escape: str) -> str:
-    if escape == "+":  # URL の空白
-        return " "
-    if escape[0] == "%":
-        return unquote(escape, errors="replace")
-    if escape[0] == "&":
-        return html.unescape(escape)
     body = escape.lstrip("\\")
+    if escape[0] in "%&":
+        return html.unescape(unquote(escape, errors="replace"))
     if body == escape:
-        return ""
+        return " " if escape == "+" else ""
     if body[0] == "u":
         codes = body.replace("\\", "").replace("u", "")
         return bytes.fromhex(codes).decode("utf-16-be", "surrogatepass")
-    if len(body) == 3:  # "\\xa0"
-        return chr(int(body[1:], 16))
     if body[0] == "x":
-        return bytes.fromhex(re.sub(r"\\+x", "", escape)).decode("utf-8", "replace")
+        codes = body.replace("\\", "").replace("x", "")
+        return bytes.fromhex(codes).decode("utf-8" if len(codes) > 2 else "latin-1", "replace")
     return " "
 
 
-class _Layer:
-    """エスケープを 1 段解いた文と、元の文の位置との対応。"""
-
-    def __init__(self, text: str) -> None:
-        pieces: list[str] = []
-        self._plain, self._source, self._width = [0], [0], [1]
-        length = end = 0
-        for found in _ESCAPED.finditer(text):
-            literal, chars = text[end : found.start()], _decoded(found[0])
-            pieces += [literal, chars]
-            length += len(literal)
-            self._mark(length, found.start(), len(found[0]) // max(1, len(chars)))
-            length, end = length + len(chars), found.end()
-            self._mark(length, end, 1)
-        self.text = "".join([*pieces, text[end:]]) if pieces else text
-
-    def _mark(self, plain: int, source: int, width: int) -> None:
-        self._plain.append(plain)
-        self._source.append(source)
-        self._width.append(width)
-
-    def source(self, index: int) -> tuple[int, int]:
-        """``text`` の 1 文字が、元の文で占める範囲。"""
-        part = bisect_right(self._plain, index) - 1
-        width = self._width[part]
-        start = self._source[part] + (index - self._plain[part]) * width
-        return start, start + width
+def unescaped(text: str) -> tuple[str, list[int]]:
+    """エスケープを 1 段解いた文と、その 1 文字ずつの、元の文での位置(末尾も含む)。"""
+    pieces: list[str] = []
+    places: list[int] = []
+    end = 0
+    for found in _ESCAPED.finditer(text):
+        chars = _decoded(found[0])
+        pieces += [text[end : found.start()], chars]
+        places += range(end, found.start())
+        width = len(found[0]) // max(1, len(chars))
+        places += range(found.start(), found.start() + width * len(chars), width or 1)
+        end = found.end()
+    return "".join([*pieces, text[end:]]), [*places, *range(end, len(text) + 1)]
 
 
-class Folded:
-    """半角にし、エスケープを(二重のものも)解いた文と、元の文の位置との対応。"""
-
-    def __init__(self, text: str) -> None:
-        self._layers: list[_Layer] = []
-        while _ESCAPED.search(text) and len(self._layers) < _DEPTH:
-            self._layers.append(_Layer(text))
-            text = self._layers[-1].text
-        self.text = _WIDE.sub(lambda found: found[0].translate(_HALF_WIDTH), text)
-
-    def source(self, start: int, end: int) -> tuple[int, int]:
-        """``text`` の範囲を、元の文の範囲にする。"""
-        for layer in reversed(self._layers):
-            start, end = layer.source(start)[0], layer.source(end - 1)[1]
-        return start, end
-
-
-_DEPTH = 3
+def folded(text: str) -> tuple[str, Sequence[int]]:
+    """半角にし、エスケープを解いた文と、その 1 文字ずつの、元の文での位置。"""
+    places: Sequence[int] = range(len(text) + 1)
+    for _ in range(_DEPTH):
+        if not _ESCAPED.search(text):
+            break
+        text, inner = unescaped(text)
+        places = [places[place] for place in inner]
+    return _WIDE.sub(lambda found: found[0].translate(_HALF_WIDTH), text), places
 
 
 def merged(found: Iterable[Found]) -> list[Found]:
@@ -173,7 +148,8 @@ def _frames(text: str) -> list[list[tuple[int, int]]]:
     """同じ名前の値が繰り返す文での、名前ごとの値の位置。"""
     places: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for found in _FRAME.finditer(text) if any(mark in text for mark in _FRAMED) else ():
-        places[found[1] or found[4]].append(found.span(3 if found[1] else 5))
+        part = "line" if found["line"] else "value"
+        places[found[1] or part].append(found.span(part))
     return [parts for parts in places.values() if len(parts) > 1]
 
 
@@ -213,26 +189,30 @@ def _tree(value: Any, path: Path, label: str, groups: Groups) -> Any:
         return [_tree(item, (*path, _place(item)), label, groups) for item in items]
     if isinstance(value, bool | float) or value is None:
         return value
-    if isinstance(value, str) and "*" in path and (plain := _parsed(value)) is not None:
+    if isinstance(value, str) and _in_list(path) and (plain := _parsed(value)) is not None:
         return Json(value, plain, _tree(plain, path, label, groups))
     return _leaf(value, path, label, groups)
 
 
 def _leaf(value: Any, path: Path, label: str, groups: Groups) -> Leaf:
     leaf = Leaf(value, value if isinstance(value, str) else str(value))
-    leaf.key = next((name for name in reversed(path) if name != "*"), "")
+    leaf.key = next((name for name in reversed(path) if name[:1] != "*"), "")
     counted = label == "API_KEY" and isinstance(value, int)  # {"token": 128}
     if label and not counted and leaf.text and unmasked(leaf.text):
         leaf.found = [Found(0, len(leaf.text), label)]
-    if isinstance(value, str):
-        groups[path].append(leaf)
-    else:
-        groups[(*path, "*", str(id(leaf)))].append(leaf)
+    if not isinstance(value, str):  # 数のリストは、断片ではない
+        path = (str(id(leaf)),)
+    # 並行する回答の番号("index")ごとと、番号によらずに並べたものの、両方で探す
+    for place in {path, tuple("*" if name[:1] == "*" else name for name in path)}:
+        groups[place].append(leaf)
     return leaf
 
 
+def _in_list(path: Path) -> bool:
+    return any(name[:1] == "*" for name in path)
+
+
 def _place(item: Any) -> str:
-    """リストの中の場所。ストリーミングの断片は、並行する回答の番号("index")で分ける。"""
     index = cast("Any", item).get("index") if isinstance(item, Mapping) else None
     return "*" if index is None else f"*{index}"
 
@@ -280,7 +260,7 @@ class Pass:
         for path, leaves in groups.items():
             for leaf in leaves:
                 leaf.found = leaf.found or self._find_in(leaf)
-            if len(leaves) > 1 and any(name.startswith("*") for name in path):
+            if len(leaves) > 1 and _in_list(path):
                 self._find_across(leaves)
         return self._finished(tree)
 
@@ -322,14 +302,16 @@ class Pass:
     def _match_frames(self, text: str) -> Iterator[Found]:
         for parts in _frames(text):
             joined = "".join(text[start:end] for start, end in parts)
-            for one in [] if joined.isdigit() else self._match(joined):
+            if joined.isdigit() or len(joined) > _PIECE * len(parts):
+                continue
+            for one in self._match(joined):
                 cuts = list(_cut([one], parts))
                 for index, (start, end, label) in cuts if len(cuts) > 1 else ():
                     yield Found(parts[index][0] + start, parts[index][0] + end, label)
 
     def _match(self, text: str) -> list[Found]:
-        folded = Folded(text)
-        plain, lower, result = folded.text, folded.text.lower(), list[Found]()
+        plain, places = folded(text)
+        lower, result = plain.lower(), list[Found]()
         everywhere = [(0, len(plain))]
         numbers = [
             (max(0, found.start() - 1), found.end() + AFTER)
@@ -338,9 +320,9 @@ class Pass:
         for pattern in self._patterns:
             if pattern.hints and not any(hint in lower for hint in pattern.hints):
                 continue
-            places = numbers if pattern.numeric else everywhere
-            if spans := [span for place in places for span in pattern.find(plain, *place)]:
-                result += (Found(*folded.source(*span), pattern.label) for span in spans)
+            ranges = numbers if pattern.numeric else everywhere
+            if spans := [span for one in ranges for span in pattern.find(plain, *one)]:
+                result += (Found(places[a], places[b], pattern.label) for a, b in spans)
                 plain = _blanked(plain, spans)
         return merged(result)
 
@@ -376,7 +358,8 @@ class Pass:
         """キーも置き換える。同じになったキーには番号を付け、1 件も失わない。"""
         result: dict[Any, Any] = {}
         for key, item in node.items():
-            name = changed = self.value(key)
+            changed = self.value(key)
+            name = changed = str(changed) if isinstance(changed, list) else changed
             while name in result:
                 name = f"{changed} ({len(result) + 1})"
             result[name] = self._finished(item)
