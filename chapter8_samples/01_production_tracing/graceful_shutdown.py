@@ -9,8 +9,19 @@ MLflow のトレースは背後のスレッドが送る。そのままでは、K
     対策なし: 40 件のうち 0 件を保存、終了コード 143(143 = SIGTERM)
     対策あり: 40 件のうち 40 件を保存、終了コード 143(143 = SIGTERM)
 
+アプリのモジュールで ``setup_graceful_shutdown()`` を呼べば、どのワーカーも送り終えてから終わる。
+
+=================================  ===========================================================
+uvicorn(``--workers`` も)         そのままでよい。Windows では ``tracing_lifespan``
+gunicorn(sync、gthread、uvicorn)  そのままでよい。``--preload`` では ``post_fork`` でもよい
+Celery(prefork)                   そのままでよい(``worker_process_init`` で呼んでもよい)
+multiprocessing                    fork の子はそのままでよい。spawn の子では、子の中でも呼ぶ
+=================================  ===========================================================
+
+期限に間に合わなければ、送れなかった件数がログに出る(``TraceSpool`` を渡せばディスクに残る)。
+
 Databricks でも同じコードで動く。Model Serving やジョブの停止も SIGTERM で届く。待ち時間の上限
-(``timeout_seconds``)は、プラットフォームの猶予(Kubernetes の既定は 30 秒)より短くする。
+(``timeout_seconds``)は、プラットフォームの猶予(Kubernetes も gunicorn も既定は 30 秒)より短くする。
 """
 
 # pyright: reportUnknownMemberType=false
@@ -27,6 +38,7 @@ from typing import Any
 
 import mlflow
 
+from chapter8_samples.production_tracing.delivery.counts import start_counting
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.delivery.shutdown import (
     Drainable,
@@ -44,9 +56,7 @@ def setup_graceful_shutdown(
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 
     2 回目以降は、登録済みのものを返す。設定を変えるときは、先に ``unregister()`` する。
-    uvicorn では ``tracing_lifespan`` を使う。gunicorn では、アプリの起動時か、次のように
-    ``post_fork`` で呼ぶ(``--preload`` の親で呼んでもよい。fork の前に送り終える)。
-    ``multiprocessing`` の spawn の子では、子の中でも呼ぶ::
+    gunicorn の ``--preload`` の親で呼んでもよい(fork の前に送り終える)。ワーカーごとなら::
 
         # gunicorn.conf.py
         def post_fork(server, worker):
@@ -63,12 +73,12 @@ def setup_graceful_shutdown(
 async def tracing_lifespan(
     app: object, timeout_seconds: float = 10.0
 ) -> AsyncGenerator[None, None]:
-    """FastAPI の lifespan: ワーカーの停止時に送り終える。
+    """FastAPI の lifespan: ワーカーの停止時に送り終える。シグナルの設定には触れない。
 
-    ``FastAPI(lifespan=tracing_lifespan)``。uvicorn の ``--workers`` では各ワーカーのシグナル設定が
-    元に戻されるため、この方法が確実である。自分の lifespan がある場合は、その中で
+    ``FastAPI(lifespan=tracing_lifespan)``。自分の lifespan がある場合は、その中で
     ``async with tracing_lifespan(app): yield`` と書く。
     """
+    start_counting()  # 送れなかった件数を知るために、プロセスの終わりまで数える
     try:
         yield
     finally:

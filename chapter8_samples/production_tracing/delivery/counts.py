@@ -47,7 +47,7 @@ class Ledger:
         """空にする(fork した子では、親の分は親が送る)。"""
         self._changed = threading.Condition(threading.Lock())
         self._waiting: dict[str, float] = {}
-        self._half: set[str] = set()  # スパンだけが届き、タグやメタデータがまだのもの
+        self._half: dict[str, float] = {}  # スパンだけが届き、タグやメタデータがまだのもの
         self._dropped = self._reported = self._failures = self._sending = 0
         self._first_failure = ""
         self._slowest = self._paused_until = 0.0
@@ -77,18 +77,18 @@ class Ledger:
         """サーバーかディスクが受け取った(``whole=False`` はスパンだけ)。"""
         with self._changed:
             for trace_id in trace_ids:
-                known = self._waiting.pop(trace_id, None) is not None
+                ended = self._waiting.pop(trace_id, None)
                 if whole:
-                    self._half.discard(trace_id)
-                elif known:
-                    self._half.add(trace_id)
+                    self._half.pop(trace_id, None)
+                elif ended is not None:
+                    self._half[trace_id] = ended
 
     def lost(self, trace_ids: Iterable[str], reason: str) -> None:
         """もう届かない。"""
         with self._changed:
             for trace_id in trace_ids:
                 self._dropped += self._waiting.pop(trace_id, None) is not None
-                self._half.discard(trace_id)
+                self._half.pop(trace_id, None)
             self._failures += 1
             self._first_failure = self._first_failure or reason[:200]
 
@@ -148,10 +148,13 @@ class Ledger:
         limit = time.monotonic() - older_than_seconds
         with self._changed:
             old = [trace_id for trace_id, ended in self._waiting.items() if ended <= limit]
-        if old and export_is_idle():
-            gone = [trace_id for trace_id in old if not has_open_spans(trace_id)]
-            if gone:
-                self.lost(gone, f"MLflow discarded {len(gone)} traces (a queue was full)")
+            half = [trace_id for trace_id, ended in self._half.items() if ended <= limit]
+        if not (old or half) or not export_is_idle():
+            return
+        if gone := [trace_id for trace_id in old if not has_open_spans(trace_id)]:
+            self.lost(gone, f"MLflow discarded {len(gone)} traces (a queue was full)")
+        if torn := [trace_id for trace_id in half if not has_open_spans(trace_id)]:
+            self.lost(torn, f"{len(torn)} traces are stored without their tags and metadata")
 
     def take_failures(self) -> str | None:
         """前回からの失敗の説明。なければ ``None``。"""

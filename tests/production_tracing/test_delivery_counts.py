@@ -1,0 +1,239 @@
+"""delivery.counts と delivery.text: どこで消えても 1 件まで数え、UTF-8 でない文字では消さない。"""
+
+# pyright: reportPrivateUsage=false
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlflow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.entities import SpanEvent
+from mlflow.tracing.client import TracingClient
+from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
+
+from chapter8_samples.production_tracing.delivery import counts, text
+from chapter8_samples.production_tracing.delivery.counts import delivery_counts
+from chapter8_samples.production_tracing.delivery.flush import flush_traces
+from chapter8_samples.production_tracing.delivery.spool import TraceSpool
+
+HALF_EMOJI = "\ud83d"
+
+
+@pytest.fixture
+def may_send(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """立てるまで返事をしないサーバー(本物では、止まる瞬間を選べない)。その後は SQLite に書く。"""
+    gate = threading.Event()
+    gate.set()
+
+    def after_the_gate(send: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *values: gate.wait(60) and send(*values)
+
+    for name in ("start_trace", "log_spans"):
+        monkeypatch.setattr(TracingClient, name, after_the_gate(getattr(TracingClient, name)))
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def counting(tracking_uri: str) -> Iterator[None]:
+    mlflow.set_experiment("counts")
+    counts.start_counting()
+    yield
+    counts.stop_counting()
+
+
+def record(count: int) -> None:
+    for _ in range(count):
+        with mlflow.start_span("answer"):
+            pass
+
+
+def test_backlog_is_visible_and_a_flush_in_time_reports_nothing(
+    may_send: threading.Event, counting: None, stored: Any
+) -> None:
+    may_send.clear()
+    record(5)
+    assert delivery_counts().backlog == 5
+    may_send.set()
+    result = flush_traces(30)
+    assert (result.ok, result.undelivered, result.error) == (True, 0, None)
+    assert delivery_counts() == counts.DeliveryCounts(0, 0, 0)
+    assert len(stored("counts", include_spans=False)) == 5
+
+
+def test_a_flush_that_is_too_late_says_how_many(
+    may_send: threading.Event, counting: None, stored: Any
+) -> None:
+    may_send.clear()
+    record(7)
+    result = flush_traces(0.5)
+    assert not result.ok and result.undelivered == 7
+    assert "7 traces not delivered (not finished within 0.5s)" in str(result.error)
+    may_send.set()  # 止まったのではなく遅いだけなら、後で届く
+    assert flush_traces(30).ok
+    assert len(stored("counts", include_spans=False)) == 7
+
+
+@pytest.mark.parametrize(
+    "limit",
+    ["MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE", "MLFLOW_TRACE_BUFFER_MAX_SIZE"],
+)
+def test_what_mlflow_discards_silently_is_counted(
+    may_send: threading.Event, counting: None, stored: Any, limit: str
+) -> None:
+    os.environ[limit] = "8"
+    mlflow.tracing.reset()
+    mlflow.tracing.trace_manager.InMemoryTraceManager.reset()
+    may_send.clear()
+    record(60)
+    may_send.set()
+    result = flush_traces(30)
+    found = len(stored("counts", include_spans=False))
+    assert 0 < found < 60 and not result.ok
+    assert found + result.undelivered == found + delivery_counts().dropped == 60
+    assert flush_traces(30).ok, "a loss is reported once"
+    mlflow.tracing.trace_manager.InMemoryTraceManager.reset()
+
+
+def test_failed_sends_are_counted(
+    counting: None, monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port}")
+    mlflow.tracing.set_destination(mlflow.entities.trace_location.MlflowExperimentLocation("1"))
+    record(3)
+    mlflow.flush_trace_async_logging()  # 失敗は flush_traces より前に終わっている
+    result = flush_traces(30)
+    assert (result.ok, result.undelivered, delivery_counts().dropped) == (False, 3, 3)
+    assert "export failures" in str(result.error)
+
+
+def test_open_children_are_backlog_and_not_lost(counting: None) -> None:
+    root = mlflow.start_span_no_context("root")
+    child = mlflow.start_span_no_context("late", parent_span=root)
+    root.end()
+    assert flush_traces(30).ok
+    assert delivery_counts().backlog == 1
+    child.end()
+    assert flush_traces(30).ok
+    assert delivery_counts() == counts.DeliveryCounts(0, 0, 0)
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["up", "down"])
+def test_otlp_is_counted_too(
+    counting: None, monkeypatch: pytest.MonkeyPatch, free_port: int, dead: bool
+) -> None:
+    from opentelemetry.exporter.otlp.proto.http import trace_exporter
+    from opentelemetry.sdk.trace.export import SpanExportResult
+
+    answer = SpanExportResult.FAILURE if dead else SpanExportResult.SUCCESS
+    monkeypatch.setattr(trace_exporter.OTLPSpanExporter, "export", lambda *_: answer)
+    endpoint = f"http://127.0.0.1:{free_port}/v1/traces"
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", endpoint)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    mlflow.tracing.reset()
+    record(4)
+    result = flush_traces(30)
+    assert (result.ok, result.undelivered) == (not dead, 4 * dead)
+
+
+def test_mlflow_is_as_before_when_nobody_counts_any_more(tracking_uri: str) -> None:
+    before = (dict(vars(TracingClient)), dict(vars(MlflowV3SpanProcessor)))
+    counts.start_counting()
+    counts.start_counting()
+    counts.stop_counting()
+    assert dict(vars(TracingClient)) != before[0]
+    counts.stop_counting()
+    assert (dict(vars(TracingClient)), dict(vars(MlflowV3SpanProcessor))) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_counts_from_zero(counting: None) -> None:
+    counts.LEDGER.ended("tr-of-the-parent")
+    child = os.fork()
+    if child == 0:
+        os._exit(delivery_counts().backlog)
+    assert os.waitpid(child, 0)[1] == 0
+    assert delivery_counts().backlog == 1
+
+
+def test_spool_counts_the_files_on_disk(counting: None, tmp_path: Any) -> None:
+    def down(_traces: object) -> None:
+        raise ConnectionError("refused")
+
+    spool = TraceSpool(tmp_path / "spool", deliver=down, cooldown_seconds=60).install()
+    try:
+        record(3)
+        result = flush_traces(30)
+        assert (result.ok, result.undelivered) == (True, 0)
+        assert delivery_counts() == counts.DeliveryCounts(0, 0, 3)
+    finally:
+        spool.uninstall()
+    assert delivery_counts().spooled == 0
+
+
+def _fail(span: Any) -> None:
+    raise ValueError(f"bad {HALF_EMOJI}")
+
+
+# 置き場所ごとに、(スパンの名前, スパンの中ですること)
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "name": lambda span: None,
+    "inputs": lambda span: span.set_inputs({"q": [f"a{HALF_EMOJI}"]}),
+    "outputs": lambda span: span.set_outputs(f"a{HALF_EMOJI}"),
+    "attribute": lambda span: span.set_attribute("k", HALF_EMOJI),
+    "event": lambda span: span.add_event(SpanEvent(HALF_EMOJI, attributes={"k": HALF_EMOJI})),
+    "exception": _fail,
+    "tag": lambda span: mlflow.update_current_trace(tags={"k": HALF_EMOJI}),
+    "user": lambda span: mlflow.update_current_trace(user=f"u{HALF_EMOJI}"),
+    "preview": lambda span: mlflow.update_current_trace(request_preview=f"p{HALF_EMOJI}"),
+}
+
+
+@pytest.mark.parametrize("spooled", [False, True], ids=["direct", "spool"])
+@pytest.mark.parametrize("place", PLACES)
+def test_half_an_emoji_is_replaced_and_nothing_is_lost(
+    counting: None, stored: Any, tmp_path: Any, place: str, spooled: bool
+) -> None:
+    spool = TraceSpool(tmp_path / "spool").install() if spooled else None
+    record(1)  # 一緒に送られるものも失わない
+    name = f"x{HALF_EMOJI}" if place == "name" else "x"
+    with contextlib.suppress(ValueError), mlflow.start_span(name) as span:
+        PLACES[place](span)
+    assert flush_traces(30).ok
+    if spool is not None:
+        assert spool.drain(30) == 0 and spool.stats().delivered == 2
+        spool.uninstall()
+    traces = stored("counts")
+    assert [len(trace.data.spans) for trace in traces] == [1, 1]
+    shown = str([trace.to_dict() for trace in traces])
+    assert "\ufffd" in shown and HALF_EMOJI not in shown
+
+
+def test_the_span_processor_replaces_before_mlflow_serializes(tracking_uri: str) -> None:
+    mlflow.set_experiment("text")
+    mlflow.tracing.configure(span_processors=[text.replace_surrogates])
+    with mlflow.start_span("x") as span:
+        span.set_inputs({"q": HALF_EMOJI, "same": "絵文字 😀"})
+    assert span.inputs == {"q": "\ufffd", "same": "絵文字 😀"}
+
+
+any_text = st.text(st.characters(exclude_categories=()))
+trees = st.recursive(
+    any_text | st.integers() | st.none(), lambda t: st.lists(t) | st.dictionaries(any_text, t)
+)
+
+
+@given(trees)
+def test_text_becomes_utf8_and_valid_text_stays(tree: Any) -> None:
+    clean = text.as_utf8(tree)
+    repr(clean).encode()
+    assert text.as_utf8(clean) == clean
+    if not text._SURROGATE.search(repr(tree)) and "\\ud" not in repr(tree):
+        assert clean == tree
