@@ -33,6 +33,11 @@ class Pattern:
     numeric: bool = False
     """数字が(区切りをはさんで)10 桁以上続くところだけを調べる(速くするため)。"""
 
+    def may_match(self, lower: str, letters: str) -> bool:
+        """小文字にした文と、その ASCII の文字だけを見て、合うことがありうるか。"""
+        hints = self.hints
+        return not hints or any(hint in (letters if hint.isascii() else lower) for hint in hints)
+
     def find(self, text: str, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
         """隠す範囲。"""
         last = len(text) if end is None else end
@@ -188,22 +193,18 @@ _PEM = (
     r"-----BEGIN[ +][A-Z0-9 +]*PRIVATE[ +]KEY[A-Z +]*-----"
     r"(?:[^-]|-(?!----))*(?:-----END[A-Z0-9 +]*-----)?"
 )
-_API_KEYS = {  # 含まれるはずの文字列(小文字)と、形
-    "sk-": r"sk-(?=[A-Za-z_-]{0,40}[0-9])[A-Za-z0-9_-]{16,}",  # OpenAI、Anthropic
-    "dapi": r"dapi[0-9a-f]{32}",  # Databricks
-    "akia asia": r"A[KS]IA[0-9A-Z]{16}",  # AWS
-    "ghp_ gho_ ghu_ ghs_ ghr_": r"gh[pousr]_[A-Za-z0-9]{30,}",  # GitHub
-    "github_pat_": r"github_pat_\w{20,}",
-    "glpat-": r"glpat-[A-Za-z0-9_-]{20,}",  # GitLab
-    "hf_": r"hf_[A-Za-z0-9]{30,}",  # Hugging Face
-    "k_live_ k_test_": r"[rs]k_(?:live|test)_[A-Za-z0-9]{16,}",  # Stripe
-    "xox xapp-": r"xox[abeprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,}",  # Slack
-    "hooks.slack.com": r"hooks\.slack\.com/services/[A-Za-z0-9/]{20,}",
-    "aiza ya29.": r"AIza[A-Za-z0-9_-]{30,}|ya29\.[A-Za-z0-9_-]{20,}",  # Google
-    "xai- pplx- nvapi-": r"(?:xai|pplx|nvapi)-[A-Za-z0-9_-]{20,}",  # xAI、Perplexity、NVIDIA
-    "gsk_ r8_": r"gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{20,}",  # Groq、Replicate
-    "lsv2_": r"lsv2_[a-z]{2}_\w{20,}",  # LangSmith
-    "eyj": r"eyJ[A-Za-z0-9_-]{8,999}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # JWT
+_API_KEYS = {  # 続く形と、始まりの文字
+    r"(?=[A-Za-z_-]{0,40}[0-9])[A-Za-z0-9_-]{16,}": "sk-",  # OpenAI、Anthropic
+    r"[0-9a-f]{32}": "dapi",  # Databricks
+    r"[0-9A-Z]{16}": "AKIA ASIA",  # AWS
+    r"[A-Za-z0-9]{30,}": "ghp_ gho_ ghu_ ghs_ ghr_ hf_",  # GitHub、Hugging Face
+    r"[A-Za-z0-9_-]{20,}": "github_pat_ glpat- AIza ya29. xai- pplx- nvapi-",  # Google、xAI など
+    r"[A-Za-z0-9]{16,}": "sk_live_ sk_test_ rk_live_ rk_test_ gsk_ r8_",  # Stripe、Groq など
+    r"[abeprs]-[A-Za-z0-9-]{10,}": "xox",  # Slack
+    r"[A-Za-z0-9-]{10,}": "xapp-",
+    r"[A-Za-z0-9/]{20,}": "hooks.slack.com/services/",
+    r"[a-z]{2}_\w{20,}": "lsv2_",  # LangSmith
+    r"[A-Za-z0-9_-]{8,999}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}": "eyJ",  # JWT
 }
 _BEARER = r"[Bb](?i:earer)[\s+]+(?P<pii>[A-Za-z0-9._~+/-]{16,}=*)"
 _BASIC = (
@@ -275,10 +276,9 @@ def _named(first: str, names: str) -> re.Pattern[str]:
     )
 
 
-def _api_key(hints: str, form: str) -> Pattern:
-    return Pattern(
-        "API_KEY", re.compile(rf"(?<![0-9A-Za-z])(?:{form})"), hints=tuple(hints.split())
-    )
+def _api_key(start: str, rest: str) -> Pattern:
+    regex = rf"{start[0]}(?<![0-9A-Za-z].){re.escape(start[1:])}{rest}"
+    return Pattern("API_KEY", re.compile(regex), hints=(start.lower(),))
 
 
 DEFAULT_PATTERNS: tuple[Pattern, ...] = (
@@ -291,7 +291,7 @@ DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     Pattern("API_KEY", re.compile(_COOKIE), hints=("cookie:",)),
     Pattern("API_KEY", re.compile(_BASIC), hints=("authorization",)),
     Pattern("API_KEY", re.compile(_BEARER), _token, hints=("bearer",)),
-    *(_api_key(hints, form) for hints, form in _API_KEYS.items()),
+    *(_api_key(start, rest) for rest, names in _API_KEYS.items() for start in names.split()),
     Pattern("EMAIL", re.compile(_EMAIL), _mail, hints=("@",)),
     _number("CARD", "[2-6]", "4-4-4-4-3", _ANY_GAP, valid=_card),  # UnionPay など
     _number("CARD", "[2-6]", "4-4-4-4 4-6-5 4-6-4 8-8", _ANY_GAP, valid=_card),
