@@ -143,6 +143,7 @@ def test_safe_set_span_in_context_changes_mlflow_runtime_context(
             assert get_current_span().is_recording() == (propagated == "true")
         assert mlflow.get_current_active_span() is None
         assert not get_current_span().is_recording()
+    span.end()
 
 
 def test_get_span_processor_has_what_is_waiting(
