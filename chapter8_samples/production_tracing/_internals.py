@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib import import_module
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -386,23 +387,34 @@ def use_pipeline(
         tracer.sampler = sampler
 
 
+_builders: list[Callable[[], None]] = []
+
+
 def watch_provider(built: Callable[[], None]) -> Callable[[], None]:
-    """MLflow がプロバイダーを作るたびに ``built`` を呼ぶ。戻り値を呼ぶとやめる。
+    """MLflow がプロバイダーを作るたびに ``built`` を呼ぶ。戻り値を呼ぶとやめ、最後なら元に戻す。
 
     ``set_experiment`` や ``reset`` は黙って作り直し、公開の手段では知れない(``configure`` に渡した
     関数は ``reset`` で消え、古いプロバイダーには新しいものが知らされない)。
     """
     from mlflow.tracing import provider as module
 
-    original = module._initialize_tracer_provider
+    original: Any = module._initialize_tracer_provider
 
     @wraps(original)
     def build(disabled: bool = False) -> None:
         original(disabled=disabled)
-        built()
+        for one in list(_builders):
+            one()
 
-    module._initialize_tracer_provider = build
-    return lambda: setattr(module, "_initialize_tracer_provider", original)
+    def stop() -> None:
+        _builders.remove(built)
+        if not _builders:
+            module._initialize_tracer_provider = unwrap(module._initialize_tracer_provider)
+
+    if not _builders:
+        module._initialize_tracer_provider = build
+    _builders.append(built)
+    return stop
 
 
 def head_ratio(sampler: Sampler) -> float | None:
@@ -458,7 +470,7 @@ def rewrite_events(span: LiveSpan, change: Callable[[list[Any]], list[dict[str, 
 
 
 def rewrite_status(span: LiveSpan, change: Callable[[str], str]) -> None:
-    """状態の説明(例外の文面)を置き換える。公開の ``set_status`` は、エラーのときしか説明を変えない。"""
+    """状態の説明(例外の文面)を置き換える。公開の ``set_status`` は、エラーのときしか変えない。"""
     status: Any = span._span.status
     if status.description:
         status._description = change(status.description)
@@ -466,7 +478,7 @@ def rewrite_status(span: LiveSpan, change: Callable[[str], str]) -> None:
 
 @contextmanager
 def open_trace_info(trace_id: str) -> Iterator[TraceInfo | None]:
-    """組み立て中のトレースのタグ・メタデータ・プレビュー・評価。まとめて読み書きする公開 API がない。"""
+    """組み立て中のトレースのタグ・メタデータ・プレビュー・評価。まとめて扱う公開 API がない。"""
     from mlflow.tracing.trace_manager import InMemoryTraceManager
 
     with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:

@@ -22,12 +22,11 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
-import mlflow.tracing
 from mlflow.entities import Trace
 from mlflow.exceptions import MlflowException
 
-from .._internals import tracing_client
-from .counts import LEDGER, start_counting, stop_counting
+from .._internals import tracing_client, watch_provider
+from .counts import LEDGER, keep_counting, start_counting, stop_counting
 from .text import send_as_utf8
 
 logger = logging.getLogger(__name__)
@@ -133,8 +132,8 @@ class TraceSpool:
         if _installed is None:
             _installed = self
             LEDGER.hooks.accept = self.accept
-            mlflow.tracing.get_bridged_tracer_provider()  # まだなければ作り、ここでつなぐ
             start_counting()
+            self._unwatch = watch_provider(keep_counting)
             if LEDGER.problem:
                 self.uninstall()
                 raise RuntimeError(f"TraceSpool: {LEDGER.problem}")
@@ -149,6 +148,7 @@ class TraceSpool:
         global _installed
         if _installed is self:
             _installed = LEDGER.hooks.accept = None
+            self._unwatch()
             stop_counting()
             LEDGER.spooled = lambda: 0
             self.stop()
