@@ -437,7 +437,7 @@ def sampling_ratio_override() -> float | None:
 
 @contextmanager
 def live_trace(otel_trace_id: int) -> Iterator[TraceInfo]:
-    """組み立て中のトレース(MLflow のロックを持つ)。公開の API は、いまのスパンのものしか変えない。
+    """``open_trace_info`` と同じ。ID の形は保存先(Unity Catalog など)で違うので、対応表から引く。
 
     ``MLFLOW_TRACE_TIMEOUT_SECONDS`` を過ぎて消えていれば、空のもの。
     """
@@ -446,9 +446,9 @@ def live_trace(otel_trace_id: int) -> Iterator[TraceInfo]:
 
     manager = InMemoryTraceManager.get_instance()
     trace_id = manager.get_mlflow_trace_id_from_otel_id(otel_trace_id) or f"tr-{otel_trace_id:032x}"
-    with manager.get_trace(trace_id) as trace:
+    with open_trace_info(trace_id) as info:
         nowhere = TraceLocation.from_experiment_id("0")
-        yield trace.info if trace else TraceInfo(trace_id, nowhere, 0, TraceState.OK)
+        yield info or TraceInfo(trace_id, nowhere, 0, TraceState.OK)
 
 
 def forget_trace(otel_trace_id: int) -> None:

@@ -151,6 +151,7 @@ class _Stream:
         self._chunks: list[Any] = []
         self._status = "OK"
         self._cut = False
+        self._ended = False
         # 本体は、リクエストの文脈が片付いた後に、別のスレッドから読まれることがある
         self._made_in = contextvars.copy_context()
 
@@ -216,8 +217,9 @@ class _Stream:
             self._span.add_event(SpanEvent.from_exception(error))
 
     def _end(self) -> None:
-        if self._open.pop(self._span.span_id, None) is None:
+        if self._ended:
             return
+        self._ended = True
         self._end_what_is_left_open()
         if self._cut:
             self._span.set_attribute("stream.aborted", True)

@@ -1,7 +1,7 @@
 """個人情報のマスキングが、リクエストのスレッドに足す時間。
 
-引数をそのまま返すトレース付きの関数を 100 万文字で呼び、``mask_pii`` のあるときとないときの CPU 時間を
-比べる(入力と出力の両方に同じ文字列が入る)。送信は別のスレッドなので、含まない。
+引数をそのまま返すトレース付きの関数を 100 万文字で呼び、``mask_pii`` のあるときとないときの CPU
+時間を比べる(入力と出力の両方に同じ文字列が入る)。送信は別のスレッドなので、含まない。
 
 実行::
 
@@ -24,7 +24,8 @@ from bench_report import Headline, machine
 from chapter8_samples.production_tracing import mask_pii
 
 JAPANESE = (
-    "返品の手続きは、マイページの注文履歴から行えます。カードで支払った 12,800 円は、2026-11-23 までに返金します。"
+    "返品の手続きは、マイページの注文履歴から行えます。"
+    "カードで支払った 12,800 円は、2026-11-23 までに返金します。"
 )
 ENGLISH = "The order was shipped on Monday, and the token count of this answer is small. "
 
@@ -33,7 +34,7 @@ def texts(chars: int) -> dict[str, str]:
     """測る文章。下の 4 つは、実際にはない最悪のもの。"""
     rng = random.Random(8)
     digits = "".join(rng.choices("0123456789", k=chars))
-    numbers = "".join(f"{rng.randrange(10**rng.randint(1, 12))}, " for _ in range(chars // 8))
+    numbers = "".join(f"{rng.randrange(10 ** rng.randint(1, 12))}, " for _ in range(chars // 8))
     record = {"id": 1795460112000, "text": JAPANESE, "tokens": 12, "at": "2026-11-23T10:15:30Z"}
     found = {
         "日本語": JAPANESE * (chars // len(JAPANESE) + 1),

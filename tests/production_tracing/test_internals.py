@@ -194,3 +194,40 @@ def test_get_configured_trace_metadata() -> None:
     assert _internals.scope_metadata() == {}
     with mlflow.tracing.context(metadata={"caller.trace_id": "1"}):
         assert _internals.scope_metadata() == {"caller.trace_id": "1"}
+
+
+# ---- マスキング ----
+
+
+def test_attributes_of_span_events_can_be_rewritten(tracking_uri: str, stored: Any) -> None:
+    """``LiveSpan._span``、OpenTelemetry の ``Span._events`` と ``Event._attributes``。"""
+    with mlflow.start_span("root") as span:
+        span.add_event(SpanEvent("note", attributes={"text": "secret"}))
+        span.add_event(SpanEvent("other"))
+        _internals.rewrite_events(span, lambda events: [{"size": len(events)} for _ in events])
+    events = stored()[0].data.spans[0].events
+    assert [(one.name, one.attributes) for one in events] == [
+        ("note", {"size": 2}),
+        ("other", {"size": 2}),
+    ]
+
+
+def test_description_of_a_status_can_be_rewritten(tracking_uri: str) -> None:
+    """OpenTelemetry の ``Status._description``。"""
+    span = mlflow.start_span_no_context("root")
+    _internals.rewrite_status(span, lambda _: "not called: there is no description")
+    span.record_exception(ValueError("secret"))
+    _internals.rewrite_status(span, str.upper)
+    assert span.status.description == "VALUEERROR: SECRET"
+    span.end()
+
+
+def test_info_of_an_open_trace_is_in_the_trace_manager(tracking_uri: str) -> None:
+    """``InMemoryTraceManager.get_trace`` の ``info``(プレビューと評価も)。"""
+    span = mlflow.start_span_no_context("root")
+    with _internals.open_trace_info(span.trace_id) as info:
+        assert info is not None and (info.trace_id, info.assessments) == (span.trace_id, [])
+        assert info.request_preview is None and info.response_preview is None
+    span.end()
+    with _internals.open_trace_info("tr-unknown") as info:
+        assert info is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import mlflow
@@ -20,6 +20,7 @@ from chapter8_samples.production_tracing.metadata_tagging import (
     init_flask,
     request_scope,
 )
+from chapter8_samples.production_tracing.spans import traced_stream
 
 
 @mlflow.trace
@@ -168,13 +169,23 @@ def test_fastapi_middleware(tracking_uri: str, stored: Any) -> None:
 
         return StreamingResponse(body())
 
+    @app.get("/traced")
+    def traced_endpoint() -> StreamingResponse:
+        def body() -> Iterator[str]:
+            step()
+            yield "ok"
+
+        return StreamingResponse(traced_stream("chat", body()))
+
     with TestClient(app) as client:
-        for path in ("sync", "async", "stream"):
+        for path in ("sync", "async", "stream", "traced"):
             assert client.get(f"/{path}", headers={"x-user-id": path}).status_code == 200
         client.get("/sync")
     stored()
     assert [len(find_traces(user=name)) for name in ("sync", "async", "stream")] == [1, 1, 1]
-    assert len(find_traces()) == 4
+    (traced,) = find_traces(user="traced")
+    assert [span.name for span in traced.data.spans] == ["chat", "step"]
+    assert len(find_traces()) == 5
 
 
 @pytest.mark.slow

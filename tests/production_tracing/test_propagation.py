@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,7 +32,11 @@ from chapter8_samples.production_tracing import (
     run_with_context,
     traced_stream,
 )
-from chapter8_samples.production_tracing.propagation import CALLER_SPAN_ID, CALLER_TRACE_ID
+from chapter8_samples.production_tracing.propagation import (
+    CALLER_SPAN_ID,
+    CALLER_TRACE_ID,
+    scope_flask_requests,
+)
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 VALID = {
@@ -379,6 +387,107 @@ def test_flask_errors_and_its_test_client_work_as_before(collected: Any) -> None
     step()
     (trace,) = collected()
     assert "mlflow.trace.user" not in trace.info.trace_metadata
+
+
+@contextlib.contextmanager
+def serving_flask(port: int, body: Callable[[], Iterator[str]]) -> Iterator[None]:
+    from flask import Flask, Response
+    from werkzeug.serving import make_server
+
+    app = Flask("app")
+    init_flask(app)
+    app.get("/")(lambda: Response(traced_stream("chat", body())))
+    server = make_server("127.0.0.1", port, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@contextlib.contextmanager
+def serving_fastapi(port: int, body: Callable[[], Iterator[str]]) -> Iterator[None]:
+    import uvicorn
+    from fastapi import FastAPI
+    from fastapi.responses import StreamingResponse
+
+    app = FastAPI()
+    app.add_middleware(RequestContextMiddleware)  # type: ignore[arg-type]
+    app.get("/", response_model=None)(lambda: StreamingResponse(traced_stream("chat", body())))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("serving", [serving_flask, serving_fastapi])
+def test_streams_of_real_servers(collected: Any, free_port: int, serving: Any) -> None:
+    """最後まで読むクライアントと、途中で切断するクライアント。"""
+    import requests
+
+    mlflow.set_experiment("real server")
+    closed = threading.Event()
+
+    def endless() -> Iterator[str]:
+        try:
+            while True:
+                step()
+                yield "word " * 1000
+        finally:
+            closed.set()
+
+    def two() -> Iterator[str]:
+        yield from words()
+
+    url = f"http://127.0.0.1:{free_port}/"
+    headers = {"X-User-Id": "u", "X-Session-Id": "s"}
+    for body in (two, endless):
+        with serving(free_port, body), requests.get(url, headers=headers, stream=True) as answer:
+            if body is two:
+                assert answer.text == "ab"
+            else:
+                assert next(answer.iter_content(100)).startswith(b"word")
+                answer.close()
+                while not closed.wait(0.1):
+                    gc.collect()
+    full, cut = collected()
+    for trace in (full, cut):
+        metadata = trace.info.trace_metadata
+        assert (metadata["mlflow.trace.user"], metadata["mlflow.trace.session"]) == ("u", "s")
+        (chat,) = [span for span in trace.data.spans if span.name == "chat"]
+        assert {span.parent_id for span in trace.data.spans} == {None, chat.span_id}
+    assert cut.data.spans[0].get_attribute("stream.aborted") is True
+    assert not InMemoryTraceManager.get_instance()._traces
+
+
+def test_a_flask_response_that_nobody_closes_leaves_no_scope_behind(
+    collected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """テストクライアントの応答は、ふつう閉じられない。"""
+    from flask import Flask
+
+    complaints: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    left: list[str] = []
+
+    @contextlib.contextmanager
+    def scope(headers: Any) -> Iterator[None]:
+        with request_scope(RequestContext(user_id="u")):
+            yield
+        left.append(headers["X-User-Id"])
+
+    app = Flask("app")
+    scope_flask_requests(app, scope)
+    app.get("/")(lambda: "ok")
+    app.test_client().get("/", headers={"X-User-Id": "u"})
+    gc.collect()
+    assert (left, complaints) == (["u"], [])
 
 
 # ---- スレッドと非同期 ----

@@ -397,9 +397,9 @@ def test_a_moved_internal_is_named_and_nothing_stays_attached(
 # ---- MLflow なしで、仕組みだけを試す ----
 
 
-def a_span(trace_id: int, number: int) -> ReadableSpan:
+def a_span(trace_id: int, number: int, *, flags: int = 1) -> Any:
     """``number`` が 0 ならルート。"""
-    context = SpanContext(trace_id, number + 1, is_remote=False, trace_flags=TraceFlags(1))
+    context = SpanContext(trace_id, number + 1, is_remote=False, trace_flags=TraceFlags(flags))
     parent = SpanContext(trace_id, 1, is_remote=False) if number else None
     return ReadableSpan("span", context=context, parent=parent, start_time=1, end_time=2)
 
@@ -414,8 +414,7 @@ def test_whatever_ends_first_a_trace_is_sent_whole_or_not_at_all(
     )
     sent: list[ReadableSpan] = []
     for trace_id in range(1, 5):  # 4 つめが始まると、1 つめはあふれて残る
-        root: Any = a_span(trace_id, 0)
-        sampler.span_started(root)
+        sampler.span_started(a_span(trace_id, 0))
     for trace_id, number in order:
         sampler.span_ended(a_span(trace_id, number), sent.append)
     ids = [(span.context.trace_id, span.context.span_id) for span in sent]
@@ -424,8 +423,27 @@ def test_whatever_ends_first_a_trace_is_sent_whole_or_not_at_all(
     assert (stats.kept, stats.dropped, stats.evicted, stats.open_traces) == (2, 2, 1, 0)
 
 
+def test_uninstall_sends_what_it_holds(tracking_uri: str) -> None:
+    sampler = TailSampler(lambda _trace: Decision(0.0, "none")).install()
+    sent: list[ReadableSpan] = []
+    sampler.span_started(a_span(1, 0))
+    sampler.span_ended(a_span(1, 1), sent.append)
+    assert not sent
+    sampler.uninstall()
+    sampler.span_ended(a_span(1, 0), sent.append)
+    assert [span.context.span_id for span in sent] == [2, 1]
+
+
+def test_a_span_that_is_recorded_but_not_sampled_is_not_counted() -> None:
+    """アプリ自身のプロバイダーには、計測のためだけに記録するサンプラー(``RECORD_ONLY``)もある。"""
+    sampler, sent = TailSampler(lambda _trace: Decision(0.0, "none")), list[ReadableSpan]()
+    sampler.span_started(a_span(1, 0, flags=0))
+    sampler.span_ended(a_span(1, 0, flags=0), sent.append)
+    assert len(sent) == 1 and sampler.stats().dropped == 0
+
+
 def test_a_trace_evicted_while_the_policy_thinks_is_sent_whole() -> None:
-    roots: list[Any] = [a_span(1, 0), a_span(2, 0)]
+    roots = [a_span(1, 0), a_span(2, 0)]
 
     def policy(_trace: TraceSummary) -> Decision:
         sampler.span_started(roots[1])

@@ -158,6 +158,17 @@ def test_a_stream_that_nobody_reads_leaves_nothing(collected: Any) -> None:
     assert collected() == [] and nothing_is_open()
 
 
+def test_a_stream_that_is_found_by_the_garbage_collector_ends(collected: Any) -> None:
+    """切断のあと、例外とフレームの循環の中に残されたもの(弱い参照は、先に消されている)。"""
+    cycle: list[Any] = [traced_stream("stream", words())]
+    cycle.append(cycle)
+    next(cycle[0])
+    del cycle
+    gc.collect()
+    (trace,) = collected()
+    assert describe(trace) == ("OK", "a", True) and nothing_is_open()
+
+
 def test_chunks_that_are_no_iterable_are_an_error_of_the_stream(collected: Any) -> None:
     nothing: Any = None
     with pytest.raises(TypeError):

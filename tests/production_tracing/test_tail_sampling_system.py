@@ -18,10 +18,10 @@ from chapter8_samples.production_tracing.basic_setup import setup_production_tra
 import contextlib, json
 
 def report(sampler, **more):
-    print(flush_traces(60))
-    stats = sampler.stats()
+    flushed, stats = flush_traces(60), sampler.stats()
     print(json.dumps({"kept": stats.kept, "dropped": stats.dropped, "open": stats.open_traces,
-                      "rules": stats.by_rule, **more}))
+                      "rules": stats.by_rule, "lost": [flushed.error, flushed.undelivered],
+                      **more}))
 """
 REQUESTS = """
 def request(number):
@@ -40,6 +40,7 @@ def result(program: Any, body: str, **environment: str) -> dict[str, Any]:
 
 def assert_exactly_the_kept_ones(traces: list[Any], report: dict[str, Any], spans: int) -> None:
     assert len(traces) == report["kept"] and report["open"] == 0
+    assert report["lost"] == [None, 0]  # 間引いたものは、失ったものではない
     for trace in traces:
         ids = {span.span_id for span in trace.data.spans}
         assert len(ids) == spans

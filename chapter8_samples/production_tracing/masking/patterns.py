@@ -91,10 +91,16 @@ def _card(text: str) -> bool:
     return re.match(_ISSUERS, _digits(text)) is not None and luhn(text)
 
 
-def _lone_my_number(text: str) -> bool:
-    """検査数字に合い、日時にも、年を 3 つ並べたもの(2021 2022 2023)にも読めないか。"""
+def _bare_my_number(text: str) -> bool:
+    """検査数字に合い、日時に読めないか。"""
+    return my_number(text) and not re.fullmatch(_TIMESTAMP, text)
+
+
+def _grouped_my_number(text: str) -> bool:
+    """検査数字に合い、2026-0901-1234 のような日時でも、年を 3 つ並べたものでもないか。"""
     digits = _digits(text)
-    return my_number(digits) and not re.fullmatch(rf"{_TIMESTAMP}|{_YEAR * 3}", digits)
+    dated = re.fullmatch(rf"{_YEAR}(?:{_MONTH}{_DAY}{_TIME}|{_YEAR}{_YEAR})", digits)
+    return my_number(digits) and not dated
 
 
 def _landline(text: str) -> bool:
@@ -126,7 +132,7 @@ _YEAR, _MONTH, _DAY = r"(?:19|20)\d\d", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d
 _TIME = r"(?:[01]\d|2[0-3])[0-5]\d"
 # yyyymmddHHMM、yymmddHHMMSS、ddmmyyyyHHMM、mmddyyyyHHMM
 _TIMESTAMP = (
-    rf"{_YEAR}{_MONTH}{_DAY}{_TIME}|[0-4]\d{_MONTH}{_DAY}{_TIME}[0-5]\d"
+    rf"{_YEAR}{_MONTH}{_DAY}{_TIME}|[0-3]\d{_MONTH}{_DAY}{_TIME}[0-5]\d"
     rf"|(?:{_DAY}{_MONTH}|{_MONTH}{_DAY}){_YEAR}{_TIME}"
 )
 # Visa、Mastercard、Amex、JCB、Diners、Discover、UnionPay
@@ -140,13 +146,19 @@ _CODE = (
 # "型番 "、"注文番号は"、"order_id=" など。続く番号は、個人情報の形に偶然合っても隠さない
 _SUFFIX = r"[ _-]?(?:番号|コード|no\.?|number|id|code|#)"
 _AFTER = r"[\s:=#\"'\\は「(]{0,8}$"
-_PRODUCT = rf"(?i:isbn(?:-?1[03])?|jan|sku|[型品]番|(?:商品|製品|部品|part|item|product){_SUFFIX}){_AFTER}"
+_PRODUCT = (
+    rf"(?i:isbn(?:-?1[03])?|jan|sku|[型品]番|(?:商品|製品|部品|part|item|product){_SUFFIX}){_AFTER}"
+)
 _LABEL = (
     rf"{_PRODUCT}|(?i:追跡|伝票|送り状|tracking|(?:注文|受注|発注|伝票|追跡|送り状|合わ?せ|荷物|配送|会員"
     r"|顧客|管理|受付|予約|請求書?|整理|シリアル|チケット|案件"
     rf"|order|tracking|invoice|ticket|member|serial){_SUFFIX}){_AFTER}"
 )
-_IN_WORD = re.compile(r"[0-9A-Za-z]$")
+# 4-4-4 は、宅配便の追跡番号の書き方でもある
+_PARCEL = (
+    r"(?i:追跡|伝票|送り状|荷物|配送|配達|宅配|発送|お届け|tracking|shipment|parcel)[^。\n]{0,12}$"
+)
+_PARCELS = f"{_CODE}|{_LABEL}|{_PARCEL}"
 
 _GAP = r"[-\s()]{1,3}"
 _GAPS = (_GAP, r"\s?\.\s?", r"\s?/\s?", "_")
@@ -173,10 +185,11 @@ _LOCAL = r"[A-Za-z0-9._%+-]"
 _EMAIL = rf"{_LOCAL}(?<!{_LOCAL}.){_LOCAL}*@(?:[\w-]+\.)+[A-Za-z]{{2,}}"
 _USERINFO = r"""://(?P<pii>[^\s/:@"'<>,]*:[^\s/@"'<>,]+)@"""
 _PEM = (
-    r"-----BEGIN[ +][A-Z0-9 +]*PRIVATE[ +]KEY[A-Z +]*-----(?:[^-]|-(?!----))*(?:-----END[A-Z0-9 +]*-----)?"
+    r"-----BEGIN[ +][A-Z0-9 +]*PRIVATE[ +]KEY[A-Z +]*-----"
+    r"(?:[^-]|-(?!----))*(?:-----END[A-Z0-9 +]*-----)?"
 )
 _API_KEYS = {  # 含まれるはずの文字列(小文字)と、形
-    "sk-": r"sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}",  # OpenAI、Anthropic
+    "sk-": r"sk-(?=[A-Za-z_-]{0,40}[0-9])[A-Za-z0-9_-]{16,}",  # OpenAI、Anthropic
     "dapi": r"dapi[0-9a-f]{32}",  # Databricks
     "akia asia": r"A[KS]IA[0-9A-Z]{16}",  # AWS
     "ghp_ gho_ ghu_ ghs_ ghr_": r"gh[pousr]_[A-Za-z0-9]{30,}",  # GitHub
@@ -190,11 +203,13 @@ _API_KEYS = {  # 含まれるはずの文字列(小文字)と、形
     "xai- pplx- nvapi-": r"(?:xai|pplx|nvapi)-[A-Za-z0-9_-]{20,}",  # xAI、Perplexity、NVIDIA
     "gsk_ r8_": r"gsk_[A-Za-z0-9]{20,}|r8_[A-Za-z0-9]{20,}",  # Groq、Replicate
     "lsv2_": r"lsv2_[a-z]{2}_\w{20,}",  # LangSmith
-    "eyj": r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # JWT
+    "eyj": r"eyJ[A-Za-z0-9_-]{8,999}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}",  # JWT
 }
 _BEARER = r"[Bb](?i:earer)[\s+]+(?P<pii>[A-Za-z0-9._~+/-]{16,}=*)"
-_BASIC = r"[Aa](?i:uthorization)\W{1,5}(?i:basic|bearer|token)[\s+]+(?P<pii>[A-Za-z0-9._~+/-]{4,}=*)"
-_COOKIE = r"[Cc](?i:ookie):\s*(?P<pii>[!-~]+=[^\n\"']+)"
+_BASIC = (
+    r"[Aa](?i:uthorization)\W{1,5}(?i:basic|bearer|token)[\s+]+(?P<pii>[A-Za-z0-9._~+/-]{4,}=*)"
+)
+_COOKIE = r"[Cc](?i:ookie):\s*(?P<pii>[!-~]{1,99}=[^\n\"']+)"
 
 PASSWORD_NAME = re.compile(r"(?i)(?:passwo?r?d|passphrase|passcode|pwd|パスワード|暗証番号)s?\d?$")
 """辞書のキー。値は、形によらず隠す。"""
@@ -205,7 +220,7 @@ KEY_NAME = re.compile(
 _PASSWORD_NAMES = r"(?<=p)(?:asswo?r?d|assphrase|asscode|wd)|(?<=パ)スワード|(?<=暗)証番号"
 _PASSWORD_HINTS = ("passw", "passp", "passc", "pwd", "パスワード", "暗証番号")
 _PASSWORD_IN_JAPANESE = (
-    r"(?:パスワード|暗証番号)[はが:=\s「『]{1,4}(?=[!-~]*[0-9])(?P<pii>[!-~]{4,})"
+    r"(?:パスワード|暗証番号)[はが:=\s「『]{1,4}(?=[!-~]{0,99}[0-9])(?P<pii>[!-~]{4,})"
 )
 _KEY_NAMES = (
     r"(?<=s)ecret(?:[-_ ]?access)?(?:[-_ ]?key)?s?|(?<=t)oken"
@@ -254,9 +269,15 @@ def _named(first: str, names: str) -> re.Pattern[str]:
             (?:(?!(?<!\\)(?P=quote))[^\n])+           # 引用符で囲んだ値
             | (?:[\[{{][^\[\]{{}}]+[\]}}]?            # リスト、辞書
             | (?<==)(?!{_NOTHING}){_BARE}              # "=" の直後(URL、環境変数)
-            | (?=[!-~]{{6}})(?=[!-~]*[0-9])(?=[!-~]*[A-Za-z]){_BARE})
+            | (?=[!-~]{{6}})(?=[!-~]{{0,99}}[0-9])(?=[!-~]{{0,99}}[A-Za-z]){_BARE})
         ))""",
         re.VERBOSE,
+    )
+
+
+def _api_key(hints: str, form: str) -> Pattern:
+    return Pattern(
+        "API_KEY", re.compile(rf"(?<![0-9A-Za-z])(?:{form})"), hints=tuple(hints.split())
     )
 
 
@@ -270,17 +291,14 @@ DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     Pattern("API_KEY", re.compile(_COOKIE), hints=("cookie:",)),
     Pattern("API_KEY", re.compile(_BASIC), hints=("authorization",)),
     Pattern("API_KEY", re.compile(_BEARER), _token, hints=("bearer",)),
-    *(
-        Pattern("API_KEY", re.compile(form), unless=_IN_WORD, hints=tuple(hints.split()))
-        for hints, form in _API_KEYS.items()
-    ),
+    *(_api_key(hints, form) for hints, form in _API_KEYS.items()),
     Pattern("EMAIL", re.compile(_EMAIL), _mail, hints=("@",)),
     _number("CARD", "[2-6]", "4-4-4-4-3", _ANY_GAP, valid=_card),  # UnionPay など
     _number("CARD", "[2-6]", "4-4-4-4 4-6-5 4-6-4 8-8", _ANY_GAP, valid=_card),
     _number("CARD", "[2-6]", "14 15 16 17 18 19", end=_BARE_END, valid=_card),
     Pattern("MY_NUMBER", re.compile(_LABELLED_MY_NUMBER), hints=_MY_NUMBER_HINTS),
-    _number("MY_NUMBER", "[0-9]", "4-4-4", _ANY_GAP, valid=_lone_my_number),
-    _number("MY_NUMBER", "[0-9]", "12", end=_BARE_END, valid=_lone_my_number),
+    _number("MY_NUMBER", "[0-9]", "4-4-4", _ANY_GAP, valid=_grouped_my_number, unless=_PARCELS),
+    _number("MY_NUMBER", "[0-9]", "12", end=_BARE_END, valid=_bare_my_number, unless=_PARCELS),
     Pattern("PHONE", re.compile(_ABROAD), numeric=True),
     _number("PHONE", "0(?=[5-9]0)", _MOBILE, *_GAPS, unless=_CODE),
     _number("PHONE", "0(?=[5-9]0)", "11", end=_BARE_END, unless=_CODE),

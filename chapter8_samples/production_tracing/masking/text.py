@@ -13,7 +13,15 @@ from itertools import accumulate
 from typing import Any, NamedTuple, cast
 from urllib.parse import unquote
 
-from .patterns import AFTER, KEY_NAME, LONG_NUMBER, PASSWORD_NAME, Pattern, unmasked
+from .patterns import (
+    AFTER,
+    DEFAULT_PATTERNS,
+    KEY_NAME,
+    LONG_NUMBER,
+    PASSWORD_NAME,
+    Pattern,
+    unmasked,
+)
 
 # 半角にして同じ規則で見つける文字: 全角、漢数字、数字の後のハイフン・罫線・長音記号・中黒
 _HYPHENS = (
@@ -33,20 +41,21 @@ _WIDE = re.compile(
     rf"[！-～{_KANJI}{_MARKS}](?:(?<=[！-～])[！-～]*|(?<=[{_KANJI}])[{_KANJI}]+"
     rf"|(?<=[\d\s()（）{_KANJI}][{_MARKS}]))"
 )
-# 文字を別の書き方にしたもの: JSON や repr の "\\u3042"・"\\xe9"・"\\n"、URL の "%40"、HTML の "&#64;"。
+# 文字を別の書き方にしたもの: JSON や repr の "\\u3042" と "\\n"、URL の "%40"、HTML の "&#64;"。
 # 幅のない文字は、読む人には見えない
 _UNSEEN = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u20e3\ufe00-\ufe0f\ufeff"
 _ESCAPED = re.compile(
     rf"[\\%&+{_UNSEEN}](?:"
-    r"(?<=\\)\\*(?:u[0-9a-fA-F]{4}(?:(?<!u[dD]...)(?:\\+u(?![dD][89a-fA-F])[0-9a-fA-F]{4})+)?|x[c-fC-F][0-9a-fA-F](?:\\+x[89abAB][0-9a-fA-F])+"
+    r"(?<=\\)\\{0,8}(?:u[0-9a-fA-F]{4}(?:(?<!u[dD]...)(?:\\+u(?![dD][89a-fA-F])[0-9a-fA-F]{4})+)?|x[c-fC-F][0-9a-fA-F](?:\\+x[89abAB][0-9a-fA-F])+"
     r"|x[0-9a-fA-F]{2}|[nrtfv])"
     r"|(?<=%)(?:[c-fC-F][0-9a-fA-F](?:%[89abAB][0-9a-fA-F])+|[0-9a-fA-F]{2})"
     r"|(?<=&)(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|amp|nbsp|commat|period|hyphen);"
     r"|(?<=[0-9)]\+)(?=[0-9(%])"
     rf"|(?<=[{_UNSEEN}])[{_UNSEEN}]*)"
 )
-# 何も見つからない短い文字列を、すぐに終える
+# 既定の規則では何も見つからない文字列を、すぐに終える
 _MAYBE = re.compile(r"[0-9０-９〇一二三四五六七八九@＠:：=＝\\%&]|[A-Za-z0-9_-]{16}|BEGIN")
+_ANYTHING = re.compile("")
 # ストリーミングの断片を並べたもの: JSON や repr の同じ名前の値と、"data: " の行
 _FRAME = re.compile(
     r"""([A-Za-z_](?<![0-9A-Za-z_].)\w{0,30})\\*["']?\s?[:=]\s?(\\*["'])((?:(?!\2)[^\n])*)\2"""
@@ -233,7 +242,7 @@ def _parsed(text: str) -> Any:
         return None
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -256,6 +265,7 @@ class Pass:
 
     def __init__(self, patterns: tuple[Pattern, ...], masked: Counter[str]) -> None:
         self._patterns = patterns
+        self._maybe = _MAYBE if patterns == DEFAULT_PATTERNS else _ANYTHING
         self._masked = masked
         self._known: dict[str, list[Found]] = {}
 
@@ -277,7 +287,7 @@ class Pass:
     def find(self, text: str) -> list[Found]:
         """隠す範囲。"""
         if text not in self._known:
-            self._known[text] = self._search(text) if _MAYBE.search(text) else []
+            self._known[text] = self._search(text) if self._maybe.search(text) else []
         return self._known[text]
 
     def _find_in(self, leaf: Leaf) -> list[Found]:
@@ -322,7 +332,8 @@ class Pass:
         plain, lower, result = folded.text, folded.text.lower(), list[Found]()
         everywhere = [(0, len(plain))]
         numbers = [
-            (max(0, found.start() - 1), found.end() + AFTER) for found in LONG_NUMBER.finditer(plain)
+            (max(0, found.start() - 1), found.end() + AFTER)
+            for found in LONG_NUMBER.finditer(plain)
         ]
         for pattern in self._patterns:
             if pattern.hints and not any(hint in lower for hint in pattern.hints):
