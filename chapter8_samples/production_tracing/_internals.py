@@ -1,7 +1,4 @@
-"""8.1 が使う、MLflow の公開 API にない名前(MLflow 3.17.2 で確かめたもの)。
-
-テールサンプリング、ディスクへの置き場、マスキングが差し替える名前は、それぞれのファイルにある。
-"""
+"""8.1 が使う、MLflow と OpenTelemetry の公開 API にない名前(MLflow 3.17.2 で確かめたもの)。"""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -13,17 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib import import_module
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import mlflow.tracing
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.trace import INVALID_SPAN, Span, get_current_span, set_span_in_context
 
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan, Trace, TraceInfo
     from mlflow.tracing.client import TracingClient
     from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import SpanProcessor, SynchronousMultiSpanProcessor
+    from opentelemetry.sdk.trace import SynchronousMultiSpanProcessor
     from opentelemetry.sdk.trace import TracerProvider as SdkProvider
     from opentelemetry.sdk.trace.id_generator import IdGenerator
     from opentelemetry.sdk.trace.sampling import Sampler
@@ -57,8 +56,8 @@ def use_id_generator(generator: IdGenerator) -> None:
 
 
 def reset_but_keep_settings() -> None:
-    """``mlflow.tracing.reset()`` が消すもの(マスク処理、``set_destination`` の送り先、ID の作り方、無効)を、
-    作り直した後にも引き継ぐ。読み出す公開 API がない。
+    """``mlflow.tracing.reset()`` が消すもの(マスク処理、``set_destination`` の送り先、ID の
+    作り方、無効)を、作り直した後にも引き継ぐ。読み出す公開 API がない。
     """
     from mlflow.tracing.config import get_config
     from mlflow.tracing.provider import _MLFLOW_TRACE_USER_DESTINATION as destination
@@ -81,78 +80,156 @@ def mlflow_trace_id(span: Any) -> str:
     return f"tr-{span.context.trace_id:032x}"
 
 
-def observe_exports(ended: Callable[[str], None], send: Callable[..., Any]) -> Callable[[], None]:
-    """ルートスパンの終わりを ``ended`` に、送信を ``send(名前, 元の関数, *引数)`` に通す。
-
-    MLflow は送信の結果を返さず、キューから捨てた数も残さない。クラスのメソッドを包むので、
-    プロバイダーが作り直されても外れない。戻り値を呼ぶと元に戻る。
-    """
-    from mlflow.tracing.client import TracingClient
-    from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
-    from mlflow.tracing.processor.otel import OtelSpanProcessor
-
-    def on_end(call: Callable[..., Any], processor: Any, span: Any) -> None:
-        if span.parent is None:
-            ended(mlflow_trace_id(span))
-        call(processor, span)
-
-    def on_end_otlp(call: Callable[..., Any], processor: Any, span: Any) -> None:
-        exporter = processor.span_exporter
-        if processor._should_register_traces:  # MLflow にも送る設定では、そちらで数える
-            if "export" not in vars(exporter):
-                exporter.export = partial(send, "export", exporter.export)
-                undo.append(partial(vars(exporter).pop, "export"))
-            on_end(call, processor, span)
-        else:
-            call(processor, span)
-
-    def request(name: str) -> Callable[..., Any]:
-        def around(call: Callable[..., Any], client: Any, *values: Any, **named: Any) -> Any:
-            return send(name, partial(call, client), *values, *named.values())
-
-        return around
-
-    undo: list[Callable[[], object]] = [
-        _around(MlflowV3SpanProcessor, "_on_end_impl", on_end),
-        _around(OtelSpanProcessor, "on_end", on_end_otlp),
-        *(_around(TracingClient, name, request(name)) for name in EXPORT_REQUESTS),
-    ]
-
-    def restore() -> None:
-        for step in undo:
-            step()
-
-    return restore
-
-
 EXPORT_REQUESTS = ("start_trace", "log_spans", "_upload_trace_data", "_upload_attachments")
 
 
-def _around(owner: type, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
-    """``owner.name`` を ``wrapper(元の関数, self, ...)`` に包む。戻り値を呼ぶと元に戻る。"""
-    own, original = vars(owner).get(name), getattr(owner, name, None)
-    if original is None:
-        raise RuntimeError(f"MLflow {mlflow.__version__} has no {owner.__name__}.{name}")
+class EndedRoots(SpanProcessor):
+    """残すと決まったルートスパンの終わりを知らせる(公開の ``add_span_processor`` で足す)。"""
 
-    @wraps(original)
-    def method(*values: Any, **named: Any) -> Any:
-        return wrapper(original, *values, **named)
+    after_sampling = True
 
-    setattr(owner, name, method)
-    return lambda: setattr(owner, name, own) if own else delattr(owner, name)
+    def __init__(self) -> None:
+        self.tell: Callable[[str], None] | None = None
+
+    def on_end(self, span: ReadableSpan) -> None:
+        if self.tell is not None and span.parent is None:
+            self.tell(mlflow_trace_id(span))
+
+
+class _WatchedClient:
+    """``TracingClient`` の代わりに置き、送信を 1 回ずつ ``send(名前, 元の関数, *引数)`` に通す。"""
+
+    def __init__(self, client: TracingClient, send: Callable[..., Any]) -> None:
+        self._client = client
+        self._send = send
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        return partial(self._send, name, value) if name in EXPORT_REQUESTS else value
+
+
+class ExportHooks:
+    """いまのプロバイダーの送信に立ち会う。MLflow は送信の結果を返さず、捨てた数も残さない。
+
+    クラスには触れない。いまの送信処理が持つ相手(インスタンスの属性)だけを、包んだものに替える。
+    """
+
+    def __init__(self, ended: Callable[[str], None], send: Callable[..., Any]) -> None:
+        self.accept: Callable[[Trace], None] | None = None
+        """あれば、完成したトレースを送る代わりにここへ渡す。"""
+        self._ended = ended
+        self._send = send
+        self._undo: list[Callable[[], object]] = []
+        self._attached: object = None
+
+    def attach(self) -> list[str]:
+        """まだなら、いまのプロバイダーにつなぐ。もう送信を待っていたトレースの ID を返す。
+
+        Raises:
+            RuntimeError: MLflow の内部が変わった。
+        """
+        provider: Any = current_provider()
+        if provider is self._attached or not hasattr(provider, "add_span_processor"):
+            return []
+        self._attached = provider
+        processors = mlflow_processors()
+        try:
+            for processor in processors:
+                self._wrap(processor)
+            self._watch_roots(provider)
+            return [trace_id for processor in processors for trace_id in _waiting_in(processor)]
+        except AttributeError as error:
+            raise RuntimeError(f"MLflow {mlflow.__version__} has changed: {error}") from error
+
+    def detach(self) -> None:
+        """元に戻す。"""
+        for step in self._undo:
+            step()
+        self._undo.clear()
+        self._attached = None
+
+    def _watch_roots(self, provider: SdkProvider) -> None:
+        pipeline: Any = provider._active_span_processor
+        known = [one for one in processors_of(pipeline) if isinstance(one, EndedRoots)]
+        watcher = known[0] if known else EndedRoots()
+        if not known:
+            provider.add_span_processor(watcher)
+        watcher.tell = self._ended
+        self._undo.append(partial(setattr, watcher, "tell", None))
+
+    def _wrap(self, processor: Any) -> None:
+        exporter = processor.span_exporter
+        if hasattr(exporter, "_log_trace"):
+            self._set(exporter, "_client", _WatchedClient(exporter._client, self._send))
+            self._set(exporter, "_log_trace", partial(self._log_trace, exporter._log_trace))
+            log_spans = partial(self._log_spans, exporter._export_spans_incrementally)
+            self._set(exporter, "_export_spans_incrementally", log_spans)
+        elif processor._should_register_traces:  # MLflow にも送る設定では、そちらで数える
+            self._set(exporter, "export", partial(self._send, "export", exporter.export))
+
+    def _set(self, owner: Any, name: str, value: object) -> None:
+        own = vars(owner).get(name)
+        setattr(owner, name, value)
+        undo = partial(setattr, owner, name, own) if own else partial(delattr, owner, name)
+        self._undo.insert(0, undo)
+
+    def _log_trace(self, call: Callable[..., None], trace: Trace, *rest: Any, **named: Any) -> None:
+        if self.accept is None:
+            call(trace, *rest, **named)
+        else:
+            self.accept(trace)
+
+    def _log_spans(self, call: Callable[..., None], spans: Sequence[Any]) -> None:
+        # 呼び出し元のトレースに加わったスパンは、ここではトレースとして完成しない
+        if kept := [span for span in spans if self.accept is None or _joins_a_caller(span)]:
+            call(kept)
+
+
+def is_after_sampling(processor: SpanProcessor) -> bool:
+    """残すと決まったスパンだけを受け取るものか(MLflow の送信処理と、それに立ち会うもの)。"""
+    ours = isinstance(processor, EndedRoots)
+    return ours or type(processor).__module__.startswith("mlflow.")
+
+
+def mlflow_processors() -> list[Any]:
+    """いまのプロバイダーの、MLflow の送信処理。"""
+    active: Any = getattr(current_provider(), "_active_span_processor", None)
+    processors = processors_of(active) if active is not None else ()
+    return [one for one in processors if type(one).__module__.startswith("mlflow.")]
+
+
+def _batch_of(processor: Any) -> Any:
+    """OpenTelemetry のスパンのキューを持つもの。"""
+    return getattr(
+        getattr(processor, "_batch_delegate", None) or processor, "_batch_processor", None
+    )
+
+
+def _tasks_of(processor: Any) -> Any:
+    """MLflow の送信タスクのキュー。"""
+    queue: Any = getattr(getattr(processor, "span_exporter", None), "_async_queue", None)
+    return None if queue is None else queue._queue
+
+
+def _waiting_in(processor: Any) -> list[str]:
+    """スパンのキュー、背後のスパンの終わりを待つもの、タスクのキューにあるトレース。"""
+    batch, tasks = _batch_of(processor), _tasks_of(processor)
+    spans = list(batch._queue) if batch is not None else []
+    spans += getattr(processor.span_exporter, "_deferred_root_spans", {}).values()
+    queued = list(tasks.queue) if tasks is not None else []
+    return [
+        *(mlflow_trace_id(span) for span in spans if span.parent is None),
+        *(task.args[0].info.trace_id for task in queued if "log_trace" in str(task.handler)),
+    ]
 
 
 def export_is_idle() -> bool:
     """MLflow の送信のキューが、どれも空か(数える公開 API がない)。"""
-    active: Any = getattr(current_provider(), "_active_span_processor", None)
-    for processor in getattr(active, "_span_processors", ()):
-        batch: Any = getattr(
-            getattr(processor, "_batch_delegate", None) or processor, "_batch_processor", None
-        )
+    for processor in mlflow_processors():
+        batch, tasks = _batch_of(processor), _tasks_of(processor)
         if batch is not None and (batch._queue or batch._export_lock.locked()):
             return False
-        tasks: Any = getattr(getattr(processor, "span_exporter", None), "_async_queue", None)
-        if tasks is not None and tasks._queue.unfinished_tasks:
+        if tasks is not None and tasks.unfinished_tasks:
             return False
     return True
 
@@ -310,23 +387,34 @@ def use_pipeline(
         tracer.sampler = sampler
 
 
+_builders: list[Callable[[], None]] = []
+
+
 def watch_provider(built: Callable[[], None]) -> Callable[[], None]:
-    """MLflow がプロバイダーを作るたびに ``built`` を呼ぶ。戻り値を呼ぶとやめる。
+    """MLflow がプロバイダーを作るたびに ``built`` を呼ぶ。戻り値を呼ぶとやめ、最後なら元に戻す。
 
     ``set_experiment`` や ``reset`` は黙って作り直し、公開の手段では知れない(``configure`` に渡した
     関数は ``reset`` で消え、古いプロバイダーには新しいものが知らされない)。
     """
     from mlflow.tracing import provider as module
 
-    original = module._initialize_tracer_provider
+    original: Any = module._initialize_tracer_provider
 
     @wraps(original)
     def build(disabled: bool = False) -> None:
         original(disabled=disabled)
-        built()
+        for one in list(_builders):
+            one()
 
-    module._initialize_tracer_provider = build
-    return lambda: setattr(module, "_initialize_tracer_provider", original)
+    def stop() -> None:
+        _builders.remove(built)
+        if not _builders:
+            module._initialize_tracer_provider = unwrap(module._initialize_tracer_provider)
+
+    if not _builders:
+        module._initialize_tracer_provider = build
+    _builders.append(built)
+    return stop
 
 
 def head_ratio(sampler: Sampler) -> float | None:
@@ -382,7 +470,7 @@ def rewrite_events(span: LiveSpan, change: Callable[[list[Any]], list[dict[str, 
 
 
 def rewrite_status(span: LiveSpan, change: Callable[[str], str]) -> None:
-    """状態の説明(例外の文面)を置き換える。公開の ``set_status`` は、エラーのときしか説明を変えない。"""
+    """状態の説明(例外の文面)を置き換える。公開の ``set_status`` は、エラーのときしか変えない。"""
     status: Any = span._span.status
     if status.description:
         status._description = change(status.description)
@@ -390,7 +478,7 @@ def rewrite_status(span: LiveSpan, change: Callable[[str], str]) -> None:
 
 @contextmanager
 def open_trace_info(trace_id: str) -> Iterator[TraceInfo | None]:
-    """組み立て中のトレースのタグ・メタデータ・プレビュー・評価。まとめて読み書きする公開 API がない。"""
+    """組み立て中のトレースのタグ・メタデータ・プレビュー・評価。まとめて扱う公開 API がない。"""
     from mlflow.tracing.trace_manager import InMemoryTraceManager
 
     with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
@@ -402,31 +490,6 @@ def tracing_client() -> TracingClient:
     from mlflow.tracing.client import TracingClient
 
     return TracingClient()
-
-
-def divert_traces(accept: Callable[[Trace], None]) -> Callable[[], None]:
-    """完成したトレースを、送る代わりに ``accept`` に渡す。送信先を差し替える公開 API がない。
-
-    呼び出し元のトレースに加わったスパンは、ここではトレースとして完成しないので、そのまま送る。
-    戻り値を呼ぶと元に戻る。
-    """
-    from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
-
-    def log_trace(_call: object, _exporter: object, trace: Trace, *_: object, **__: object) -> None:
-        accept(trace)
-
-    def log_spans(call: Callable[..., Any], exporter: object, spans: Sequence[Any]) -> None:
-        if joined := [span for span in spans if _joins_a_caller(span)]:
-            call(exporter, joined)
-
-    undo_trace = _around(MlflowV3SpanExporter, "_log_trace", log_trace)
-    undo_spans = _around(MlflowV3SpanExporter, "_export_spans_incrementally", log_spans)
-
-    def restore() -> None:
-        undo_trace()
-        undo_spans()
-
-    return restore
 
 
 def _joins_a_caller(span: Any) -> bool:

@@ -248,7 +248,7 @@ class _Gate(otel.SynchronousMultiSpanProcessor):
 
     def _send(self, span: ReadableSpan, to_mlflow: bool = True) -> None:
         for processor in _internals.processors_of(self):
-            if type(processor).__module__.startswith("mlflow.") is to_mlflow:
+            if _internals.is_after_sampling(processor) is to_mlflow:
                 processor.on_end(span)
 
 

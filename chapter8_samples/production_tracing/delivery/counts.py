@@ -7,15 +7,19 @@ MLflow は送れなかったトレースをログに書くだけで、数えな�
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .._internals import export_is_idle, has_open_spans, mlflow_trace_id, observe_exports
+from .._internals import ExportHooks, export_is_idle, has_open_spans, mlflow_trace_id
 from .text import send_as_utf8
+
+logger = logging.getLogger(__name__)
 
 _SETTLE_SECONDS = 1.0
 _LONGEST_GRACE_SECONDS = 3.0
@@ -39,8 +43,10 @@ class Ledger:
 
     def __init__(self) -> None:
         self.spooled: Callable[[], int] = lambda: 0
+        self.hooks = ExportHooks(self.ended, self.send)
+        self.problem = ""
+        """数えられないときの理由(MLflow の内部が変わったなど)。"""
         self._users = 0
-        self._undo: Callable[[], None] | None = None
         self.start_over()
 
     def start_over(self) -> None:
@@ -48,6 +54,7 @@ class Ledger:
         self._changed = threading.Condition(threading.Lock())
         self._waiting: dict[str, float] = {}
         self._half: dict[str, float] = {}  # スパンだけが届き、タグやメタデータがまだのもの
+        self._early: deque[str] = deque(maxlen=64)  # 終わりの知らせより先に届いたもの
         self._dropped = self._reported = self._failures = self._sending = 0
         self._first_failure = ""
         self._slowest = self._paused_until = 0.0
@@ -56,22 +63,32 @@ class Ledger:
     def open(self) -> None:
         """数え始める(使う側の数だけ重ねてよい)。"""
         self._users += 1
-        if self._undo is None:
-            self._undo = observe_exports(self.ended, self.send)
-            _watch_forks()
+        self.attach()
+        _watch_forks()
+
+    def attach(self) -> None:
+        """まだなら、いまのプロバイダーにつなぐ(MLflow は黙って作り直すので、何度も呼ぶ)。"""
+        if not self._users or self.problem:
+            return
+        try:
+            for trace_id in self.hooks.attach():
+                self.ended(trace_id)
+        except RuntimeError as error:  # 数えられなくても、記録は続ける
+            self.problem = str(error)
+            logger.warning("undelivered traces are not counted: %s", error)
 
     def release(self) -> None:
         """使う側が 1 つ減った。最後の 1 つなら、MLflow を元に戻す。"""
         self._users = max(0, self._users - 1)
-        if self._users == 0 and self._undo is not None:
-            self._undo()
-            self._undo = None
+        if self._users == 0:
+            self.hooks.detach()
             self.start_over()
 
     def ended(self, trace_id: str) -> None:
         """ルートスパンが終わった。"""
         with self._changed:
-            self._waiting[trace_id] = time.monotonic()
+            if trace_id not in self._early:
+                self._waiting[trace_id] = time.monotonic()
 
     def arrived(self, trace_ids: Iterable[str], *, whole: bool = True) -> None:
         """サーバーかディスクが受け取った(``whole=False`` はスパンだけ)。"""
@@ -80,6 +97,8 @@ class Ledger:
                 ended = self._waiting.pop(trace_id, None)
                 if whole:
                     self._half.pop(trace_id, None)
+                    if ended is None:
+                        self._early.append(trace_id)
                 elif ended is not None:
                     self._half[trace_id] = ended
 
@@ -171,6 +190,7 @@ class Ledger:
 
     def counts(self) -> DeliveryCounts:
         """いまの件数。"""
+        self.attach()
         self.settle(_SETTLE_SECONDS)
         with self._changed:
             backlog = len(self._waiting) + len(self._half)
@@ -202,6 +222,11 @@ def _watch_forks() -> None:
 def start_counting() -> None:
     """数え始める。接続もプロバイダーの作成もしない。"""
     LEDGER.open()
+
+
+def keep_counting() -> None:
+    """作られたプロバイダー、作り直されたプロバイダーにもつなぐ。"""
+    LEDGER.attach()
 
 
 def stop_counting() -> None:

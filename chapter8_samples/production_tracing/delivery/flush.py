@@ -20,10 +20,11 @@ from typing import Any
 import mlflow
 
 from .._internals import current_provider
-from .counts import LEDGER, start_counting, stop_counting
+from .counts import LEDGER, keep_counting, start_counting, stop_counting
 
 logger = logging.getLogger(__name__)
 
+_LOOK_AGAIN_SECONDS = 1.0
 _NO_LIMIT_MS = 24 * 3600 * 1000
 
 
@@ -98,7 +99,11 @@ class FlushWorker:
 
     def _run(self) -> None:
         while True:
-            answer = self._requests.get()
+            try:
+                answer = self._requests.get(timeout=_LOOK_AGAIN_SECONDS)
+            except queue.Empty:
+                keep_counting()
+                continue
             try:
                 error = self._flush()
             except Exception as failure:

@@ -19,7 +19,7 @@ import requests
 from mlflow.exceptions import MlflowException
 
 from .._internals import renew_trace_buffer
-from .counts import delivery_counts, start_counting, stop_counting
+from .counts import delivery_counts, keep_counting, start_counting, stop_counting
 from .ids import use_system_random_ids
 from .otlp import check_otlp, otlp_environment
 from .settings import (
@@ -222,6 +222,7 @@ def _connect(session: _Session) -> str | None:
     if session.disabled:
         mlflow.tracing.enable()
     use_system_random_ids()
+    keep_counting()
     _update(session, experiment_id=experiment.experiment_id, ready=True)
     return None
 

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from .._internals import before_threads_are_joined, reset_but_keep_settings
-from .counts import LEDGER, start_counting, stop_counting
+from .counts import LEDGER, keep_counting, start_counting, stop_counting
 from .flush import FlushResult, FlushWorker, flush_everything, require_seconds
 
 logger = logging.getLogger(__name__)
@@ -262,6 +262,7 @@ def _in_forked_child() -> None:
     if not _watched:
         return
     reset_but_keep_settings()
+    keep_counting()
     for handler in _watched:
         handler._in_forked_child()
 

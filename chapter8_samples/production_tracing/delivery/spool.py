@@ -25,8 +25,8 @@ from pathlib import Path
 from mlflow.entities import Trace
 from mlflow.exceptions import MlflowException
 
-from .._internals import divert_traces, tracing_client
-from .counts import LEDGER
+from .._internals import tracing_client, watch_provider
+from .counts import LEDGER, keep_counting, start_counting, stop_counting
 from .text import send_as_utf8
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,6 @@ class TraceSpool:
         self._fsync = fsync
         self._deliver = deliver
         self._clock = clock
-        self._undo: Callable[[], None] | None = None
         self._counts: Counter[str] = Counter()
         self._remove_old_drafts()
         self._start_over(self._on_disk())
@@ -131,8 +130,13 @@ class TraceSpool:
         if _installed not in (None, self):
             raise RuntimeError("another TraceSpool is installed; uninstall() it first")
         if _installed is None:
-            self._undo = divert_traces(self.accept)
             _installed = self
+            LEDGER.hooks.accept = self.accept
+            start_counting()
+            self._unwatch = watch_provider(keep_counting)
+            if LEDGER.problem:
+                self.uninstall()
+                raise RuntimeError(f"TraceSpool: {LEDGER.problem}")
             LEDGER.spooled = lambda: len(self._on_disk())
             if self._stop.is_set():  # 一度外したものを、つなぎ直す
                 self._start_over(self._on_disk())
@@ -142,9 +146,10 @@ class TraceSpool:
     def uninstall(self) -> None:
         """MLflow の送信に戻す。残ったファイルはそのまま置いておく。"""
         global _installed
-        if self._undo is not None:
-            self._undo()
-            self._undo = _installed = None
+        if _installed is self:
+            _installed = LEDGER.hooks.accept = None
+            self._unwatch()
+            stop_counting()
             LEDGER.spooled = lambda: 0
             self.stop()
 
