@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -232,3 +235,135 @@ def test_info_of_an_open_trace_is_in_the_trace_manager(tracking_uri: str) -> Non
     span.end()
     with _internals.open_trace_info("tr-unknown") as info:
         assert info is None
+
+
+# ---- 送信と終了 ----
+
+
+def test_hooks_see_every_root_and_every_send_and_leave_nothing(tracking_uri: str) -> None:
+    """``span_exporter._client`` を包むと送信が、processor を足すと終わりが、すべて見える。"""
+    from mlflow.tracing.client import TracingClient
+
+    ended, sent = list[str](), list[str]()
+
+    def send(name: str, call: Any, *values: Any) -> Any:
+        sent.append(name)
+        return call(*values)
+
+    with mlflow.start_span("already waiting") as waiting:
+        pass
+    hooks = _internals.ExportHooks(ended.append, send)
+    assert hooks.attach() == [waiting.trace_id] and hooks.attach() == []
+    try:
+        with mlflow.start_span("root") as root, mlflow.start_span("child"):
+            pass
+        mlflow.flush_trace_async_logging()
+    finally:
+        hooks.detach()
+    assert ended == [root.trace_id]
+    assert sorted(sent) == ["log_spans", "start_trace", "start_trace"]
+    (processor,) = _internals.mlflow_processors()
+    assert type(processor.span_exporter._client) is TracingClient
+    assert not {"_log_trace", "_export_spans_incrementally"} & set(vars(processor.span_exporter))
+
+
+@pytest.mark.parametrize("name", _internals.EXPORT_REQUESTS)
+def test_tracing_client_has_what_the_exporter_calls(name: str) -> None:
+    from mlflow.tracing.client import TracingClient
+    from mlflow.tracing.export import mlflow_v3
+
+    assert callable(getattr(TracingClient, name))
+    assert f"self._client.{name}(" in inspect.getsource(mlflow_v3)
+
+
+def test_otel_processor_registers_traces_and_shows_its_exporter() -> None:
+    """OTLP だけの送信では ``_should_register_traces`` が真で、``span_exporter`` が送る。"""
+    from mlflow.tracing.processor.otel import OtelSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    processor: Any = OtelSpanProcessor(exporter, export_metrics=False)
+    try:
+        assert processor._should_register_traces is True
+        assert processor.span_exporter is exporter
+    finally:
+        processor.shutdown()
+
+
+def test_a_moved_name_is_named(tracking_uri: str) -> None:
+    mlflow.tracing.get_bridged_tracer_provider()
+    (processor,) = _internals.mlflow_processors()
+    del processor.span_exporter._client
+    with pytest.raises(RuntimeError, match=r"MLflow .* has changed: .*_client"):
+        _internals.ExportHooks(lambda _: None, lambda *_: None).attach()
+
+
+def test_queues_of_the_batch_processor_and_the_task_queue(tracking_uri: str) -> None:
+    """``_batch_delegate._batch_processor`` と ``_async_queue._queue`` が空かどうかで決まる。"""
+    assert _internals.export_is_idle()
+    with mlflow.start_span("waiting"):
+        pass
+    processor: Any = _internals.processors_of(
+        mlflow.tracing.get_bridged_tracer_provider()._active_span_processor  # type: ignore[attr-defined]
+    )[0]
+    batch: Any = processor._batch_delegate._batch_processor
+    assert len(batch._queue) == 1 and not batch._export_lock.locked()
+    assert not _internals.export_is_idle()
+    mlflow.flush_trace_async_logging()
+    assert processor.span_exporter._async_queue._queue.unfinished_tasks == 0
+    assert _internals.export_is_idle()
+
+
+def test_log_trace_and_export_spans_incrementally_are_diverted(tracking_uri: str) -> None:
+    taken = list[Any]()
+    hooks = _internals.ExportHooks(lambda _: None, lambda _name, call, *values: call(*values))
+    hooks.accept = taken.append
+    mlflow.tracing.get_bridged_tracer_provider()
+    hooks.attach()
+    try:
+        with mlflow.start_span("taken") as span:
+            pass
+        mlflow.flush_trace_async_logging()
+    finally:
+        hooks.detach()
+    assert [trace.info.trace_id for trace in taken] == [span.trace_id]
+    assert mlflow.search_traces(return_type="list", locations=["0"]) == []
+
+
+def test_register_atexit_of_threading_runs_before_the_workers_are_joined() -> None:
+    """``threading._register_atexit`` は、登録と逆の順に、スレッドを待つ前に呼ぶ。"""
+    program = (
+        "import threading\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from chapter8_samples.production_tracing._internals import before_threads_are_joined\n"
+        "pool = ThreadPoolExecutor(1); pool.submit(int)\n"
+        "before_threads_are_joined(lambda: print(pool.submit(lambda: 'alive').result()))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True
+    )
+    assert answer.stdout.strip() == "alive"
+
+
+def test_reset_keeps_processors_and_the_global_value_of_the_destination(
+    tracking_uri: str,
+) -> None:
+    """``reset()`` が消す ``_MLFLOW_TRACE_USER_DESTINATION._global_value`` を残す。"""
+    from mlflow.entities.trace_location import MlflowExperimentLocation
+    from mlflow.tracing.config import get_config
+
+    def mask(span: Any) -> None: ...
+
+    mlflow.tracing.configure(span_processors=[mask])
+    mlflow.tracing.set_destination(MlflowExperimentLocation("0"))
+    _internals.reset_but_keep_settings()
+    assert get_config().span_processors == [mask]
+    destination: Any = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION._global_value
+    assert destination.experiment_id == "0"
+
+
+def test_span_of_a_live_span_has_its_attributes_as_json(tracking_uri: str) -> None:
+    with mlflow.start_span("x") as span:
+        span.set_inputs({"q": 1})
+        assert _internals.raw_attributes(span)["mlflow.spanInputs"] == '{"q": 1}'
