@@ -160,6 +160,14 @@ def test_inside_of_streams(logged: Any, in_trace: bool) -> None:
     assert logged() == [*(f"{trace_id} r1 {word}" for trace_id, word in words), "- - after"]
 
 
+def test_what_is_true_inside_a_stream_does_not_leak_to_its_reader(logged: Any) -> None:
+    with request_scope(RequestContext(request_id="r1")):
+        stream = traced_stream("s", iter("ab"))
+    for _ in stream:
+        app_log.info("reader")
+    assert logged() == ["- - reader"] * 2
+
+
 def test_a_queue_handler_keeps_what_was_true_in_the_request(logged: Any) -> None:
     """``QueueListener`` のスレッドで書いても、付けた値は変わらない。"""
     memory = logging.getLogger("shop").handlers[0]

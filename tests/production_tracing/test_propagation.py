@@ -484,10 +484,14 @@ def test_a_flask_response_that_nobody_closes_leaves_no_scope_behind(
 
     app = Flask("app")
     scope_flask_requests(app, scope)
-    app.get("/")(lambda: "ok")
-    app.test_client().get("/", headers={"X-User-Id": "u"})
+    app.get("/", endpoint="ok")(lambda: "ok")
+    app.get("/fail", endpoint="fail")(lambda: 1 / 0)
+    app.testing = True  # 例外は、そのまま外に出る
+    app.test_client().get("/", headers={"X-User-Id": "not closed"})
+    with pytest.raises(ZeroDivisionError):
+        app.test_client().get("/fail", headers={"X-User-Id": "failed"})
     gc.collect()
-    assert (left, complaints) == (["u"], [])
+    assert (left, complaints) == (["not closed", "failed"], [])
 
 
 # ---- スレッドと非同期 ----

@@ -274,6 +274,7 @@ def test_a_span_held_open_over_chunks_keeps_its_children(collected: Any, threads
             yield llm("a")
             yield llm("b")
         yield llm("c")
+        yield llm("d")
 
     stream = traced_stream("stream", chunks())
     read: Any = in_new_thread if threads else lambda function: function()
@@ -281,8 +282,10 @@ def test_a_span_held_open_over_chunks_keeps_its_children(collected: Any, threads
         assert mlflow.get_current_active_span() is None
     (trace,) = collected()
     spans = tree(trace)
-    assert spans["answer"][:2] == ["llm", "llm"] and spans["stream"][0] == "answer"
-    assert threads or spans == {"-": ["stream"], "stream": ["answer", "llm"], "answer": ["llm"] * 2}
+    if not threads:
+        assert spans["answer"] == ["llm"] * 2 and spans["stream"] == ["answer", "llm", "llm"]
+    else:  # c は、閉じたばかりのスパンの下になる(別の文脈では、閉じたことが伝わらない)
+        assert spans["answer"] == ["llm"] * 3 and spans["stream"] == ["answer", "llm"]
 
 
 def test_stream_made_in_a_span_that_has_ended_is_its_own_trace(collected: Any) -> None:
@@ -586,7 +589,9 @@ def test_fastapi_client_that_disconnects(stored: Any) -> None:
 
     asyncio.run(main(atraced_stream("chat", awords())))
     asyncio.run(main(traced_stream("chat", words())))
-    gc.collect()
+    while not nothing_is_open():  # 読んでいたスレッドが手放してから、片付けられる
+        gc.collect()
+        mlflow.flush_trace_async_logging()
     wanted = {"-": ["chat"], "chat": ["llm", "llm"]}
     assert [tree(trace) for trace in stored("spans")] == [wanted, wanted]
     assert nothing_is_open()
