@@ -504,6 +504,7 @@ SECRETS: list[tuple[Any, Any]] = [
     ({"clientSecret": {"a": {"b": "x"}}}, {"clientSecret": {"a": {"b": "[API_KEY]"}}}),
     ({"Authorization": "x"}, {"Authorization": "[API_KEY]"}),
     ('{"password": "x", "n": 1}', '{"password": "[PASSWORD]", "n": 1}'),
+    ('{"secret": {"a": {"b": "x"}}}', '{"secret": {"a": {"b": "[API_KEY]"}}}'),
     ({"arguments": '{"token": ["x"]}'}, {"arguments": '{"token": ["[API_KEY]"]}'}),
     ("{'password': 'x y'}", "{'password': '[PASSWORD]'}"),
     ('{\\"password\\": \\"x\\"}', '{\\"password\\": \\"[PASSWORD]\\"}'),
@@ -530,6 +531,12 @@ def test_value_is_masked_by_the_name_before_it(value: Any, masked: Any) -> None:
 )
 def test_names_that_only_look_like_a_secret(value: Any) -> None:
     assert mask_pii().value(value) == value
+
+
+def test_json_text_stays_json_and_hides_what_only_its_text_shows() -> None:
+    text = '{"a": {"text": "090"}, "b": {"text": "-8317-2946"}, "n": 4111111111111111}'
+    masked = json.loads(mask_pii().text(text))
+    assert masked == {"a": {"text": "[PHONE]"}, "b": {"text": ""}, "n": "[CARD]"}
 
 
 def test_no_entry_of_a_dictionary_is_lost() -> None:
@@ -791,6 +798,19 @@ def test_harmless_stream_keeps_its_chunks(tracking_uri: str, stored: Any) -> Non
     events = [event.attributes["mlflow.chunk.value"] for event in trace.data.spans[0].events]
     assert [json.loads(value) for value in events] == ["返品は ", "14 日", "以内", "です"]
     assert trace.data.spans[0].outputs == ["返品は ", "14 日", "以内", "です"]
+
+
+def test_attributes_and_tags_are_masked_by_their_names(tracking_uri: str, stored: Any) -> None:
+    mlflow.tracing.configure(span_processors=[mask_pii()])
+    with mlflow.start_span("login") as span:
+        span.set_attributes({"password": "swordfish", "llm.max_tokens": 5})
+        span.add_event(SpanEvent("sent", attributes={"authorization": "swordfish"}))
+        span.add_event(SpanEvent("new_token", attributes={"token": "はい"}))  # LangChain
+        mlflow.update_current_trace(tags={"api_key": "swordfish"}, metadata={"token": "swordfish"})
+    (trace,) = stored()
+    assert [text for text in readable(tracking_uri) if "swordfish" in text] == []
+    assert trace.data.spans[0].attributes["llm.max_tokens"] == 5
+    assert trace.data.spans[0].events[1].attributes == {"token": "はい"}
 
 
 class ChatStream(BaseHTTPRequestHandler):

@@ -31,9 +31,10 @@ def rewrite(span: LiveSpan, change: Change) -> None:
     # 文字列だけを隠すときは、MLflow なしで使えるようにここで読み込む
     from .._internals import open_trace_info, rewrite_events, rewrite_status
 
-    for key, value in span.attributes.items():
-        if key not in _SYSTEM_ATTRIBUTES and (changed := change(value)) != value:
-            _set(span, key, changed)
+    attributes = span.attributes
+    for key, value in _values(attributes, change).items():
+        if key not in _SYSTEM_ATTRIBUTES and value != attributes[key]:
+            _set(span, key, value)
     rewrite_events(span, lambda events: _event_attributes(events, change))
     rewrite_status(span, change)
     with open_trace_info(span.trace_id) as info:
@@ -50,50 +51,58 @@ def _set(span: LiveSpan, key: str, value: Any) -> None:
         span.set_attribute(key, value)
 
 
+def _values(values: dict[str, Any], change: Change) -> dict[str, Any]:
+    """``change`` を当てた値。キーの名前("password" など)も、隠すかどうかを決める。"""
+    changed = change(values)
+    if not isinstance(changed, dict):  # 隠す処理が失敗したとき
+        return dict.fromkeys(values, changed)
+    return dict(zip(values, cast("dict[Any, Any]", changed).values(), strict=True))
+
+
 def _event_attributes(events: list[Any], change: Change) -> list[dict[str, Any]]:
     """イベントの属性。ストリーミングの断片は何件ものイベントに分かれるので、まとめて隠す。"""
+    originals = [dict(event.attributes or {}) for event in events]
     # LangChain の "new_token" の token は、秘密ではなく文の断片
-    marks = [" piece" if event.name == "new_token" else "" for event in events]
     values = [
-        {f"{key}{mark}": value for key, value in (event.attributes or {}).items()}
-        for event, mark in zip(events, marks, strict=True)
+        {
+            f"{key} piece" if event.name == "new_token" else key: attributes[key]
+            for key in attributes
+        }
+        for event, attributes in zip(events, originals, strict=True)
     ]
     changed = change(values)
-    if not isinstance(changed, list):  # 隠す処理が失敗したとき
-        return [{"removed": changed} for _ in events]
+    if not isinstance(changed, list):
+        return [dict.fromkeys(attributes, changed) for attributes in originals]
     return [
-        {key.removesuffix(mark): value for key, value in attributes.items()}
-        for attributes, mark in zip(cast("list[dict[str, Any]]", changed), marks, strict=True)
+        dict(zip(attributes, new.values(), strict=True))
+        for attributes, new in zip(originals, cast("list[dict[Any, Any]]", changed), strict=True)
     ]
 
 
 def _rewrite_info(info: Any, change: Change) -> None:
     for values in (info.tags, info.trace_metadata):
-        for key, value in values.items():
-            if not key.startswith(_SYSTEM_KEYS):
-                values[key] = change(value)
+        own = {key: value for key, value in values.items() if not key.startswith(_SYSTEM_KEYS)}
+        values.update(_values(own, change))
     for name in ("request_preview", "response_preview", "client_request_id"):
-        if value := getattr(info, name):
-            setattr(info, name, change(value))
+        _rewrite_field(info, name, change)
     for assessment in info.assessments:
         _rewrite_assessment(assessment, change)
 
 
 def _rewrite_assessment(assessment: Any, change: Change) -> None:
     """トレースが開いている間に付けられた評価(``mlflow.log_feedback`` など)。"""
-    feedback, error = assessment.feedback, assessment.error
-    places = [
-        (assessment, "rationale"),
-        (assessment, "metadata"),
-        (assessment.source, "source_id"),
-        (feedback, "value"),
-        (assessment.expectation, "value"),
-    ]
-    for fault in (error, feedback and feedback.error):
-        places += [(fault, "error_message"), (fault, "stack_trace")]
-    for owner, name in places:
-        if (value := getattr(owner, name, None)) is not None:
-            changed = change(value)
-            if isinstance(value, dict) and not isinstance(changed, dict):
-                changed = {"removed": changed}
-            setattr(owner, name, changed)
+    feedback = assessment.feedback
+    _rewrite_field(assessment, "rationale", change)
+    _rewrite_field(assessment.source, "source_id", change)
+    _rewrite_field(feedback, "value", change)
+    _rewrite_field(assessment.expectation, "value", change)
+    for error in (assessment.error, getattr(feedback, "error", None)):
+        _rewrite_field(error, "error_message", change)
+        _rewrite_field(error, "stack_trace", change)
+    if assessment.metadata:
+        assessment.metadata = _values(assessment.metadata, change)
+
+
+def _rewrite_field(owner: Any, name: str, change: Change) -> None:
+    if (value := getattr(owner, name, None)) is not None:
+        setattr(owner, name, change(value))

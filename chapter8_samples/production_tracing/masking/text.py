@@ -330,7 +330,8 @@ class Pass:
     def _replaced(self, text: str, found: list[Found]) -> str:
         whole = found and found[0].end - found[0].start == len(text)
         if found and not whole and (plain := _parsed(text)) is not None:  # JSON のまま返す
-            return json.dumps(self.value(plain), ensure_ascii=text.isascii())
+            text = json.dumps(self.value(plain), ensure_ascii=text.isascii())
+            found = merged(self._match_frames(text))
         pieces: list[str] = []
         end = 0
         for one in found:
@@ -359,8 +360,7 @@ class Pass:
         """キーも置き換える。同じになったキーには番号を付け、1 件も失わない。"""
         result: dict[Any, Any] = {}
         for key, item in node.items():
-            changed = self.value(key)
-            name = changed = str(changed) if isinstance(changed, list) else changed
+            name = changed = self.text(str(key)) if isinstance(key, str | int | tuple) else key
             while name in result:
                 name = f"{changed} ({len(result) + 1})"
             result[name] = self._finished(item)
