@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.entities import SpanEvent
 from mlflow.tracing.client import TracingClient
+from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 
+from chapter8_samples.production_tracing import _internals
 from chapter8_samples.production_tracing.delivery import counts, text
 from chapter8_samples.production_tracing.delivery.counts import delivery_counts
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
@@ -144,13 +146,20 @@ def test_otlp_is_counted_too(
 
 
 def test_mlflow_is_as_before_when_nobody_counts_any_more(tracking_uri: str) -> None:
-    before = (dict(vars(TracingClient)), dict(vars(MlflowV3SpanProcessor)))
+    classes = TracingClient, MlflowV3SpanProcessor, MlflowV3SpanExporter
+    before = [dict(vars(one)) for one in classes]
+    mlflow.set_experiment("counts")
+    record(1)
+    (processor,) = _internals.mlflow_processors()
+    exporter = dict(vars(processor.span_exporter))
     counts.start_counting()
     counts.start_counting()
     counts.stop_counting()
-    assert dict(vars(TracingClient)) != before[0]
+    assert dict(vars(processor.span_exporter)) != exporter
+    assert [dict(vars(one)) for one in classes] == before
     counts.stop_counting()
-    assert (dict(vars(TracingClient)), dict(vars(MlflowV3SpanProcessor))) == before
+    assert dict(vars(processor.span_exporter)) == exporter
+    mlflow.flush_trace_async_logging()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

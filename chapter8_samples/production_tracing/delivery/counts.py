@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .._internals import ExportHooks, export_is_idle, has_open_spans, mlflow_trace_id
+from .._internals import (
+    ExportHooks,
+    export_is_idle,
+    has_open_spans,
+    mlflow_trace_id,
+    watch_provider,
+)
 from .text import send_as_utf8
 
 logger = logging.getLogger(__name__)
@@ -63,11 +69,13 @@ class Ledger:
     def open(self) -> None:
         """数え始める(使う側の数だけ重ねてよい)。"""
         self._users += 1
+        if self._users == 1:
+            self._unwatch = watch_provider(self.attach)
         self.attach()
         _watch_forks()
 
     def attach(self) -> None:
-        """まだなら、いまのプロバイダーにつなぐ(MLflow は黙って作り直すので、何度も呼ぶ)。"""
+        """まだなら、いまのプロバイダーにつなぐ(作られるたびに呼ばれる)。"""
         if not self._users or self.problem:
             return
         try:
@@ -79,8 +87,9 @@ class Ledger:
 
     def release(self) -> None:
         """使う側が 1 つ減った。最後の 1 つなら、MLflow を元に戻す。"""
-        self._users = max(0, self._users - 1)
+        self._users -= 1
         if self._users == 0:
+            self._unwatch()
             self.hooks.detach()
             self.start_over()
 
@@ -225,7 +234,7 @@ def start_counting() -> None:
 
 
 def keep_counting() -> None:
-    """作られたプロバイダー、作り直されたプロバイダーにもつなぐ。"""
+    """プロバイダーが作り直されていれば、つなぎ直す。"""
     LEDGER.attach()
 
 

@@ -20,11 +20,10 @@ from typing import Any
 import mlflow
 
 from .._internals import current_provider
-from .counts import LEDGER, keep_counting, start_counting, stop_counting
+from .counts import LEDGER, start_counting, stop_counting
 
 logger = logging.getLogger(__name__)
 
-_LOOK_AGAIN_SECONDS = 1.0
 _NO_LIMIT_MS = 24 * 3600 * 1000
 
 
@@ -99,11 +98,7 @@ class FlushWorker:
 
     def _run(self) -> None:
         while True:
-            try:
-                answer = self._requests.get(timeout=_LOOK_AGAIN_SECONDS)
-            except queue.Empty:
-                keep_counting()
-                continue
+            answer = self._requests.get()
             try:
                 error = self._flush()
             except Exception as failure:

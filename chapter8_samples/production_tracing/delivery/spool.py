@@ -25,8 +25,8 @@ from pathlib import Path
 from mlflow.entities import Trace
 from mlflow.exceptions import MlflowException
 
-from .._internals import tracing_client, watch_provider
-from .counts import LEDGER, keep_counting, start_counting, stop_counting
+from .._internals import tracing_client
+from .counts import LEDGER, start_counting, stop_counting
 from .text import send_as_utf8
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,6 @@ class TraceSpool:
             _installed = self
             LEDGER.hooks.accept = self.accept
             start_counting()
-            self._unwatch = watch_provider(keep_counting)
             if LEDGER.problem:
                 self.uninstall()
                 raise RuntimeError(f"TraceSpool: {LEDGER.problem}")
@@ -148,7 +147,6 @@ class TraceSpool:
         global _installed
         if _installed is self:
             _installed = LEDGER.hooks.accept = None
-            self._unwatch()
             stop_counting()
             LEDGER.spooled = lambda: 0
             self.stop()
