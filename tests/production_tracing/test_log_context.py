@@ -16,6 +16,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from mlflow.entities.trace_location import MlflowExperimentLocation
 
 from chapter8_samples.production_tracing import (
     RequestContext,
@@ -32,8 +33,8 @@ app_log = logging.getLogger("shop.orders")
 
 
 @pytest.fixture(autouse=True)
-def experiment(collected: Any) -> None:
-    mlflow.set_experiment("logs")
+def destination(collected: Any) -> None:
+    mlflow.tracing.set_destination(MlflowExperimentLocation("1"))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import mlflow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlflow.entities.trace_location import MlflowExperimentLocation
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry import context as otel_context
 from opentelemetry import trace as otel_trace
@@ -58,6 +59,13 @@ INVALID = {
 TRACEPARENTS = [*VALID.values(), *INVALID.values(), None]
 
 
+@pytest.fixture
+def collected(collected: Any) -> Any:
+    """データベースを開かずに始める(どのエクスペリメントでも同じことを見るため)。"""
+    mlflow.tracing.set_destination(MlflowExperimentLocation("1"))
+    return collected
+
+
 @mlflow.trace
 def step() -> None: ...
 
@@ -93,6 +101,7 @@ def flask_app(**options: Any) -> Callable[[dict[str, str]], None]:
     return get
 
 
+SLOW = pytest.mark.slow
 APPS = pytest.mark.parametrize("make_app", [asgi_app, flask_app])
 
 
@@ -103,7 +112,6 @@ APPS = pytest.mark.parametrize("make_app", [asgi_app, flask_app])
 @pytest.mark.parametrize("join_caller", [False, True])
 def test_every_request_has_its_own_trace(collected: Any, make_app: Any, join_caller: bool) -> None:
     """呼び出し元を信用していても、壊れた ``traceparent`` と、記録しない印には加わらない。"""
-    mlflow.set_experiment("own")
     get = make_app(join_caller=join_caller)
     joinable = [VALID["sampled"], VALID["random id"], VALID["a later version"]]
     sent = [value for value in TRACEPARENTS if not (join_caller and value in joinable)]
@@ -121,7 +129,6 @@ def test_every_request_has_its_own_trace(collected: Any, make_app: Any, join_cal
 
 
 def test_two_traceparent_headers_are_none(collected: Any) -> None:
-    mlflow.set_experiment("two")
 
     async def endpoint(scope: Any, receive: Any, send: Any) -> None:
         step()
@@ -145,7 +152,6 @@ def test_no_header_can_break_a_request(value: str, join_caller: bool) -> None:
 def test_a_caller_in_the_same_process_is_joined_only_on_request(
     collected: Any, make_app: Any
 ) -> None:
-    mlflow.set_experiment("same process")
     for join_caller in (False, True):
         with mlflow.start_span("caller"):
             make_app(join_caller=join_caller)(outgoing_headers())
@@ -209,8 +215,10 @@ def unified(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     mlflow.tracing.reset()
 
 
-@pytest.mark.parametrize("flag", ["00", "01"])
-@pytest.mark.parametrize("records", [False, True])
+@pytest.mark.parametrize(
+    ("flag", "records"),
+    [("01", False), ("00", True), pytest.param("00", False, marks=SLOW), ("01", True)],
+)
 def test_a_foreign_context_that_others_made_current(
     collected: Any, unified: Any, flag: str, records: bool
 ) -> None:
@@ -264,7 +272,6 @@ def test_other_scopes_pass_through() -> None:
 def test_a_reader_that_fails_does_not_fail_the_request(
     collected: Any, make_app: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    mlflow.set_experiment("reader")
 
     def read(headers: Any) -> RequestContext:
         return RequestContext(user_id="secret" * 100)
@@ -279,7 +286,6 @@ def test_a_reader_that_fails_does_not_fail_the_request(
 
 @APPS
 def test_odd_header_values(collected: Any, make_app: Any) -> None:
-    mlflow.set_experiment("odd")
     make_app()({"X-User-Id": "caf\xe9", "X-Session-Id": " " + "s" * 300, "X-Request-Id": "  "})
     (trace,) = collected()
     metadata = trace.info.trace_metadata
@@ -299,20 +305,30 @@ def bodies() -> dict[str, Callable[[], Any]]:
 
     return {
         "traced": lambda: traced_stream("stream", words()),
-        "with context, traced": lambda: stream_with_context(traced_stream("stream", words())),
-        "traced, with context": lambda: traced_stream("stream", stream_with_context(words())),
+        "context of traced": lambda: stream_with_context(traced_stream("stream", words())),
+        "traced with context": lambda: traced_stream("stream", stream_with_context(words())),
     }
 
 
+BODIES = pytest.mark.parametrize("body", ["traced", "context of traced", "traced with context"])
+
+
+@BODIES
+def test_flask_streams_keep_user_and_session(collected: Any, body: str) -> None:
+    check_flask_stream(collected, body, "all", "init_flask")
+
+
+@pytest.mark.slow
+@BODIES
 @pytest.mark.parametrize("read", ["all", "first", "none"])
-@pytest.mark.parametrize("body", ["traced", "with context, traced", "traced, with context"])
 @pytest.mark.parametrize("scoped", ["init_flask", "request_scope"])
-def test_flask_streams_keep_user_and_session(
-    collected: Any, body: str, read: str, scoped: str
-) -> None:
+def test_flask_streams_however_they_end(collected: Any, body: str, read: str, scoped: str) -> None:
+    check_flask_stream(collected, body, read, scoped)
+
+
+def check_flask_stream(collected: Any, body: str, read: str, scoped: str) -> None:
     from flask import Flask, Response
 
-    mlflow.set_experiment("flask stream")
     app = Flask("app")
     make = bodies()[body]
     if scoped == "init_flask":
@@ -345,7 +361,6 @@ def test_flask_streams_of_others_are_in_the_scope(collected: Any) -> None:
     """``traced_stream`` を使わない本体の中の、自動トレースや ``@mlflow.trace``。"""
     from flask import Flask, Response, request, stream_with_context
 
-    mlflow.set_experiment("plain stream")
     app = Flask("app")
     init_flask(app)
 
@@ -365,7 +380,6 @@ def test_flask_streams_of_others_are_in_the_scope(collected: Any) -> None:
 def test_flask_errors_and_its_test_client_work_as_before(collected: Any) -> None:
     from flask import Flask, abort, request
 
-    mlflow.set_experiment("flask errors")
     app = Flask("app")
     init_flask(app)
 
@@ -431,7 +445,6 @@ def test_streams_of_real_servers(collected: Any, free_port: int, serving: Any) -
     """最後まで読むクライアントと、途中で切断するクライアント。"""
     import requests
 
-    mlflow.set_experiment("real server")
     closed = threading.Event()
 
     def endless() -> Iterator[str]:
