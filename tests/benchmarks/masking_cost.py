@@ -15,10 +15,12 @@ import base64
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
 import mlflow
+import mlflow.tracing
 from bench_report import Headline, machine
 
 from chapter8_samples.production_tracing import mask_pii
@@ -75,15 +77,25 @@ def measure(chars: int, rounds: int = 3) -> dict[str, tuple[float, float]]:
     return result
 
 
-def headline(quick: bool = False) -> Headline:
+def stored_aside(chars: int) -> dict[str, tuple[float, float]]:
+    """一時フォルダーに記録しながら測る。"""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/masking.db")
+        figures = measure(chars)
+        mlflow.flush_trace_async_logging()
+    return figures
+
+
+def headline(quick: bool = False) -> list[Headline]:
     """README の表の行。"""
-    figures = measure(100_000 if quick else 1_000_000)
-    plain, masked = figures["日本語"]
-    return Headline(
-        "個人情報のマスキング(日本語 100 万文字、リクエストのスレッド)",
-        f"{masked:.2f} 秒(なし {plain:.2f} 秒)",
-        f"なしの {masked / plain:.0f} 倍",
-    )
+    plain, masked = stored_aside(100_000 if quick else 1_000_000)["日本語"]
+    return [
+        Headline(
+            "個人情報のマスキング(日本語 100 万文字、リクエストのスレッドの CPU 時間)",
+            f"{masked:.2f} 秒(なし {plain:.2f} 秒)",
+            f"マスキングなし比 {masked / plain:.1f}",
+        )
+    ]
 
 
 def main() -> None:
@@ -92,9 +104,9 @@ def main() -> None:
     parser.add_argument("--chars", type=int, default=1_000_000)
     arguments = parser.parse_args()
     print(machine())
-    print("100 万文字あたりの CPU 秒(なし → あり)")
-    for name, (plain, masked) in measure(arguments.chars).items():
-        print(f"  {plain:6.3f} -> {masked:6.3f}  {name}")
+    print("100 万文字あたりの CPU 秒(なし → あり、比)")
+    for name, (plain, masked) in stored_aside(arguments.chars).items():
+        print(f"  {plain:6.3f} → {masked:6.3f}  {masked / plain:6.1f}  {name}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """隠すものの形(標準ライブラリーだけを使う)。
 
-どの形も、半角にした文(``text.Folded``)に当てる。先頭の 1 文字で候補を絞ってから周りを見るのは、
+どの形も、半角にした文(``text.folded``)に当てる。先頭の 1 文字で候補を絞ってから周りを見るのは、
 長い文でも 1 文字あたり数ナノ秒で済ませるため。
 """
 
@@ -133,7 +133,7 @@ def _mail(text: str) -> bool:
 
 
 _FILES = r"png|jpe?g|gif|webp|svg|ico|bmp|avif|pdf|js|mjs|css|json|html?|txt|csv|log|ya?ml|gz|tgz"
-_YEAR, _MONTH, _DAY = r"(?:19|20)\d\d", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
+_YEAR, _MONTH, _DAY = r"(?:19\d|20[0-3])\d", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
 _TIME = r"(?:[01]\d|2[0-3])[0-5]\d"
 # yyyymmddHHMM、yymmddHHMMSS、ddmmyyyyHHMM、mmddyyyyHHMM
 _TIMESTAMP = (
