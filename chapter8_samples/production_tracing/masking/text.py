@@ -34,24 +34,24 @@ _HALF_WIDTH = {
     **{0xFF01 + i: 0x21 + i for i in range(94)},
     **dict.fromkeys(_HYPHENS, "-"),
     **dict.fromkeys(_DOTS, "."),
+    ord("+"): " ",  # URL の空白
     **{ord(char): str(value) for value, char in enumerate(_KANJI)},
 }
 _MARKS = re.escape("".join(map(chr, (*_HYPHENS, *_DOTS))))
 _WIDE = re.compile(
-    rf"[！-～{_KANJI}{_MARKS}](?:(?<=[！-～])[！-～]*|(?<=[{_KANJI}])[{_KANJI}]+"
-    rf"|(?<=[\d\s()（）{_KANJI}][{_MARKS}]))"
+    rf"[！-～{_KANJI}{_MARKS}+](?:(?<=[！-～])[！-～]*|(?<=[{_KANJI}])[{_KANJI}]+"
+    rf"|(?<=[\d\s()（）{_KANJI}][{_MARKS}])|(?<=[\d)]\+)(?=[\d(]))"
 )
 # 文字を別の書き方にしたもの: JSON や repr の "\\u3042" と "\\n"、URL の "%40"、HTML の "&#64;"。
 # 幅のない文字は、読む人には見えない
 _UNSEEN = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u20e3\ufe00-\ufe0f\ufeff"
 _HEX = "[0-9a-fA-F]"
 _ESCAPED = re.compile(
-    rf"[\\%&+{_UNSEEN}](?:(?<=\\)\\{{0,8}}(?:"
+    rf"[\\%&{_UNSEEN}](?:(?<=\\)\\{{0,8}}(?:"
     rf"u{_HEX}{{4}}(?:(?<!u[dD]...)(?:\\+u(?![dD][89a-fA-F]){_HEX}{{4}})+)?"
     rf"|x[c-fC-F]{_HEX}(?:\\+x[89abAB]{_HEX})+|x{_HEX}{{2}}|[nrtfv])"
     rf"|(?<=%)(?:[c-fC-F]{_HEX}(?:%[89abAB]{_HEX})+|{_HEX}{{2}})"
     rf"|(?<=&)(?:#\d{{1,7}}|#[xX]{_HEX}{{1,6}}|amp|nbsp|commat|period|hyphen);"
-    r"|(?<=[0-9)]\+)(?=[0-9(%])"  # URL の空白
     rf"|(?<=[{_UNSEEN}])[{_UNSEEN}]*)"
 )
 _DEPTH = 3  # "%2540" や、JSON の中の JSON
@@ -81,7 +81,7 @@ def _decoded(escape: str) -> str:
     if escape[0] in "%&":
         return html.unescape(unquote(escape, errors="replace"))
     if body == escape:
-        return " " if escape == "+" else ""
+        return ""  # 幅のない文字
     if body[0] == "u":
         codes = body.replace("\\", "").replace("u", "")
         return bytes.fromhex(codes).decode("utf-16-be", "surrogatepass")
