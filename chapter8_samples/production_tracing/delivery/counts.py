@@ -171,6 +171,12 @@ class Ledger:
                 self._dropped += len(self._waiting)
                 self._waiting.clear()
 
+    def waits_for(self, before: float) -> bool:
+        """``before`` までに終わったのに、まだ届かないものがあるか(子の終わりを待つものは除く)。"""
+        with self._changed:
+            old = [trace_id for trace_id, ended in self._waiting.items() if ended <= before]
+        return any(not has_open_spans(trace_id) for trace_id in old)
+
     def settle(self, older_than_seconds: float = 0.0) -> None:
         """MLflow のキューが空なのに届いていないトレースは、途中で捨てられている。"""
         limit = time.monotonic() - older_than_seconds

@@ -82,11 +82,9 @@ class FlushWorker:
         届かない件数が、これで決まる。``for_good`` は、その後も送らない(プロセスの終わり)。
         """
         started = time.monotonic()
-        answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._requests.put(answer)
         grace = LEDGER.grace_seconds(timeout_seconds)
         try:
-            error = answer.get(timeout=timeout_seconds - grace)
+            error = self._ask(started, started + timeout_seconds - grace)
             undelivered = LEDGER.report(finished=True)
         except queue.Empty:
             LEDGER.stop_sending(grace, for_good=for_good)
@@ -95,6 +93,16 @@ class FlushWorker:
         if undelivered:
             error = f"{undelivered} traces not delivered ({error or 'lost before'})"
         return FlushResult(error is None, time.monotonic() - started, error, undelivered)
+
+    def _ask(self, started: float, deadline: float) -> str | None:
+        """送り終えたと言われても、届いていないものが残っていれば、もう一度頼む。"""
+        while True:
+            answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+            self._requests.put(answer)
+            error = answer.get(timeout=max(0.0, deadline - time.monotonic()))
+            if error or not LEDGER.waits_for(started):
+                return error
+            time.sleep(0.05)
 
     def _run(self) -> None:
         while True:
