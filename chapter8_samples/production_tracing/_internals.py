@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 from importlib import import_module
-from inspect import unwrap
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -409,7 +408,8 @@ def watch_provider(built: Callable[[], None]) -> Callable[[], None]:
     def stop() -> None:
         _builders.remove(built)
         if not _builders:
-            module._initialize_tracer_provider = unwrap(module._initialize_tracer_provider)
+            ours: Any = module._initialize_tracer_provider
+            module._initialize_tracer_provider = ours.__wrapped__
 
     if not _builders:
         module._initialize_tracer_provider = build
