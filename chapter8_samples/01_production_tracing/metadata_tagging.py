@@ -118,7 +118,7 @@ class RequestContextMiddleware(propagation.AsgiMiddleware):
     """FastAPI などの ASGI ミドルウェア: リクエストごとに ``request_scope`` を張る。
 
     ``app.add_middleware(RequestContextMiddleware)``。ストリーミングの応答が終わるまで有効。
-    ``read`` はヘッダーから文脈を作る関数、``join_caller`` は ``incoming_trace`` のもの。
+    呼び出し元(``traceparent``)のトレースには、``join_caller=True`` のときだけ加わる。
     """
 
     def __init__(

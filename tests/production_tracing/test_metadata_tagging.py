@@ -20,6 +20,7 @@ from chapter8_samples.production_tracing.metadata_tagging import (
     init_flask,
     request_scope,
 )
+from chapter8_samples.production_tracing.propagation import incoming_trace
 from chapter8_samples.production_tracing.spans import traced_stream
 
 
@@ -77,6 +78,31 @@ def test_unsampled_or_outside_is_false_without_a_warning(
     assert chat(RequestContext(user_id="u")) is False
     assert add_trace_metadata(RequestContext(user_id="u")) is False
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_over_otlp_the_context_is_in_the_attributes_of_the_root(
+    collected: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OTLP だけの送信では、トレースのタグとメタデータは届かない。"""
+    mlflow.set_experiment("otlp")
+    headers = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-00"}
+    mlflow.tracing.get_bridged_tracer_provider()  # 送り先は、この後の変数では変わらない
+    with monkeypatch.context() as only_otlp, incoming_trace(headers), mlflow.start_span("root"):
+        only_otlp.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318")
+        assert add_trace_metadata(RequestContext(user_id="u", request_id="r", region="jp"))
+        with mlflow.start_span("child"):
+            assert add_trace_metadata(RequestContext(user_id="u")) is False
+    (trace,) = collected()
+    found = trace.data.spans[0].attributes
+    wanted = {
+        "user.id": "u",
+        "mlflow.traceTag.request_id": "r",
+        "mlflow.traceTag.deployment.region": "jp",
+        "caller.trace_id": "ab" * 16,
+    }
+    assert wanted.items() <= found.items() and "session.id" not in found
+    assert "in the root span, not 'child'" in caplog.text
+    assert not trace.info.tags.keys() & {"request_id", "deployment.region"}
 
 
 @pytest.mark.slow

@@ -498,7 +498,7 @@ def test_a_flask_response_that_nobody_closes_leaves_no_scope_behind(
     app = Flask("app")
     scope_flask_requests(app, scope)
     app.get("/", endpoint="ok")(lambda: "ok")
-    app.get("/fail", endpoint="fail")(lambda: 1 / 0)
+    app.get("/fail", endpoint="fail")(lambda: str(1 / 0))
     app.testing = True  # 例外は、そのまま外に出る
     app.test_client().get("/", headers={"X-User-Id": "not closed"})
     with pytest.raises(ZeroDivisionError):
