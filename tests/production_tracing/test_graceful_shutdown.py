@@ -378,3 +378,20 @@ def test_registering_outside_the_main_thread_warns(caplog: pytest.LogCaptureFixt
     assert signal.getsignal(signal.SIGTERM) == handler.register()._previous[signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) == handler._on_signal
     handler.unregister()
+
+
+def test_where_uvicorn_cannot_be_held_the_setup_says_what_to_use(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Windows のかわりに、``pthread_sigmask`` がないことにする。"""
+    from uvicorn import Config, Server
+
+    from chapter8_samples.production_tracing.delivery import shutdown
+
+    monkeypatch.setattr(shutdown, "_CAN_HOLD", False)
+    before = signal.signal(signal.SIGTERM, Server(Config("app:app")).handle_exit)
+    try:
+        GracefulShutdownHandler(5, flush=lambda: None).register().unregister()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "use FastAPI(lifespan=tracing_lifespan)" in caplog.text

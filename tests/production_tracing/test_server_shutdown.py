@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ import requests
 from relay import relay
 
 from chapter8_samples.production_tracing.delivery.spool import replay
+from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +163,6 @@ def gunicorn(port: int, *more: str) -> list[str]:
 
 LIFESPAN = ASGI.format(before=PLAIN, options="lifespan=tracing_lifespan")
 HANDLER = ASGI.format(before=SETUP, options="")
-BOTH = ASGI.format(before=SETUP, options="lifespan=tracing_lifespan")
 SYNC = WSGI.format(before=SETUP)
 WARM_UP = "for _ in range(20):\n    with mlflow.start_span('warm-up'): pass\n"
 RUN = (
@@ -172,21 +174,17 @@ UVICORN_WORKER = ["-k", "uvicorn.workers.UvicornWorker"]
 def servers(port: int) -> dict[str, tuple[str, list[str]]]:
     return {
         "uvicorn": (HANDLER, uvicorn(port)),
-        "uvicorn-lifespan": (LIFESPAN, uvicorn(port)),
         "uvicorn.run": (HANDLER + RUN, ["app.py"]),
-        "uvicorn.run-lifespan": (LIFESPAN + RUN, ["app.py"]),
         "uvicorn-2": (HANDLER, uvicorn(port, "--workers", "2")),
         "uvicorn-2-lifespan": (LIFESPAN, uvicorn(port, "--workers", "2")),
-        "uvicorn-2-both": (BOTH, uvicorn(port, "--workers", "2")),
         "gunicorn-sync": (SYNC, gunicorn(port)),
         "gunicorn-gthread": (SYNC, gunicorn(port, "-k", "gthread", "--threads", "4")),
-        "gunicorn-preload": (SYNC, gunicorn(port, "--preload")),
         "gunicorn-uvicorn": (HANDLER, gunicorn(port, *UVICORN_WORKER)),
     }
 
 
 KINDS = list(servers(0))
-DIES_OF_THE_SIGNAL = ("uvicorn", "uvicorn-lifespan", "uvicorn.run", "uvicorn.run-lifespan")
+DIES_OF_THE_SIGNAL = ("uvicorn", "uvicorn.run")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,17 +213,32 @@ def test_server_under_load_accounts_for_every_answer(
         assert found + served.reported == served.answered >= REQUESTS, served.log
 
 
-def test_traces_from_before_the_fork_are_stored_once(
-    program: Any, stored: Any, free_port: int
+def post_fork_of_the_docstring() -> str:
+    """``setup_graceful_shutdown`` の説明にある gunicorn.conf.py。"""
+    text = inspect.getdoc(setup_graceful_shutdown) or ""
+    snippet = textwrap.dedent(text[text.index("    # gunicorn.conf.py") : text.index("Raises:")])
+    assert "def post_fork(server, worker):" in snippet
+    imports = "import mlflow\nfrom chapter8_samples.production_tracing import *\n"
+    return imports + snippet.replace("/production/my-llm-app", "child")
+
+
+@pytest.mark.parametrize(
+    ("before", "config", "earlier"),
+    [(SETUP + WARM_UP, "", 20), ("", post_fork_of_the_docstring(), 0)],
+    ids=["traced-before-fork", "post_fork"],
+)
+def test_gunicorn_preload_stores_everything_once(
+    program: Any, stored: Any, free_port: int, before: str, config: str, earlier: int
 ) -> None:
-    app = WSGI.format(before=SETUP + WARM_UP)
+    (program.folder / "gunicorn.conf.py").write_text(config, encoding="utf-8")
+    app = WSGI.format(before=before)
     with serving(program, app, *gunicorn(free_port, "--preload")) as served:
         url = f"http://127.0.0.1:{free_port}/"
         served.wait_for(lambda: get(url))
         while served.answered < REQUESTS:
             assert get(url), served.log
         served.stop()
-        assert len(stored("child", include_spans=False)) == served.answered + 20
+        assert len(stored("child", include_spans=False)) == served.answered + earlier
 
 
 @pytest.mark.parametrize("moment", ["idle", "load"])

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 _SPARE_SECONDS = 0.5  # 期限で強制終了する前に、結果をログに残す余裕
 
 
+_CAN_HOLD = hasattr(signal, "pthread_sigmask")  # Windows にはない
+
+
 class Drainable(Protocol):
     """終了時に残りを配達できるもの(``TraceSpool``)。"""
 
@@ -158,6 +161,11 @@ class GracefulShutdownHandler:
             self._previous[number] = signal.getsignal(number)
             if self._previous[number] is not signal.SIG_IGN:  # nohup などの指定はそのまま
                 signal.signal(number, self._on_signal)
+        if not _CAN_HOLD and any(map(_is_uvicorn, self._previous.values())):
+            logger.warning(
+                "uvicorn ends its workers before they can deliver on this platform: "
+                "use FastAPI(lifespan=tracing_lifespan)"
+            )
 
     def _restore_signals(self) -> None:
         for number, previous in self._previous.items():
@@ -183,8 +191,7 @@ class GracefulShutdownHandler:
 
         送り終えるまで、メインスレッドへの分だけを止めておく(外からのシグナルは別のスレッドが受ける)。
         """
-        uvicorn = str(getattr(previous, "__module__", "")).startswith("uvicorn.")
-        if uvicorn and number != signal.SIGINT and hasattr(signal, "pthread_sigmask"):
+        if _CAN_HOLD and _is_uvicorn(previous) and number != signal.SIGINT:
             signal.pthread_sigmask(signal.SIG_BLOCK, {number})
             self._held.add(number)
 
@@ -219,6 +226,10 @@ class GracefulShutdownHandler:
     def _in_forked_child(self) -> None:
         self._start_over()
         _connect_celery()
+
+
+def _is_uvicorn(handler: object) -> bool:
+    return str(getattr(handler, "__module__", "")).startswith("uvicorn.")
 
 
 _watched: set[GracefulShutdownHandler] = set()
