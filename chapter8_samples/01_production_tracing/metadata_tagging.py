@@ -33,6 +33,7 @@ from mlflow.entities import Trace
 
 from chapter8_samples.production_tracing import log_context, metadata, propagation
 from chapter8_samples.production_tracing.propagation import incoming_trace, run_with_context
+from chapter8_samples.production_tracing.propagation import outgoing_headers as outgoing_headers
 from chapter8_samples.production_tracing.spans import traced_step
 
 
@@ -162,7 +163,6 @@ def find_traces(
 
     Args:
         request_id: ``RequestContext.request_id``(トレース ID ではない)。
-        min_latency_ms: これ以上かかったトレースだけ(ミリ秒)。
         experiment_ids: 省略すると、いまのエクスペリメント。
 
     Raises:
@@ -218,8 +218,8 @@ def main() -> None:
         _show("リクエスト req-2", find_traces(request_id="req-2"))
         _show("本番の web", find_traces(environment="production", tags={"channel": "web"}))
         _show("エラー", errors := find_traces(status="ERROR"))
-        failed = errors[0].data.spans[1].attributes
-        print("  種類:", failed["error.type"], " 求めた件数:", failed["retrieval.top_k"])
+        found = errors[0].search_spans(name="search")[0].attributes
+        print("  種類:", found["error.type"], " 求めた件数:", found["retrieval.top_k"])
         print("トレースの外:", add_trace_metadata(RequestContext(user_id="user-tanaka")))
 
 
