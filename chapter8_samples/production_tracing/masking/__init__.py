@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from .patterns import DEFAULT_PATTERNS, Pattern, luhn, my_number
 from .spans import rewrite
-from .text import Pass
+from .text import Pass, Rules
 
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan
@@ -50,6 +50,7 @@ class PiiMasker:
                     "mask_pii(Pattern('MEMBER_ID', re.compile(r'M-[0-9]{8}')))"
                 )
         self._patterns = patterns
+        self._rules = Rules(patterns)
         self.masked: Counter[str] = Counter()
         """種類ごとの、隠した件数。"""
         self.failures = 0
@@ -82,7 +83,7 @@ class PiiMasker:
         return self._pass().value(value)
 
     def _pass(self) -> Pass:
-        return Pass(self._patterns, self.masked)
+        return Pass(self._rules, self.masked)
 
 
 def mask_pii(*extra: Pattern, patterns: tuple[Pattern, ...] = DEFAULT_PATTERNS) -> PiiMasker:

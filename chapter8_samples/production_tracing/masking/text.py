@@ -57,7 +57,6 @@ _ESCAPED = re.compile(
 _DEPTH = 3  # "%2540" や、JSON の中の JSON
 # 既定の規則では何も見つからない文字列を、すぐに終える
 _MAYBE = re.compile(r"[0-9０-９〇一二三四五六七八九@＠:：=＝\\%&]|[A-Za-z0-9_-]{16}|BEGIN")
-_ANYTHING = re.compile("")
 # ストリーミングの断片を並べたもの: JSON や repr の同じ名前の値と、"data: " の行
 _FRAME = re.compile(
     r"""(?:([A-Za-z_](?<![0-9A-Za-z_].)\w{0,30})\\*["']?\s?[:=]\s?|(?<![0-9A-Za-z_])b)"""
@@ -153,13 +152,16 @@ def _frames(text: str) -> list[list[tuple[int, int]]]:
     return [parts for parts in places.values() if len(parts) > 1]
 
 
+Path = tuple[str, ...]
+
+
 @dataclass
 class Leaf:
     """辞書やリストの中の 1 つの文字列(か数)。"""
 
     value: Any
     text: str
-    key: str = ""
+    path: Path
     found: list[Found] = field(default_factory=list[Found])
 
 
@@ -172,7 +174,6 @@ class Json:
     tree: Any
 
 
-Path = tuple[str, ...]
 Groups = dict[Path, list[Leaf]]
 
 
@@ -195,13 +196,13 @@ def _tree(value: Any, path: Path, label: str, groups: Groups) -> Any:
 
 
 def _leaf(value: Any, path: Path, label: str, groups: Groups) -> Leaf:
-    leaf = Leaf(value, value if isinstance(value, str) else str(value))
-    leaf.key = next((name for name in reversed(path) if name[:1] != "*"), "")
+    leaf = Leaf(value, value if isinstance(value, str) else str(value), path)
     counted = label == "API_KEY" and isinstance(value, int)  # {"token": 128}
     if label and not counted and leaf.text and unmasked(leaf.text):
         leaf.found = [Found(0, len(leaf.text), label)]
-    if not isinstance(value, str):  # 数のリストは、断片ではない
-        path = (str(id(leaf)),)
+    if not (_in_list(path) and isinstance(value, str)):  # 数のリストは、断片ではない
+        groups[()].append(leaf)
+        return leaf
     # 並行する回答の番号("index")ごとと、番号によらずに並べたものの、両方で探す
     for place in {path, tuple("*" if name[:1] == "*" else name for name in path)}:
         groups[place].append(leaf)
@@ -240,12 +241,30 @@ _SCHEMA_TYPES = ("string", "integer", "number", "boolean", "array", "object")
 _NUMBER = re.compile(r"[\d\W]{10,40}")
 
 
+class Rules:
+    """隠す順に並べた規則。"""
+
+    def __init__(self, patterns: tuple[Pattern, ...]) -> None:
+        hints = {hint for pattern in patterns for hint in pattern.hints}
+        self._hints = re.compile("|".join(map(re.escape, hints)) or "(?!)")
+        self._plain = [pattern for pattern in patterns if not pattern.hints]
+        self._patterns = patterns
+        self.maybe = _MAYBE if patterns == DEFAULT_PATTERNS else re.compile("")
+
+    def for_text(self, plain: str) -> Sequence[Pattern]:
+        """``plain`` に合うことがありうる規則。"""
+        lower = plain.lower()
+        if not self._hints.search(lower):
+            return self._plain
+        letters = lower.encode("ascii", "ignore").decode()  # 日本語の文では、ずっと短い
+        return [pattern for pattern in self._patterns if pattern.may_match(lower, letters)]
+
+
 class Pass:
     """1 回の置き換え。同じ文字列は一度だけ調べる。"""
 
-    def __init__(self, patterns: tuple[Pattern, ...], masked: Counter[str]) -> None:
-        self._patterns = patterns
-        self._maybe = _MAYBE if patterns == DEFAULT_PATTERNS else _ANYTHING
+    def __init__(self, rules: Rules, masked: Counter[str]) -> None:
+        self._rules = rules
         self._masked = masked
         self._known: dict[str, list[Found]] = {}
 
@@ -260,22 +279,23 @@ class Pass:
         for path, leaves in groups.items():
             for leaf in leaves:
                 leaf.found = leaf.found or self._find_in(leaf)
-            if len(leaves) > 1 and _in_list(path):
+            if len(leaves) > 1 and path:
                 self._find_across(leaves)
         return self._finished(tree)
 
     def find(self, text: str) -> list[Found]:
         """隠す範囲。"""
         if text not in self._known:
-            self._known[text] = self._search(text) if self._maybe.search(text) else []
+            self._known[text] = self._search(text) if self._rules.maybe.search(text) else []
         return self._known[text]
 
     def _find_in(self, leaf: Leaf) -> list[Found]:
         """番号だけの値は、キー("order_id" など)と並べて調べる。"""
-        if not (leaf.key and _NUMBER.fullmatch(leaf.text)):
+        if not _NUMBER.fullmatch(leaf.text):
             return self.find(leaf.text)
-        head = len(leaf.key) + 2
-        found = self.find(f"{leaf.key}: {leaf.text}")
+        key = next((name for name in reversed(leaf.path) if name[:1] != "*"), "")
+        head = len(key) + 2
+        found = self.find(f"{key}: {leaf.text}")
         return [Found(a - head, b - head, label) for a, b, label in found if a >= head]
 
     def _find_across(self, leaves: list[Leaf]) -> None:
@@ -311,16 +331,13 @@ class Pass:
 
     def _match(self, text: str) -> list[Found]:
         plain, places = folded(text)
-        lower, result = plain.lower(), list[Found]()
-        letters = lower.encode("ascii", "ignore").decode()  # 日本語の文では、ずっと短い
+        result: list[Found] = []
         everywhere = [(0, len(plain))]
         numbers = [
             (max(0, found.start() - 1), found.end() + AFTER)
             for found in LONG_NUMBER.finditer(plain)
         ]
-        for pattern in self._patterns:
-            if not pattern.may_match(lower, letters):
-                continue
+        for pattern in self._rules.for_text(plain):
             ranges = numbers if pattern.numeric else everywhere
             if spans := [span for one in ranges for span in pattern.find(plain, *one)]:
                 result += (Found(places[a], places[b], pattern.label) for a, b in spans)
