@@ -57,6 +57,7 @@ def test_requirement_files_are_bounded_and_end_with_the_project() -> None:
         "opentelemetry-sdk",
         "opentelemetry-exporter-otlp",
         "requests",
+        "pydantic",
         "PyYAML",
     }
 

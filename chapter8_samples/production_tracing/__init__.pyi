@@ -1,31 +1,32 @@
 from .autologging import enable_autologging as enable_autologging
+from .basic_setup import EXPORT_PROFILES as EXPORT_PROFILES
 from .basic_setup import reset_production_tracing as reset_production_tracing
 from .basic_setup import setup_production_tracing as setup_production_tracing
 from .basic_setup import tracing_status as tracing_status
 from .delivery.flush import FlushResult as FlushResult
 from .delivery.flush import flush_traces as flush_traces
-from .delivery.profiles import EXPORT_PROFILES as EXPORT_PROFILES
-from .delivery.profiles import TracingSetupError as TracingSetupError
-from .delivery.profiles import TracingStatus as TracingStatus
+from .delivery.settings import TracingSetupError as TracingSetupError
+from .delivery.settings import TracingStatus as TracingStatus
 from .delivery.shutdown import GracefulShutdownHandler as GracefulShutdownHandler
 from .delivery.spool import TraceSpool as TraceSpool
 from .graceful_shutdown import setup_graceful_shutdown as setup_graceful_shutdown
 from .graceful_shutdown import tracing_lifespan as tracing_lifespan
+from .log_context import TraceContextFilter as TraceContextFilter
 from .masking import mask_pii as mask_pii
 from .metadata_tagging import RequestContext as RequestContext
 from .metadata_tagging import RequestContextMiddleware as RequestContextMiddleware
 from .metadata_tagging import add_trace_metadata as add_trace_metadata
 from .metadata_tagging import find_traces as find_traces
-from .metadata_tagging import incoming_trace as incoming_trace
 from .metadata_tagging import init_flask as init_flask
-from .metadata_tagging import outgoing_headers as outgoing_headers
 from .metadata_tagging import request_scope as request_scope
-from .metadata_tagging import run_with_context as run_with_context
-from .sampling import Decision as Decision
-from .sampling import TraceSummary as TraceSummary
+from .policies import Decision as Decision
+from .policies import KeepRules as KeepRules
+from .policies import TraceSummary as TraceSummary
+from .propagation import incoming_trace as incoming_trace
+from .propagation import outgoing_headers as outgoing_headers
+from .propagation import run_with_context as run_with_context
 from .sampling_strategies import AdaptiveSampler as AdaptiveSampler
 from .sampling_strategies import ConditionalSampler as ConditionalSampler
-from .sampling_strategies import KeepRules as KeepRules
 from .sampling_strategies import ProbabilisticSampler as ProbabilisticSampler
 from .sampling_strategies import WeightedEstimates as WeightedEstimates
 from .sampling_strategies import weighted_estimates as weighted_estimates
@@ -34,4 +35,4 @@ from .spans import record_error as record_error
 from .spans import traced_step as traced_step
 from .spans import traced_stream as traced_stream
 
-__all__ = ['AdaptiveSampler', 'ConditionalSampler', 'Decision', 'EXPORT_PROFILES', 'FlushResult', 'GracefulShutdownHandler', 'KeepRules', 'ProbabilisticSampler', 'RequestContext', 'RequestContextMiddleware', 'TraceSpool', 'TraceSummary', 'TracingSetupError', 'TracingStatus', 'WeightedEstimates', 'add_trace_metadata', 'atraced_stream', 'enable_autologging', 'find_traces', 'flush_traces', 'incoming_trace', 'init_flask', 'mask_pii', 'outgoing_headers', 'record_error', 'request_scope', 'reset_production_tracing', 'run_with_context', 'setup_graceful_shutdown', 'setup_production_tracing', 'traced_step', 'traced_stream', 'tracing_lifespan', 'tracing_status', 'weighted_estimates']
+__all__ = ['AdaptiveSampler', 'ConditionalSampler', 'Decision', 'EXPORT_PROFILES', 'FlushResult', 'GracefulShutdownHandler', 'KeepRules', 'ProbabilisticSampler', 'RequestContext', 'RequestContextMiddleware', 'TraceContextFilter', 'TraceSpool', 'TraceSummary', 'TracingSetupError', 'TracingStatus', 'WeightedEstimates', 'add_trace_metadata', 'atraced_stream', 'enable_autologging', 'find_traces', 'flush_traces', 'incoming_trace', 'init_flask', 'mask_pii', 'outgoing_headers', 'record_error', 'request_scope', 'reset_production_tracing', 'run_with_context', 'setup_graceful_shutdown', 'setup_production_tracing', 'traced_step', 'traced_stream', 'tracing_lifespan', 'tracing_status', 'weighted_estimates']

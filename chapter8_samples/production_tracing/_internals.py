@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import mlflow
@@ -247,7 +246,8 @@ def before_threads_are_joined(callback: Callable[[], None]) -> None:
 
     CPython の非公開の名前で、``concurrent.futures`` も同じ目的で使う。なければ ``atexit`` になる。
     """
-    import_module("concurrent.futures.thread")  # 後に登録したものが先に呼ばれる
+    import concurrent.futures.thread  # noqa: F401  後に登録したものが先に呼ばれる
+
     register = getattr(threading, "_register_atexit", atexit.register)
     register(callback)
 

@@ -9,9 +9,7 @@ def setup_graceful_shutdown(timeout_seconds: float=30.0, *, signals: Iterable[in
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 
     2 回目以降は、登録済みのものを返す。設定を変えるときは、先に ``unregister()`` する。
-    uvicorn では ``tracing_lifespan`` を使う。gunicorn では、アプリの起動時か、次のように
-    ``post_fork`` で呼ぶ(``--preload`` の親で呼んでもよい。fork の前に送り終える)。
-    ``multiprocessing`` の spawn の子では、子の中でも呼ぶ::
+    gunicorn の ``--preload`` の親で呼んでもよい(fork の前に送り終える)。ワーカーごとなら::
 
         # gunicorn.conf.py
         def post_fork(server, worker):
@@ -24,10 +22,9 @@ def setup_graceful_shutdown(timeout_seconds: float=30.0, *, signals: Iterable[in
 
 @contextlib.asynccontextmanager
 def tracing_lifespan(app: object, timeout_seconds: float=10.0) -> AsyncGenerator[None, None]:
-    """FastAPI の lifespan: ワーカーの停止時に送り終える。
+    """FastAPI の lifespan: ワーカーの停止時に送り終える。シグナルの設定には触れない。
 
-    ``FastAPI(lifespan=tracing_lifespan)``。uvicorn の ``--workers`` では各ワーカーのシグナル設定が
-    元に戻されるため、この方法が確実である。自分の lifespan がある場合は、その中で
+    ``FastAPI(lifespan=tracing_lifespan)``。自分の lifespan がある場合は、その中で
     ``async with tracing_lifespan(app): yield`` と書く。
     """
 

@@ -1,26 +1,13 @@
 """8.1.2 トレースの設計指針・8.1.6 メタデータとタグ(リスト8.5, 8.7, 8.8)。"""
 
 import contextlib
-import logging
-from collections.abc import Awaitable, Callable, Generator, Mapping, MutableMapping, Sequence
-from concurrent.futures import Executor, Future
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 from mlflow.entities import Trace
-logger = logging.getLogger(__name__)
-P = ParamSpec('P')
-R = TypeVar('R')
-Scope = MutableMapping[str, Any]
-AsgiApp = Callable[[Scope, Any, Any], Awaitable[None]]
-MAX_METADATA_CHARS = 250
-MAX_TAG_CHARS = 4096
-ENVIRONMENT_TAG = 'environment'
-VERSION_TAG = 'service.version'
-REGION_TAG = 'deployment.region'
-REQUEST_TAG = 'request_id'
-
-def _new_request_id() -> str:
-    ...
+from . import propagation
+from .propagation import outgoing_headers as outgoing_headers
 
 @dataclass(frozen=True, kw_only=True)
 class RequestContext:
@@ -28,7 +15,7 @@ class RequestContext:
     user_id: str | None = None
     '個人を直接表す値(メールアドレスなど)ではなく、社内の ID を入れる。'
     session_id: str | None = None
-    request_id: str = field(default_factory=_new_request_id)
+    request_id: str = field(default_factory=lambda: f'req-{uuid.uuid4().hex}')
     '省略すると自動で作る。外から受け取った値はアクセスログと突き合わせられる。'
     environment: str | None = None
     service_version: str | None = None
@@ -44,8 +31,7 @@ class RequestContext:
 def add_trace_metadata(context: RequestContext) -> bool:
     """実行中のトレースに文脈を付ける。トレースの中(スパンの中)で呼ぶ。
 
-    Returns:
-        付けたら ``True``。間引かれた・トレースの外・無効のときは ``False``(警告は出ない)。
+    間引かれた・トレースの外・無効のときは ``False`` を返す(警告は出ない)。
     """
 
 @contextlib.contextmanager
@@ -56,23 +42,6 @@ def request_scope(context: RequestContext) -> Generator[RequestContext, None, No
     ``client_request_id`` は付かないので、リクエスト ID はタグ ``request_id`` で探す。
     """
 
-def run_with_context(executor: Executor, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-    """``executor.submit`` と同じだが、実行中のトレースと ``request_scope`` を引き継ぐ。
-
-    素の ``submit`` や ``Thread`` では引き継がれず、別のトレースに分かれてしまう
-    (``asyncio.to_thread`` と ``asyncio.gather`` は引き継ぐ)。
-    """
-
-def outgoing_headers() -> dict[str, str]:
-    """次のサービスへ渡す HTTP ヘッダー(``traceparent``)。トレースの外では空。"""
-
-@contextlib.contextmanager
-def incoming_trace(headers: Mapping[str, str]) -> Generator[bool, None, None]:
-    """呼び出し元のトレースに加わる。``traceparent`` がなければ何もせず ``False`` を渡す。
-
-    加わったトレースのユーザーとセッションは、呼び出し元が付けたものになる。
-    """
-
 def context_from_headers(headers: Mapping[str, str]) -> RequestContext:
     """``X-User-Id`` などのヘッダーから文脈を作る。長すぎる値は切り詰める。
 
@@ -80,29 +49,24 @@ def context_from_headers(headers: Mapping[str, str]) -> RequestContext:
     """
 ContextReader = Callable[[Mapping[str, str]], RequestContext]
 
-class RequestContextMiddleware:
+class RequestContextMiddleware(propagation.AsgiMiddleware):
     """FastAPI などの ASGI ミドルウェア: リクエストごとに ``request_scope`` を張る。
 
     ``app.add_middleware(RequestContextMiddleware)``。ストリーミングの応答が終わるまで有効。
+    呼び出し元(``traceparent``)のトレースには、``join_caller=True`` のときだけ加わる。
     """
 
-    def __init__(self, app: AsgiApp, read: ContextReader=context_from_headers) -> None:
-        """``read`` はヘッダーから文脈を作る関数。"""
-        self._app = app
-        self._read = read
+    def __init__(self, app: Any, read: ContextReader=context_from_headers, join_caller: bool=False) -> None:
+        ...
 
-    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """ASGI の入り口。HTTP 以外(lifespan など)はそのまま渡す。"""
-
-def init_flask(app: Any, read: ContextReader=context_from_headers) -> None:
-    """Flask アプリで、リクエストごとに ``request_scope`` を張る。"""
+def init_flask(app: Any, read: ContextReader=context_from_headers, join_caller: bool=False) -> None:
+    """Flask アプリで、リクエストごとに ``request_scope`` を張る(ストリーミングも同じ)。"""
 
 def find_traces(*, user: str | None=None, session: str | None=None, request_id: str | None=None, environment: str | None=None, status: Literal['OK', 'ERROR'] | None=None, min_latency_ms: int | None=None, name: str | None=None, tags: Mapping[str, str] | None=None, experiment_ids: Sequence[str] | None=None, max_results: int=100) -> list[Trace]:
     """条件をすべて満たすトレースを、新しい順に返す。
 
     Args:
         request_id: ``RequestContext.request_id``(トレース ID ではない)。
-        min_latency_ms: これ以上かかったトレースだけ(ミリ秒)。
         experiment_ids: 省略すると、いまのエクスペリメント。
 
     Raises:
@@ -110,4 +74,4 @@ def find_traces(*, user: str | None=None, session: str | None=None, request_id: 
     """
 
 def main() -> None:
-    """2 人のユーザーの会話を記録し、ユーザー・セッション・リクエスト ID で探す。"""
+    """2 人のユーザーの会話を記録し、ユーザー・セッション・リクエスト ID・エラーで探す。"""
