@@ -46,6 +46,14 @@ def test_every_trace_is_stored_and_the_exit_status_is_kept(
 
 
 @pytest.mark.slow
+def test_sigterm_with_300_waiting_traces_stores_300(program: Any, stored: Any) -> None:
+    body = "setup_graceful_shutdown(timeout_seconds=50)\n"
+    body += "for number in range(300): work(number)\n" + SELF_TERM
+    assert program.run(body + "time.sleep(60)")[0] == -signal.SIGTERM
+    assert len(stored("child", include_spans=False, max_results=1000)) == 300
+
+
+@pytest.mark.slow
 def test_without_the_handler_sigterm_loses_traces(program: Any, stored: Any) -> None:
     assert program.run(WORK + SELF_TERM + "time.sleep(60)")[0] == -signal.SIGTERM
     assert len(stored("child", include_spans=False)) < 15
