@@ -786,12 +786,10 @@ def test_no_piece_of_a_stream_is_left_in_the_database(tracking_uri: str, stored:
     found = readable(tracking_uri)
     assert [(piece, text) for piece in SECRET_PIECES for text in found if piece in text] == []
     for trace in traces:  # 個人情報でない断片は残る
-        kept, label = (
-            ("まで", "[EMAIL]") if "mail" in trace.data.spans[0].name else ("です", "[PHONE]")
-        )
-        text = re.sub(r"\\+", r"\\", json.dumps(trace.to_dict(), ensure_ascii=False))
-        assert label in text, trace.data.spans[0].name
-        assert kept in text or repr(kept.encode())[2:-1] in text
+        text = "\n".join(strings(trace.to_dict()))
+        kept = "まで" if "mail" in trace.data.spans[0].name else "です"
+        assert "[EMAIL]" in text or "[PHONE]" in text, trace.data.spans[0].name
+        assert kept in text or repr(kept.encode())[2:-1] in text, trace.data.spans[0].name
 
 
 def test_harmless_stream_keeps_its_chunks(tracking_uri: str, stored: Any) -> None:
