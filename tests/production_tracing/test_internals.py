@@ -261,7 +261,9 @@ def test_hooks_see_every_root_and_every_send_and_leave_nothing(tracking_uri: str
     finally:
         hooks.detach()
     assert ended == [root.trace_id]
-    assert sorted(sent) == ["log_spans", "start_trace", "start_trace"]
+    assert sent.count("start_trace") == 2 and "log_spans" in sent
+    # スパンより先にトレースが届くと、MLflow はスパンを成果物にも置く(混んだ機械で起きる)
+    assert set(sent) <= {"log_spans", "start_trace", "_upload_trace_data"}
     (processor,) = _internals.mlflow_processors()
     assert type(processor.span_exporter._client) is TracingClient
     assert not {"_log_trace", "_export_spans_incrementally"} & set(vars(processor.span_exporter))
