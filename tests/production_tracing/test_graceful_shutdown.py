@@ -403,3 +403,19 @@ def test_where_uvicorn_cannot_be_held_the_setup_says_what_to_use(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "use FastAPI(lifespan=tracing_lifespan)" in caplog.text
+
+
+def test_a_signal_that_uvicorn_got_before_the_setup_is_held_too() -> None:
+    """アプリの import の途中で届いた SIGTERM。uvicorn は起動を終えてから自分に送り直す。"""
+    from uvicorn import Config, Server
+
+    server = Server(Config("app:app"))
+    before = signal.signal(signal.SIGTERM, server.handle_exit)
+    server.should_exit = True
+    try:
+        handler = GracefulShutdownHandler(5, flush=lambda: None).register()
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        handler.unregister()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

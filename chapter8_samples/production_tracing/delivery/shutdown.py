@@ -161,6 +161,8 @@ class GracefulShutdownHandler:
             self._previous[number] = signal.getsignal(number)
             if self._previous[number] is not signal.SIG_IGN:  # nohup などの指定はそのまま
                 signal.signal(number, self._on_signal)
+            if getattr(getattr(self._previous[number], "__self__", None), "should_exit", False):
+                self._hold_if_raised_again(number, self._previous[number])  # 起動中に届いていた
         if not _CAN_HOLD and any(map(_is_uvicorn, self._previous.values())):
             logger.warning(
                 "uvicorn ends its workers before they can deliver on this platform: "
