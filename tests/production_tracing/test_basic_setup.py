@@ -8,10 +8,12 @@ import os
 import random
 import runpy
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import isclass as is_class
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from chapter8_samples.production_tracing.basic_setup import (
     setup_production_tracing,
     tracing_status,
 )
+from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.delivery.otlp import otlp_environment
 from chapter8_samples.production_tracing.delivery.settings import (
     EnvironmentPatch,
@@ -38,6 +41,7 @@ from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful
 from chapter8_samples.production_tracing.masking import mask_pii
 
 PAGES = ("basic_setup", "graceful_shutdown")
+PATCHABLE = ("mlflow.tracing", "mlflow.entities.span", "opentelemetry")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -110,6 +114,45 @@ def test_reset_restores_environment_and_uri(
     reset_production_tracing()
     assert dict(os.environ) == before
     assert mlflow.get_tracking_uri() == tracking_uri
+
+
+def test_setup_replaces_nothing_of_mlflow_or_opentelemetry(tracking_uri: str) -> None:
+    def everything() -> dict[tuple[str, str], object]:
+        answer(0)
+        owners = dict[str, Any]()
+        for module in [m for n, m in sys.modules.items() if n.startswith(PATCHABLE)]:
+            owners[module.__name__] = module
+            owners |= {f"{module.__name__}:{n}": c for n, c in vars(module).items() if is_class(c)}
+        return {
+            (place, name): value
+            for place, owner in owners.items()
+            for name, value in vars(owner).items()
+            if callable(value)
+        }
+
+    mlflow.set_experiment("before")
+    before = everything()
+    setup_production_tracing("a", span_processors=[mask_pii()])
+    after = everything()
+    assert [key for key, value in before.items() if after.get(key) is not value] == []
+
+
+def test_status_shows_what_waits_and_what_was_lost(tracking_uri: str) -> None:
+    os.environ["MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS"] = "60000"
+    setup_production_tracing("a")
+
+    def counts() -> tuple[int, int, int]:
+        status = tracing_status()
+        assert status is not None
+        return status.backlog, status.dropped, status.spooled
+
+    assert counts() == (0, 0, 0)
+    for number in range(3):
+        answer(number)
+    assert counts() == (3, 0, 0)
+    assert flush_traces(60).ok
+    assert counts() == (0, 0, 0)
+    assert "backlog=0" in repr(tracing_status())
 
 
 def test_user_environment_wins_and_is_reported(tracking_uri: str) -> None:

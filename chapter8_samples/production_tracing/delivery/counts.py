@@ -53,6 +53,7 @@ class Ledger:
         self.problem = ""
         """数えられないときの理由(MLflow の内部が変わったなど)。"""
         self._users = 0
+        self._unwatch: Callable[[], None] | None = None
         self.start_over()
 
     def start_over(self) -> None:
@@ -66,10 +67,10 @@ class Ledger:
         self._slowest = self._paused_until = 0.0
         self.closed = False
 
-    def open(self) -> None:
+    def open(self, follow: bool) -> None:
         """数え始める(使う側の数だけ重ねてよい)。"""
         self._users += 1
-        if self._users == 1:
+        if follow and self._unwatch is None:
             self._unwatch = watch_provider(self.attach)
         self.attach()
         _watch_forks()
@@ -89,7 +90,9 @@ class Ledger:
         """使う側が 1 つ減った。最後の 1 つなら、MLflow を元に戻す。"""
         self._users -= 1
         if self._users == 0:
-            self._unwatch()
+            if self._unwatch is not None:
+                self._unwatch()
+                self._unwatch = None
             self.hooks.detach()
             self.start_over()
 
@@ -234,9 +237,14 @@ def _watch_forks() -> None:
         os.register_at_fork(after_in_child=LEDGER.start_over)
 
 
-def start_counting() -> None:
-    """数え始める。接続もプロバイダーの作成もしない。"""
-    LEDGER.open()
+def start_counting(*, follow: bool = True) -> None:
+    """数え始める。接続もプロバイダーの作成もしない。
+
+    Args:
+        follow: MLflow がプロバイダーを作り直したら、すぐにつなぎ直す(MLflow の関数を 1 つ包む)。
+            ``False`` なら何も包まず、``keep_counting`` か ``delivery_counts`` のときにつなぐ。
+    """
+    LEDGER.open(follow)
 
 
 def keep_counting() -> None:

@@ -104,7 +104,7 @@ def close_session() -> None:
 def _start(options: TracingOptions, limits: Mapping[str, str]) -> TracingStatus:
     global _session
     session = _new_session(options)
-    start_counting()
+    start_counting(follow=False)
     try:
         _prepare(session, limits)
         _connect_or_wait(session)
