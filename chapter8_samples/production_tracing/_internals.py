@@ -246,8 +246,9 @@ def before_threads_are_joined(callback: Callable[[], None]) -> None:
 
     CPython の非公開の名前で、``concurrent.futures`` も同じ目的で使う。なければ ``atexit`` になる。
     """
-    import concurrent.futures.thread  # noqa: F401  後に登録したものが先に呼ばれる
+    from concurrent.futures import thread
 
+    del thread  # import が自分を登録する。後に登録したものが、先に呼ばれる
     register = getattr(threading, "_register_atexit", atexit.register)
     register(callback)
 

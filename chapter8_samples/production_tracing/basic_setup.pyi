@@ -44,4 +44,4 @@ def reset_production_tracing() -> None:
     """
 
 def main() -> None:
-    """同じバーストを既定値と burst で記録し、保存された件数を比べる。"""
+    """同じバーストを既定値と burst で記録し、保存された件数と失った件数を比べる。"""
