@@ -6,23 +6,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import mlflow
 import mlflow.tracing
 import requests
-from mlflow.exceptions import MlflowException
 
 from .._internals import renew_trace_buffer
 from .counts import delivery_counts, keep_counting, start_counting, stop_counting
 from .ids import use_system_random_ids
 from .otlp import check_otlp, otlp_environment
 from .settings import (
+    Backend,
     EnvironmentPatch,
     TracingOptions,
     TracingSetupError,
@@ -43,12 +43,14 @@ class _Session:
 
     options: TracingOptions
     uri: str
-    """トラッキング URI(``status`` のほうは、パスワードを隠したもの)。"""
-    status: TracingStatus
-    environment: EnvironmentPatch
+    backend: Backend
     previous_uri: str | None
-    disabled: bool = False
+    environment: EnvironmentPatch
+    experiment_id: str = ""
+    problem: str = ""
+    """接続できずに記録を止めている理由。"""
     stop: threading.Event = field(default_factory=threading.Event)
+    status: TracingStatus | None = None
 
 
 _lock = threading.RLock()
@@ -56,19 +58,12 @@ _session: _Session | None = None
 
 
 def open_session(options: TracingOptions, limits: Mapping[str, str]) -> TracingStatus:
-    """設定を始める。同じ ``options`` での 2 回目は何もしない。
-
-    Args:
-        limits: 送信の上限を決める環境変数。
-
-    Raises:
-        TracingSetupError: 二重設定、使えない URI や名前、``strict=True`` での接続失敗。
-    """
+    """設定を始める。``limits`` は、送信の上限を決める環境変数。"""
     with _lock:
         if _session is None:
             return _start(options, limits)
         if _session.options == options:
-            return _session.status
+            return _status_of(_session)
         raise TracingSetupError(
             f"tracing is already set up for {_session.options.experiment_name!r}; a second, "
             f"different setup ({_session.options.differences(options)}) would rebuild the tracer "
@@ -79,12 +74,25 @@ def open_session(options: TracingOptions, limits: Mapping[str, str]) -> TracingS
 
 def session_status() -> TracingStatus | None:
     """いまの状態と件数。設定前は ``None``。"""
-    if _session is None:
-        return None
-    counts = vars(delivery_counts())
-    if any(getattr(_session.status, name) != count for name, count in counts.items()):
-        _session.status = replace(_session.status, **counts)
-    return _session.status
+    return None if _session is None else _status_of(_session)
+
+
+def _status_of(session: _Session) -> TracingStatus:
+    """変わっていなければ、前と同じオブジェクト。"""
+    status = TracingStatus(
+        experiment_id=session.experiment_id,
+        experiment_name=session.options.experiment_name,
+        tracking_uri=hide_secrets(session.uri),
+        backend=session.backend,
+        export_profile=session.options.export_profile,
+        applied=dict(session.environment.applied),
+        warnings=tuple(session.environment.warnings),
+        ready=bool(session.experiment_id),
+        **vars(delivery_counts()),
+    )
+    if session.status is None or session.status != status:
+        session.status = status
+    return session.status
 
 
 def close_session() -> None:
@@ -103,7 +111,12 @@ def close_session() -> None:
 
 def _start(options: TracingOptions, limits: Mapping[str, str]) -> TracingStatus:
     global _session
-    session = _new_session(options)
+    uri = options.tracking_uri or mlflow.get_tracking_uri()
+    backend = backend_of(uri)
+    if options.export_profile == "otlp":
+        check_otlp(uri, backend)
+    previous = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    session = _Session(options, uri, backend, previous, EnvironmentPatch())
     start_counting(follow=False)
     try:
         _prepare(session, limits)
@@ -113,55 +126,28 @@ def _start(options: TracingOptions, limits: Mapping[str, str]) -> TracingStatus:
         _restore(session)
         raise
     _session = session
-    return session.status
-
-
-def _new_session(options: TracingOptions) -> _Session:
-    uri = options.tracking_uri or mlflow.get_tracking_uri()
-    backend = backend_of(uri)
-    if options.export_profile == "otlp":
-        check_otlp(uri, backend)
-    status = TracingStatus(
-        experiment_id="",
-        experiment_name=options.experiment_name,
-        tracking_uri=hide_secrets(uri),
-        backend=backend,
-        export_profile=options.export_profile,
-        applied={},
-        warnings=(),
-        ready=False,
-    )
-    # MLflow 自身も、この 3 つを書き換える
-    patch = EnvironmentPatch(
-        "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "OTEL_RESOURCE_ATTRIBUTES"
-    )
-    previous = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    return _Session(options, uri, status, patch, previous)
+    return _status_of(session)
 
 
 def _prepare(session: _Session, limits: Mapping[str, str]) -> None:
     """プロバイダーが作られる前に、環境変数・URI・スパンの処理を決める。"""
-    options = session.options
-    settings = {
-        "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": str(options.enable_async).lower(),
-        **limits,
-        **_backend_limits(session, limits),
-    }
+    options, environment = session.options, session.environment
+    enable_async = str(options.enable_async).lower()
+    environment.set({"MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": enable_async})
+    environment.set({**limits, **_backend_limits(session, limits)})
     if options.sampling_ratio is not None:
-        settings["MLFLOW_TRACE_SAMPLING_RATIO"] = str(options.sampling_ratio)
-    session.environment.set(settings)
-    session.environment.set_resource(options.service_name, options.resource_attributes())
+        environment.set({"MLFLOW_TRACE_SAMPLING_RATIO": str(options.sampling_ratio)})
+    environment.set_resource(options.service_name, options.resource_attributes())
     if options.tracking_uri is not None:
-        mlflow.set_tracking_uri(session.uri)
+        mlflow.set_tracking_uri(options.tracking_uri)
     mlflow.tracing.configure(span_processors=[replace_surrogates, *options.span_processors])
-    _update(session)
 
 
 def _backend_limits(session: _Session, limits: Mapping[str, str]) -> dict[str, str]:
     """保存先ごとの設定。"""
-    if session.status.backend == "sqlite" and _WORKERS in limits:
+    if session.backend == "sqlite" and _WORKERS in limits:
         return {_WORKERS: "1"}  # SQLite は書き手が 1 人のほうが衝突の再試行がなく、失わない
-    if session.status.backend == "server":  # 止まっているときに、1 回の送信をあきらめるまで
+    if session.backend == "server":  # 止まっているときに、1 回の送信をあきらめるまで
         return {
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(session.options.http_timeout_seconds),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(session.options.http_max_retries),
@@ -169,19 +155,9 @@ def _backend_limits(session: _Session, limits: Mapping[str, str]) -> dict[str, s
             # 429 の Retry-After に従うと、1 時間でも眠る
             "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
         }
-    if session.status.backend == "databricks":
+    if session.backend == "databricks":
         return {"MLFLOW_ASYNC_TRACE_LOGGING_RETRY_TIMEOUT": "30"}
     return {}
-
-
-def _update(session: _Session, *problems: str, **changes: Any) -> None:
-    """環境変数の変更と警告を状態に映す。"""
-    session.status = replace(
-        session.status,
-        applied=dict(session.environment.applied),
-        warnings=(*session.environment.warnings, *problems),
-        **changes,
-    )
 
 
 def _restore(session: _Session) -> None:
@@ -197,11 +173,15 @@ def _connect_or_wait(session: _Session) -> None:
         return
     if session.options.strict:
         raise TracingSetupError(f"{problem}; start the server or pass strict=False")
-    logger.warning("tracing is off until the server answers: %s", problem)
-    _update(session, problem)
+    _stay_off(session, "tracing is off until the server answers", problem)
     mlflow.tracing.disable()
-    session.disabled = True
     _start_reconnecting(session)
+
+
+def _stay_off(session: _Session, what: str, problem: str) -> None:
+    logger.warning("%s: %s", what, problem)
+    session.problem = problem
+    session.environment.warnings.append(problem)
 
 
 def _connect(session: _Session) -> str | None:
@@ -213,23 +193,20 @@ def _connect(session: _Session) -> str | None:
         experiment = mlflow.set_experiment(name)  # pyright: ignore[reportUnknownMemberType]
     except Exception as error:
         problem = f"experiment {name!r} cannot be used: {hide_secrets(str(error))}"
-        if session.status.backend == "sqlite" or _is_refused_name(error):
+        # 名前が使えない。ほかの応答(401、404、429 など)は、直るまで待つ
+        refused = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+        if session.backend == "sqlite" or refused:
             raise TracingSetupError(problem) from error
         return problem
     if session.options.export_profile == "otlp":
         session.environment.set(otlp_environment(session.uri, experiment.experiment_id))
     renew_trace_buffer()
-    if session.disabled:
+    if session.problem:
         mlflow.tracing.enable()
     use_system_random_ids()
     keep_counting()
-    _update(session, experiment_id=experiment.experiment_id, ready=True)
+    session.experiment_id = experiment.experiment_id
     return None
-
-
-def _is_refused_name(error: Exception) -> bool:
-    """名前そのものが使えないか。ほかの応答(401、404、429 など)は、直るまで待つ。"""
-    return isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE"
 
 
 def _probe(session: _Session) -> str | None:
@@ -238,7 +215,7 @@ def _probe(session: _Session) -> str | None:
     証明書は MLflow と同じ変数、プロキシは ``requests`` が読む変数による。4xx は認証や経路の
     都合でも返るので、MLflow 自身に判断させる。
     """
-    if session.status.backend != "server":
+    if session.backend != "server":
         return None
     url = f"{session.uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name"
     insecure = os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1")
@@ -261,14 +238,14 @@ def _probe(session: _Session) -> str | None:
     return None
 
 
-_fork_hook_installed = False
+@functools.cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_reconnect_after_fork)
 
 
 def _start_reconnecting(session: _Session) -> None:
-    global _fork_hook_installed
-    if not _fork_hook_installed and hasattr(os, "register_at_fork"):
-        _fork_hook_installed = True
-        os.register_at_fork(after_in_child=_reconnect_after_fork)
+    _watch_forks()
     name = "production-tracing-reconnect"
     threading.Thread(target=_reconnect, args=(session,), name=name, daemon=True).start()
 
@@ -277,14 +254,13 @@ def _reconnect_after_fork() -> None:
     """fork した子(gunicorn の ``--preload`` など)にスレッドは残らないので、子でも接続し直す。"""
     global _lock
     _lock = threading.RLock()  # 接続の途中で fork すると、子では永久に解かれない
-    if _session is not None and not _session.status.ready:
+    if _session is not None and not _session.experiment_id:
         _session.stop = threading.Event()
         _start_reconnecting(_session)
 
 
 def _reconnect(session: _Session) -> None:
     """接続できるまで続ける。理由が変わるたびに、ログと状態に書く。"""
-    known = session.status.warnings[-1]
     while not session.stop.wait(session.options.retry_seconds):
         with _lock:
             if session.stop.is_set():
@@ -292,11 +268,9 @@ def _reconnect(session: _Session) -> None:
             try:
                 problem = _connect(session)
             except Exception as error:
-                problem = str(error)
+                problem = hide_secrets(str(error))
             if problem is None:
-                logger.warning("tracing is on: %s", session.status.tracking_uri)
+                logger.warning("tracing is on: %s", hide_secrets(session.uri))
                 return
-            if problem != known:
-                logger.warning("tracing stays off: %s", problem)
-                _update(session, problem)
-                known = problem
+            if problem != session.problem:
+                _stay_off(session, "tracing stays off", problem)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 Backend = Literal["sqlite", "server", "databricks"]
 Text = Annotated[str, Field(pattern=r"\S")]
 ResourceValue = Annotated[str, Field(pattern=r"^[^,=]*[^,=\s][^,=]*$")]
+_WRITTEN_BY_MLFLOW = ("MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI", "OTEL_RESOURCE_ATTRIBUTES")
 Seconds = Annotated[float, Field(gt=0, le=threading.TIMEOUT_MAX)]
 
 
@@ -81,26 +82,24 @@ class TracingOptions(BaseModel):
 
     def differences(self, other: TracingOptions) -> str:
         """``other`` と値が違う引数の一覧(エラーの文面に使う)。"""
-        pairs = [
-            (name, getattr(self, name), getattr(other, name)) for name in type(self).model_fields
+        changes = [
+            f"{name}: {value!r} -> {getattr(other, name)!r}"
+            for name, value in self
+            if value != getattr(other, name)
         ]
-        return hide_secrets(", ".join(f"{name}: {a!r} -> {b!r}" for name, a, b in pairs if a != b))
+        return hide_secrets(", ".join(changes))
 
 
 def check_options(**options: Any) -> TracingOptions:
-    """引数を確かめる。
-
-    Raises:
-        ValueError: 正しくない引数(すべてを一度に挙げる)。
-    """
+    """引数を確かめる。正しくないものをすべて、1 つの ``ValueError`` にする。"""
     try:
         return TracingOptions(**options)
     except ValidationError as error:
-        lines = [
-            f"{item['loc'][0]}={item['input']!r} must be valid: {item['msg']}"
-            for item in error.errors()
+        problems = [
+            f"{one['loc'][0]}={one['input']!r} must be valid: {one['msg']}"
+            for one in error.errors()
         ]
-    raise ValueError(hide_secrets("; ".join(lines)))
+    raise ValueError(hide_secrets("; ".join(problems)))
 
 
 def hide_secrets(text: str) -> str:
@@ -139,11 +138,10 @@ def backend_of(uri: str) -> Backend:
 class EnvironmentPatch:
     """環境変数を書き、後で元に戻す。利用者が先に決めた値は変えない。"""
 
-    def __init__(self, *remember: str) -> None:
-        """``remember`` は、MLflow 自身が書き換えるので覚えておく変数。"""
+    def __init__(self) -> None:
         self.applied: dict[str, str] = {}
         self.warnings: list[str] = []
-        self._previous = {name: os.environ.get(name) for name in remember}
+        self._before = dict(os.environ)
 
     def set(self, values: Mapping[str, str]) -> None:
         """書き込む。利用者の値と違うときは、そちらを残して ``warnings`` に書く。"""
@@ -152,21 +150,18 @@ class EnvironmentPatch:
             if current is None:
                 self._write(name, value)
             elif current != value:
-                given, wanted = _shown(name, current), _shown(name, value)
-                self.warnings.append(
-                    f"{name}={given} from the environment is kept (wanted {wanted})"
-                )
+                self._keep(name, _shown(name, current), _shown(name, value))
 
     def set_resource(self, service_name: str, attributes: Mapping[str, str]) -> None:
         """サービス名とリソース属性を書く。``OTEL_RESOURCE_ATTRIBUTES`` の利用者の値が優先する。"""
-        given = _resource_in_environment()
-        if "service.name" not in given:
+        items = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",")
+        pairs = [item.split("=", 1) for item in items if "=" in item]
+        given = {key.strip(): value.strip() for key, value in pairs}
+        users_name = given.get("service.name")
+        if users_name is None:
             self.set({"OTEL_SERVICE_NAME": service_name})
-        elif given["service.name"] != service_name:
-            self.warnings.append(
-                f"service.name={given['service.name']} from OTEL_RESOURCE_ATTRIBUTES is kept "
-                f"(wanted {service_name})"
-            )
+        elif users_name != service_name:
+            self._keep("service.name", users_name, service_name)
         merged = {**attributes, **given}
         if merged != given:
             text = ",".join(f"{key}={value}" for key, value in merged.items())
@@ -174,24 +169,20 @@ class EnvironmentPatch:
 
     def restore(self) -> None:
         """書く前の値に戻す。"""
-        for name, value in self._previous.items():
-            if value is None:
-                os.environ.pop(name, None)
+        for name in (*self.applied, *_WRITTEN_BY_MLFLOW):
+            if name in self._before:
+                os.environ[name] = self._before[name]
             else:
-                os.environ[name] = value
+                os.environ.pop(name, None)
+
+    def _keep(self, name: str, given: str, wanted: str) -> None:
+        self.warnings.append(f"{name}={given} from the environment is kept (wanted {wanted})")
 
     def _write(self, name: str, value: str) -> None:
-        self._previous.setdefault(name, os.environ.get(name))
         self.applied[name] = _shown(name, value)
         os.environ[name] = value
 
 
 def _shown(name: str, value: str) -> str:
-    """環境変数の値を、見せてよい形にする。送信のヘッダーには鍵が入る。"""
+    """送信のヘッダーには鍵が入る。"""
     return "(hidden)" if name.endswith("_HEADERS") else hide_secrets(value)
-
-
-def _resource_in_environment() -> dict[str, str]:
-    given = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-    pairs = (item.split("=", 1) for item in given.split(",") if "=" in item)
-    return {key.strip(): value.strip() for key, value in pairs}

@@ -16,23 +16,25 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from mlflow.entities import Trace
+from mlflow.entities import Span, Trace
 from mlflow.exceptions import MlflowException
 
 from .._internals import tracing_client
+from ..metadata import sends_only_otlp
 from .counts import LEDGER, start_counting, stop_counting
-from .text import send_as_utf8
+from .text import as_utf8, send_as_utf8
 
 logger = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Trace]], None]
-_RETRYABLE_4XX = (401, 403, 408, 429)
+_BATCH = 50
 _DRAFT_SECONDS = 3600.0
 
 
@@ -55,15 +57,12 @@ class SpoolStats:
 def deliver(traces: Sequence[Trace]) -> None:
     """トレースを同じ ID のまま保存する。同じものを 2 回送っても 1 件のままになる。"""
     store = tracing_client().store
+    spans: defaultdict[str, list[Span]] = defaultdict(list)
     for trace in traces:
         send_as_utf8(store.start_trace, trace.info)
-
-    def experiment(trace: Trace) -> str:
-        return str(trace.info.experiment_id)
-
-    for identity, group in groupby(sorted(traces, key=experiment), experiment):
-        spans = [span for trace in group for span in trace.data.spans]
-        send_as_utf8(store.log_spans, identity, spans)
+        spans[str(trace.info.experiment_id)] += trace.data.spans
+    for experiment_id, group in spans.items():
+        send_as_utf8(store.log_spans, experiment_id, group)
 
 
 class TraceSpool:
@@ -78,11 +77,9 @@ class TraceSpool:
         directory: str | os.PathLike[str],
         *,
         max_traces: int = 10_000,
-        batch_size: int = 50,
         cooldown_seconds: float = 5.0,
         fsync: bool = False,
         deliver: Deliver = deliver,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """設定だけを行う。MLflow につなぎ、前回の残りを送り始めるのは ``install()``。
 
@@ -92,27 +89,24 @@ class TraceSpool:
             cooldown_seconds: 送信に失敗した後、次に試すまでの時間。
             fsync: 停電でも失わないよう、書くたびにディスクへ確定する(およそ 0.4 ms)。
         """
-        if max_traces < 1 or batch_size < 1 or cooldown_seconds < 0:
-            raise ValueError("max_traces and batch_size must be >= 1, cooldown_seconds >= 0")
+        if max_traces < 1 or cooldown_seconds < 0:
+            raise ValueError(f"{max_traces=} must be >= 1, {cooldown_seconds=} must be >= 0")
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._max = max_traces
-        self._batch = batch_size
         self._cooldown = cooldown_seconds
         self._fsync = fsync
         self._deliver = deliver
-        self._clock = clock
         self._counts: Counter[str] = Counter()
         self._remove_old_drafts()
         self._start_over(self._on_disk())
 
-    def _start_over(self, pending: Iterable[str]) -> None:
+    def _start_over(self, pending: list[str]) -> None:
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._pending = dict.fromkeys(pending)  # 送る順のトレース ID
-        self._retry_at = 0.0
         self._sender: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._hurry = False
 
     def install(self) -> TraceSpool:
         """MLflow の送信をこの置き場に切り替える。前回の残りも送り始める。
@@ -121,58 +115,45 @@ class TraceSpool:
             RuntimeError: 別の置き場が有効、トレースを OTLP だけに送る設定、または MLflow の内部が
                 変わった。
         """
-        global _installed
-        if _sends_only_otlp():
+        if sends_only_otlp():
             raise RuntimeError(
                 "traces go only to OTLP, past the spool; use export_profile='burst' or set "
                 "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT=true"
             )
-        if _installed not in (None, self):
+        if LEDGER.hooks.accept not in (None, self.accept):
             raise RuntimeError("another TraceSpool is installed; uninstall() it first")
-        if _installed is None:
-            _installed = self
+        if LEDGER.hooks.accept is None:
             LEDGER.hooks.accept = self.accept
+            LEDGER.spooled = lambda: len(self._on_disk())
             start_counting()
             if LEDGER.problem:
                 self.uninstall()
                 raise RuntimeError(f"TraceSpool: {LEDGER.problem}")
-            LEDGER.spooled = lambda: len(self._on_disk())
-            if self._stop.is_set():  # 一度外したものを、つなぎ直す
-                self._start_over(self._on_disk())
             self._start_sending()
         return self
 
     def uninstall(self) -> None:
-        """MLflow の送信に戻す。残ったファイルはそのまま置いておく。"""
-        global _installed
-        if _installed is self:
-            _installed = LEDGER.hooks.accept = None
-            stop_counting()
+        """MLflow の送信に戻し、背後で送るのをやめる。残ったファイルはそのまま置いておく。"""
+        if LEDGER.hooks.accept == self.accept:
+            LEDGER.hooks.accept = None
             LEDGER.spooled = lambda: 0
-            self.stop()
-
-    def stop(self) -> None:
-        """背後で送るのをやめる。"""
+            stop_counting()
+        self._forget_the_parent()
         with self._changed:
-            self._stop.set()
+            self._sender = None
             self._changed.notify_all()
 
     def accept(self, trace: Trace) -> None:
         """トレースを書いて、送信を頼む(MLflow の背後のスレッドから呼ばれる)。"""
         self._start_sending()
-        text = send_as_utf8(Trace.to_json, trace)
-        with self._changed:
-            kept = len(self._pending) < self._max and self._write(trace.info.trace_id, text)
-            if kept:
-                self._pending[trace.info.trace_id] = None
-                self._changed.notify_all()
-        if kept:
-            LEDGER.arrived([trace.info.trace_id])
-        else:
-            self._send_directly(Trace.from_json(text))
-
-    def _send_directly(self, trace: Trace) -> None:
         trace_id = trace.info.trace_id
+        text = Trace(as_utf8(trace.info), trace.data).to_json()
+        with self._changed:
+            if len(self._pending) < self._max and self._write(self._path(trace_id), text):
+                self._pending[trace_id] = None
+                LEDGER.arrived([trace_id])
+                self._changed.notify_all()
+                return
         try:
             self._deliver([trace])
         except Exception as error:
@@ -187,9 +168,9 @@ class TraceSpool:
         """送り終えるまで最大 ``timeout_seconds`` 秒待ち、ディスクに残った件数を返す。"""
         self._start_sending()
         with self._changed:
-            self._retry_at = 0.0
+            self._hurry = True
             self._changed.notify_all()
-            if self._sender is not None and not self._stop.is_set():
+            if self._sender is not None:
                 self._changed.wait_for(lambda: not self._pending, timeout_seconds)
             return len(self._pending)
 
@@ -207,13 +188,15 @@ class TraceSpool:
         """ここまでは送らない(作っただけでは、接続先がまだ決まっていないことがある)。"""
         self._forget_the_parent()
         with self._changed:
-            if self._sender is not None or self._stop.is_set():
+            if self._sender is not None:
                 return
-            sender = threading.Thread(target=self._send_forever, name="trace-spool", daemon=True)
-            # Python 3.12 以降の終了処理の中では作れない。書くだけにして、次の起動か replay で送る
-            with contextlib.suppress(RuntimeError):
-                sender.start()
-                self._sender = sender
+            self._sender = threading.Thread(
+                target=self._send_forever, name="trace-spool", daemon=True
+            )
+            try:
+                self._sender.start()
+            except RuntimeError:  # Python 3.12 以降の終了処理の中。次の起動か replay で送る
+                self._sender = None
 
     def _remove_old_drafts(self) -> None:
         """書きかけで強制終了されたプロセスの残りを消す(新しいものは、誰かが書いている途中)。"""
@@ -224,24 +207,19 @@ class TraceSpool:
                     logger.warning("half-written %s of a killed process removed", draft)
 
     def _on_disk(self) -> list[str]:
-        found: list[tuple[int, str]] = []
-        for path in self.directory.glob("*.json"):
-            with contextlib.suppress(FileNotFoundError):  # 別のプロセスが送り終えた
-                found.append((path.stat().st_mtime_ns, path.stem))
-        return [trace_id for _, trace_id in sorted(found)]
+        # 一覧の途中で、別のプロセスが送り終えて消すことがある
+        return [path.stem for path in self.directory.glob("*.json") if path.exists()]
 
     def _path(self, trace_id: str) -> Path:
         return self.directory / f"{trace_id}.json"
 
-    def _write(self, trace_id: str, text: str) -> bool:
-        path = self._path(trace_id)
+    def _write(self, path: Path, text: str) -> bool:
         draft = path.with_suffix(".tmp")
         try:
-            handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with open(draft, "w", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
                 file.write(text)
-                file.flush()
                 if self._fsync:
+                    file.flush()
                     os.fsync(file.fileno())
             draft.replace(path)
         except OSError as error:
@@ -254,49 +232,45 @@ class TraceSpool:
         return True
 
     def _send_forever(self) -> None:
-        stop, changed = self._stop, self._changed  # つなぎ直すと作り直される
-        while batch := self._next_batch(stop, changed):
+        while batch := self._next_batch():
             try:
                 self._send(batch)
             except Exception as error:
-                self._retry_at = self._clock() + self._cooldown
-                waiting, reason = len(self._pending), str(error)[:200]
-                logger.warning("%d traces wait on disk: %s", waiting, reason)
+                logger.warning("%d traces wait on disk: %s", len(self._pending), str(error)[:200])
+                self._rest()
 
-    def _next_batch(self, stop: threading.Event, changed: threading.Condition) -> list[str]:
+    def _next_batch(self) -> list[str]:
         """送る番のトレース ID。取り外されたら空。"""
-        with changed:
-            while not stop.is_set():
-                wait = self._retry_at - self._clock()
-                if self._pending and wait <= 0:
-                    return list(islice(self._pending, self._batch))
-                changed.wait(wait if self._pending else None)
-        return []
+        me = threading.current_thread()
+        with self._changed:
+            self._changed.wait_for(lambda: self._pending or self._sender is not me)
+            return list(islice(self._pending, _BATCH)) if self._sender is me else []
+
+    def _rest(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._hurry or not self._sender, self._cooldown)
+            self._hurry = False
 
     def _send(self, batch: list[str]) -> None:
+        """送って、ファイルを消す。まとめて拒否されたら、1 件ずつ確かめる。"""
         traces = [trace for trace in map(self._load, batch) if trace is not None]
-        rejected = self._rejected(traces)
-        for trace in rejected:
-            self._set_aside(trace.info.trace_id, "rejected by the server")
-        self._counts["delivered"] += len(traces) - len(rejected)
+        try:
+            self._deliver(traces)
+            self._counts["delivered"] += len(traces)
+        except Exception as error:
+            if not _is_rejection(error):
+                raise
+            if len(batch) > 1:
+                for trace_id in batch:
+                    self._send([trace_id])
+                return
+            self._set_aside(batch[0], "rejected by the server")
         for trace_id in batch:
             self._path(trace_id).unlink(missing_ok=True)
         with self._changed:
             for trace_id in batch:
                 self._pending.pop(trace_id, None)
             self._changed.notify_all()
-
-    def _rejected(self, traces: list[Trace]) -> list[Trace]:
-        """送って、中身を拒否されたものを返す。まとめて拒否されたら、1 件ずつ確かめる。"""
-        try:
-            self._deliver(traces)
-        except Exception as error:
-            if not _is_rejection(error):
-                raise
-            if len(traces) == 1:
-                return traces
-            return [bad for trace in traces for bad in self._rejected([trace])]
-        return []
 
     def _load(self, trace_id: str) -> Trace | None:
         try:
@@ -315,21 +289,12 @@ class TraceSpool:
         logger.error("trace %s moved to %s: %s", trace_id, grave, reason)
 
 
-_installed: TraceSpool | None = None
-
-
-def _sends_only_otlp() -> bool:
-    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    dual = os.environ.get("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "").lower() in ("true", "1")
-    return any(os.environ.get(name) for name in names) and not dual
-
-
 def _is_rejection(error: Exception) -> bool:
     """中身を理由に拒否されたか(待っても直らない)。"""
     if not isinstance(error, MlflowException):
         return False
     status = error.get_http_status_code()
-    return 400 <= status < 500 and status not in _RETRYABLE_4XX
+    return 400 <= status < 500 and status not in (401, 403, 408, 429)
 
 
 def replay(directory: str | os.PathLike[str], timeout_seconds: float = 60.0) -> SpoolStats:
@@ -344,5 +309,5 @@ def replay(directory: str | os.PathLike[str], timeout_seconds: float = 60.0) -> 
         )
     spool = TraceSpool(directory)
     spool.drain(timeout_seconds)
-    spool.stop()
+    spool.uninstall()
     return spool.stats()

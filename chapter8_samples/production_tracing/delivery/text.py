@@ -5,14 +5,16 @@
 ここでは、書けなかったときだけ、その文字を U+FFFD に置き換えて送り直す(正常な文字では何もしない)。
 """
 
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from mlflow.entities import LiveSpan, Span, Trace, TraceData, TraceInfo
+from mlflow.entities import LiveSpan, Span, TraceData, TraceInfo
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
@@ -35,52 +37,38 @@ def send_as_utf8(send: Callable[..., T], *values: Any) -> T:
 def replace_surrogates(span: LiveSpan) -> None:
     """スパンプロセッサー: 入出力と属性の、UTF-8 にできない文字を先に置き換える。"""
     for key, value in raw_attributes(span).items():
-        if isinstance(value, str) and not _is_utf8(value):
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
             span.set_attribute(key, as_utf8(span.get_attribute(key)))
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_about_utf8(error: BaseException | None) -> bool:
     """データベースの層は、原因の ``UnicodeEncodeError`` を別の例外に包む。"""
-    if isinstance(error, UnicodeEncodeError):
-        return True
-    return error is not None and _is_about_utf8(error.__cause__)
+    while error is not None and not isinstance(error, UnicodeEncodeError):
+        error = error.__cause__
+    return error is not None
 
 
 def as_utf8(value: Any) -> Any:
-    """文字列、その入れ物、トレースとスパンの中の、UTF-8 にできない文字を置き換えた写し。
+    """文字列、その入れ物、トレース情報、スパンの、UTF-8 にできない文字を置き換えた写し。
 
     >>> as_utf8({"answer": ["ok " + chr(0xD83D)]})
     {'answer': ['ok \\ufffd']}
     """
-    if isinstance(value, str):
+    if type(value) is str:  # 文字列でもある列挙型は、そのまま
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, Mapping):
-        items = cast(Mapping[Any, Any], value).items()
-        return {as_utf8(key): as_utf8(item) for key, item in items}
+        return {as_utf8(key): as_utf8(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [as_utf8(item) for item in cast(list[Any], value)]
-    if isinstance(value, Trace):
-        return Trace(as_utf8(value.info), as_utf8(value.data))
+        return [as_utf8(item) for item in value]
+    if isinstance(value, TraceInfo):
+        return replace(value, **{f.name: as_utf8(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, TraceData):
         return TraceData(as_utf8(value.spans))
-    if isinstance(value, TraceInfo):
-        return replace(value, **{f.name: _clean(getattr(value, f.name)) for f in fields(value)})
     if isinstance(value, Span):
         return Span.from_dict(as_utf8(value.to_dict()))
     return _otel_span(value) if isinstance(value, ReadableSpan) else value
-
-
-def _clean(value: Any) -> Any:
-    """文字列とその辞書だけを置き換える(評価のリストなどは、そのまま)。"""
-    return as_utf8(value) if type(value) in (str, dict) else value
 
 
 def _otel_span(span: ReadableSpan) -> ReadableSpan:
