@@ -471,6 +471,7 @@ def test_notations_that_hide_a_secret(text: str) -> None:
         "Bearer token-authentication",
         "追跡番号 1234-5678-9018",
         "tracking number: 1234 5678 9018",
+        "tracking: 1234-5678-9018",
         "注文番号 123456789018",
         "v1.03.1234.5678",
         "sk-learn-pipeline-example",

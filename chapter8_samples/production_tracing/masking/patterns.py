@@ -12,15 +12,9 @@ Span = tuple[int, int]
 
 
 class Found(NamedTuple):
-    """隠す範囲。"""
-
     start: int
     end: int
     label: str
-
-
-def _anything(_text: str) -> bool:
-    return True
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class Pattern:
     label: str
     regex: re.Pattern[str]
     """名前が ``pii`` のグループがあれば、そこだけを隠す。"""
-    valid: Callable[[str], bool] = _anything
+    valid: Callable[[str], bool] = bool
     hint: re.Pattern[str] | None = None
     """文がこれを含まないなら、調べない(速くするため)。"""
 
@@ -135,7 +129,7 @@ _AFTER_WORD = re.compile(
 _LABEL = re.compile(
     r"""
     (?: (?:注文|受注|発注|伝票|追跡|送り状|会員|顧客|管理|受付|予約|請求書?|商品)(?:番号|コード)
-      | [型品]番
+      | [型品]番 | 追跡 | 伝票 | tracking
       | (?:order|tracking|invoice|ticket|member|serial|item|part|product)
         [ _-]?(?:no\.?|number|id|code|\#)
       | isbn(?:-?1[03])? | jan | sku

@@ -72,11 +72,6 @@ def _replaced(text: str, spans: list[Found], new: Callable[[Found], str]) -> str
     return "".join([*pieces, text[end:]])
 
 
-def _blank(one: Found) -> str:
-    """同じ長さの、どの規則にも合わない文字。"""
-    return "\0" * (one.end - one.start)
-
-
 def _copied(value: Any, path: Path, pieces: dict[Path, list[Place]]) -> Any:
     """辞書とリストの写し。リストの中の文字列は、同じ場所のものどうしを ``pieces`` に集める。"""
     if isinstance(value, Mapping):
@@ -128,7 +123,8 @@ class Pass:
         for pattern in self._patterns:
             if found := pattern.find(plain):
                 result += found
-                plain = _replaced(plain, found, _blank)
+                # 見つけたところは、同じ長さの、どの規則にも合わない文字にする
+                plain = _replaced(plain, found, lambda one: "\0" * (one.end - one.start))
         if result and len(plain) != len(text):
             places = _places(text)
             result = [Found(places[start], places[end], label) for start, end, label in result]
