@@ -32,8 +32,10 @@ def rewrite(span: LiveSpan, change: Change) -> None:
         span.set_inputs(change(span.inputs))
     if span.outputs is not None:
         span.set_outputs(change(span.outputs))
-    for key, value in _values(span.attributes, change).items():
-        span.set_attribute(key, value)
+    attributes = span.attributes
+    for key, value in _values(attributes, change).items():
+        if value != attributes[key]:  # 変わらないものは、もとの書き方のまま残す
+            span.set_attribute(key, value)
     rewrite_events(span, lambda events: _event_attributes(events, change))
     rewrite_status(span, change)
     with open_trace_info(span.trace_id) as info:
