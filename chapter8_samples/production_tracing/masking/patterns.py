@@ -112,11 +112,21 @@ def _phone(text: str) -> bool:
     return digits[0] == "0" != digits[1]
 
 
+def _two_part_phone(text: str) -> bool:
+    """ "03-12345678" など。"0901-123456" のような日時や、小数ではないもの。"""
+    digits = _digits(text)
+    dated = rf"{_MONTH}{_DAY}{_TIME}[0-5]\d|\d\d{_YEAR}{_MONTH}{_DAY}"
+    if re.fullmatch(dated, digits) or re.search("[./_・·]", text):
+        return False
+    return digits[0] == "0" != digits[1]
+
+
 # 種類、桁数の並び、確かめる関数。上にあるものほど優先する
 _KINDS = (
     ("CARD", "4-4-4-4-3 4-4-4-4 4-6-5 4-6-4 8-8 14 15 16 17 18 19", _card),
     ("MY_NUMBER", "4-4-4 12", _my_number),
     ("PHONE", "3-4-4 4-3-4 3-3-5 3-8 7-4 11 2-4-4 3-3-4 4-2-4 5-1-4 4-3-3 10", _phone),
+    ("PHONE", "2-8 3-7 4-6 6-4", _two_part_phone),
 )
 _SHAPES = {shape: rank for rank, kind in enumerate(_KINDS) for shape in kind[1].split()}
 
