@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import mlflow.tracing
 import requests
+from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
 from .._internals import renew_trace_buffer
@@ -210,7 +211,7 @@ def _connect(session: _Session) -> str | None:
     if problem := _probe(session):
         return f"experiment {name!r} cannot be used yet: {problem}"
     try:
-        experiment = mlflow.set_experiment(name)  # pyright: ignore[reportUnknownMemberType]
+        experiment = _set_experiment(name)
     except Exception as error:
         problem = f"experiment {name!r} cannot be used: {hide_secrets(str(error))}"
         if session.status.backend == "sqlite" or _is_refused_name(error):
@@ -225,6 +226,17 @@ def _connect(session: _Session) -> str | None:
     keep_counting()
     _update(session, experiment_id=experiment.experiment_id, ready=True)
     return None
+
+
+def _set_experiment(name: str) -> Experiment:
+    """``mlflow.set_experiment``。いくつものワーカーが同時に作っても、その名前に記録する。
+
+    作るのに負けた側では、MLflow 3.17 は見つけたものを返すだけで、記録先は Default のままになる。
+    """
+    experiment = mlflow.set_experiment(name)
+    if os.environ.get("MLFLOW_EXPERIMENT_ID") != experiment.experiment_id:
+        mlflow.set_experiment(experiment_id=experiment.experiment_id)
+    return experiment
 
 
 def _is_refused_name(error: Exception) -> bool:
