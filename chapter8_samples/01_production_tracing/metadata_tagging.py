@@ -199,19 +199,17 @@ def main() -> None:
         ("user-sato", "session-2", "領収書がほしい"),
         ("user-sato", "session-2", "在庫はある?"),
     ]
+    common = RequestContext(
+        environment="production",
+        service_version="1.4.0",
+        region="japaneast",
+        extra_tags={"channel": "web"},
+    )
     with _lab.sample("ch8-metadata-tagging"):
         for number, (user, session, question) in enumerate(talks, 1):
-            context = RequestContext(
-                user_id=user,
-                session_id=session,
-                request_id=f"req-{number}",
-                environment="production",
-                service_version="1.4.0",
-                region="japaneast",
-                extra_tags={"channel": "web"},
-            )
+            request = replace(common, user_id=user, session_id=session, request_id=f"req-{number}")
             with contextlib.suppress(TimeoutError):
-                _answer(question, context)
+                _answer(question, request)
         mlflow.flush_trace_async_logging()
         _show("ユーザー user-tanaka", find_traces(user="user-tanaka"))
         _show("セッション session-2", find_traces(session="session-2"))
@@ -231,9 +229,8 @@ def _answer(question: str, context: RequestContext) -> str:
 
 
 def _search(question: str) -> str:
-    step = traced_step("search", span_type="RETRIEVER", attributes={"retrieval.top_k": 3})
-    with step as span:  # 手書きのスパン。抜けるときの例外は、種類も属性に残る
-        span.set_inputs(question)
+    top_k = {"retrieval.top_k": 3}  # 手書きのスパンの属性。抜けるときの例外も、種類が属性に残る
+    with traced_step("search", span_type="RETRIEVER", inputs=question, attributes=top_k):
         if "在庫" in question:
             raise TimeoutError("no answer from the stock service in 30 s")
         return f"「{question}」への回答"

@@ -9,17 +9,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import mlflow.tracing
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
-from opentelemetry.trace import INVALID_SPAN, Span, get_current_span, set_span_in_context
+from opentelemetry.trace import INVALID_SPAN, Span, set_span_in_context
 
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan, Trace, TraceInfo
     from mlflow.tracing.client import TracingClient
-    from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SynchronousMultiSpanProcessor
     from opentelemetry.sdk.trace import TracerProvider as SdkProvider
     from opentelemetry.sdk.trace.id_generator import IdGenerator
@@ -289,37 +289,21 @@ def otel_span_is_current(span: Span) -> Iterator[None]:
         api.detach(token)
 
 
-class ResumableSpan:
-    """``start_span_no_context`` のスパンを、間を空けて「いまのスパン」にする。公開 API がない。
-
-    中で開いたままのスパンは、次のときも開いている。終わっていれば、元のスパンに戻る。
+@contextmanager
+def span_is_current(span: LiveSpan, inside: Span) -> Iterator[None]:
+    """``inside``(終わっていれば ``span``)を「いまのスパン」にする。``start_span_no_context`` の
+    スパンについては公開 API がない。設定によっては、OpenTelemetry の文脈も切り替わる。
     """
+    from mlflow.tracing.provider import detach_span_from_context, set_span_in_context
 
-    def __init__(self, span: LiveSpan) -> None:
-        from mlflow.tracing.provider import mlflow_runtime_context, safe_set_span_in_context
-        from opentelemetry import context
-
-        both: tuple[Any, Any] = (mlflow_runtime_context, context)
-        before = [api.get_current() for api in both]
-        with safe_set_span_in_context(span):
-            inside = [(api, api.get_current()) for api in both]
-        changed = [one for one, was in zip(inside, before, strict=True) if one[1] is not was]
-        self._own = self._next = dict(changed)
-
-    @contextmanager
-    def resumed(self) -> Iterator[None]:
-        tokens = [(api, api.attach(context)) for api, context in self._next.items()]
-        try:
-            yield
-            self._next = {api: self._open(api) for api in self._own}
-        finally:
-            for api, token in reversed(tokens):
-                with suppress(ValueError):  # 別の文脈で捨てられたタスクの中
-                    api.detach(token)
-
-    def _open(self, api: Any) -> Context:
-        context = api.get_current()
-        return context if get_current_span(context).is_recording() else self._own[api]
+    # MLflow は、渡したものの _span しか読まない
+    current: Any = SimpleNamespace(_span=inside) if inside.is_recording() else span
+    token = set_span_in_context(current)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # 別の文脈で捨てられたタスクの中
+            detach_span_from_context(token)
 
 
 def hand_over_spans() -> None:

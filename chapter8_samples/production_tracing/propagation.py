@@ -12,7 +12,6 @@ import contextvars
 import functools
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
@@ -79,10 +78,9 @@ def _own_trace(caller: trace.SpanContext) -> Generator[None, None, None]:
         CALLER_TRACE_ID: trace.format_trace_id(caller.trace_id),
         CALLER_SPAN_ID: trace.format_span_id(caller.span_id),
     }
-    with contextlib.ExitStack() as stack:
-        if _is_foreign(current_span(), caller):
-            stack.enter_context(otel_span_is_current(trace.INVALID_SPAN))
-        stack.enter_context(mlflow.tracing.context(metadata=ids if caller.is_valid else None))
+    foreign = _is_foreign(current_span(), caller)
+    alone = otel_span_is_current(trace.INVALID_SPAN) if foreign else contextlib.nullcontext()
+    with alone, mlflow.tracing.context(metadata=ids if caller.is_valid else None):
         yield
 
 
@@ -92,8 +90,6 @@ def _is_foreign(span: trace.Span, caller: trace.SpanContext) -> bool:
     ほかの OpenTelemetry の計装が、``traceparent`` を先に読んでいることがある。
     """
     here = span.get_span_context()
-    if not here.is_valid:
-        return False
     unknown = span.is_recording() and active_trace_id() is None
     return here.is_remote or unknown or here.trace_id == caller.trace_id
 
@@ -101,50 +97,41 @@ def _is_foreign(span: trace.Span, caller: trace.SpanContext) -> bool:
 @contextlib.contextmanager
 def _joined(caller: trace.Span, headers: Mapping[str, str]) -> Generator[None, None, None]:
     trace_id = caller.get_span_context().trace_id
-    with contextlib.ExitStack() as stack:
-        _enter(trace_id, headers)
-        stack.callback(_leave, trace_id)
-        stack.callback(hand_over_spans)
-        stack.enter_context(otel_span_is_current(caller))
-        yield
+    with _joining:
+        join = _joins.get(trace_id) or _Join(headers)
+        _joins[trace_id] = join
+        join.requests += 1
+    try:
+        with otel_span_is_current(caller):
+            yield
+    finally:
+        hand_over_spans()
+        with _joining:
+            join.requests -= 1
+            if join.requests == 0:
+                del _joins[trace_id]
+                join.close()
 
 
 class _Join:
-    """加わっている 1 つのトレースの控え。
+    """加わっている 1 つのトレースの控え。最初のリクエストで開き、最後のもので閉じる。
 
     同じトレースのリクエストは並んで届く。MLflow の関数をそれぞれで呼ぶと、先に終わったものが、
-    ほかのスパンごと控えを捨てるので、最初の 1 つで開き、最後の 1 つで閉じる。
+    ほかのスパンごと控えを捨てる。
     """
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         self.requests = 0
         self._context = contextvars.copy_context()
-        self._scope = contextlib.ExitStack()
-        joined = mlflow.tracing.set_tracing_context_from_http_request_headers(dict(headers))
-        self._context.run(self._scope.enter_context, joined)
+        self._joined = mlflow.tracing.set_tracing_context_from_http_request_headers(dict(headers))
+        self._context.run(self._joined.__enter__)
 
     def close(self) -> None:
-        self._context.run(self._scope.close)
+        self._context.run(self._joined.__exit__, None, None, None)
 
 
 _joining = threading.Lock()
 _joins: dict[int, _Join] = {}
-
-
-def _enter(trace_id: int, headers: Mapping[str, str]) -> None:
-    with _joining:
-        if trace_id not in _joins:
-            _joins[trace_id] = _Join(headers)
-        _joins[trace_id].requests += 1
-
-
-def _leave(trace_id: int) -> None:
-    with _joining:
-        join = _joins[trace_id]
-        join.requests -= 1
-        if join.requests == 0:
-            del _joins[trace_id]
-            join.close()
 
 
 # ---- Web フレームワーク ----
@@ -195,35 +182,33 @@ def scope_flask_requests(app: Any, scope: RequestScope) -> None:
     """
     from flask import request
 
+    wsgi_app = app.wsgi_app
+
     def enter() -> None:
         if (stack := request.environ.get(_SCOPE)) is not None:
             stack.enter_context(scope(dict(request.headers)))
 
-    app.wsgi_app = _OneContextPerRequest(app.wsgi_app)
+    def call(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        answer = _in_one_context(wsgi_app, environ, start_response)
+        next(answer)  # ビューは、ここで動く
+        return answer
+
     app.before_request(enter)
+    app.wsgi_app = call
 
 
-class _OneContextPerRequest:
-    """1 リクエストを、応答の本体まで 1 つの ``contextvars.Context`` で動かす WSGI アプリ。"""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        from werkzeug.wsgi import ClosingIterator
-
-        context = contextvars.copy_context()
-        scope = environ[_SCOPE] = contextlib.ExitStack()
-        leave = functools.partial(context.run, scope.close)
-        try:
-            body = context.run(self._app, environ, start_response)
-        except BaseException:
-            leave()
-            raise
-        if close := getattr(body, "close", None):
-            scope.callback(close)
+def _in_one_context(
+    app: Any, environ: dict[str, Any], start_response: Any
+) -> Generator[bytes, None, None]:
+    """1 リクエストを、応答の本体まで 1 つの ``contextvars.Context`` で動かす。"""
+    context = contextvars.copy_context()
+    scope = environ[_SCOPE] = contextlib.ExitStack()
+    try:
+        body: Any = context.run(app, environ, start_response)
+        scope.callback(getattr(body, "close", lambda: None))
         chunks: Any = context.run(iter, body)
-        end: Any = object()
-        sent = ClosingIterator(iter(lambda: context.run(next, chunks, end), end), [leave])
-        weakref.finalize(sent, leave).atexit = False  # close() を呼ばないサーバーやテスト
-        return sent
+        yield b""
+        while (chunk := context.run(next, chunks, None)) is not None:
+            yield chunk
+    finally:  # サーバーが close() を呼ばず、捨てただけのときも
+        context.run(scope.close)

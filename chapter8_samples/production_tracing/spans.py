@@ -11,13 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any, ClassVar, TypeVar, cast
-from weakref import WeakValueDictionary
+from typing import Any, TypeVar, cast
+from weakref import WeakSet
 
 import mlflow
 from mlflow.entities import LiveSpan, SpanEvent
@@ -25,12 +24,11 @@ from opentelemetry.trace import INVALID_SPAN
 
 from . import _internals
 from .delivery.text import replace_surrogates
-from .log_context import restore_ids, saved_ids
+from .log_context import IDS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-R = TypeVar("R")
 Join = Callable[[list[Any]], Any]
 
 TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
@@ -103,23 +101,28 @@ def atraced_stream(
 
 
 def _read(stream: _Stream, chunks: Iterable[T]) -> Generator[T, None, None]:
-    stream.start()
     with stream.recorded():
-        iterator = stream.call(iter, chunks)
+        with stream.running():
+            iterator = iter(chunks)
         try:
-            while (chunk := stream.call(next, iterator, _END)) is not _END:
+            while True:
+                with stream.running():
+                    chunk = next(iterator)
                 stream.add(chunk)
-                yield cast("T", chunk)
+                yield chunk
+        except StopIteration:
+            return
         except BaseException:
             if close := getattr(iterator, "close", None):
-                stream.call(close)
+                with stream.running():
+                    close()
             raise
 
 
 async def _aread(stream: _Stream, chunks: AsyncIterable[T]) -> AsyncGenerator[T, None]:
-    stream.start()
     with stream.recorded():
-        iterator = stream.call(aiter, chunks)
+        with stream.running():
+            iterator = aiter(chunks)
         try:
             while True:
                 with stream.running():
@@ -135,60 +138,74 @@ async def _aread(stream: _Stream, chunks: AsyncIterable[T]) -> AsyncGenerator[T,
             raise
 
 
-_END = object()
-_RUNNING_IN: ContextVar[str | None] = ContextVar("trace_of_running_stream", default=None)
+_RUNNING: ContextVar[_Stream | None] = ContextVar("running_stream", default=None)
 
 
 class _Stream:
     """ストリーミング 1 回分のスパン。必ず 1 度だけ終わる。"""
-
-    _open: ClassVar[WeakValueDictionary[str | None, _Stream]] = WeakValueDictionary()
 
     def __init__(self, name: str, inputs: Any, join: Join) -> None:
         self._name = name
         self._inputs = inputs
         self._join = join
         self._chunks: list[Any] = []
-        self._status = "OK"
-        self._cut = False
-        self._ended = False
+        self._is_inner = self._ended = False
+        self._inner: WeakSet[_Stream] = WeakSet()
         # 本体は、リクエストの文脈が片付いた後に、別のスレッドから読まれることがある
         self._made_in = contextvars.copy_context()
 
-    def start(self) -> None:
-        """最初の断片を求められたときに始める(一度も読まれなければ、スパンは残らない)。"""
-        begin = functools.partial(_start_span, self._name, self._inputs)
-        in_trace = _internals.current_span().is_recording()
-        self._span = begin() if in_trace else self._made_in.run(begin)
-        self._resumable = _internals.ResumableSpan(self._span)
-        self._is_inner = _RUNNING_IN.get() == self._span.trace_id
-        scope, of_trace = self._made_in.run(saved_ids)
-        self._ids = (saved_ids()[0] or scope, of_trace or saved_ids()[1])
-        self._started = time.perf_counter()
-        self._open[self._span.span_id] = self
+    @contextlib.contextmanager
+    def recorded(self) -> Generator[None, None, None]:
+        """最初の断片を求められたときに始め、どう終わっても、スパンを 1 度だけ終える。"""
+        self._start()
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._end(error)
 
     @contextlib.contextmanager
     def running(self) -> Generator[None, None, None]:
         """中身が動いている間だけ、スパンを有効にする(断片を受け取る側には漏らさない)。"""
-        ids, trace_id = saved_ids(), _RUNNING_IN.get()
-        restore_ids(self._ids)
-        _RUNNING_IN.set(self._span.trace_id)
+        ids, outer = IDS.get(), _RUNNING.get()
+        IDS.set(self._ids)
+        _RUNNING.set(self)
         try:
-            with self._resumable.resumed():
+            with _internals.span_is_current(self._span, self._inside):
                 yield
+                self._inside = _internals.current_span()
         finally:
-            self._ids = saved_ids()
-            restore_ids(ids)
-            _RUNNING_IN.set(trace_id)
-
-    def call(self, function: Callable[..., R], *args: Any) -> R:
-        with self.running():
-            return function(*args)
+            self._ids = IDS.get()
+            IDS.set(ids)
+            _RUNNING.set(outer)
 
     def add(self, chunk: Any) -> None:
-        if not self._chunks:
-            self._record_first_chunk(time.perf_counter() - self._started)
         self._chunks.append(chunk)
+        if len(self._chunks) == 1:
+            self._record_first_chunk(time.perf_counter() - self._started)
+
+    def _start(self) -> None:
+        in_trace = _internals.current_span().is_recording()
+        self._span = self._start_span() if in_trace else self._made_in.run(self._start_span)
+        self._inside = INVALID_SPAN  # 中で開いたままのスパンは、次の断片のときも開いている
+        here, made = IDS.get(), self._made_in.run(IDS.get)
+        self._ids = (made if made.trace else here)._replace(scope=here.scope or made.scope)
+        outer = _RUNNING.get() or self._made_in.get(_RUNNING)
+        if outer is not None and outer._span.trace_id == self._span.trace_id:
+            self._is_inner = True
+            outer._inner.add(self)
+        self._started = time.perf_counter()
+
+    def _start_span(self) -> LiveSpan:
+        """いまのスパンの子として始める。その親がもう終わっていれば、新しいトレースとして始める。"""
+        ended = getattr(_internals.current_span(), "end_time", None) is not None
+        root = _internals.otel_span_is_current(INVALID_SPAN) if ended else contextlib.nullcontext()
+        with root:
+            parent = mlflow.get_current_active_span()
+            return mlflow.start_span_no_context(self._name, inputs=self._inputs, parent_span=parent)
 
     def _record_first_chunk(self, seconds: float) -> None:
         self._span.set_attribute(TIME_TO_FIRST_CHUNK, round(seconds, 6))
@@ -196,48 +213,30 @@ class _Stream:
             if info is not None and not self._is_inner:
                 info.trace_metadata.setdefault(TIME_TO_FIRST_CHUNK_MS, f"{seconds * 1000:.0f}")
 
-    @contextlib.contextmanager
-    def recorded(self) -> Generator[None, None, None]:
-        """どう終わっても、スパンを 1 度だけ終える。"""
-        try:
-            yield
-        except (GeneratorExit, asyncio.CancelledError):
-            self._cut = True
-            raise
-        except BaseException as error:
-            self._failed(error)
-            raise
-        finally:
-            self._end()
-
-    def _failed(self, error: BaseException) -> None:
-        self._status = "ERROR"
-        record_error(self._span, error)
-        if isinstance(error, Exception):
-            self._span.add_event(SpanEvent.from_exception(error))
-
-    def _end(self) -> None:
+    def _end(self, error: BaseException | None) -> None:
         if self._ended:
             return
         self._ended = True
-        self._end_what_is_left_open()
-        if self._cut:
-            self._span.set_attribute("stream.aborted", True)
-        self._span.set_attribute("stream.chunks", len(self._chunks))
+        self._end_what_is_left_open(finished=error is None)
         span: Any = self._span
+        is_cut = isinstance(error, GeneratorExit | asyncio.CancelledError)
+        if is_cut:
+            span.set_attribute("stream.aborted", True)
+        elif error is not None:
+            record_error(span, error)
+            span.add_event(SpanEvent.from_exception(cast("Exception", error)))
+        span.set_attribute("stream.chunks", len(self._chunks))
         span.set_outputs(self._output())
         if isinstance(span, LiveSpan):  # 間引かれたときは違う
             replace_surrogates(span)
-        span.end(status=self._status)
+        span.end(status="OK" if is_cut or error is None else "ERROR")
 
-    def _end_what_is_left_open(self) -> None:
+    def _end_what_is_left_open(self, finished: bool) -> None:
         """読みかけの LLM のスパンは、自分では終わらない。残すと、MLflow はトレースを送らない。"""
-        finished = not self._cut and self._status == "OK"
+        for stream in list(self._inner):
+            stream._end(GeneratorExit())
         for span in _internals.open_spans_below(self._span):
-            if stream := self._open.get(span.span_id):
-                stream._cut = True
-                stream._end()
-            elif not finished or _internals.is_half_read_stream(span):
+            if not finished or _internals.is_half_read_stream(span):
                 span.set_attribute("stream.aborted", True)
                 span.end()
 
@@ -248,12 +247,3 @@ class _Stream:
             kind = type(error).__name__
             logger.warning("join of %r failed (%s); its chunks are kept", self._name, kind)
             return self._chunks
-
-
-def _start_span(name: str, inputs: Any) -> LiveSpan:
-    """いまのスパンの子として始める。その親がもう終わっていれば、新しいトレースとして始める。"""
-    ended = getattr(_internals.current_span(), "end_time", None) is not None
-    root = _internals.otel_span_is_current(INVALID_SPAN) if ended else contextlib.nullcontext()
-    with root:
-        parent = mlflow.get_current_active_span()
-        return mlflow.start_span_no_context(name, inputs=inputs, parent_span=parent)

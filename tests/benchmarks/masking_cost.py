@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import mlflow
 import mlflow.tracing
-from bench_report import Headline, machine
+from bench_report import machine
 
 from chapter8_samples.production_tracing import mask_pii
 
@@ -84,18 +84,6 @@ def stored_aside(chars: int) -> dict[str, tuple[float, float]]:
         figures = measure(chars)
         mlflow.flush_trace_async_logging()
     return figures
-
-
-def headline(quick: bool = False) -> list[Headline]:
-    """README の表の行。"""
-    plain, masked = stored_aside(100_000 if quick else 1_000_000)["日本語"]
-    return [
-        Headline(
-            "個人情報のマスキング(日本語 100 万文字、リクエストのスレッドの CPU 時間)",
-            f"{masked:.2f} 秒(なし {plain:.2f} 秒)",
-            f"マスキングなし比 {masked / plain:.1f}",
-        )
-    ]
 
 
 def main() -> None:

@@ -31,6 +31,11 @@ def answer(number: int) -> int:
     return number
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_: Any) -> None:
+        """待ちきれずに切った相手や、証明書を断った相手のことは、印字しない。"""
+
+
 class Front:
     """MLflow サーバーの手前に立つもの。``status`` が ``None`` の間だけ、本物に渡す。"""
 
@@ -60,7 +65,7 @@ class Front:
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", 0), Handler)
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(*tls)
@@ -241,6 +246,27 @@ def test_message_names_the_real_cause(
     monkeypatch.setenv("HTTPS_PROXY", f"http://user:pa55@127.0.0.1:{free_port}")
     text = problem("https://mlflow.example")
     assert "proxy" in text.lower() and "pa55" not in text
+
+
+def test_a_worker_that_loses_the_race_to_create_the_experiment_records_there_too(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch, stored: Any
+) -> None:
+    """2 つのワーカーが同時に始まると、片方の「ない」という答えは、作るときにはもう古い。"""
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient as Client
+
+    other = mlflow.MlflowClient().create_experiment("raced")
+    find, asked = Client.get_experiment_by_name, list[str]()
+
+    def find_too_early_at_first(client: Any, name: str) -> Any:
+        asked.append(name)
+        return find(client, name) if len(asked) > 1 else None
+
+    # 競争は、わざとは起こせない
+    monkeypatch.setattr(Client, "get_experiment_by_name", find_too_early_at_first)
+    status = setup_production_tracing("raced")
+    answer(1)
+    assert status.experiment_id == other
+    assert len(stored("raced")) == 1
 
 
 def test_requests_go_through_the_proxy_of_the_environment(

@@ -132,16 +132,15 @@ def test_get_context_api_switches_the_current_span(
 
 
 @pytest.mark.parametrize("propagated", ["true", "false"])
-def test_safe_set_span_in_context_changes_mlflow_runtime_context(
+def test_set_span_in_context_and_detach_span_from_context(
     tracking_uri: str, monkeypatch: pytest.MonkeyPatch, propagated: str
 ) -> None:
     """``MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT`` なら、OpenTelemetry の文脈も変える。"""
     monkeypatch.setenv("MLFLOW_TRACE_PROPAGATE_TO_OTEL_CONTEXT", propagated)
     span = mlflow.start_span_no_context("root")
-    resumable = _internals.ResumableSpan(span)
     assert mlflow.get_current_active_span() is None
     for _ in range(2):
-        with resumable.resumed():
+        with _internals.span_is_current(span, INVALID_SPAN):
             assert mlflow.get_current_active_span() is span
             assert get_current_span().is_recording() == (propagated == "true")
         assert mlflow.get_current_active_span() is None

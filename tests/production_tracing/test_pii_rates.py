@@ -77,7 +77,7 @@ def abroad(rng: Rng) -> str:
 
 
 def escaped(rng: Rng) -> str:
-    mark = rng.choice(["\\u3000", "\\t", "\\n", "\\u200b-", "%2D", "%20", "\\uff0d", "&#45;"])
+    mark = rng.choice(["\\u3000", "\\t", "\\n", "\\u200b-", "%2D", "%20", "\\uff0d"])
     return mark.join(number(rng))
 
 
@@ -100,9 +100,7 @@ NOTATIONS: dict[str, Callable[[Rng], str]] = {
     "国番号": abroad,
     "前の文字に続く": lambda rng: rng.choice(["call", "TEL", "tel:"]) + "-".join(mobile(rng)),
     "エスケープ": lambda rng: rng.choice([escaped, after_bytes])(rng),
-    "メールアドレス": lambda rng: mail(rng).replace(
-        "@", rng.choice(["@", "%40", "&#64;", "\\u0040"])
-    ),
+    "メールアドレス": lambda rng: mail(rng).replace("@", rng.choice(["@", "%40", "\\u0040"])),
 }
 CONTAINERS: dict[str, Callable[[str], Any]] = {
     "文": lambda text: f"連絡先は{text}です。",

@@ -96,12 +96,14 @@ class FlushWorker:
 
     def _ask(self, started: float, deadline: float) -> str | None:
         """送り終えたと言われても、届いていないものが残っていれば、もう一度頼む。"""
+        first_error: str | None = None
         while True:
             answer: queue.SimpleQueue[str | None] = queue.SimpleQueue()
             self._requests.put(answer)
             error = answer.get(timeout=max(0.0, deadline - time.monotonic()))
-            if error or not LEDGER.waits_for(started):
-                return error
+            first_error = first_error or error
+            if not LEDGER.waits_for(started):
+                return first_error
             time.sleep(0.05)
 
     def _run(self) -> None:

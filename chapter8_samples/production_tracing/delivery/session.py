@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import mlflow
 import mlflow.tracing
 import requests
+from mlflow.entities import Experiment
 
 from .._internals import renew_trace_buffer
 from .counts import delivery_counts, keep_counting, start_counting, stop_counting
@@ -190,7 +191,7 @@ def _connect(session: _Session) -> str | None:
     if problem := _probe(session):
         return f"experiment {name!r} cannot be used yet: {problem}"
     try:
-        experiment = mlflow.set_experiment(name)  # pyright: ignore[reportUnknownMemberType]
+        experiment = _set_experiment(name)
     except Exception as error:
         problem = f"experiment {name!r} cannot be used: {hide_secrets(str(error))}"
         # 名前が使えない。ほかの応答(401、404、429 など)は、直るまで待つ
@@ -207,6 +208,17 @@ def _connect(session: _Session) -> str | None:
     keep_counting()
     session.experiment_id = experiment.experiment_id
     return None
+
+
+def _set_experiment(name: str) -> Experiment:
+    """``mlflow.set_experiment``。いくつものワーカーが同時に作っても、その名前に記録する。
+
+    作るのに負けた側では、MLflow 3.17 は見つけたものを返すだけで、記録先は Default のままになる。
+    """
+    experiment = mlflow.set_experiment(name)
+    if os.environ.get("MLFLOW_EXPERIMENT_ID") != experiment.experiment_id:
+        mlflow.set_experiment(experiment_id=experiment.experiment_id)
+    return experiment
 
 
 def _probe(session: _Session) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,15 +11,11 @@ if TYPE_CHECKING:
 
 Change = Callable[[Any], Any]
 
-_SYSTEM_ATTRIBUTES = (
+_SYSTEM_KEYS = (
     "mlflow.traceRequestId",
     "mlflow.experimentId",
-    "mlflow.spanStartTimeNs",
-    "mlflow.spanType",
-    "mlflow.spanLogLevel",
+    "mlflow.span",
     "mlflow.chat.tokenUsage",
-)
-_SYSTEM_KEYS = (
     "mlflow.trace_schema",
     "mlflow.trace.tokenUsage",
     "mlflow.trace.cost",
@@ -31,10 +28,14 @@ def rewrite(span: LiveSpan, change: Change) -> None:
     # 文字列だけを隠すときは、MLflow なしで使えるようにここで読み込む
     from .._internals import open_trace_info, rewrite_events, rewrite_status
 
+    if span.inputs is not None:
+        span.set_inputs(change(span.inputs))
+    if span.outputs is not None:
+        span.set_outputs(change(span.outputs))
     attributes = span.attributes
     for key, value in _values(attributes, change).items():
-        if key not in _SYSTEM_ATTRIBUTES and value != attributes[key]:
-            _set(span, key, value)
+        if value != attributes[key]:  # 変わらないものは、もとの書き方のまま残す
+            span.set_attribute(key, value)
     rewrite_events(span, lambda events: _event_attributes(events, change))
     rewrite_status(span, change)
     with open_trace_info(span.trace_id) as info:
@@ -42,67 +43,60 @@ def rewrite(span: LiveSpan, change: Change) -> None:
             _rewrite_info(info, change)
 
 
-def _set(span: LiveSpan, key: str, value: Any) -> None:
-    if key == "mlflow.spanInputs":
-        span.set_inputs(value)
-    elif key == "mlflow.spanOutputs":
-        span.set_outputs(value)
-    else:
-        span.set_attribute(key, value)
-
-
 def _values(values: dict[str, Any], change: Change) -> dict[str, Any]:
     """``change`` を当てた値。キーの名前("password" など)も、隠すかどうかを決める。"""
-    changed = change(values)
+    own = {key: value for key, value in values.items() if not key.startswith(_SYSTEM_KEYS)}
+    changed = change(own)
     if not isinstance(changed, dict):  # 隠す処理が失敗したとき
-        return dict.fromkeys(values, changed)
-    return dict(zip(values, cast("dict[Any, Any]", changed).values(), strict=True))
+        return dict.fromkeys(own, changed)
+    return dict(zip(own, cast("dict[Any, Any]", changed).values(), strict=True))
 
 
 def _event_attributes(events: list[Any], change: Change) -> list[dict[str, Any]]:
     """イベントの属性。ストリーミングの断片は何件ものイベントに分かれるので、まとめて隠す。"""
     originals = [dict(event.attributes or {}) for event in events]
-    # LangChain の "new_token" の token は、秘密ではなく文の断片
-    values = [
-        {
-            f"{key} piece" if event.name == "new_token" else key: attributes[key]
-            for key in attributes
-        }
-        for event, attributes in zip(events, originals, strict=True)
-    ]
-    changed = change(values)
+    changed = change([{key: _parsed(one[key]) for key in one} for one in originals])
     if not isinstance(changed, list):
-        return [dict.fromkeys(attributes, changed) for attributes in originals]
+        return [dict.fromkeys(one, changed) for one in originals]
+    values = [list(new.values()) for new in cast("list[dict[Any, Any]]", changed)]
     return [
-        dict(zip(attributes, new.values(), strict=True))
-        for attributes, new in zip(originals, cast("list[dict[Any, Any]]", changed), strict=True)
+        {key: _like(one[key], new) for key, new in zip(one, news, strict=True)}
+        for one, news in zip(originals, values, strict=True)
     ]
+
+
+def _parsed(value: Any) -> Any:
+    """MLflow は、断片を JSON の文字列にしてイベントに入れる。"""
+    if not isinstance(value, str) or value[:1] not in ("{", "[", '"'):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _like(original: Any, new: Any) -> Any:
+    """``new`` を、もとと同じ書き方(JSON かそのままか)にしたもの。"""
+    old = _parsed(original)
+    if new == old:
+        return original
+    return new if old is original else json.dumps(new, ensure_ascii=original.isascii())
 
 
 def _rewrite_info(info: Any, change: Change) -> None:
     for values in (info.tags, info.trace_metadata):
-        own = {key: value for key, value in values.items() if not key.startswith(_SYSTEM_KEYS)}
-        values.update(_values(own, change))
-    for name in ("request_preview", "response_preview", "client_request_id"):
-        _rewrite_field(info, name, change)
-    for assessment in info.assessments:
-        _rewrite_assessment(assessment, change)
+        values.update(_values(values, change))
+    _rewrite_fields(info, ("request_preview", "response_preview", "client_request_id"), change)
+    for one in info.assessments:  # トレースが開いている間に付けられた評価
+        _rewrite_fields(one, ("rationale", "metadata"), change)
+        _rewrite_fields(one.source, ("source_id",), change)
+        _rewrite_fields(one.expectation, ("value",), change)
+        _rewrite_fields(one.feedback, ("value",), change)
+        for error in (one.error, getattr(one.feedback, "error", None)):
+            _rewrite_fields(error, ("error_message", "stack_trace"), change)
 
 
-def _rewrite_assessment(assessment: Any, change: Change) -> None:
-    """トレースが開いている間に付けられた評価(``mlflow.log_feedback`` など)。"""
-    feedback = assessment.feedback
-    _rewrite_field(assessment, "rationale", change)
-    _rewrite_field(assessment.source, "source_id", change)
-    _rewrite_field(feedback, "value", change)
-    _rewrite_field(assessment.expectation, "value", change)
-    for error in (assessment.error, getattr(feedback, "error", None)):
-        _rewrite_field(error, "error_message", change)
-        _rewrite_field(error, "stack_trace", change)
-    if assessment.metadata:
-        assessment.metadata = _values(assessment.metadata, change)
-
-
-def _rewrite_field(owner: Any, name: str, change: Change) -> None:
-    if (value := getattr(owner, name, None)) is not None:
-        setattr(owner, name, change(value))
+def _rewrite_fields(owner: Any, names: tuple[str, ...], change: Change) -> None:
+    for name in names:
+        if (value := getattr(owner, name, None)) is not None:
+            setattr(owner, name, change(value))
