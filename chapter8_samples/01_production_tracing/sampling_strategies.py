@@ -139,7 +139,7 @@ def weighted_estimates(
 
 
 def _total(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-    """(重み w, 値 x) から、合計 Σwx(Horvitz-Thompson)と、その標準誤差 √Σw(w-1)x²。"""
+    """(重み w, 値 x) から、合計 Σwx(Horvitz-Thompson)と、標準誤差 √Σw(w-1)x*x。"""
     variance = sum(w * (w - 1) * x * x for w, x in pairs)
     return sum(w * x for w, x in pairs), math.sqrt(variance)
 

@@ -130,12 +130,10 @@ class ExportHooks:
         if provider is self._attached or not hasattr(provider, "add_span_processor"):
             return []
         self._attached = provider
-        processors = mlflow_processors()
         try:
-            for processor in processors:
-                self._wrap(processor)
+            counted = [one for one in mlflow_processors() if self._wrap(one)]
             self._watch_roots(provider)
-            return [trace_id for processor in processors for trace_id in _waiting_in(processor)]
+            return [trace_id for processor in counted for trace_id in _waiting_in(processor)]
         except AttributeError as error:
             raise RuntimeError(f"MLflow {mlflow.__version__} has changed: {error}") from error
 
@@ -155,15 +153,18 @@ class ExportHooks:
         watcher.tell = self._ended
         self._undo.append(partial(setattr, watcher, "tell", None))
 
-    def _wrap(self, processor: Any) -> None:
+    def _wrap(self, processor: Any) -> bool:
+        """送信処理を包む。MLflow と OTLP の両方に送る設定では、OTLP のほうは数えない。"""
         exporter = processor.span_exporter
         if hasattr(exporter, "_log_trace"):
             self._set(exporter, "_client", _WatchedClient(exporter._client, self._send))
             self._set(exporter, "_log_trace", partial(self._log_trace, exporter._log_trace))
             log_spans = partial(self._log_spans, exporter._export_spans_incrementally)
             self._set(exporter, "_export_spans_incrementally", log_spans)
-        elif processor._should_register_traces:  # MLflow にも送る設定では、そちらで数える
+            return True
+        if processor._should_register_traces:
             self._set(exporter, "export", partial(self._send, "export", exporter.export))
+        return bool(processor._should_register_traces)
 
     def _set(self, owner: Any, name: str, value: object) -> None:
         own = vars(owner).get(name)

@@ -66,7 +66,8 @@ def test_addresses_are_shown_without_their_secrets(secret: str, host: str, spell
     assert shown(f"http://user:{secret}@{host}/v1/traces") == f"http://{host}/v1/traces"
     assert shown(f"postgresql://user:{secret}@{host}/db") == f"postgresql://{host}/db"
     assert shown(f"https://{secret}@{host}") == f"https://{host}"
-    assert shown(f"user:{secret}@{host}") == host
+    if not secret.startswith("//"):  # "user://..." は、user という種類の URL
+        assert shown(f"user:{secret}@{host}") == host
 
 
 @given(SECRETS.filter(lambda s: "@" not in s), HOSTS)
@@ -79,7 +80,8 @@ def test_queries_and_paths_of_addresses_are_dropped(secret: str, host: str) -> N
 @given(SECRETS)
 def test_no_finding_repeats_a_secret(secret: str) -> None:
     """どの診断が何を書こうと、最後に必ず伏せる。"""
-    secret, header = f"Q{secret}Q", f"H{secret}H"
+    # Basic 認証の値に空白はない
+    secret, header = f"Q{secret}Q", f"H{secret.replace(' ', '_')}H"
     environment = {
         "OPENAI_API_KEY": secret,
         "OTEL_EXPORTER_OTLP_HEADERS": f"authorization=Basic%20{quote(header, safe='')},x=1",

@@ -18,6 +18,7 @@ from mlflow.tracing.client import TracingClient
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 
+from chapter8_samples._lab.servers.receivers import OtlpReceiver
 from chapter8_samples.production_tracing import _internals
 from chapter8_samples.production_tracing.delivery import counts, text
 from chapter8_samples.production_tracing.delivery.counts import delivery_counts
@@ -247,3 +248,23 @@ def test_text_becomes_utf8_and_valid_text_stays(tree: Any) -> None:
     assert text.as_utf8(clean) == clean
     if not text._SURROGATE.search(repr(tree)) and "\\ud" not in repr(tree):
         assert clean == tree
+
+
+def test_spans_that_only_otlp_still_waits_for_are_not_lost_traces(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """両方に送るとき、MLflow に届いたトレースは、OTLP の送信待ちにあっても届いている。"""
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    monkeypatch.setenv("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "true")
+    with OtlpReceiver() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", receiver.http_endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        mlflow.set_experiment("dual")
+        record(3)
+        mlflow.flush_trace_async_logging()
+        counts.start_counting()
+        try:
+            assert delivery_counts() == counts.DeliveryCounts(0, 0, 0)
+            assert flush_traces(30).ok
+        finally:
+            counts.stop_counting()
