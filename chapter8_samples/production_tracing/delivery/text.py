@@ -21,7 +21,7 @@ from opentelemetry.trace import Status
 from .._internals import raw_attributes
 
 T = TypeVar("T")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def send_as_utf8(send: Callable[..., T], *values: Any) -> T:
@@ -57,7 +57,7 @@ def as_utf8(value: Any) -> Any:
     {'answer': ['ok \\ufffd']}
     """
     if type(value) is str:  # 文字列でもある列挙型は、そのまま
-        return _SURROGATE.sub("\ufffd", value)
+        return _SURROGATE.sub(chr(0xFFFD), value)
     if isinstance(value, Mapping):
         return {as_utf8(key): as_utf8(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

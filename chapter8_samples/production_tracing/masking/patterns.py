@@ -43,8 +43,9 @@ class Pattern:
         return spans
 
 
+_DOTS = r"./_・\u00b7"
 # 区切り: 空白、かっこ、点、斜線、下線、"+"(URL の空白)と、ハイフンや横線や長音記号
-_GAP = r"[\s()./_+・·\-~˗‐-―⁃−─━〜ー﹘﹣ｰ]"
+_GAP = r"[\s()./_+・\u00b7\-~\u02d7‐-―\u2043−─━〜ー\ufe58\ufe63ｰ]"
 _RUN = re.compile(rf"[0-9](?<![0-9][0-9])(?:{_GAP}{{0,3}}[0-9]){{9,}}")
 _GROUP = re.compile("[0-9]+")
 _GOES_ON = re.compile(r"[A-Za-z]|\.[0-9]")  # 続き書きの番号の終わりではない
@@ -116,7 +117,7 @@ def _two_part_phone(text: str) -> bool:
     """ "03-12345678" など。"0901-123456" のような日時や、小数ではないもの。"""
     digits = _digits(text)
     dated = rf"{_MONTH}{_DAY}{_TIME}[0-5]\d|\d\d{_YEAR}{_MONTH}{_DAY}"
-    if re.fullmatch(dated, digits) or re.search("[./_・·]", text):
+    if re.fullmatch(dated, digits) or re.search(rf"[{_DOTS}]", text):
         return False
     return digits[0] == "0" != digits[1]
 
@@ -194,7 +195,7 @@ def _is_real(text: str, groups: list[Span], valid: Callable[[str], bool]) -> boo
 def _is_uniform(text: str, groups: list[Span]) -> bool:
     """ "03/2026 1015" のように、区切りが混ざっていないか。ハイフン、空白、かっこは同じとみなす。"""
     gaps = [text[before[1] : after[0]] for before, after in pairwise(groups)]
-    return len({"".join(mark for mark in gap if mark in "./_・·") for gap in gaps}) <= 1
+    return len({re.sub(rf"[^{_DOTS}]", "", gap) for gap in gaps}) <= 1
 
 
 def _any_case(*names: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from .patterns import Found, Pattern, is_secret, secret_label
 
 # 幅のない文字。読む人には見えない
-_UNSEEN = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff"
+_UNSEEN = r"\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff"
 _SLASH = r"(?:\\|%5[Cc])"
 _HEX = "[0-9a-fA-F]"
 _ESCAPE = re.compile(
