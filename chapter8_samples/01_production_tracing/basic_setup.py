@@ -106,10 +106,9 @@ def setup_production_tracing(
         ValueError: 引数の値が正しくない(すべてを一度に挙げる)。
         TracingSetupError: 二重設定、使えない URI や名前、``strict=True`` での接続失敗。
     """
-    if export_profile not in list(EXPORT_PROFILES):
-        raise ValueError(
-            f"export_profile={export_profile!r} must be one of {list(EXPORT_PROFILES)}"
-        )
+    profiles = list(EXPORT_PROFILES)
+    if export_profile not in profiles:
+        raise ValueError(f"export_profile={export_profile!r} must be one of {profiles}")
     options = check_options(
         experiment_name=experiment_name,
         service_name=service_name,
