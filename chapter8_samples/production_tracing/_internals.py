@@ -137,6 +137,10 @@ class ExportHooks:
         except AttributeError as error:
             raise RuntimeError(f"MLflow {mlflow.__version__} has changed: {error}") from error
 
+    def is_attached(self) -> bool:
+        """いまのプロバイダーにつないでいるか。"""
+        return current_provider() is self._attached
+
     def detach(self) -> None:
         """元に戻す。"""
         for step in self._undo:

@@ -268,3 +268,23 @@ def test_spans_that_only_otlp_still_waits_for_are_not_lost_traces(
             assert flush_traces(30).ok
         finally:
             counts.stop_counting()
+
+
+def test_a_provider_rebuilt_by_the_otlp_setup_is_counted_too(tracking_uri: str) -> None:
+    """作り直した側は、足してあった processor だけを新しいプロバイダーに移す(8.5 の設定)。"""
+    mlflow.set_experiment("before")
+    record(1)
+    counts.start_counting(follow=False)
+    try:
+        pipeline: Any = mlflow.tracing.get_bridged_tracer_provider()._active_span_processor
+        processors = _internals.processors_of(pipeline)
+        (watcher,) = (one for one in processors if isinstance(one, _internals.EndedRoots))
+        mlflow.set_experiment("after")
+        mlflow.tracing.get_bridged_tracer_provider().add_span_processor(watcher)
+        record(3)
+        assert flush_traces(30).ok
+        record(2)
+        assert flush_traces(30).ok
+        assert delivery_counts() == counts.DeliveryCounts(0, 0, 0)
+    finally:
+        counts.stop_counting()

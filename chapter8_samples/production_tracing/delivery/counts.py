@@ -49,7 +49,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.spooled: Callable[[], int] = lambda: 0
-        self.hooks = ExportHooks(self.ended, self.send)
+        self.hooks = ExportHooks(self.root_ended, self.send)
         self.problem = ""
         """数えられないときの理由(MLflow の内部が変わったなど)。"""
         self._users = 0
@@ -96,8 +96,19 @@ class Ledger:
             self.hooks.detach()
             self.start_over()
 
+    def root_ended(self, trace_id: str) -> None:
+        """ルートスパンが終わった。
+
+        8.5 の設定のように、知らせる役だけが新しいプロバイダーに移されていることがある。そのときは
+        つなぎ直し、まだ送信を待っているものから数える。
+        """
+        if self.hooks.is_attached():
+            self.ended(trace_id)
+        else:
+            self.attach()
+
     def ended(self, trace_id: str) -> None:
-        """ルートスパンが終わった。"""
+        """送信を待つトレースが増えた。"""
         with self._changed:
             if trace_id not in self._early:
                 self._waiting[trace_id] = time.monotonic()
