@@ -282,6 +282,7 @@ def test_a_provider_rebuilt_by_the_otlp_setup_is_counted_too(tracking_uri: str) 
         mlflow.set_experiment("after")
         mlflow.tracing.get_bridged_tracer_provider().add_span_processor(watcher)
         record(3)
+        mlflow.flush_trace_async_logging()
         assert flush_traces(30).ok
         record(2)
         assert flush_traces(30).ok
