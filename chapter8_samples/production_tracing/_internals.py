@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 import mlflow.tracing
+from mlflow.tracing.constant import SpanAttributeKey
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.trace import INVALID_SPAN, Span, set_span_in_context
 
@@ -74,8 +75,9 @@ def reset_but_keep_settings() -> None:
 
 
 def mlflow_trace_id(span: Any) -> str:
-    """OpenTelemetry のスパンが属する、MLflow のトレース ID。"""
-    return f"tr-{span.context.trace_id:032x}"
+    """OpenTelemetry のスパンが属する、MLflow のトレース ID(形は Unity Catalog などで違う)。"""
+    trace_id = (span.attributes or {}).get(SpanAttributeKey.REQUEST_ID)
+    return json.loads(trace_id) if trace_id else f"tr-{span.context.trace_id:032x}"
 
 
 EXPORT_REQUESTS = ("start_trace", "log_spans", "_upload_trace_data", "_upload_attachments")
@@ -83,8 +85,6 @@ EXPORT_REQUESTS = ("start_trace", "log_spans", "_upload_trace_data", "_upload_at
 
 class EndedRoots(SpanProcessor):
     """残すと決まったルートスパンの終わりを知らせる(公開の ``add_span_processor`` で足す)。"""
-
-    after_sampling = True
 
     def __init__(self) -> None:
         self.tell: Callable[[str], None] | None = None
@@ -272,8 +272,6 @@ def current_span() -> Span:
 
 def active_trace_id() -> str | None:
     """実行中のトレースの ID。公開の API は、上と同じ理由で使えない。"""
-    from mlflow.tracing.constant import SpanAttributeKey
-
     attributes: Any = getattr(current_span(), "attributes", None) or {}
     trace_id = json.loads(attributes.get(SpanAttributeKey.REQUEST_ID) or "null")
     return trace_id if isinstance(trace_id, str) else None

@@ -268,6 +268,15 @@ def test_hooks_see_every_root_and_every_send_and_leave_nothing(tracking_uri: str
     assert not {"_log_trace", "_export_spans_incrementally"} & set(vars(processor.span_exporter))
 
 
+def test_the_trace_id_is_the_one_mlflow_gave_the_span(tracking_uri: str) -> None:
+    """Unity Catalog では "trace:/..." になる。"tr-" を仮定すると、届いたものを失ったと数える。"""
+    with mlflow.start_span("x") as span:
+        assert _internals.mlflow_trace_id(span._span) == span.trace_id
+        span._span.set_attribute("mlflow.traceRequestId", '"trace:/main.agents/0af7"')
+        assert _internals.mlflow_trace_id(span._span) == "trace:/main.agents/0af7"
+        span._span.set_attribute("mlflow.traceRequestId", f'"{span.trace_id}"')
+
+
 @pytest.mark.parametrize("name", _internals.EXPORT_REQUESTS)
 def test_tracing_client_has_what_the_exporter_calls(name: str) -> None:
     from mlflow.tracing.client import TracingClient

@@ -118,7 +118,6 @@ def _install(config: OtlpConfig) -> None:
     try:
         write_env(_desired_env(config, saved))
         add_export_attributes()
-        watch_delivery()  # プロバイダーを作る前に。作るときに on_end を控えるものがある
         warnings = _rebuild_provider()
         watch_delivery()
         if not _is_exporting(config.mode):

@@ -7,6 +7,7 @@ MLflow は送れなかったトレースをログに書くだけで、数えな�
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -238,13 +239,11 @@ def _trace_ids(name: str, values: tuple[Any, ...]) -> list[str]:
 
 
 LEDGER = Ledger()
-_fork_hook_installed = False
 
 
+@functools.cache
 def _watch_forks() -> None:
-    global _fork_hook_installed
-    if not _fork_hook_installed and hasattr(os, "register_at_fork"):
-        _fork_hook_installed = True
+    if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=LEDGER.start_over)
 
 

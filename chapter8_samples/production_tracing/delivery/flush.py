@@ -45,7 +45,7 @@ def flush_everything() -> str | None:
     ``terminate=True`` は使わない(その後のトレースがすべて消える)。まだ何も記録していなければ、
     接続もしない。
     """
-    start_counting()
+    start_counting(follow=False)
     try:
         mlflow.flush_trace_async_logging()
         provider: Any = current_provider()

@@ -29,8 +29,6 @@ from .flush import FlushResult, FlushWorker, flush_everything, require_seconds
 logger = logging.getLogger(__name__)
 
 _SPARE_SECONDS = 0.5  # 期限で強制終了する前に、結果をログに残す余裕
-
-
 _CAN_HOLD = hasattr(signal, "pthread_sigmask")  # Windows にはない
 
 
