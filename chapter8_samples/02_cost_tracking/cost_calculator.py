@@ -132,8 +132,10 @@ class CostCalculator:
         *,
         cache_write_tokens: int = 0,
         cache_write_1h_tokens: int = 0,
-        at: date | datetime | None = None,
+        service_tier: str | None = None,
         batch: bool = False,
+        other_units: Mapping[str, int] | None = None,
+        at: date | datetime | None = None,
     ) -> float:
         """コストを USD で返す。計算は 10 進数で行い、最後に一度だけ ``float`` にする。
 
@@ -144,8 +146,10 @@ class CostCalculator:
             cached_input_tokens: 入力のうち、キャッシュから読んだ数。
             cache_write_tokens: 入力のうち、キャッシュに書いた数(1 時間分を含む)。
             cache_write_1h_tokens: 書き込みのうち、1 時間保持の数。
-            at: いつの料金か。日付か、タイムゾーン付きの時刻。``None`` は最新の行。
+            service_tier: 提供元が返した処理の段。``"batch"`` は ``batch=True`` と同じ。
             batch: バッチ API の料金か。
+            other_units: 料金表にない単位の数(音声トークンなど)。1 つでもあれば料金は決まらない。
+            at: いつの料金か。日付か、タイムゾーン付きの時刻。``None`` は最新の行。
 
         Raises:
             InvalidUsageError: トークン数がありえない値のとき。
@@ -156,7 +160,9 @@ class CostCalculator:
             cached_input_tokens, cache_write_tokens, cache_write_1h_tokens,
         )  # fmt: skip
         try:
-            _, _, (fresh, read, write, output) = self._look_up(model, usage, at, batch)
+            _, _, (fresh, read, write, output) = self._look_up(
+                model, usage, at, _is_batch(service_tier, batch, other_units)
+            )
         except NoPriceError:
             if self.on_unknown == "raise":
                 raise
@@ -172,8 +178,10 @@ class CostCalculator:
         *,
         cache_write_tokens: int = 0,
         cache_write_1h_tokens: int = 0,
-        at: date | datetime | None = None,
+        service_tier: str | None = None,
         batch: bool = False,
+        other_units: Mapping[str, int] | None = None,
+        at: date | datetime | None = None,
     ) -> PriceBreakdown:
         """``calculate`` と同じ計算の、内訳と根拠(料金表の行、照合の仕方)。金額は ``Decimal``。"""
         usage = (
@@ -181,7 +189,9 @@ class CostCalculator:
             cached_input_tokens, cache_write_tokens, cache_write_1h_tokens,
         )  # fmt: skip
         try:
-            match, row, amounts = self._look_up(model, usage, at, batch)
+            match, row, amounts = self._look_up(
+                model, usage, at, _is_batch(service_tier, batch, other_units)
+            )
         except NoPriceError as error:
             if self.on_unknown == "raise":
                 raise
@@ -208,6 +218,16 @@ class CostCalculator:
         match = self.table.resolve(model)
         row = self.table.price_at(match.name, at)
         return match, row, _amounts(row, usage, batch)
+
+
+def _is_batch(tier: str | None, batch: bool, other_units: Mapping[str, int] | None) -> bool:
+    if odd := [name for name, count in (other_units or {}).items() if count]:
+        raise NoPriceError(f"no price for {', '.join(odd)}")
+    if tier in (None, "", "default", "standard", "auto", "on_demand"):
+        return batch
+    if tier != "batch":
+        raise NoPriceError(f"no price for service_tier={tier!r}")
+    return True
 
 
 def _load(pricing: PriceTable | Mapping[str, Any] | None, file: str | Path | None) -> PriceTable:

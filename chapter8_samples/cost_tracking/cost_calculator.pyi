@@ -63,7 +63,7 @@ class CostCalculator:
         self.table: PriceTable
         self.on_unknown = on_unknown
 
-    def calculate(self, model: str, input_tokens: int, output_tokens: int, cached_input_tokens: int=0, *, cache_write_tokens: int=0, cache_write_1h_tokens: int=0, at: date | datetime | None=None, batch: bool=False) -> float:
+    def calculate(self, model: str, input_tokens: int, output_tokens: int, cached_input_tokens: int=0, *, cache_write_tokens: int=0, cache_write_1h_tokens: int=0, service_tier: str | None=None, batch: bool=False, other_units: Mapping[str, int] | None=None, at: date | datetime | None=None) -> float:
         """コストを USD で返す。計算は 10 進数で行い、最後に一度だけ ``float`` にする。
 
         Args:
@@ -73,15 +73,17 @@ class CostCalculator:
             cached_input_tokens: 入力のうち、キャッシュから読んだ数。
             cache_write_tokens: 入力のうち、キャッシュに書いた数(1 時間分を含む)。
             cache_write_1h_tokens: 書き込みのうち、1 時間保持の数。
-            at: いつの料金か。日付か、タイムゾーン付きの時刻。``None`` は最新の行。
+            service_tier: 提供元が返した処理の段。``"batch"`` は ``batch=True`` と同じ。
             batch: バッチ API の料金か。
+            other_units: 料金表にない単位の数(音声トークンなど)。1 つでもあれば料金は決まらない。
+            at: いつの料金か。日付か、タイムゾーン付きの時刻。``None`` は最新の行。
 
         Raises:
             InvalidUsageError: トークン数がありえない値のとき。
             NoPriceError: 料金が決まらないとき(``on_unknown="unpriced"`` なら NaN を返す)。
         """
 
-    def price(self, model: str, input_tokens: int, output_tokens: int, cached_input_tokens: int=0, *, cache_write_tokens: int=0, cache_write_1h_tokens: int=0, at: date | datetime | None=None, batch: bool=False) -> PriceBreakdown:
+    def price(self, model: str, input_tokens: int, output_tokens: int, cached_input_tokens: int=0, *, cache_write_tokens: int=0, cache_write_1h_tokens: int=0, service_tier: str | None=None, batch: bool=False, other_units: Mapping[str, int] | None=None, at: date | datetime | None=None) -> PriceBreakdown:
         """``calculate`` と同じ計算の、内訳と根拠(料金表の行、照合の仕方)。金額は ``Decimal``。"""
 
     def _look_up(self, model: str, usage: Usage, at: date | datetime | None, batch: bool) -> tuple[Match, ModelPrice, Amounts]:
