@@ -1,4 +1,4 @@
-"""8.2.3 モデルの料金: 行、料金表、料金表のファイル。標準ライブラリーだけで動く。"""
+"""8.2.3 モデルの料金: 行、名前、料金表、料金表のファイル、よその料金の取り込み。"""
 
 from .model import (
     CostError,
@@ -7,6 +7,7 @@ from .model import (
     PriceNotEffectiveError,
     PriceTableError,
     PriceTier,
+    Rates,
     UnknownModelError,
 )
 from .table import Match, PriceTable
@@ -20,5 +21,6 @@ __all__ = [
     "PriceTable",
     "PriceTableError",
     "PriceTier",
+    "Rates",
     "UnknownModelError",
 ]
