@@ -20,9 +20,9 @@
        batch: $1.75
        priority: $5.95
     6. 料金表にないモデルは 0 円にしない
-       no price for model 'gpt-5' in price table 2024-12 (as of 2024-12-31)
-       today's prices: python -m chapter8_samples.cost_tracking prices import genai-prices -o prices.json
-       then pricing_file='prices.json', or add your own with pricing=
+       no price for model 'gpt-5' in price table 2024-12 (as of 2024-12-31); today's prices:
+       python -m chapter8_samples.cost_tracking prices import genai-prices -o prices.json; then
+       pricing_file='prices.json', or add your own with pricing=
 
 Databricks のエンドポイント名や Azure のデプロイ名は、``aliases={"my-endpoint": "gpt-4o"}`` で
 料金表の名前に結び付ける。単価が契約で違うときは ``pricing`` に自社の単価を渡す。
@@ -30,6 +30,7 @@ Databricks のエンドポイント名や Azure のデプロイ名は、``aliase
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
@@ -312,7 +313,7 @@ def main() -> None:
     try:
         calculator.calculate("gpt-5", 1000, 500)
     except UnknownModelError as error:
-        print("   " + str(error).replace("; ", "\n   "))
+        print(textwrap.indent(textwrap.fill(str(error), 90, break_on_hyphens=False), "   "))
 
 
 if __name__ == "__main__":

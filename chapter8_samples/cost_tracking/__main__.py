@@ -1,4 +1,4 @@
-"""8.2 のコマンド: コスト分析の SQL の実行と、トレースの Parquet への書き出し。
+"""8.2 のコマンド: 今の料金の取り込み、コスト分析の SQL の実行、トレースの Parquet への書き出し。
 
 ``python -m chapter8_samples.cost_tracking sql エクスペリメント名`` のように使う。
 """
@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}", description="8.2 コストとトークンの追跡"
     )
-    commands = parser.add_subparsers(required=True, metavar="{sql,export}")
+    commands = parser.add_subparsers(required=True, metavar="{prices,sql,export}")
+    _add_prices(commands)
     period = argparse.ArgumentParser(add_help=False)
     period.add_argument("--start", type=_day, help="この日から(--tz の 0 時)")
     period.add_argument("--end", type=_day, help="この日の手前まで(--tz の 0 時)。既定はいま")
@@ -74,6 +75,32 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--content", action="store_true", help="入力と出力も書く(個人情報に注意)")
     export.set_defaults(run=_export)
     return parser
+
+
+def _add_prices(commands: Any) -> None:
+    prices = commands.add_parser("prices", help="今の料金を取り込む")
+    actions = prices.add_subparsers(required=True, metavar="import")
+    action = actions.add_parser(
+        "import",
+        help="今の料金を取り込む",
+        description="入っているパッケージに同梱の料金を、pricing_file に渡せる形に直す。",
+    )
+    action.add_argument("source", help="genai-prices、litellm、またはどちらかの JSON のパス")
+    action.add_argument("-o", "--output", default="prices.json", help="書き出し先(prices.json)")
+    action.set_defaults(run=_import_prices)
+
+
+def _import_prices(options: argparse.Namespace) -> int:
+    from .prices.sources import import_prices  # ほかのコマンドに pydantic は要らない
+
+    found = import_prices(options.source)
+    found.write(options.output)
+    print(f"{found.name} ({found.as_of}): {len(found.models)} モデルの料金 -> {options.output}")
+    print("運べなかった単価(使われた呼び出しは、料金未定にする)")
+    for what, models in found.left_out().items():
+        more = "" if len(models) <= 2 else " ..."
+        print(f"  {what}: {len(models)} モデル ({', '.join(models[:2])}{more})")
+    return 0
 
 
 def _day(text: str) -> date:

@@ -1,6 +1,7 @@
 """8.2.3 モデルの料金: 行、名前、料金表、料金表のファイル、よその料金の取り込み。"""
 
 from .model import (
+    IMPORT_COMMAND,
     CostError,
     ModelPrice,
     NoPriceError,
@@ -13,6 +14,7 @@ from .model import (
 from .table import Match, PriceTable
 
 __all__ = [
+    "IMPORT_COMMAND",
     "CostError",
     "Match",
     "ModelPrice",

@@ -3,13 +3,9 @@
 料金表の書き間違いは、そのまま請求との差になる。読んだときに pydantic ですべて調べる。
 pydantic の import は遅いので、このモジュールは料金表を読むときにだけ import する。
 
->>> read_prices({"gpt-4o": {"input": 0.0025, "output": 0.01}})["rows"]["gpt-4o"][0].input
+>>> rows, aliases, about = read_prices({"gpt-4o": {"input": 0.0025, "output": 0.01}})
+>>> rows["gpt-4o"][0].input
 Decimal('2.5000')
->>> wrong = {"input": "free", "cached_imput": 1, "effective_from": "2024/12/03"}
->>> try:
-...     read_prices({"models": {"my-model": wrong}})
-... except PriceTableError as error:
-...     print(*error.problems, sep="\\n")
 """
 
 from __future__ import annotations
@@ -28,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from .model import AMOUNTS, IMPORT_COMMAND, Level, ModelPrice, PriceTableError, Rates, row_problems
 
-_ROWS = TypeAdapter(tuple[ModelPrice, ...])
+Rows = tuple[ModelPrice, ...]
+_ROWS = TypeAdapter(Rows)
 _AnyRates = TypeVar("_AnyRates", bound=Rates)
 
 
@@ -94,8 +91,8 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(error) from error
 
 
-def read_prices(data: Mapping[str, Any]) -> dict[str, Any]:
-    """辞書を調べて、``PriceTable`` の引数に直す。形は ``PriceTable.from_mapping`` のとおり。
+def read_prices(data: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, str], _File]:
+    """辞書を調べて、行と別名に直す。形は ``PriceTable.from_mapping`` のとおり。
 
     Raises:
         PriceTableError: 誤りがある。``problems`` にすべて並ぶ。
@@ -106,13 +103,14 @@ def read_prices(data: Mapping[str, Any]) -> dict[str, Any]:
         raise PriceTableError([f"this is litellm's price map; run `{command}` first"])
     if "models" not in data:
         data = {"unit": "per_1k_tokens", "models": data}  # 本書の形
-    found, problems = _File(), list[str]()
+    about, problems = _File(), list[str]()
     try:
-        found = _File.model_validate(data)
+        about = _File.model_validate(data)
     except ValidationError as error:
         problems += _explain("", error)
-    rows: dict[str, tuple[ModelPrice, ...]] = {}
-    for key, value in (data["models"] if isinstance(data["models"], Mapping) else {}).items():
+    rows: dict[str, Rows] = {}
+    models = data["models"] if isinstance(data["models"], Mapping) else {}
+    for key, value in cast(Mapping[object, Any], models).items():
         name = str(key).strip().lower()
         if name in rows:
             problems.append(f"{name}: given twice (names are not case-sensitive)")
@@ -120,11 +118,10 @@ def read_prices(data: Mapping[str, Any]) -> dict[str, Any]:
     aliases = _aliases(rows, problems)
     if problems:
         raise PriceTableError(problems)
-    about = {"name": found.name, "as_of": found.as_of, "not_carried": found.not_carried}
-    return {"rows": rows, "aliases": aliases, **about}
+    return rows, aliases, about
 
 
-def _rows(name: str, value: Any, per_1k: bool, problems: list[str]) -> tuple[ModelPrice, ...]:
+def _rows(name: str, value: Any, per_1k: bool, problems: list[str]) -> Rows:
     entries = cast(list[Any], value) if isinstance(value, list) else [value]
     try:
         rows = _ROWS.validate_python([_with_batch(entry) for entry in entries])
@@ -157,7 +154,7 @@ def _scaled(rates: _AnyRates) -> _AnyRates:
     return replace(rates, **changed)
 
 
-def _aliases(rows: Mapping[str, Iterable[ModelPrice]], problems: list[str]) -> dict[str, str]:
+def _aliases(rows: Mapping[str, Rows], problems: list[str]) -> dict[str, str]:
     aliases: dict[str, str] = {}
     pairs = (
         (alias, name) for name, found in rows.items() for row in found for alias in row.aliases

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .model import AMOUNTS
+from .table import PriceTable
 
 Entry = dict[str, Any]
 PACKAGES = {
@@ -50,11 +51,23 @@ class Imported:
 
     def write(self, path: str | Path) -> None:
         """``CostCalculator(pricing_file=...)`` で読めるファイルを書く。"""
-        extras = {name: keys for name, keys in self.extras.items() if keys}
-        about = {"name": self.name, "as_of": str(self.as_of), "_not_carried_units": extras}
-        data = {**about, "not_carried": self.not_carried, "models": self.models}
-        text = json.dumps(data, ensure_ascii=False, indent=1, default=float)
+        data = {"name": self.name, "as_of": str(self.as_of), "_left_out": self.left_out(),
+                "not_carried": self.not_carried, "models": self.models}  # fmt: skip
+        plain = json.loads(json.dumps(data, default=float))
+        PriceTable.from_mapping(plain)  # 読めないファイルは書かない
+        text = json.dumps(plain, ensure_ascii=False, indent=1)
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+    def left_out(self) -> dict[str, list[str]]:
+        """運べなかった単価の種類と、そのモデル。"""
+        groups: dict[str, list[str]] = {}
+        for name, why in self.not_carried.items():
+            groups.setdefault(f"all prices: {why.partition(' (')[0]}", []).append(name)
+        for name, keys in self.extras.items():
+            for kind in ("audio", "image", "video", "search", "reasoning", "request"):
+                if any(kind in key for key in keys):
+                    groups.setdefault(f"{kind} prices", []).append(name)
+        return groups
 
 
 def import_prices(source: str) -> Imported:
@@ -71,6 +84,8 @@ def import_prices(source: str) -> Imported:
         if spec is None or not spec.submodule_search_locations:
             raise LookupError(f"{source} is not installed; run `python -m pip install {source}`")
         path, name = Path(spec.submodule_search_locations[0], file), f"{source} {version(source)}"
+    if not path.is_file():
+        raise LookupError(f"{source}: no such file; give genai-prices, litellm or a path")
     text = path.read_text(encoding="utf-8")
     data = _literals(text) if path.suffix == ".py" else json.loads(text, parse_float=Decimal)
     changed = date.fromtimestamp(path.stat().st_mtime)
@@ -123,6 +138,8 @@ def _from_genai(providers: list[Any], found: Imported) -> None:
             steps = model["prices"]
             steps = steps if isinstance(steps, list) else [{"prices": steps}]
             variants = model.get("price_variants") or []
+            if name.endswith(":free"):  # genai-prices は、無料のモデルに単価を書かない
+                steps = [{"prices": {"input_mtok": 0, "output_mtok": 0}}]
             if reason := _genai_reason(steps):
                 found.not_carried[name] = reason
                 continue
@@ -265,25 +282,25 @@ def _litellm_row(row: Entry) -> Entry:
             for above, level in levels.items()
         ]
     else:
-        found = re.findall(r"\binput_cost_per_token_above_(\d+)k_tokens\b", " ".join(row))
+        first, longer = _litellm_level(row, "", {}), list[Entry]()
+        counts = re.findall(r"\binput_cost_per_token_above_(\d+)k_tokens\b", " ".join(row))
         inclusive = row["litellm_provider"] == "xai"  # xAI だけは、その数ちょうどから上の段になる
-        first = _litellm_level(row, "", _present(row))
-        longer, standard = list[Entry](), _present(row)
-        for count in sorted(map(int, found)):
-            above = f"_above_{count}k_tokens"
-            standard = {**standard, **_present(row, above)}
-            level = _litellm_level(row, above, standard)
-            longer.append({"above_input_tokens": count * 1000 - inclusive, **level})
+        for count in sorted(map(int, counts)):
+            level = _litellm_level(row, f"_above_{count}k_tokens", (longer or [first])[-1])
+            longer.append({**level, "above_input_tokens": count * 1000 - inclusive})
     first.pop("above_input_tokens", None)
     return {"output": 0, **first, "tiers": [{"output": 0, **tier} for tier in longer]}
 
 
-def _litellm_level(row: Entry, above: str, standard: Entry) -> Entry:
+def _litellm_level(row: Entry, above: str, before: Entry) -> Entry:
     """長い入力の処理の段は、その長さの単価があるときだけ運ぶ。短い入力の単価では計算しない。"""
-    services: dict[str, Entry] = {}
+    own, services = _present(row, above), dict[str, Entry]()
+    standard = {**before, **own}
     for suffix in re.findall(rf"\binput_cost_per_token{above}_([a-z]+)\b", " ".join(row)):
         name = "batch" if suffix == "batches" else suffix
-        services[name] = {"output": 0, **standard, **_present(row, above, f"_{suffix}")}
+        shorter = before.get("service_tiers", {}).get(name, standard)
+        services[name] = {"output": 0, **shorter, **own, **_present(row, above, f"_{suffix}")}
+        services[name] = {key: services[name][key] for key in AMOUNTS if key in services[name]}
     return {**standard, "service_tiers": services}
 
 

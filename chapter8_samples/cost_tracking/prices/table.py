@@ -7,20 +7,17 @@ Databricks の従量課金エンドポイントは DBU 建てで、単価は契�
 ``with_overrides`` で足して使う。
 
 >>> table = PriceTable.default()
->>> for name in ("azure/gpt-4o", "us.anthropic.claude-3-5-haiku-20241022-v1:0"):
-...     row = table.price_at(table.resolve(name).name)
-...     print(table.resolve(name).name, row.input, row.output)
-gpt-4o 2.5 10
-claude-3-5-haiku 0.8 4
->>> print(table.price_at("claude-3-5-haiku", date(2024, 12, 2)).input)
-1
+>>> table.resolve("us.anthropic.claude-3-5-haiku-20241022-v1:0").name
+'claude-3-5-haiku'
+>>> table.price_at("claude-3-5-haiku", date(2024, 12, 2)).input  # 翌日から 0.8
+Decimal('1')
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timezone
 from decimal import Decimal
@@ -29,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .model import (
-    AMOUNTS,
     CostError,
     ModelPrice,
     NoPriceError,
@@ -42,8 +38,8 @@ from .model import (
 )
 from .names import MAKERS, family, spellings, undated
 
+Rows = tuple[ModelPrice, ...]
 _BOOK = Path(__file__).with_name("book_2024_12.json")
-_DATES = ("effective_from", "effective_to")
 _CACHE_LIMIT = 4096  # 名前の照合結果を覚える上限。名前が外から来ても、メモリーは増え続けない
 
 
@@ -62,28 +58,31 @@ class PriceTable:
     ``as_of`` は料金の日付。``not_carried`` は、単価をこの表で表せないモデルと、その理由。
     """
 
-    rows: Mapping[str, tuple[ModelPrice, ...]]
+    rows: Mapping[str, Rows]
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     name: str = "custom"
     as_of: date | None = None
     not_carried: Mapping[str, str] = field(default_factory=dict[str, str])
-    _resolved: dict[str, Match | list[str]] = field(  # 見つからなければ、近い名前
+    _resolved: dict[str, Match | list[str]] = field(  # 見つからなかった名前には、近い名前
         default_factory=dict[str, "Match | list[str]"], init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
         problems = [p for name, rows in self.rows.items() for p in row_problems(name, rows)]
-        known = {*self.rows, *self.not_carried}
-        wrong = [pair for pair in self.aliases.items() if pair[1] not in known]
-        problems += [f"alias {name!r} points to unknown model {to!r}" for name, to in wrong]
+        problems += [
+            f"alias {alias!r} points to unknown model {name!r}"
+            for alias, name in self.aliases.items()
+            if name not in self.rows and name not in self.not_carried
+        ]
         if problems:
             raise PriceTableError(problems)
 
     @classmethod
     def default(cls) -> PriceTable:
         """2024 年 12 月の公開料金。本書の計算例と合わせるため、新しくしない。"""
-        book = json.loads(_BOOK.read_text(encoding="utf-8"), parse_float=Decimal)
-        rows = {name: tuple(map(_row, found)) for name, found in book["models"].items()}
+        text = _BOOK.read_text(encoding="utf-8")
+        book = json.loads(text, parse_float=Decimal, parse_int=Decimal)
+        rows = {name: tuple(map(_book_row, found)) for name, found in book["models"].items()}
         aliases = {alias: name for name, found in rows.items() for alias in found[-1].aliases}
         return cls(rows, aliases, book["name"], date.fromisoformat(book["as_of"]))
 
@@ -95,10 +94,10 @@ class PriceTable:
         ``{"gpt-4o": {"input": 0.0025, "output": 0.01}}`` のような平らな形は、本書と同じく
         USD / 1,000 トークンとして読む。誤りは ``PriceTableError`` にすべて並べる。
         """
-        from .file import read_prices
+        from .file import read_prices  # pydantic の import は遅い
 
-        found = read_prices(data)
-        return cls(**{**found, "name": found["name"] or name})
+        rows, aliases, about = read_prices(data)
+        return cls(rows, aliases, about.name or name, about.as_of, about.not_carried)
 
     @classmethod
     def from_file(cls, path: str | Path) -> PriceTable:
@@ -115,21 +114,16 @@ class PriceTable:
         """
         is_path = isinstance(data, (str, Path))
         other = PriceTable.from_file(data) if is_path else PriceTable.from_mapping(data)
-        rows, problems = dict(self.rows), list[str]()
-        for name, new in other.rows.items():
-            old = self._rows_of(name)
-            rows[name] = _with_history(old, new)
-            problems += _jump(name, old, new)
-        if problems:
+        pairs = {name: (self._rows_of(name), new) for name, new in other.rows.items()}
+        if problems := [text for name, pair in pairs.items() for text in _jump(name, *pair)]:
             raise PriceTableError(problems)
-        aliases = {alias: to for alias, to in self.aliases.items() if alias not in other.rows}
-        not_carried = {key: why for key, why in self.not_carried.items() if key not in other.rows}
-        return replace(
-            self,
-            rows=rows,
-            aliases={**aliases, **other.aliases},
-            name=f"{self.name}+overrides",
-            not_carried={**not_carried, **other.not_carried},
+        kept = {alias: name for alias, name in self.aliases.items() if alias not in pairs}
+        return PriceTable(
+            {**self.rows, **{name: _with_history(*pair) for name, pair in pairs.items()}},
+            {**kept, **other.aliases},
+            f"{self.name}+overrides",
+            self.as_of,
+            {name: why for name, why in self.not_carried.items() if name not in pairs},
         )
 
     def with_aliases(self, aliases: Mapping[str, str]) -> PriceTable:
@@ -153,6 +147,26 @@ class PriceTable:
             return found
         raise UnknownModelError(model, found, f"{self.name} (as of {self.as_of or 'unknown'})")
 
+    def price_at(self, name: str, at: date | datetime | None = None) -> ModelPrice:
+        """``resolve`` した名前の、その時点の行。``at=None`` は、今日までに始まった最新の行。
+
+        Raises:
+            NoPriceError: その日に有効な行がないか、単価をこの表で表せないモデルのとき。
+            CostError: ``at`` が日付でないか、時刻なのにタイムゾーンがないとき。
+        """
+        rows = self.rows.get(name)
+        if rows is None:
+            raise NoPriceError(f"{name!r} in {self.name}: {self.not_carried[name]}")
+        if at is None:
+            today = date.max if len(rows) == 1 else datetime.now(timezone.utc).date()
+            return [row for row in rows if (row.effective_from or date.min) <= today][-1]
+        day = _utc_day(at)
+        for row in reversed(rows):
+            if row.covers(day):
+                return row
+        periods = ", ".join(row.period for row in rows)
+        raise PriceNotEffectiveError(f"no price row of {name!r} covers {day} (rows: {periods})")
+
     def _look_up(self, model: str) -> Match | list[str]:
         if not isinstance(model, str) or len(model) > 300:  # pyright: ignore[reportUnnecessaryIsInstance]
             return []
@@ -163,80 +177,58 @@ class PriceTable:
                 return match
             resold = [full for form in forms for full in self._tails.get(form, ())]
             if resold and "/" not in model:  # 接頭辞が違えば、よその提供元の単価は使わない
-                found = list(dict.fromkeys(self.aliases.get(full, full) for full in resold))
-                prices = [self.rows.get(full, full) for full in found]
+                prices = [self.rows.get(full, full) for full in resold]
                 same = prices.count(prices[0]) == len(prices)
-                return Match(found[0], "alias") if same else found[:4]
+                return Match(resold[0], "alias") if same else resold[:4]
         return self._near_names(names[-1])
 
-    def _exact(self, forms: Iterable[str]) -> Match | None:
-        for name in forms:
+    def _exact(self, names: Iterable[str]) -> Match | None:
+        for name in names:
             if name in self.aliases:
                 return Match(self.aliases[name], "alias")
             if name in self.rows or name in self.not_carried:
                 return Match(name, "exact")
         return None
 
-    def _of_maker(self, forms: Sequence[str]) -> Match | None:
+    def _of_maker(self, names: Iterable[str]) -> Match | None:
         """接頭辞のない名前を、そのモデルを作った会社の行から探す。"""
         for maker in MAKERS:
-            match = self._exact([f"{maker}/{name}" for name in forms])
-            if match and match.name.startswith(f"{maker}/"):
-                return Match(match.name, "alias")
+            found = self._exact(f"{maker}/{name}" for name in names)
+            if found and found.name.startswith(f"{maker}/"):
+                return Match(found.name, "alias")
         return None
-
-    def _near_names(self, name: str) -> list[str]:
-        """打ち間違いと思われる名前。世代の違うモデルや、微調整したモデルの元は挙げない。"""
-        if "ft:" in name:
-            return []
-        known = dict.fromkeys((*self.rows, *self.aliases, *self._tails))
-        near = [other for other in known if family(other) == family(name)]
-        return difflib.get_close_matches(name, near, 3, 0.85)
 
     @cached_property
     def _tails(self) -> dict[str, list[str]]:
-        """``openai/gpt-5`` を ``gpt-5`` から引く表。MLflow には接頭辞のない名前が残る。"""
+        """``groq/llama-x`` を ``llama-x`` から引く表。MLflow には接頭辞のない名前が残る。"""
         tails: dict[str, list[str]] = {}
-        for name in (*self.rows, *self.aliases, *self.not_carried):
-            rest = name
+        for full in (*self.rows, *self.aliases, *self.not_carried):
+            rest = full
             while "/" in rest:
                 rest = rest.partition("/")[2]
-                tails.setdefault(rest, []).append(name)
+                tails.setdefault(rest, []).append(self.aliases.get(full, full))
         return tails
 
-    def _rows_of(self, name: str) -> tuple[ModelPrice, ...]:
+    def _near_names(self, name: str) -> list[str]:
+        """打ち間違いと思われる名前。世代の違うモデルや、微調整したモデルの元は挙げない。"""
+        words, alike = family(name), range(len(name) * 3 // 4, len(name) * 4 // 3 + 1)
+        known = dict.fromkeys((*self.rows, *self.aliases, *self._tails))
+        near = [other for other in known if len(other) in alike and family(other) == words]
+        return [] if "ft:" in name else difflib.get_close_matches(name, near, 3, 0.85)
+
+    def _rows_of(self, name: str) -> Rows:
         found = self._look_up(name)
         return self.rows.get(found.name, ()) if isinstance(found, Match) else ()
 
-    def price_at(self, name: str, at: date | datetime | None = None) -> ModelPrice:
-        """``resolve`` した名前の、その時点の行。``at=None`` は最新の行。
 
-        Raises:
-            PriceNotEffectiveError: その日に有効な行がないとき。
-            NoPriceError: 単価をこの表で表せないモデルのとき。
-            CostError: ``at`` が日付でないか、時刻なのにタイムゾーンがないとき。
-        """
-        rows = self.rows.get(name)
-        if rows is None:
-            raise NoPriceError(f"{name!r} in {self.name}: {self.not_carried[name]}")
-        if at is None:
-            return rows[-1]
-        day = _utc_day(at)
-        for row in reversed(rows):
-            if row.covers(day):
-                return row
-        periods = ", ".join(row.period for row in rows)
-        raise PriceNotEffectiveError(f"no price row of {name!r} covers {day} (rows: {periods})")
-
-
-def _with_history(old: Sequence[ModelPrice], new: tuple[ModelPrice, ...]) -> tuple[ModelPrice, ...]:
+def _with_history(old: Rows, new: Rows) -> Rows:
     start = new[0].effective_from or date.min
     kept = [row for row in old if (row.effective_from or date.min) < start]
     ended = [replace(row, effective_to=min(row.effective_to or start, start)) for row in kept]
     return (*ended, *new)
 
 
-def _jump(name: str, old: Sequence[ModelPrice], new: Sequence[ModelPrice]) -> list[str]:
+def _jump(name: str, old: Rows, new: Rows) -> list[str]:
     """元の 100 倍以上か 1/100 以下の単価は、単位の取り違えである。"""
     before, after = (rows[-1].input if rows else Decimal(0) for rows in (old, new))
     if not before or not after or before / 100 < after < before * 100:
@@ -254,16 +246,10 @@ def _utc_day(at: date | datetime) -> date:
     return at.astimezone(timezone.utc).date()
 
 
-def _row(entry: Mapping[str, Any]) -> ModelPrice:
-    """本書の表の 1 行。``file`` の検査(と pydantic の import)は通さない。"""
-    dates: dict[str, Any] = {key: date.fromisoformat(entry[key]) for key in _DATES if key in entry}
-    tiers = tuple(PriceTier(**{**tier, **_amounts(tier)}) for tier in entry.get("tiers", ()))
-    services = entry.get("service_tiers", {}).items()
-    rest: dict[str, Any] = {
-        "service_tiers": {name: Rates(**_amounts(tier)) for name, tier in services}
-    }
-    return ModelPrice(**{**entry, **_amounts(entry), **dates, **rest, "tiers": tiers})
-
-
-def _amounts(entry: Mapping[str, Any]) -> dict[str, Decimal]:
-    return {key: Decimal(entry[key]) for key in AMOUNTS if key in entry}
+def _book_row(entry: dict[str, Any]) -> ModelPrice:
+    """本書の表の 1 行。正しいと分かっているので、``file`` の検査は通さない。"""
+    services = {name: Rates(**rates) for name, rates in entry.pop("service_tiers", {}).items()}
+    tiers = tuple(PriceTier(**tier) for tier in entry.pop("tiers", ()))
+    for key in {"effective_from", "effective_to"} & entry.keys():
+        entry[key] = date.fromisoformat(entry[key])
+    return ModelPrice(**entry, service_tiers=services, tiers=tiers)
