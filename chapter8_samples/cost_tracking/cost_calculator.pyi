@@ -4,48 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypedDict
-from .prices import CostError, ModelPrice, PriceTable
+from typing import Any, Literal, TypedDict
+from .prices import PriceBreakdown, PriceTable
 from .tracker import BaseCostTracker, BudgetAlert, Calculator
 from typing_extensions import Unpack
-_NAN, _ZERO, _MILLION = (Decimal('NaN'), Decimal(0), Decimal(1000000))
-Usage = tuple[int, int, int, int, int]
-
-class InvalidUsageError(CostError):
-    """トークン数がありえない値(負、真偽値、小数、入力より多いキャッシュ)。"""
-
-class PriceBreakdown(NamedTuple):
-    """1 回の呼び出しのコストの内訳。金額はすべて USD の ``Decimal``。
-
-    料金が決まらなかったとき(``status="unpriced"``)の金額は NaN で、訳は ``reason`` にある。
-    0 ではないので、合計に混ぜれば合計も NaN になり、見落とせない。
-    """
-    model: str
-    status: Literal['priced', 'unpriced']
-    input_tokens: int
-    output_tokens: int
-    service_tier: str = ''
-    input_usd: Decimal = _NAN
-    cached_input_usd: Decimal = _NAN
-    cache_write_usd: Decimal = _NAN
-    output_usd: Decimal = _NAN
-    matched_model: str = ''
-    match_kind: str = ''
-    price_source: str = ''
-    row: ModelPrice | None = None
-    reason: str = ''
-
-    @property
-    def prompt_usd(self) -> Decimal:
-        """入力側の合計(通常 + キャッシュ読み込み + キャッシュ書き込み)。"""
-
-    @property
-    def total_usd(self) -> Decimal:
-        """入力側と出力の合計。"""
-
-    @property
-    def priced(self) -> bool:
-        """料金が決まったか。"""
 
 class PriceOptions(TypedDict, total=False):
     """``price`` の、名前で渡す引数。"""
@@ -62,8 +24,7 @@ class CostCalculator:
     Args:
         pricing: 既定の表に足す料金。辞書の形は ``PriceTable.from_mapping`` にある。``{}`` は
             空の表で、``PriceTable`` を渡せばその表だけを使う。
-        pricing_file: 既定の表の代わりに使う、JSON か YAML の料金表。これに足すときは
-            ``PriceTable.from_file(...).with_overrides(...)`` を ``pricing`` に渡す。
+        pricing_file: 既定の表の代わりに使う、JSON か YAML の料金表(``prices import`` の出力など)。
         on_unknown: ``"raise"`` は ``NoPriceError``、``"unpriced"`` は NaN を返す。0 にはしない。
         aliases: 社内の名前(Azure のデプロイ名など)から料金表のモデル名への対応。
     """

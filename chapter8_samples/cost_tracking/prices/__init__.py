@@ -1,5 +1,6 @@
-"""8.2.3 モデルの料金: 行、名前、料金表、料金表のファイル、よその料金の取り込み。"""
+"""8.2.3 モデルの料金: 行、名前、料金表、料金表のファイル、今の料金の取り込み、1 回の呼び出し。"""
 
+from .call import InvalidUsageError, PriceBreakdown, Usage, checked_usage
 from .model import (
     IMPORT_COMMAND,
     CostError,
@@ -16,13 +17,17 @@ from .table import Match, PriceTable
 __all__ = [
     "IMPORT_COMMAND",
     "CostError",
+    "InvalidUsageError",
     "Match",
     "ModelPrice",
     "NoPriceError",
+    "PriceBreakdown",
     "PriceNotEffectiveError",
     "PriceTable",
     "PriceTableError",
     "PriceTier",
     "Rates",
     "UnknownModelError",
+    "Usage",
+    "checked_usage",
 ]
