@@ -349,6 +349,13 @@ def scope_metadata() -> dict[str, str]:
     return get_configured_trace_metadata() or {}
 
 
+def scope_tags() -> dict[str, str]:
+    """``mlflow.tracing.context`` のタグ。読む公開 API がない。"""
+    from mlflow.tracing.context import get_configured_trace_tags
+
+    return get_configured_trace_tags() or {}
+
+
 # ---- テールサンプリング ----
 
 
