@@ -4,7 +4,7 @@
 ときなど)。単純に足すと 2 倍になり、ストリームの設定漏れは 0 に見える。数え方をここに 1 つだけ置く。
 
 提供元ごとの形の違いも、根拠があるときだけここで直す。入力か出力か決められないトークンは、どちらかに
-数えず ``problem`` に書く。Databricks のトレースでも属性の名前は同じなので、そのまま使える。
+数えず ``reason`` に書く。Databricks のトレースでも属性の名前は同じなので、そのまま使える。
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from decimal import Decimal
 from typing import Any, cast
 
 from mlflow.entities import Span, SpanType
@@ -72,16 +73,41 @@ class TokenUsage:
 
 @dataclass(slots=True)
 class LlmCall:
-    """トレースの中の、LLM の呼び出し 1 回。``usage`` が ``None`` なら使用量が報告されていない。"""
+    """トレースの中の、LLM の呼び出し 1 回。コストは ``price_spans`` が書く(決まらなければ NaN)。"""
 
     span_id: str
     name: str
     model: str
-    usage: TokenUsage | None
+    usage: TokenUsage | None  # None なら使用量が報告されていない
     started_at: datetime
     service_tier: str = ""
     cache_hit: bool = False  # フレームワークのキャッシュから答え、LLM を呼んでいない
-    problem: str = ""  # 使用量のうち、金額にできない部分
+    reason: str = ""  # すべての金額が決まらないときの、その理由
+    status: str = "unpriced"
+    prompt_usd: Decimal = Decimal("NaN")
+    output_usd: Decimal = Decimal("NaN")
+    matched_model: str = ""
+    price_source: str = ""
+
+    @property
+    def input_tokens(self) -> int:
+        """入力トークン数。"""
+        return self.usage.input_tokens if self.usage else 0
+
+    @property
+    def output_tokens(self) -> int:
+        """出力トークン数。"""
+        return self.usage.output_tokens if self.usage else 0
+
+    @property
+    def total_usd(self) -> Decimal:
+        """入力側と出力の合計。``partial`` なら下限でしかない。"""
+        return self.prompt_usd + self.output_usd
+
+    @property
+    def priced(self) -> bool:
+        """すべてのトークンの金額が決まったか。"""
+        return self.status in ("priced", "cache_hit")
 
 
 def llm_calls(spans: Sequence[Span]) -> list[LlmCall]:
@@ -122,15 +148,15 @@ def _compare(parent: LlmCall, below: dict[str, LlmCall], running: bool) -> dict[
     rest = (parent.usage or TokenUsage()) - total
     only_cache = rest.cached > 0 and not rest.output_tokens
     if only_cache and len(below) == 1 and rest.input_tokens in (0, rest.cached):
-        return {key: replace(call, usage=parent.usage, problem="") for key, call in below.items()}
+        return {key: replace(call, usage=parent.usage, reason="") for key, call in below.items()}
     if only_cache and not rest.input_tokens and len({call.model for call in below.values()}) == 1:
         return _share_cache(below, rest)
     missing = {name: n for name in _KEYS if (n := getattr(rest, name)) > 0}
     if running or not missing.keys() - {"total_tokens"}:
         return {}
-    problem = f"{missing} of span {parent.name!r} are in no call below it"
+    reason = f"{missing} of span {parent.name!r} are in no call below it"
     usage = TokenUsage(**missing)
-    return {parent.span_id: replace(parent, model=UNATTRIBUTED, usage=usage, problem=problem)}
+    return {parent.span_id: replace(parent, model=UNATTRIBUTED, usage=usage, reason=reason)}
 
 
 def _share_cache(below: dict[str, LlmCall], rest: TokenUsage) -> dict[str, LlmCall]:
@@ -155,7 +181,7 @@ def read_call(span: Span, parent: Span | None = None) -> LlmCall | None:
         return None
     outputs: Any = span.outputs
     model = span.get_attribute("mlflow.llm.model") or _dig(span.inputs, "model")
-    usage, problem = _usage(span, data, outputs, str(model).lower())
+    usage, reason = _usage(span, data, outputs, str(model).lower())
     failed = usage is None and span.status.status_code.value == "ERROR"
     if failed or (usage is None and span.span_type not in _LLM_TYPES):
         return None
@@ -167,7 +193,7 @@ def read_call(span: Span, parent: Span | None = None) -> LlmCall | None:
         datetime.fromtimestamp(span.start_time_ns / 1e9, timezone.utc),
         _service_tier(span, outputs),
         _is_cache_hit(span, outputs) or (parent is not None and _is_langchain_hit(span, parent)),
-        problem,
+        reason,
     )
 
 

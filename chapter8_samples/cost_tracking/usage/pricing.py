@@ -10,40 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from functools import partial
 
 from mlflow.entities import Span
 
 from ..tracker import Calculator
 from .calls import UNATTRIBUTED, LlmCall, TokenUsage, llm_calls
 
-_ZERO, _NAN = Decimal(0), Decimal("NaN")
-
-
-@dataclass(slots=True)
-class CallCost:
-    """呼び出し 1 回のコスト。``partial`` の金額は下限、決まらないときは NaN。"""
-
-    span_id: str
-    model: str
-    input_tokens: int
-    output_tokens: int
-    status: str
-    prompt_usd: Decimal = _NAN
-    output_usd: Decimal = _NAN
-    matched_model: str = ""
-    price_source: str = ""
-    reason: str = ""
-
-    @property
-    def total_usd(self) -> Decimal:
-        """入力側と出力の合計。"""
-        return self.prompt_usd + self.output_usd
-
-    @property
-    def priced(self) -> bool:
-        """すべてのトークンの金額が決まったか。"""
-        return self.status in ("priced", "cache_hit")
+_ZERO = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +40,24 @@ class TraceCost:
 
 def price_spans(
     spans: Sequence[Span], calculator: Calculator, at: datetime | None = None
-) -> list[CallCost]:
+) -> list[LlmCall]:
     """スパンの並びから呼び出しを取り出し、1 つずつコストを付ける。"""
-    return [price_call(calculator, call, at) for call in llm_calls(spans)]
+    return [price_call(call, calculator, at) for call in llm_calls(spans)]
 
 
-def price_call(calculator: Calculator, call: LlmCall, at: datetime | None = None) -> CallCost:
-    """呼び出しにコストを付ける。料金が決まらなければ、理由を付けて ``unpriced`` にする。"""
-    usage = call.usage or TokenUsage()
-    cost = partial(CallCost, call.span_id, call.model, usage.input_tokens, usage.output_tokens)
+def price_call(call: LlmCall, calculator: Calculator, at: datetime | None = None) -> LlmCall:
+    """呼び出しにコストを書く。料金が決まらなければ ``unpriced`` のまま、理由を書く。"""
     if call.usage is None:
-        return cost("missing_usage", reason="no token usage was reported")
-    if call.cache_hit:
-        return cost("cache_hit", _ZERO, _ZERO, price_source="framework cache")
-    if call.model == UNATTRIBUTED:
-        return cost("unpriced", reason=call.problem)
+        call.status, call.reason = "missing_usage", "no token usage was reported"
+    elif call.cache_hit:
+        call.status, call.price_source = "cache_hit", "framework cache"
+        call.prompt_usd = call.output_usd = _ZERO
+    elif call.model != UNATTRIBUTED:
+        _ask_price(call, call.usage, calculator, at or call.started_at)
+    return call
+
+
+def _ask_price(call: LlmCall, usage: TokenUsage, calculator: Calculator, at: datetime) -> None:
     try:
         item = calculator.price(
             call.model,
@@ -91,31 +67,34 @@ def price_call(calculator: Calculator, call: LlmCall, at: datetime | None = None
             cache_write_tokens=usage.cache_write_tokens,
             cache_write_1h_tokens=usage.cache_write_1h_tokens,
             service_tier=call.service_tier,
-            at=at or call.started_at,
+            at=at,
         )
     except (LookupError, ValueError) as error:  # 未知のモデル、ありえない使用量
-        return cost("unpriced", reason=str(error))
+        call.reason = str(error)
+        return
     if not item.priced:
-        return cost("unpriced", reason=item.reason)
-    amounts = item.prompt_usd, item.output_usd, item.matched_model, item.price_source
-    return cost("partial" if call.problem else "priced", *amounts, call.problem)
+        call.reason = item.reason
+        return
+    call.status = "partial" if call.reason else "priced"
+    call.prompt_usd, call.output_usd = item.prompt_usd, item.output_usd
+    call.matched_model, call.price_source = item.matched_model, item.price_source
 
 
-def trace_cost(costs: Sequence[CallCost]) -> TraceCost:
+def trace_cost(calls: Sequence[LlmCall]) -> TraceCost:
     """呼び出しのコストを、トレース 1 件分にまとめる。"""
-    known = [cost for cost in costs if not cost.total_usd.is_nan()]
+    known = [call for call in calls if not call.total_usd.is_nan()]
     by_model: dict[str, Decimal] = {}
-    for cost in known:
-        by_model[cost.model] = by_model.get(cost.model, _ZERO) + cost.total_usd
-    kinds = {"priced" if cost.priced else cost.status for cost in costs} or {"priced"}
+    for call in known:
+        by_model[call.model] = by_model.get(call.model, _ZERO) + call.total_usd
+    kinds = {"priced" if call.priced else call.status for call in calls} or {"priced"}
     mixed = len(kinds) > 1 and not kinds.isdisjoint(("priced", "partial"))
     return TraceCost(
         total_usd=sum(by_model.values(), _ZERO),
         by_model=by_model,
-        unpriced_models=tuple(dict.fromkeys(c.model for c in costs if c.status == "unpriced")),
-        calls_without_usage=sum(cost.status == "missing_usage" for cost in costs),
+        unpriced_models=tuple(dict.fromkeys(c.model for c in calls if c.status == "unpriced")),
+        calls_without_usage=sum(call.status == "missing_usage" for call in calls),
         status="partial" if mixed else max(kinds),  # missing_usage より unpriced を先に伝える
-        reasons=tuple(dict.fromkeys(f"{c.model}: {c.reason}" for c in costs if not c.priced)),
-        prompt_usd=sum((cost.prompt_usd for cost in known), _ZERO),
-        output_usd=sum((cost.output_usd for cost in known), _ZERO),
+        reasons=tuple(dict.fromkeys(f"{c.model}: {c.reason}" for c in calls if not c.priced)),
+        prompt_usd=sum((call.prompt_usd for call in known), _ZERO),
+        output_usd=sum((call.output_usd for call in known), _ZERO),
     )

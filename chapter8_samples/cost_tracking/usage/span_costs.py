@@ -31,10 +31,10 @@ from mlflow.tracing.utils import (
     aggregate_usage_from_spans,
 )
 
-from .._internals import tracking_service
+from .._internals import outlive_set_tracking_uri
 from ..tracker import BaseCostTracker, Calculator
 from .calls import STATUS_KEY, UNATTRIBUTED, USAGE_ATTRIBUTE, LlmCall, read_call
-from .pricing import CallCost, TraceCost, price_call, price_spans, trace_cost
+from .pricing import TraceCost, price_call, price_spans, trace_cost
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class CostTracking:
 
     def install(self) -> CostTracking:
         """ほかのプロセッサーを残して登録する。何度呼んでもよい。"""
-        _outlive_set_tracking_uri()
+        outlive_set_tracking_uri(_prices_spans)
         if not self.installed:
             kept = [p for p in get_config().span_processors if not _prices_spans(p)]
             configure(span_processors=[*kept, self._processor])
@@ -147,14 +147,14 @@ class CostTracking:
         family = _family(span)
         self._mark_ancestors(span, family)
         if span not in self._parents:
-            self._write_call(span, call, price_call(self._calculator, call))
+            self._write_call(span, price_call(call, self._calculator))
             return
-        costs = price_spans(_subtree(span, family), self._calculator)
-        own = [c for c in costs if c.span_id == span.span_id and c.model != UNATTRIBUTED]
+        calls = price_spans(_subtree(span, family), self._calculator)
+        own = [c for c in calls if c.span_id == span.span_id and c.model != UNATTRIBUTED]
         if own:
-            self._write_call(span, call, own[0])
+            self._write_call(span, own[0])
         elif call.usage:  # 使用量は子孫で数え済み。親には合計を書き、二重に数えない
-            total = trace_cost(costs)
+            total = trace_cost(calls)
             if total.by_model:
                 span.set_attribute(COST_ATTRIBUTE, _usd(total))
             span.set_attribute(STATUS_KEY, "rollup")
@@ -166,23 +166,23 @@ class CostTracking:
                 self._parents.add(parent)
                 parent = family.get(parent.parent_id or "")
 
-    def _write_call(self, span: LiveSpan, call: LlmCall, cost: CallCost) -> None:
-        silent = call.usage and not call.usage.output_tokens
-        if silent and not span.get_attribute(USAGE_ATTRIBUTE):  # 埋め込みの使用量を補う
-            names = ("input_tokens", "output_tokens", "total_tokens")
-            span.set_attribute(USAGE_ATTRIBUTE, {name: getattr(call.usage, name) for name in names})
-        if not cost.total_usd.is_nan():
+    def _write_call(self, span: LiveSpan, call: LlmCall) -> None:
+        no_output = call.usage and not call.output_tokens
+        if no_output and not span.get_attribute(USAGE_ATTRIBUTE):  # 埋め込みの使用量を補う
+            usage = {"input_tokens": call.input_tokens, "total_tokens": call.input_tokens}
+            span.set_attribute(USAGE_ATTRIBUTE, {**usage, "output_tokens": 0})
+        if not call.total_usd.is_nan():
             # 料金未定のときに None を書くと、MLflow 3.17 はトレースのスパンを 1 つも保存しなくなる
-            span.set_attribute(COST_ATTRIBUTE, _usd(cost))
-        span.set_attribute(STATUS_KEY, cost.status)
-        for key, value in ((SOURCE_KEY, cost.price_source), (REASON_KEY, cost.reason)):
+            span.set_attribute(COST_ATTRIBUTE, _usd(call))
+        span.set_attribute(STATUS_KEY, call.status)
+        for key, value in ((SOURCE_KEY, call.price_source), (REASON_KEY, call.reason)):
             if value:
                 span.set_attribute(key, value)
-        first = self._count(cost.status, cost.model) == 1
-        if first and cost.status in ("unpriced", "partial"):
-            logger.warning("cost.status=%s, model %r: %s", cost.status, cost.model, cost.reason)
+        first = self._count(call.status, call.model) == 1
+        if first and call.status in ("unpriced", "partial"):
+            logger.warning("cost.status=%s, model %r: %s", call.status, call.model, call.reason)
         if self._tracker is not None and call.usage:
-            self._tracker.add(cost, user=self._current_user() if self._current_user else None)
+            self._tracker.add(call, user=self._current_user() if self._current_user else None)
 
     def _count(self, status: str, name: str) -> int:
         with self._lock:
@@ -198,11 +198,11 @@ class CostTracking:
             if root is not span and root.end_time_ns is None:
                 return
             spans = list(trace.span_dict.values())
-            costs = price_spans(spans, self._calculator)
+            calls = price_spans(spans, self._calculator)
             for key in (STATUS_KEY, REASON_KEY, BY_MODEL_TAG):  # 前に書いた合計は残さない
                 trace.info.tags.pop(key, None)
-            trace.info.tags.update(_tags(costs))
-            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, costs)}
+            trace.info.tags.update(_tags(calls))
+            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, calls)}
             if root is not span:  # ルートが終わったときの分は、このあと MLflow が書く
                 metadata[TRACE_USAGE_KEY] = aggregate_usage_from_spans(spans)
             for key, value in metadata.items():
@@ -210,16 +210,16 @@ class CostTracking:
                     trace.info.trace_metadata[key] = json.dumps(value)
 
 
-def _tags(costs: Sequence[CallCost]) -> dict[str, str]:
+def _tags(calls: Sequence[LlmCall]) -> dict[str, str]:
     """スパンを読まなくても、未計算とモデル別の内訳が分かるようにする。"""
     models: dict[str, tuple[Any, ...]] = {}
-    for cost in costs:  # 料金の決まらない呼び出しが混ざったモデルの USD は、NaN になる
-        if cost.status != "missing_usage":
-            numbers = (1, cost.input_tokens, cost.output_tokens, cost.total_usd)
-            models[cost.model] = tuple(map(add, models.get(cost.model, (0, 0, 0, 0)), numbers))
-    total = trace_cost(costs)
+    for call in calls:  # 料金の決まらない呼び出しが混ざったモデルの USD は、NaN になる
+        if call.usage:
+            numbers = (1, call.input_tokens, call.output_tokens, call.total_usd)
+            models[call.model] = tuple(map(add, models.get(call.model, (0, 0, 0, 0)), numbers))
+    total = trace_cost(calls)
     tags = {
-        STATUS_KEY: total.status if costs else "",
+        STATUS_KEY: total.status if calls else "",
         REASON_KEY: "; ".join(total.reasons)[:_MAX_TAG_LENGTH],
         BY_MODEL_TAG: json.dumps(models, separators=(",", ":"), default=_text) if models else "",
     }
@@ -230,7 +230,7 @@ def _text(usd: Decimal) -> str | None:
     return None if usd.is_nan() else f"{usd:f}"
 
 
-def _total_usd(spans: Sequence[LiveSpan], costs: Sequence[CallCost]) -> dict[str, float] | None:
+def _total_usd(spans: Sequence[LiveSpan], calls: Sequence[LlmCall]) -> dict[str, float] | None:
     """トレースの合計を、トークン数の合計と同じように、保存する前に決めておく。
 
     決めなければ保存先がスパンから計算するが、非同期の書き込みが前後すると、後から届いたスパンの
@@ -239,21 +239,21 @@ def _total_usd(spans: Sequence[LiveSpan], costs: Sequence[CallCost]) -> dict[str
     """
     if len(spans) < 2:
         return None
-    own = {cost.span_id: _usd(cost) for cost in costs if not cost.total_usd.is_nan()}
+    own = {call.span_id: _usd(call) for call in calls if not call.total_usd.is_nan()}
     nodes: list[SpanAggregationNode] = []
     for span in spans:  # 手で書かれた金額も足す
         usd = own.get(span.span_id) or span.get_attribute(COST_ATTRIBUTE)
         nodes.append(SpanAggregationNode(span.span_id, span.parent_id, usd))
-    total, ours = aggregate_cost_from_span_nodes(nodes), _usd(trace_cost(costs))
+    total, ours = aggregate_cost_from_span_nodes(nodes), _usd(trace_cost(calls))
     same = total and all(math.isclose(total[key], ours[key], rel_tol=1e-9) for key in ours)
     return ours if same else total
 
 
-def _usd(cost: CallCost | TraceCost) -> dict[str, float]:
+def _usd(item: LlmCall | TraceCost) -> dict[str, float]:
     return {
-        "input_cost": float(cost.prompt_usd),
-        "output_cost": float(cost.output_usd),
-        "total_cost": float(cost.total_usd),
+        "input_cost": float(item.prompt_usd),
+        "output_cost": float(item.output_usd),
+        "total_cost": float(item.total_usd),
     }
 
 
@@ -274,18 +274,3 @@ def _subtree(span: LiveSpan, family: Mapping[str, LiveSpan]) -> list[LiveSpan]:
 
 def _prices_spans(processor: Callable[[LiveSpan], None]) -> bool:
     return getattr(processor, "__name__", "") == "price_span_on_end"
-
-
-def _outlive_set_tracking_uri() -> None:
-    """接続先を変えると MLflow は登録を消す。消した直後に付け直す(外されたものは戻さない)。"""
-    reset = getattr(tracking_service, "reset", None)
-    if reset is None or reset.__name__ == "reset_and_keep_costs":
-        return  # 消し方の違う版では、外れたことを counts が警告する
-
-    def reset_and_keep_costs() -> None:
-        ours = [p for p in get_config().span_processors if _prices_spans(p)]
-        reset()
-        if ours:
-            configure(span_processors=[*get_config().span_processors, *ours])
-
-    tracking_service.reset = reset_and_keep_costs  # pyright: ignore[reportPrivateImportUsage]
