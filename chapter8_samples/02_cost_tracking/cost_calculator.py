@@ -97,7 +97,7 @@ class CostCalculator:
             table = pricing
         elif pricing is not None:
             table = table.with_overrides(pricing) if pricing else PriceTable({})
-        self.table = table.with_aliases(aliases or {})
+        self.table: PriceTable = table.with_aliases(aliases or {})
         self.on_unknown = on_unknown
 
     def calculate(

@@ -117,7 +117,7 @@ def _import_prices(options: argparse.Namespace) -> int:
     found.write(options.output)
     print(f"{found.name} ({found.as_of}): {len(found.models)} モデルの料金 -> {options.output}")
     print("運べなかった単価(使われた呼び出しは、料金未定にする)")
-    for what, models in found.left_out().items():
+    for what, models in found.left_out.items():
         more = "" if len(models) <= 2 else " ..."
         print(f"  {what}: {len(models)} モデル ({', '.join(models[:2])}{more})")
     return 0

@@ -30,6 +30,7 @@ class CostCalculator:
     """
 
     def __init__(self, pricing: PriceTable | Mapping[str, Any] | None=None, pricing_file: str | Path | None=None, *, on_unknown: Literal['raise', 'unpriced']='raise', aliases: Mapping[str, str] | None=None) -> None:
+        self.table: PriceTable
         self.on_unknown = on_unknown
 
     def calculate(self, model: str, input_tokens: int, output_tokens: int, cached_input_tokens: int=0, **options: Unpack[PriceOptions]) -> float:

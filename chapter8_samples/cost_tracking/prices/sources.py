@@ -28,8 +28,8 @@ _FILES = {
     "litellm": ("litellm", "model_prices_and_context_window_backup.json"),
 }
 _KINDS = ("audio", "image", "video", "search", "reasoning")
-_NO_TOKENS, _FEE = "it has no price per token", "it has a fee per request"
-_TIME = "its price depends on the time of day"
+NO_TOKENS, FEE = "it has no price per token", "it has a fee per request"
+TIME = "its price depends on the time of day"
 
 
 @dataclass
@@ -143,12 +143,12 @@ def _from_genai(providers: list[Any], found: Imported) -> None:
 
 def _genai_problem(steps: list[Entry], prices: set[str]) -> str:
     if any("start_time" in (step.get("constraint") or ()) for step in steps):
-        return _TIME
+        return TIME
     if "requests_kcount" in prices:
-        return _FEE
+        return FEE
     outputs = {price for price in prices if price.startswith("output_")}
     whole = all("input_mtok" in step["prices"] for step in steps)
-    return "" if whole and (not outputs or "output_mtok" in outputs) else _NO_TOKENS
+    return "" if whole and (not outputs or "output_mtok" in outputs) else NO_TOKENS
 
 
 def _genai_names(model: Entry) -> Iterator[str]:
@@ -227,11 +227,11 @@ def _litellm_problem(row: Entry) -> str:
     if mode not in ("chat", "completion", "responses", "embedding", None):
         return f"its price is for {mode}"
     if "off_peak_pricing" in row:
-        return _TIME
+        return TIME
     if "input_cost_per_request" in row:
-        return _FEE
+        return FEE
     if "input" not in prices or ("output" not in prices and mode != "embedding"):
-        return _NO_TOKENS
+        return NO_TOKENS
     return "" if any(prices.values()) else "its price is 0 in litellm, which can mean unknown"
 
 
