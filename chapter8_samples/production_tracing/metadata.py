@@ -22,15 +22,10 @@ MAX_TAG_CHARS = 4096
 def check_context(values: Mapping[str, Any]) -> None:
     """``RequestContext`` の値が保存できるかを確かめる(``ValueError`` が、値と直し方を示す)。"""
     for name, value in values.items():
-        if name == "extra_tags":
-            _check_tags(value)
-        elif value is not None or name == "request_id":
-            is_id = name in ("user_id", "session_id", "request_id")
+        is_id = name in ("user_id", "session_id", "request_id")
+        if name != "extra_tags" and (value is not None or name == "request_id"):
             _check_text(name, value, MAX_METADATA_CHARS if is_id else MAX_TAG_CHARS)
-
-
-def _check_tags(tags: Mapping[Any, object]) -> None:
-    for key, value in tags.items():
+    for key, value in values["extra_tags"].items():
         _check_text(f"key of extra_tags {key!r}", key, MAX_METADATA_CHARS)
         _check_text(f"extra_tags[{key!r}]", value, MAX_TAG_CHARS)
         if key.startswith("mlflow."):
@@ -65,10 +60,9 @@ def _quote(value: object) -> str:
     """MLflow の検索式には引用符のエスケープがないので、含まれないほうの引用符で囲む。"""
     if not isinstance(value, str):
         raise ValueError(f"{value!r} must be a string")
-    for mark in ("'", '"'):
-        if mark not in value:
-            return f"{mark}{value}{mark}"
-    raise ValueError(f"{value!r} contains both kinds of quotes; MLflow filters cannot express it")
+    if "'" in value and '"' in value:
+        raise ValueError(f"{value!r} contains both quotes; MLflow filters cannot express it")
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def sends_only_otlp() -> bool:
@@ -83,7 +77,7 @@ def add_root_attributes(tags: Mapping[str, str], user: str | None, session: str 
     """ルートスパンの属性に書く。MLflow サーバーが、タグ・ユーザー・セッションに直す。"""
     span = mlflow.get_current_active_span()
     if span is None or span.parent_id is not None:
-        name = None if span is None else span.name
+        name = span and span.name
         logger.warning("over OTLP call add_trace_metadata() in the root span, not %r", name)
         return False
     values = {f"mlflow.traceTag.{key}": value for key, value in tags.items()}

@@ -11,7 +11,6 @@ from typing import Any
 
 
 def check_probability(name: str, value: float) -> None:
-    """確率でなければ ``ValueError``(NaN も拒む)。"""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}={value!r} must be within [0, 1]")
 
@@ -69,17 +68,15 @@ class KeepRules:
         return next((Decision(1.0, rule) for rule, applies in rules.items() if applies), None)
 
     def _is_low(self, value: object) -> bool:
-        if isinstance(value, bool):
-            return not value
-        return isinstance(value, int | float) and value <= self.low_rating
+        limit = 0 if isinstance(value, bool) else self.low_rating
+        return isinstance(value, int | float) and value <= limit
 
 
 @dataclass
 class AdaptiveRate:
     """到着の速さを指数減衰で見積もり、確率 = 目標 / 流量 を返す(メモリーは一定)。
 
-    過去だけから決めるので、確率の逆数は偏りのない重みになる。流量が k 倍に増えた直後の超過は、
-    およそ 目標 * 時定数 * ln k 件で収まる。
+    過去だけから決めるので、確率の逆数は偏りのない重みになる。
     """
 
     target_per_minute: float

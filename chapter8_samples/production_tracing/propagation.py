@@ -59,10 +59,8 @@ def incoming_trace(
 ) -> Generator[bool, None, None]:
     """届いたリクエストのトレースを始められるようにする。呼び出し元に加わったら ``True`` を渡す。
 
-    Args:
-        join_caller: 呼び出し元のトレースに加わる。呼ぶのが、同じ MLflow に記録するサービスだけの
-            ときに使う。``traceparent`` がない・壊れている・記録しない印(``-00``)なら加わらない。
-            加わったトレースのユーザーとセッションは、呼び出し元が付けたものになる。
+    ``join_caller`` は、呼ぶのが同じ MLflow に記録するサービスだけのときに使う。ユーザーも、呼び出し
+    元のものになる。``traceparent`` がない・壊れている・記録しない印(``-00``)なら加わらない。
     """
     lowered = {key.lower(): value for key, value in headers.items()}
     caller = trace.get_current_span(TraceContextTextMapPropagator().extract(lowered, Context()))
@@ -73,11 +71,8 @@ def incoming_trace(
 
 @contextlib.contextmanager
 def _own_trace(caller: trace.SpanContext) -> Generator[None, None, None]:
-    """呼び出し元の ID を控え、自分のトレースを始められるようにする。
-
-    ほかの OpenTelemetry の計装が ``traceparent`` を先に読み、呼び出し元のトレースや、MLflow が
-    記録していないトレースのスパンを始めていれば、そこから離れる。
-    """
+    # ほかの計装が ``traceparent`` を先に読み、呼び出し元のトレースや、MLflow が記録していない
+    # トレースのスパンを始めていれば、そこから離れる
     ids = {
         CALLER_TRACE_ID: trace.format_trace_id(caller.trace_id),
         CALLER_SPAN_ID: trace.format_span_id(caller.span_id),
@@ -99,9 +94,8 @@ _leave: dict[int, Callable[[], object]] = {}
 
 @contextlib.contextmanager
 def _joined(caller: trace.Span, headers: Mapping[str, str]) -> Generator[None, None, None]:
-    """同じトレースのリクエストは並んで届く。MLflow の控えは、最初のもので作り、最後のもので消す
-    (リクエストごとに作ると、先に終わったものが、ほかのスパンごと捨てる)。
-    """
+    # 同じトレースのリクエストは並んで届く。MLflow の控えをリクエストごとに作ると、先に終わったもの
+    # が、ほかのスパンごと捨てる。最初のもので作り、最後のもので消す
     trace_id = caller.get_span_context().trace_id
     with _joining:
         if not _requests[trace_id]:
@@ -129,7 +123,6 @@ def _join(headers: Mapping[str, str]) -> Callable[[], object]:
 # ---- Web フレームワーク ----
 
 RequestScope = Callable[[Mapping[str, str]], AbstractContextManager[object]]
-_SCOPE = "chapter8.request_scope"
 
 
 def read_safely(read: Callable[[Mapping[str, str]], R], headers: Mapping[str, str]) -> R | None:
@@ -164,35 +157,35 @@ def scope_flask_requests(app: Any, scope: RequestScope) -> None:
 
     ``teardown_request`` では早すぎる。ストリーミングの本体は、その後でサーバーが読む。
     """
-    from flask import request
-
     wsgi_app = app.wsgi_app
 
-    def enter() -> None:
-        if (stack := request.environ.get(_SCOPE)) is not None:
-            stack.enter_context(scope(dict(request.headers)))
-
     def call(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        answer = _in_one_context(wsgi_app, environ, start_response)
+        headers = {
+            key.removeprefix("HTTP_").replace("_", "-").title(): value
+            for key, value in environ.items()
+            if key.startswith("HTTP_")
+        }
+        view = functools.partial(wsgi_app, environ, start_response)
+        answer = _in_one_context(view, scope(headers))
         next(answer)  # ビューは、ここで動く
         return answer
 
-    app.before_request(enter)
     app.wsgi_app = call
 
 
 def _in_one_context(
-    app: Any, environ: dict[str, Any], start_response: Any
+    view: Callable[[], Any], scope: AbstractContextManager[object]
 ) -> Generator[bytes, None, None]:
     """1 リクエストを、応答の本体まで 1 つの ``contextvars.Context`` で動かす。"""
     context = contextvars.copy_context()
-    scope = environ[_SCOPE] = contextlib.ExitStack()
+    stack = contextlib.ExitStack()
     try:
-        body: Any = context.run(app, environ, start_response)
-        scope.callback(getattr(body, "close", lambda: None))
+        context.run(stack.enter_context, scope)
+        body = context.run(view)
+        stack.callback(getattr(body, "close", lambda: None))
         chunks: Any = context.run(iter, body)
         yield b""
         while (chunk := context.run(next, chunks, None)) is not None:
             yield chunk
     finally:  # サーバーが close() を呼ばず、捨てただけのときも
-        context.run(scope.close)
+        context.run(stack.close)

@@ -5,13 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import mul
 
-
-class Found(NamedTuple):
-    start: int
-    end: int
-    label: str
+Found = tuple[int, int, str]  # 始まり、終わり、種類
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class Pattern:
         while found := self.regex.search(text, start):
             start = found.start() + 1
             if self.valid(found[group]):
-                spans.append(Found(*found.span(group), self.label))
+                spans.append((*found.span(group), self.label))
                 start = max(start, found.end(group))
         return spans
 
@@ -73,7 +69,7 @@ class Number(Pattern):
 
     def find(self, text: str) -> list[Found]:
         """隠す範囲。"""
-        return [one for one in super().find(text) if _is_number(text, one.start, one.end)]
+        return [one for one in super().find(text) if _is_number(text, one[0], one[1])]
 
 
 def _is_number(text: str, start: int, end: int) -> bool:
@@ -99,18 +95,17 @@ def _shaped(start: str, shapes: str) -> re.Pattern[str]:
 
 def luhn(text: str) -> bool:
     """カード番号の検査数字(Luhn)。"""
-    digits = [int(char) for char in re.sub(r"\D", "", text)]
+    digits = [int(char) for char in text if char.isdecimal()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return sum(digits[-1::-2], sum(doubled)) % 10 == 0
 
 
 def my_number(text: str) -> bool:
     """個人番号(マイナンバー、12 桁)の検査数字。総務省令第 85 号第 5 条の式による。"""
-    *digits, last = [int(char) for char in re.sub(r"\D", "", text)]
-    weights = (6, 5, 4, 3, 2, 7, 6, 5, 4, 3, 2)
-    rest = sum(d * w for d, w in zip(digits, weights, strict=True)) % 11
+    digits = [int(char) for char in text if char.isdecimal()]
+    rest = sum(map(mul, digits, (6, 5, 4, 3, 2, 7, 6, 5, 4, 3, 2))) % 11
     # 0 だけの番号は、伏せ字や空の ID
-    return any(digits) and last == (0 if rest <= 1 else 11 - rest)
+    return any(digits) and digits[-1] == (0 if rest <= 1 else 11 - rest)
 
 
 def _is_no_book(text: str) -> bool:

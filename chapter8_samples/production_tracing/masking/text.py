@@ -58,13 +58,13 @@ def _places(text: str) -> list[int]:
     return [*places, *range(end, len(text) + 1)]
 
 
-def _replaced(text: str, spans: list[Found], new: Callable[[Found], str]) -> str:
+def _replaced(text: str, found: list[Found], new: Callable[[int, int, str], str]) -> str:
     pieces: list[str] = []
-    end = 0
-    for one in spans:
-        pieces += [text[end : one.start], new(one)]
-        end = one.end
-    return "".join([*pieces, text[end:]])
+    done = 0
+    for start, end, label in found:
+        pieces += [text[done:start], new(start, end, label)]
+        done = end
+    return "".join([*pieces, text[done:]])
 
 
 def _items(value: Any) -> list[tuple[str, Any]]:
@@ -91,7 +91,7 @@ class Pass:
 
     def text(self, text: str) -> str:
         """文字列を置き換える。"""
-        return _replaced(text, self._find(text), lambda one: f"[{one.label}]")
+        return _replaced(text, self._find(text), lambda _start, _end, label: f"[{label}]")
 
     def _search(self, text: str) -> list[Found]:
         plain = _plain(text)
@@ -100,10 +100,10 @@ class Pass:
             found = pattern.find(plain)
             result += found
             # 見つけたところは、同じ長さの、どの規則にも合わない文字にする
-            plain = _replaced(plain, found, lambda one: "\0" * (one.end - one.start))
+            plain = _replaced(plain, found, lambda start, end, _label: "\0" * (end - start))
         if result and len(plain) != len(text):
             places = _places(text)
-            result = [Found(places[start], places[end], label) for start, end, label in result]
+            result = [(places[start], places[end], label) for start, end, label in result]
         return sorted(result)
 
     def _collect(self, value: Any, path: Path, pieces: dict[Path, list[str]]) -> None:
