@@ -99,7 +99,8 @@ def _rate_for(rule: Rule) -> str:
     """割合の指標でなければ意味のない項目。なければ空。"""
     if isinstance(rule, BurnRateRule):
         return "a burn rate"
-    return "" if rule.confidence is None else "confidence"
+    given = rule.confidence is not None or rule.low_traffic_confidence is not None
+    return "confidence" if given else ""
 
 
 def main() -> None:

@@ -27,8 +27,8 @@ _MODULES = {
         "WebhookRefusedError alert_from_mlflow_webhook verify_signature"
     ),
     "releases": (
-        "Change GateRefusedError RollbackError AliasedModel AliasedPrompt RollbackDecision auto_rollback "
-        "shift_serving_traffic"
+        "Change GateRefusedError RollbackError AliasedModel AliasedPrompt RollbackDecision "
+        "auto_rollback shift_serving_traffic"
     ),
     "tools": (
         "RecordedTraces Replay SyntheticTraffic replay to_alertmanager_config "

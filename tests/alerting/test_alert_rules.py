@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import timedelta
+import math
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+from alerting.traffic_levels import ERROR_RATES, ERRORS, LEVELS, delay, false_pages
 
+from chapter8_samples.alerting import AlertConfig, AlertEngine, RecordedTraces
+from chapter8_samples.alerting.metrics.measures import TraceRow
 from chapter8_samples.alerting.rules.model import (
     AlertConfigError,
     AlertRule,
     BurnRateRule,
+    chance_of_at_least,
     format_duration,
     parse_duration,
-    wilson_bounds,
 )
 
 
@@ -52,17 +56,15 @@ def test_a_duration_survives_writing_and_reading(text: str) -> None:
     assert parse_duration(format_duration(text)) == parse_duration(text)
 
 
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    # 片側 95 % (z = 1.644854)。(p - k/n)^2 = z^2 p (1 - p) / n の 2 根
-    [(0, 10, 0.0, 0.212942), (3, 10, 0.126877, 0.558300), (8, 70, 0.065609, 0.191669)],
-)
-def test_wilson_bounds_match_the_formula(successes: int, n: int, low: float, high: float) -> None:
-    assert wilson_bounds(successes, n, 0.95) == pytest.approx((low, high), abs=2e-6)
-
-
-def test_no_samples_say_nothing_about_a_rate() -> None:
-    assert wilson_bounds(0, 0, 0.95) == (0.0, 1.0)
+def test_the_tail_of_the_binomial_is_exact() -> None:
+    for n in (1, 2, 7, 60):
+        for rate in (0.001, 0.05, 0.5, 0.97):
+            chances = [math.comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(n + 1)]
+            for count in range(n + 2):
+                expected = math.fsum(chances[count:])
+                assert chance_of_at_least(count, n, rate) == pytest.approx(expected, rel=1e-9)
+    assert chance_of_at_least(0, 0, 0.05) == 1.0
+    assert chance_of_at_least(3_700, 72_000, 0.05) == pytest.approx(0.0445, abs=1e-3)
 
 
 def test_a_rule_lists_every_mistake_at_once() -> None:
@@ -92,7 +94,7 @@ RATE = AlertRule(name="r", window="5m", threshold=0.05, clear_threshold=0.03, co
 @pytest.mark.parametrize(
     ("rule", "sample", "firing", "verdict"),
     [
-        (RATE, Value(6 / 70, 70, 6), False, False),  # 8.6% でも、下限は 5% に届かない
+        (RATE, Value(6 / 70, 70, 6), False, False),  # 8.6% は、5% でも 13% の確率で起きる
         (RATE, Value(8 / 70, 70, 8), False, True),
         (RATE, Value(0.04, 70, 2.8), True, True),  # 発報中は、値そのものを clear と比べる
         (RATE, Value(0.02, 70, 1.4), True, False),
@@ -177,3 +179,36 @@ def test_a_number_of_any_size_is_refused_by_name_and_never_a_crash(
         make(name="a", **fields)
     (problem,) = caught.value.problems
     assert problem.startswith(f"rule 'a': {named}") and len(problem) < 200
+
+
+def test_quiet_days_at_every_traffic_give_no_more_than_two_false_pages() -> None:
+    """1 通りの乱数で、通信量 6 通り、エラー率 3 通りの平穏な 20 日ずつ、合わせて 360 日。"""
+    for seed in range(3):
+        pages = [false_pages(ERRORS, seed, level, rate) for level in LEVELS for rate in ERROR_RATES]
+        assert sum(pages) <= 2, seed
+
+
+def test_an_incident_is_found_where_the_traffic_shows_it() -> None:
+    for level, error_rate, minutes in (
+        (0.05, 1.0, 10),
+        (0.3, 0.5, 6),
+        (1.5, 0.15, 6),
+        (20, 0.08, 7),
+    ):
+        delays = [delay(ERRORS, seed, level, error_rate) for seed in range(10)]
+        assert all(found is not None and found <= minutes for found in delays), (level, delays)
+
+
+def test_one_failed_request_at_night_is_no_incident() -> None:
+    start = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    good = [
+        TraceRow(trace_id=f"tr-{i}", at_ms=round(start.timestamp() * 1000) + i * 180_000)
+        for i in range(60)
+    ]
+    bad = TraceRow(trace_id="tr-bad", at_ms=good[-1].at_ms + 180_000, state="ERROR")
+    at = datetime.fromtimestamp(bad.at_ms / 1000, timezone.utc)
+    config = replace(AlertConfig.default(), offset="0s")
+    engine = AlertEngine(config, RecordedTraces([*good, bad]))
+    for second in range(0, 600, 30):
+        told = engine.evaluate(at + timedelta(seconds=second))
+        assert [alert.name for alert in told if alert.action == "rollback"] == []

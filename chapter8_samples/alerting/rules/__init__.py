@@ -10,7 +10,6 @@ from .model import (
     Rule,
     format_duration,
     parse_duration,
-    wilson_bounds,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "format_duration",
     "load_config",
     "parse_duration",
-    "wilson_bounds",
 ]

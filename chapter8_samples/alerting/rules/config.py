@@ -168,9 +168,10 @@ class AlertConfig:
                 window="5m",
                 threshold=0.05,
                 clear_threshold=0.03,
-                # 合成した通信で試した値: 障害 20 件と平穏な 480 時間で選び、誤報は 2 件。選ぶのに
-                # 使わなかった乱数では、障害 40 件を 1.5 から 5 分で検知し、2,640 時間で誤報は 6 件
-                confidence=0.99,
+                # 1 秒に 0.01 から 20 件、エラー率 0.2 から 2% の平穏な 360 日で、誤報は平均 0.6 件
+                # (tests/benchmarks/alert_traffic.py)
+                confidence=0.995,
+                low_traffic_confidence=0.9999999,
                 for_="30s",
                 keep_firing_for="5m",
                 severity="critical",

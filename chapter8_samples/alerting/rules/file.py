@@ -149,6 +149,7 @@ RULE: Schema = {
     "threshold": _number,
     "clear_threshold": _number,
     "confidence": _number,
+    "low_traffic_confidence": _number,
 }
 BURN_RATE: Schema = {
     **COMMON,
@@ -330,7 +331,8 @@ def _many(
     found: list[Any] = []
     for path, item in reader.items(data, key):
         fields = reader.fields(path, item, schema, required.split())
-        gate = "confidence" if fields and "confidence" in fields else ""
+        gates = ("confidence", "low_traffic_confidence")
+        gate = next((name for name in gates if fields and name in fields), "")
         if fields and gate and (problem := metric_problem(fields["metric"], rate_for=gate)):
             reader.note(f"{path}.{gate}", problem)
         found += reader.build(path, make, fields)

@@ -1,7 +1,7 @@
 """8.4.1 アラートのルール: しきい値、待ち時間、統計的な判定。
 
 LLM アプリの通信量では、5 分の窓に数十件しか入らない。割合をそのまま比べると偶然の揺れで呼び出される
-ので、信頼区間の端がしきい値を越えたときだけ「越えた」と判断する(``confidence``)。
+ので、しきい値どおりの割合では説明できないときだけ「越えた」と判断する(``confidence``、二項検定)。
 
 Databricks でもそのまま使う(標準ライブラリーだけで動く)。
 """
@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import time, timedelta, timezone, tzinfo
-from statistics import NormalDist
 from typing import Any, Literal, Protocol
 from zoneinfo import ZoneInfo
 
@@ -25,6 +24,8 @@ MAX_DURATION = timedelta(days=3650)
 SEVERITIES = ("info", "warning", "error", "critical")
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 MAX_NUMBER = 1e300
+FEW_SAMPLES = 200
+"""標本がこれより少ない窓では、``low_traffic_confidence`` を使う。"""
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
@@ -109,20 +110,25 @@ def format_duration(value: Duration) -> str:
     return text or "0s"
 
 
-def wilson_bounds(successes: float, n: int, confidence: float) -> tuple[float, float]:
-    """割合のウィルソン信頼区間の下限と上限。それぞれが片側 ``confidence`` で成り立つ。
+def chance_of_at_least(count: int, n: int, rate: float) -> float:
+    """割合 ``rate`` のものを ``n`` 件見て、``count`` 件以上が当たる確率(二項分布の上側)。
 
-    >>> low, high = wilson_bounds(3, 10, 0.95)
-    >>> round(low, 3), round(high, 3)
-    (0.127, 0.558)
+    >>> round(chance_of_at_least(1, 1, 0.05), 3), round(chance_of_at_least(3, 10, 0.05), 4)
+    (0.05, 0.0115)
     """
-    if n <= 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(confidence)
-    p, d = successes / n, 1 + z * z / n
-    middle = (p + z * z / (2 * n)) / d
-    margin = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return max(0.0, middle - margin), min(1.0, middle + margin)
+    if count <= 0 or rate >= 1:
+        return 1.0
+    if count > n or rate <= 0:
+        return 0.0
+    log_choose = math.lgamma(n + 1) - math.lgamma(count + 1) - math.lgamma(n - count + 1)
+    term = math.exp(log_choose + count * math.log(rate) + (n - count) * math.log1p(-rate))
+    total, odds = term, rate / (1 - rate)
+    for k in range(count, n):
+        term *= (n - k) / (k + 1) * odds
+        total += term
+        if k > n * rate and term < total * 1e-12:
+            break
+    return min(1.0, total)
 
 
 class Sample(Protocol):
@@ -200,8 +206,11 @@ class AlertRule(BaseRule):
     """一つの指標を一つの窓でしきい値と比べるルール。
 
     Args:
-        clear_threshold: 解消に使うしきい値。発報中は、信頼区間ではなく値そのものをこれと比べる。
-        confidence: 0.5 から 1。割合の指標で、信頼区間の端がしきい値を越えたときに「越えた」とする。
+        clear_threshold: 解消に使うしきい値。発報中は、値そのものをこれと比べる。
+        confidence: 0.5 から 1。割合の指標で、しきい値どおりの割合なら ``1 - confidence`` 以下の
+            確率でしか起きない偏りのときに「越えた」とする。
+        low_traffic_confidence: 標本が 200 件に満たない窓で、代わりに使う。エラーは固まって起きる
+            ので、少ない標本は、独立とみなした確率よりずっと偏りやすい。
     """
 
     window: Duration = "5m"
@@ -209,6 +218,7 @@ class AlertRule(BaseRule):
     threshold: float = 0.0
     clear_threshold: float | None = None
     confidence: float | None = None
+    low_traffic_confidence: float | None = None
 
     def durations(self) -> tuple[str, ...]:
         """期間の項目の名前。"""
@@ -216,15 +226,17 @@ class AlertRule(BaseRule):
 
     def problems(self) -> list[str]:
         """項目の誤り(空なら正しい)。"""
-        given = [n for n in ("clear_threshold", "confidence") if getattr(self, n) is not None]
+        optional = ("clear_threshold", "confidence", "low_traffic_confidence")
+        given = [n for n in optional if getattr(self, n) is not None]
         wrong = self._number_problems("threshold", *given)
         found = super().problems() + wrong
         if self.op not in (">", "<"):
             found.append(f"op: {self.op!r} is not '>' or '<'")
         if wrong or self.op not in (">", "<"):
             return found
-        if self.confidence is not None and not 0.5 < self.confidence < 1:
-            found.append(f"confidence: {self.confidence} is not between 0.5 and 1")
+        for name in optional[1:]:
+            if name in given and not 0.5 < getattr(self, name) < 1:
+                found.append(f"{name}: {getattr(self, name)} is not between 0.5 and 1")
         clear = self.clear_threshold
         if clear is not None and clear != self.threshold and self._beyond(clear):
             found.append(
@@ -245,7 +257,7 @@ class AlertRule(BaseRule):
         if sample.n < self.min_samples:
             return None
         if not firing:
-            return self._beyond(self._cautious(sample, sample.value))
+            return self._beyond(sample.value) and self._is_no_chance(sample)
         clear = self.threshold if self.clear_threshold is None else self.clear_threshold
         return self._beyond(sample.value, clear)
 
@@ -253,11 +265,17 @@ class AlertRule(BaseRule):
         limit = self.threshold if threshold is None else threshold
         return value > limit if self.op == ">" else value < limit
 
-    def _cautious(self, sample: Sample, value: float) -> float:
-        if self.confidence is None or sample.successes is None:
-            return value
-        low, high = wilson_bounds(sample.successes, sample.n, self.confidence)
-        return low if self.op == ">" else high
+    def _is_no_chance(self, sample: Sample) -> bool:
+        confidence = self.confidence
+        if sample.n < FEW_SAMPLES and self.low_traffic_confidence is not None:
+            confidence = self.low_traffic_confidence
+        if confidence is None or sample.successes is None:
+            return True
+        if self.op == ">":
+            count, rate = math.floor(sample.successes + 1e-9), self.threshold
+        else:
+            count, rate = math.floor(sample.n - sample.successes + 1e-9), 1 - self.threshold
+        return chance_of_at_least(count, sample.n, rate) <= 1 - confidence
 
 
 @dataclass(frozen=True, kw_only=True)

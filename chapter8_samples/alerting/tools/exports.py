@@ -61,7 +61,7 @@ def expression(rule: Rule) -> str:
 def to_prometheus_rules(config: AlertConfig, *, interval: str = "30s") -> dict[str, Any]:
     """Prometheus のルールファイル。
 
-    Prometheus にない ``clear_threshold`` と ``confidence`` は、アノテーションに残して知らせる。
+    Prometheus にない ``clear_threshold`` と ``confidence`` などは、アノテーションに残して知らせる。
     """
     rules = [_prometheus_rule(rule, config.labels) for rule in config.rules]
     return {"groups": [{"name": "llm-app", "interval": interval, "rules": rules}]}
@@ -72,9 +72,8 @@ def _prometheus_rule(rule: Rule, labels: Mapping[str, str]) -> dict[str, Any]:
     annotations["value"] = "{{ $value }}"
     if rule.runbook_url:
         annotations["runbook_url"] = _plain(rule.runbook_url)
-    lost = [
-        key for key in ("clear_threshold", "confidence") if getattr(rule, key, None) is not None
-    ]
+    only_here = ("clear_threshold", "confidence", "low_traffic_confidence")
+    lost = [key for key in only_here if getattr(rule, key, None) is not None]
     if lost:
         annotations["not_exported"] = ", ".join(lost)
     made: dict[str, Any] = {
