@@ -131,6 +131,19 @@ def test_cost_and_worst_traces(tracking_uri: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_judges_are_compared_with_the_votes_of_users(tracking_uri: str, tmp_path: Path) -> None:
+    mlflow.set_experiment("agreement")
+    pairs = [("yes", True), ("yes", True), ("no", False), ("yes", False)]
+    for verdict, vote in pairs:
+        trace_id = trace()
+        mlflow.flush_trace_async_logging()
+        mlflow.log_feedback(trace_id=trace_id, name="safety", value=verdict, source=JUDGE)
+        mlflow.log_feedback(trace_id=trace_id, name="user_thumbs", value=vote, source=PERSON)
+    rows = {row[0]: row[-1] for row in rows_of(report(tmp_path, "agreement"), "評価ごとの結果")}
+    assert rows == {"safety": "0.50(-0.40 から 0.91、4 件)", "ユーザーの高評価": "-"}
+
+
+@pytest.mark.slow
 def test_sections_without_anything_say_so(tracking_uri: str, tmp_path: Path) -> None:
     mlflow.set_experiment("quiet")
     trace()

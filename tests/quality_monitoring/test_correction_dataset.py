@@ -51,6 +51,35 @@ def test_the_rows_are_what_correctness_reads(store: str, ask: Any, stub_llm: Any
     assert scores == [1.0, 0.0]
 
 
+@pytest.mark.slow
+def test_a_new_correction_wins_over_what_an_evaluation_copied(store: str, ask: Any) -> None:
+    from mlflow.genai import evaluate  # pyright: ignore[reportUnknownVariableType]
+    from mlflow.genai.scorers import scorer
+
+    @scorer
+    def answered(outputs: Any) -> bool:
+        return bool(outputs)
+
+    def app(question: str, **_: Any) -> str:
+        return question
+
+    def truths(name: str) -> list[str]:
+        rows = corrections_to_dataset("quality", dataset_name=name)
+        (dataset,) = search_datasets(experiment_ids=[store])
+        assert len(dataset.to_df()) == len(rows)
+        saved = [row["expected_response"] for row in dataset.to_df()["expectations"]]
+        assert saved == [row["expectations"]["expected_response"] for row in rows]
+        return saved
+
+    first, second = ask(2)
+    log_user_correction(second, "別の答え", "u-1")
+    log_user_correction(first, "OLD", "u-1")
+    assert sorted(truths("truth")) == ["OLD", "別の答え"]
+    evaluate(data=corrections_to_dataset("quality"), predict_fn=app, scorers=[answered])
+    log_user_correction(first, "NEW", "u-1")
+    assert sorted(truths("truth")) == ["NEW", "別の答え"]
+
+
 def test_the_window_and_wrong_calls(store: str, ask: Any) -> None:
     (trace_id,) = ask()
     log_user_correction(trace_id, "正解", "u-1")

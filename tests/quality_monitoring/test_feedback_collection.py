@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow.tracing.client import TracingClient
 
@@ -20,6 +21,7 @@ from chapter8_samples.quality_monitoring import (
     log_thumbs_feedback,
     log_user_correction,
     pseudonymize,
+    withdraw_feedback,
 )
 
 
@@ -116,3 +118,25 @@ def test_pseudonyms_are_stable_and_keyed() -> None:
     assert pseudonymize("hanako", b"k") == pseudonymize("hanako", b"k")
     assert pseudonymize("hanako", b"k") != pseudonymize("hanako", b"other")
     assert "hanako" not in pseudonymize("hanako", b"k")
+
+
+def test_a_vote_taken_back_is_gone_and_others_stay(store: str, ask: Any) -> None:
+    (trace_id,) = ask()
+    user = FeedbackCollector("u", trace_id)
+    for vote in (True, False):  # 考え直した評価は、前の評価を無効にしている
+        log_thumbs_feedback(trace_id, vote, "u")
+    log_thumbs_feedback(trace_id, True, "other")
+    user.correct("正解")
+    assert user.withdraw() and not user.withdraw()
+    assert withdraw_feedback(trace_id, "u", FeedbackType.CORRECTION)
+    left = TracingClient().get_trace_info(trace_id).assessments
+    assert [(a.name, a.source.source_id) for a in left] == [("user_thumbs", "other")]
+    with pytest.raises(FeedbackValidationError, match="kind must be one of"):
+        withdraw_feedback(trace_id, "u", "stars")
+
+
+def test_a_vote_on_a_running_trace_can_be_taken_back(store: str) -> None:
+    with mlflow.start_span("answer") as span:
+        log_thumbs_feedback(span.trace_id, True, "u")
+        assert withdraw_feedback(span.trace_id, "u")
+    assert TracingClient().get_trace_info(span.trace_id).assessments == []

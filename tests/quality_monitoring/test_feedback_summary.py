@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import mlflow
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlflow.entities import AssessmentSource, Feedback
 
 from chapter8_samples.quality_monitoring import (
@@ -15,7 +18,7 @@ from chapter8_samples.quality_monitoring import (
     log_thumbs_feedback,
     summarize_feedback,
 )
-from chapter8_samples.quality_monitoring.feedback.summary import Rate
+from chapter8_samples.quality_monitoring.feedback.summary import Rate, agreement
 
 
 @pytest.mark.slow
@@ -84,3 +87,45 @@ def test_wrong_calls_are_refused(store: str) -> None:
         summarize_feedback("nowhere")
     with pytest.raises(ValueError, match="no experiment"):
         summarize_feedback("999")
+
+
+def test_judges_are_compared_with_the_votes_of_users(store: str, ask: Any) -> None:
+    judge = AssessmentSource("LLM_JUDGE", "openai:/gpt-4.1-mini")
+    votes = [("yes", True)] * 2 + [("no", False), (True, False), ("no", None), ("fine", True)]
+    for trace_id, (verdict, vote) in zip(ask(6), votes, strict=True):
+        mlflow.log_feedback(trace_id=trace_id, name="safety", value="no", source=judge)
+        mlflow.log_feedback(trace_id=trace_id, name="safety", value=verdict, source=judge)
+        mlflow.log_feedback(trace_id=trace_id, name="length", value=120)  # はい・いいえではない
+        if vote is not None:
+            log_thumbs_feedback(trace_id, not vote, "a")
+            log_thumbs_feedback(trace_id, vote, "a")  # 考え直した方だけを比べる
+    found = summarize_feedback("quality").judge_agreement
+    assert found.keys() == {"safety"}
+    assert (found["safety"].pairs, found["safety"].kappa) == (4, pytest.approx(0.5))
+
+
+PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+
+
+@given(pairs=PAIRS)
+def test_kappa_is_that_of_scikit_learn_inside_its_interval(pairs: list[tuple[bool, bool]]) -> None:
+    from sklearn.metrics import cohen_kappa_score
+
+    found = agreement(pairs)
+    if len({side for pair in pairs for side in pair}) == 1:
+        assert (found.kappa, found.interval) == (None, (-1.0, 1.0))
+        return
+    assert found.kappa == pytest.approx(cohen_kappa_score(*zip(*pairs, strict=True)))
+    low, high = found.interval
+    assert -1 <= low <= found.kappa + 1e-9 and found.kappa - 1e-9 <= high <= 1 + 1e-9
+
+
+def test_the_interval_of_kappa_covers_the_truth() -> None:
+    dice, covered = random.Random(1), 0
+    for _ in range(1000):  # ユーザーの 8 割が良いとし、ジャッジは 9 割でそれに一致する
+        votes = [dice.random() < 0.8 for _ in range(50)]
+        low, high = agreement([(v == (dice.random() < 0.9), v) for v in votes]).interval
+        same, judged = 0.9, 0.8 * 0.9 + 0.2 * 0.1
+        chance = 0.8 * judged + 0.2 * (1 - judged)
+        covered += low <= (same - chance) / (1 - chance) <= high
+    assert covered >= 940

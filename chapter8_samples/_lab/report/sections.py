@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from chapter8_samples.alerting.metrics.measures import FAIL_VALUES, PASS_VALUES, RowNumbers
-from chapter8_samples.quality_monitoring.feedback.summary import Rate
+from chapter8_samples.quality_monitoring.feedback.summary import Rate, agreement
 
 from ..console import shortened
 from . import health
@@ -270,7 +270,7 @@ def _quality(subject: Subject) -> tuple[list[Figure], list[Table]]:
     figures = [_chart(subject, "合格率", "{:.0f}%", lines, 100)] if lines else []
     table = Table(
         "評価ごとの結果",
-        ("評価", "合格率", "判定", "採点の失敗"),
+        ("評価", "合格率", "判定", "採点の失敗", "ユーザーとの一致(κ)"),
         [_quality_row(subject, name) for name in names],
         numbers=(1, 2, 3),
     )
@@ -282,12 +282,29 @@ def _badness(point: Point) -> tuple[int, float]:
     return -len(point.failed_verdicts), -point.at
 
 
-def _quality_row(subject: Subject, name: str) -> tuple[str, str, str, str]:
+def _quality_row(subject: Subject, name: str) -> tuple[str, ...]:
     value = health.value_of(f"pass_rate:{name}", subject.history)
     _, total = _verdict_counts(subject.history, name)
     values = [v for point in subject.history for n, v in point.row.assessments if n == name]
     rate = "-" if value is None else f"{100 * value:.1f}%"
-    return subject.name(name), rate, f"{total:,} 件", f"{values.count('error'):,} 件"
+    failed = f"{values.count('error'):,} 件"
+    return subject.name(name), rate, f"{total:,} 件", failed, _agreement(subject, name)
+
+
+def _agreement(subject: Subject, name: str) -> str:
+    """ユーザーの 👍/👎 との一致(Cohen のカッパ係数)と、その 95% 区間。"""
+    known = PASS_VALUES | FAIL_VALUES
+    told = [
+        {n: v in PASS_VALUES for n, v in p.row.assessments if v in known} for p in subject.history
+    ]
+    pairs = [
+        (one[name], one[THUMBS]) for one in told if name != THUMBS and {name, THUMBS} <= one.keys()
+    ]
+    found = agreement(pairs) if pairs else None
+    if found is None or found.kappa is None:
+        return "-"
+    low, high = found.interval
+    return f"{found.kappa:.2f}({low:.2f} から {high:.2f}、{found.pairs:,} 件)"
 
 
 def _traces(subject: Subject, title: str, found: Sequence[Point]) -> Table:

@@ -32,6 +32,7 @@ from .kinds import (
     TraceNotFoundError,
 )
 
+Authorize = Callable[[TraceInfo], bool]
 FEEDBACK_ID = "feedback_id"
 GIVEN_AT = "feedback_given_at_ms"
 _RETRYABLE = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
@@ -40,10 +41,7 @@ _TURNS = [threading.Lock() for _ in range(256)]
 
 
 def store_feedback(
-    request: FeedbackRequest,
-    *,
-    timeout_seconds: float = 5.0,
-    authorize: Callable[[TraceInfo], bool] | None = None,
+    request: FeedbackRequest, *, timeout_seconds: float = 5.0, authorize: Authorize | None = None
 ) -> Assessment | None:
     """記録するか、取り下げる。期限は通信の途中でも守る(MLflow の再試行は 4 分かかることがある)。
 
@@ -56,7 +54,7 @@ def store_feedback(
         FeedbackError: サーバーが内容を拒否した(送り直しても成功しない)。
     """
     turn = _TURNS[hash((request.trace_id, request.name, request.user_id)) % len(_TURNS)]
-    if not turn.acquire(timeout=timeout_seconds):
+    if not turn.acquire(timeout=max(0.0, timeout_seconds)):
         raise FeedbackDeliveryError("the previous vote of this user is still being sent", request)
     try:
         return _within(timeout_seconds, lambda: _store(request, authorize))
@@ -106,9 +104,7 @@ def _explained(error: MlflowException, request: FeedbackRequest) -> FeedbackErro
     return FeedbackError(f"MLflow rejected the feedback: {error.message}")
 
 
-def _store(
-    request: FeedbackRequest, authorize: Callable[[TraceInfo], bool] | None
-) -> Assessment | None:
+def _store(request: FeedbackRequest, authorize: Authorize | None) -> Assessment | None:
     active = mlflow.get_active_trace_id() == request.trace_id
     with InMemoryTraceManager.get_instance().get_trace(request.trace_id) as trace:
         unsaved = trace.info.assessments if trace else []
@@ -119,15 +115,14 @@ def _store(
         return settled
     if mine:
         raise TraceNotFoundError("the earlier vote is stored with its trace, not yet", request)
-    # TracingClient.get_trace_info() は、書き出している途中のトレースについては手元の写しを返す。
-    # そこには、保存先にもう届いた評価が入っていないので、保存先に直接尋ねる
+    # TracingClient.get_trace_info() は、書き出している途中のトレースについては、保存先にもう届いた
+    # 評価のない手元の写しを返す。そこで、保存先に直接尋ねる
     store: Any = TracingClient().store
     info: TraceInfo = store.get_trace_info(request.trace_id)
     elsewhere = request.experiment_id not in (None, info.experiment_id)
     if elsewhere or (authorize and not authorize(info)):
-        raise FeedbackNotAllowedError(
-            f"trace {request.trace_id!r} of experiment {info.experiment_id} takes no feedback here"
-        )
+        place = f"trace {request.trace_id!r} of experiment {info.experiment_id}"
+        raise FeedbackNotAllowedError(f"{place} takes no feedback here")
     settled, mine = _look_up(request, info.assessments)
     return settled or _change(request, mine)
 

@@ -13,9 +13,8 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow.entities import Assessment
 
@@ -28,13 +27,16 @@ _TABLE = """CREATE TABLE IF NOT EXISTS feedback (
     id TEXT PRIMARY KEY, subject TEXT, body TEXT, kept_at REAL, retry_at REAL, reason TEXT)"""
 _NEXT = """SELECT id, body, kept_at FROM feedback
     WHERE reason IS NULL AND retry_at <= ? ORDER BY retry_at LIMIT 1"""
+_RETRY_AT = "UPDATE feedback SET retry_at = ? WHERE id = ?"
+# 送っている間に同じ ID で書き直されたものには、触らない
+_SENT = "DELETE FROM feedback WHERE id = ? AND body = ?"
+_ASIDE = "UPDATE feedback SET reason = ? WHERE id = ? AND body = ?"
 _TRY_SECONDS = 5.0
 _CLAIM_SECONDS = 60.0  # 送る間、ほかのプロセスに送らせない。落ちたら、この後で引き継がれる
 _UNREACHED = 3  # 続けてこの件数が届かなければ、サーバーは止まっている
 
 
-@dataclass(frozen=True)
-class ReplayReport:
+class ReplayReport(NamedTuple):
     """再送 1 回の結果(件)。``rejected`` は、送っても無駄なので分けたもの。"""
 
     sent: int
@@ -42,8 +44,7 @@ class ReplayReport:
     remaining: int
 
 
-@dataclass(frozen=True)
-class OutboxStatus:
+class OutboxStatus(NamedTuple):
     """送信箱のいま。``error`` は書けない理由(届く評価は、それでも記録できる)。"""
 
     pending: int = 0
@@ -82,9 +83,7 @@ class FeedbackOutbox:
     ) -> Assessment | None:
         """送る。期限(秒)までに届かなければ手元に残して ``None`` を返す。
 
-        Raises:
-            FeedbackError: サーバーが内容を拒否した(残しても届かない)。
-            OSError: 届かず、残すこともできない。
+        サーバーが内容を拒否すれば ``FeedbackError``、届かず残せもしなければ ``OSError``。
         """
         if request.withdraws:
             self.drop(request)
@@ -133,24 +132,21 @@ class FeedbackOutbox:
                 unsent = isinstance(error, FeedbackDeliveryError)
                 unreached = unreached + 1 if unsent and not absent else 0
                 if unsent and not (absent and kept_at + self._expire_seconds < started):
-                    self._run("UPDATE feedback SET retry_at = ? WHERE id = ?", time.time(), key)
+                    self._run(_RETRY_AT, time.time(), key)
                     continue
                 logger.warning("feedback is set aside: %s", error)
-                aside = "UPDATE feedback SET reason = ? WHERE id = ? AND body = ?"
-                self._run(aside, str(error), key, body)
+                self._run(_ASIDE, str(error), key, body)
                 rejected += 1
             else:
-                # 送っている間に変わった評価(同じ ID で上書きされたもの)は消さない
-                self._run("DELETE FROM feedback WHERE id = ? AND body = ?", key, body)
+                self._run(_SENT, key, body)
                 sent, unreached = sent + 1, 0
-        return ReplayReport(sent=sent, rejected=rejected, remaining=len(self))
+        return ReplayReport(sent, rejected, len(self))
 
     def _claim(self, before: float) -> tuple[str, str, float] | None:
         with self._transaction() as database:
             kept = database.execute(_NEXT, [before]).fetchone()
             if kept:
-                until = time.time() + _CLAIM_SECONDS
-                database.execute("UPDATE feedback SET retry_at = ? WHERE id = ?", [until, kept[0]])
+                database.execute(_RETRY_AT, [time.time() + _CLAIM_SECONDS, kept[0]])
         return kept
 
     def _send_again(self, body: str, timeout_seconds: float) -> None:

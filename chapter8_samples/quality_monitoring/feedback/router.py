@@ -102,11 +102,10 @@ def create_feedback_router(
 
     Args:
         user_of: リクエストから、評価した人の ID を求める関数。
-        authorize: このトレースに書かせるかを決める関数(トレースにスパンは入っていない)。省くと、
-            アプリのエクスペリメントのトレースにだけ書かせる。渡すと、確かめられない評価は残さない。
-        outbox: 届かないときの送信箱。省くと 503 を返し、送り直しは画面に任せる。
+        authorize: このトレース(スパンは入っていない)に書かせるかを決める関数。省くと、アプリの
+            エクスペリメントだけに書かせる。渡すと、トレースを確かめられない評価は残さない。
+        outbox: 届かないときの送信箱と、``max_pending``: その上限(件)。
         timeout_seconds: トレースが保存されるまで待つ秒数。待つ間、スレッドは使わない。
-        max_pending: 送信箱に残す上限(件)。
         max_body_bytes: 本文の上限。既定値には、10,000 文字のどんな文章も収まる。
     """
     desk = _Desk(user_of, authorize, outbox, timeout_seconds, max_pending)
@@ -122,8 +121,8 @@ def create_feedback_router(
         return {"withdrawn": await desk.take(request, response, make)}
 
     router = APIRouter()
-    router.add_api_route(path, vote, methods=["POST"])
-    router.add_api_route(path, withdraw, methods=["DELETE"])
+    router.post(path)(vote)
+    router.delete(path)(withdraw)
     return router
 
 

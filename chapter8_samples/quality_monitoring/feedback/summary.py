@@ -10,7 +10,6 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from statistics import NormalDist, fmean
@@ -31,11 +30,7 @@ _VERDICTS = {"yes": True, "true": True, "pass": True, "no": False, "false": Fals
 
 @dataclass(frozen=True)
 class Rate:
-    """割合と、その 95% 信頼区間(Wilson)。すべて 0 から 1。
-
-    >>> [f"{x:.0%}" for x in Rate(18, 20).interval]  # 20 件では、90% でもこれだけ揺れる
-    ['70%', '97%']
-    """
+    """割合と、その 95% 信頼区間(Wilson)。すべて 0 から 1。"""
 
     positive: int
     total: int
@@ -117,7 +112,7 @@ def summarize_feedback(
     Raises:
         ValueError: エクスペリメントがない、時刻にタイムゾーンがない、期間が逆。
     """
-    end, zone = end or datetime.now(timezone.utc), ZoneInfo(tz)
+    end = end or datetime.now(timezone.utc)
     infos = trace_infos(experiment, start or end - timedelta(days=7), end)
     told = [(info, a, _value(a)) for info in infos for a in _latest(info, human=True)]
     # 画面などから、この名前で別の形の値を入れることもできる。数えられるものだけを数える
@@ -140,7 +135,7 @@ def summarize_feedback(
         corrections=names[CORRECTION],
         by_version=_rates((version_of(info) or "unknown", good) for info, _, good in votes),
         by_user=_rates((str(a.source.source_id), good) for _, a, good in votes),
-        by_day=_rates((_day(info, zone), good) for info, _, good in votes),
+        by_day=_rates((str(_local(info, tz).date()), good) for info, _, good in votes),
         judge_agreement={name: agreement(pairs) for name, pairs in _grouped(judged).items()},
     )
 
@@ -178,12 +173,12 @@ def _latest(info: TraceInfo, *, human: bool) -> Iterable[Assessment]:
     return latest.values()
 
 
+def _local(info: TraceInfo, tz: str) -> datetime:
+    return datetime.fromtimestamp(info.request_time / 1000, ZoneInfo(tz))
+
+
 def _value(assessment: Assessment) -> Any:
     return assessment.feedback.value if assessment.feedback else None
-
-
-def _day(info: TraceInfo, zone: ZoneInfo) -> str:
-    return datetime.fromtimestamp(info.request_time / 1000, zone).date().isoformat()
 
 
 def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
@@ -199,10 +194,9 @@ def _rates(votes: Iterable[tuple[str, bool]]) -> dict[str, Rate]:
 
 def _experiment_id(name_or_id: str) -> str:
     store: Any = TracingClient().store  # mlflow-tracing に MlflowClient はない
-    found = store.get_experiment_by_name(name_or_id)
-    if found is None and name_or_id.isdigit():
-        with suppress(MlflowException):
-            found = store.get_experiment(name_or_id)
-    if found is None:
-        raise ValueError(f"no experiment named {name_or_id!r} at {mlflow.get_tracking_uri()}")
-    return str(found.experiment_id)
+    try:
+        found = store.get_experiment_by_name(name_or_id) or store.get_experiment(name_or_id)
+        return str(found.experiment_id)
+    except (MlflowException, ValueError) as error:
+        place = mlflow.get_tracking_uri()
+        raise ValueError(f"no experiment named {name_or_id!r} at {place}") from error
