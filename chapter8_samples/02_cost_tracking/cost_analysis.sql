@@ -1,6 +1,5 @@
 -- 8.2 コスト分析の SQL(本書では表8.1 で参照)。
---
--- 10 本の問いを、トレースのアーカイブ表に聞く。同じファイルが Databricks SQL、PySpark 4、手元の DuckDB で動く。
+-- トレースのアーカイブ表に、10 の問いを聞く。同じファイルが PySpark 4 と手元の DuckDB で動き、Databricks SQL に貼れる。
 -- 手元で:       python -m chapter8_samples.cost_tracking sql エクスペリメント名
 -- Databricks で: クエリを 1 つ貼り付けて、名前付きパラメーターに値を入れる。
 --
@@ -12,19 +11,18 @@
 --   :monthly_budget_usd  月の予算(USD)
 --
 -- 列の意味
---   stored    保存されているトレースの数。1 行を 1 件と数える(export は同じトレースを 2 行に書かない。ほかの方法で
---             入れた表では、trace_id の重複を先に確かめる)
---   requests  推定のリクエスト数。間引いた分を重み sampling.weight で補う。重みは、ないものと正の数でないもの、
---             1,000 万以上のものを 1 とする
+--   stored    保存されているトレースの数。1 行を 1 件と数える。export は同じトレースを 2 行に書かないが、ほかの方法で
+--             入れた表では、trace_id の重複を先に確かめること
+--   requests  推定のリクエスト数。間引いた分を重み sampling.weight で補う(ないもの、正の数でないもの、1,000 万以上は 1)
 --   cost_usd  推定のコスト(USD)。補い方は requests と同じ
 --   unpriced  コストを計算しきれなかったトレースの数。0 でなければ、cost_usd は下限でしかない
 --
 -- 注意
 --   * convert_timezone は TIMESTAMP をセッションの時間帯で読む。先に SET TIME ZONE 'UTC' を実行する。
---   * 列名は、Databricks の資料にある *_trace_unified に合わせた。アーカイブ表の定義は公開されておらず、Databricks では
---     試していない。spans の親の列も、資料により parent_span_id と parent_id がある。先に DESCRIBE で確かめること。
+--   * 列名は Databricks の資料の *_trace_unified に合わせた。アーカイブ表の定義は公開されておらず、Databricks では試して
+--     いない。spans の親の列も、資料により parent_span_id と parent_id がある。先に DESCRIBE で確かめること。
 --   * usd に weight をそのまま掛けると 38 桁に収まらない。重みを整数と小数の部分に分けて掛ける。
---   * 割合などは、DECIMAL にしてから丸める。DOUBLE のまま丸めると、ちょうど半分の値がエンジンで上にも下にもなる。
+--   * 割合は、DECIMAL にしてから丸める。DOUBLE のまま丸めると、ちょうど半分の値がエンジンで上にも下にもなる。
 
 -- name: daily_summary
 -- 日別のリクエスト数、コスト、トークン数。まずこれを見る。
@@ -32,15 +30,13 @@ WITH t AS (
   SELECT CAST(convert_timezone(:tz, request_time) AS DATE) AS day,
          trace_metadata['mlflow.trace.tokenUsage'] AS tokens,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
+         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage')
            OR (usd IS NULL AND COALESCE(tokens, trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced,
          TRY_CAST(get_json_object(tokens, '$.input_tokens') AS DECIMAL(12,0)) * weight AS input,
          TRY_CAST(get_json_object(tokens, '$.output_tokens') AS DECIMAL(12,0)) * weight AS output
-  FROM IDENTIFIER(:trace_table)
-  WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
+  FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
 )
 SELECT day, COUNT(*) AS stored, ROUND(SUM(weight), 6) AS requests,
        COUNT(CASE WHEN unpriced THEN 1 END) AS unpriced, SUM(cost) AS cost_usd,
@@ -59,8 +55,7 @@ WITH s AS (
          sp.attributes['mlflow.chat.tokenUsage'] IS NOT NULL AS bearing
   FROM (SELECT trace_id, explode(spans) AS sp,
                COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight
-        FROM IDENTIFIER(:trace_table)
-        WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)) x
+        FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)) x
 ), nested AS (
   SELECT trace_id FROM s WHERE bearing GROUP BY trace_id HAVING COUNT(*) > 1
 ), tree AS (
@@ -88,8 +83,7 @@ WITH s AS (
 SELECT model, COUNT(*) AS stored_calls, ROUND(SUM(weight), 6) AS calls,
        COUNT(CASE WHEN usd IS NULL OR status IN ('unpriced', 'partial') THEN 1 END) AS unpriced,
        SUM(cost) AS cost_usd, ROUND(SUM(tokens), 6) AS tokens,
-       CAST(ROUND(CAST(100 * CAST(SUM(cost) AS DOUBLE)
-         / NULLIF(CAST(SUM(SUM(cost)) OVER () AS DOUBLE), 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS cost_pct
+       CAST(ROUND(CAST(100 * CAST(SUM(cost) AS DOUBLE) / NULLIF(CAST(SUM(SUM(cost)) OVER () AS DOUBLE), 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS cost_pct
 FROM leaf GROUP BY model ORDER BY cost_usd DESC NULLS LAST, model;
 
 -- name: top_users
@@ -97,13 +91,11 @@ FROM leaf GROUP BY model ORDER BY cost_usd DESC NULLS LAST, model;
 WITH t AS (
   SELECT COALESCE(trace_metadata['mlflow.trace.user'], '(unknown)') AS user_id,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
+         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
-  FROM IDENTIFIER(:trace_table)
-  WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
+  FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
 )
 SELECT user_id, COUNT(*) AS stored, ROUND(SUM(weight), 6) AS requests,
        COUNT(CASE WHEN unpriced THEN 1 END) AS unpriced, SUM(cost) AS cost_usd
@@ -114,13 +106,11 @@ FROM t GROUP BY user_id ORDER BY cost_usd DESC NULLS LAST, user_id LIMIT 10;
 WITH t AS (
   SELECT HOUR(convert_timezone(:tz, request_time)) AS hour_of_day,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
+         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
-  FROM IDENTIFIER(:trace_table)
-  WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
+  FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
 )
 SELECT hour_of_day, COUNT(*) AS stored, ROUND(SUM(weight), 6) AS requests,
        COUNT(CASE WHEN unpriced THEN 1 END) AS unpriced, SUM(cost) AS cost_usd
@@ -135,10 +125,8 @@ FROM t GROUP BY hour_of_day ORDER BY hour_of_day;
 WITH t AS (
   SELECT trace_id, convert_timezone(:tz, request_time) AS local_time, trace_metadata['mlflow.trace.user'] AS user_id,
          COALESCE(tags['mlflow.traceName'], '(unnamed)') AS trace_name,
-         CAST(COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                       TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS DOUBLE) AS usd
-  FROM IDENTIFIER(:trace_table)
-  WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
+         CAST(TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS DOUBLE) AS usd
+  FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
 ), q AS (
   SELECT trace_name, percentile_cont(0.5) WITHIN GROUP (ORDER BY usd) AS p50,
          percentile_cont(0.95) WITHIN GROUP (ORDER BY usd) AS p95
@@ -154,13 +142,11 @@ WHERE t.usd > q.p95 * 3 ORDER BY t.usd DESC, t.trace_id LIMIT 50;
 WITH t AS (
   SELECT CAST(DATE_TRUNC('WEEK', convert_timezone(:tz, request_time)) AS DATE) AS week_start,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
+         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
-  FROM IDENTIFIER(:trace_table)
-  WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
+  FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
 ), w AS (
   SELECT week_start, COUNT(*) AS stored, ROUND(SUM(weight), 6) AS requests,
          COUNT(CASE WHEN unpriced THEN 1 END) AS unpriced, SUM(cost) AS cost_usd
@@ -169,8 +155,7 @@ WITH t AS (
   SELECT w.*, LAG(cost_usd) OVER (ORDER BY week_start) AS prev_cost_usd FROM w
 )
 SELECT week_start, stored, requests, unpriced, cost_usd, prev_cost_usd,
-       CAST(ROUND(CAST(100 * CAST(cost_usd - prev_cost_usd AS DOUBLE)
-         / NULLIF(CAST(prev_cost_usd AS DOUBLE), 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS change_pct
+       CAST(ROUND(CAST(100 * CAST(cost_usd - prev_cost_usd AS DOUBLE) / NULLIF(CAST(prev_cost_usd AS DOUBLE), 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS change_pct
 FROM l ORDER BY week_start DESC;
 
 -- name: sessions
@@ -178,12 +163,10 @@ FROM l ORDER BY week_start DESC;
 -- 保存された 1 件ずつの会話を見る問いなので、重みは掛けない(間引くと、会話は途中が欠ける)。
 WITH t AS (
   SELECT trace_metadata['mlflow.trace.session'] AS session_id, trace_metadata['mlflow.trace.user'] AS user_id, request_time,
-         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
+         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
-  FROM IDENTIFIER(:trace_table)
-  WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
+  FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
     AND trace_metadata['mlflow.trace.session'] IS NOT NULL
 )
 SELECT session_id, MIN(user_id) AS user_id, COUNT(*) AS turns, COUNT(CASE WHEN unpriced THEN 1 END) AS unpriced,
@@ -196,19 +179,16 @@ FROM t GROUP BY session_id HAVING COUNT(*) > 1 ORDER BY cost_usd DESC NULLS LAST
 WITH t AS (
   SELECT CAST(convert_timezone(:tz, request_time) AS DATE) AS day, state,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
+         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
-  FROM IDENTIFIER(:trace_table)
-  WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
+  FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
 )
 SELECT day, COUNT(*) AS stored, ROUND(SUM(weight), 6) AS requests,
        ROUND(COALESCE(SUM(CASE WHEN state = 'ERROR' THEN weight END), 0), 6) AS errors,
        COUNT(CASE WHEN unpriced THEN 1 END) AS unpriced, SUM(CASE WHEN state = 'ERROR' THEN cost END) AS wasted_usd,
-       CAST(ROUND(CAST(100 * CAST(SUM(CASE WHEN state = 'ERROR' THEN cost END) AS DOUBLE)
-         / NULLIF(CAST(SUM(cost) AS DOUBLE), 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS wasted_pct
+       CAST(ROUND(CAST(100 * CAST(SUM(CASE WHEN state = 'ERROR' THEN cost END) AS DOUBLE) / NULLIF(CAST(SUM(cost) AS DOUBLE), 0) AS DECIMAL(38,10)), 2) AS DOUBLE) AS wasted_pct
 FROM t GROUP BY day ORDER BY day DESC;
 
 -- name: budget
@@ -217,8 +197,7 @@ WITH p AS (
   SELECT convert_timezone(:tz, CAST(:as_of AS TIMESTAMP)) AS now_local, CAST(:monthly_budget_usd AS DECIMAL(18,4)) AS budget
 ), t AS (
   SELECT COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
+         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
@@ -245,16 +224,14 @@ WITH t AS (
   SELECT COALESCE(tags['mlflow.traceName'], '(unnamed)') AS trace_name,
          trace_metadata['mlflow.trace.tokenUsage'] AS tokens,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
-                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
+         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage')
            OR (usd IS NULL AND COALESCE(tokens, trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced,
          TRY_CAST(get_json_object(tokens, '$.input_tokens') AS DECIMAL(12,0)) * weight AS input,
          TRY_CAST(get_json_object(tokens, '$.output_tokens') AS DECIMAL(12,0)) * weight AS output,
          TRY_CAST(get_json_object(tokens, '$.cache_read_input_tokens') AS DECIMAL(12,0)) * weight AS cached
-  FROM IDENTIFIER(:trace_table)
-  WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
+  FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
 ), n AS (
   SELECT trace_name, COUNT(*) AS stored, ROUND(SUM(weight), 6) AS requests,
          COUNT(CASE WHEN unpriced THEN 1 END) AS unpriced, CAST(SUM(cost) AS DOUBLE) AS usd,

@@ -155,6 +155,30 @@ def test_the_queries_run_on_the_export(three_days: str, tmp_path: Path) -> None:
     assert row["cost_usd"] == Decimal("0.045")
 
 
+def test_a_partly_priced_call_keeps_its_place_in_the_queries(
+    tracking_uri: str, tmp_path: Path
+) -> None:
+    """合計だけにあるトークンには料金が付かない。呼び出しは数え、子の合計を持つ親は数えない。"""
+    mlflow.set_experiment("archive")
+    tracking = setup_cost_tracking()
+    start = int(DAY_1.timestamp() * 1e9)
+    root = mlflow.start_span_no_context("agent", start_time_ns=start)
+    span = mlflow.start_span_no_context("llm", "CHAT_MODEL", root, start_time_ns=start)
+    usage = {"input_tokens": 1000, "output_tokens": 500, "total_tokens": 9000}
+    span.set_attributes({"mlflow.llm.model": "gpt-4o", "mlflow.chat.tokenUsage": usage})
+    root.set_attribute("mlflow.chat.tokenUsage", usage)
+    span.end()
+    root.end()
+    tracking.uninstall()
+    mlflow.flush_trace_async_logging()
+    export_traces_to_parquet("archive", tmp_path, now=clock(100))
+    parameters = cost_parameters(DAY_1 - timedelta(days=1), DAY_1 + timedelta(days=5))
+    table = run_on_duckdb(tmp_path, [find_queries()["by_model"]], parameters)[0]
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [(r["model"], r["stored_calls"], r["unpriced"]) for r in rows] == [("gpt-4o", 1, 1)]
+    assert rows[0]["cost_usd"] == Decimal("0.0075")
+
+
 @pytest.mark.slow
 def test_the_command_prints_tables_and_csv(
     three_days: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
