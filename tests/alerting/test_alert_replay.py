@@ -60,7 +60,7 @@ def test_the_published_incident_is_one_firing_and_one_resolution() -> None:
     careful, p95, samples_only, burned, default = result.rules
     assert (careful.naive_notifications, careful.naive_false) == (56, 15)
     assert (careful.notifications, careful.false_firings, minutes(careful)) == (2, 0, [3.5])
-    assert (default.notifications, default.false_firings, minutes(default)) == (2, 0, [3.5])
+    assert (default.notifications, default.false_firings, minutes(default)) == (2, 0, [4.5])
     assert (len(samples_only.firings), samples_only.false_firings) == (3, 2)
     assert (p95.naive_notifications, p95.notifications, minutes(p95)) == (46, 2, [5.0])
     assert (burned.notifications, minutes(burned)) == (2, [8.0])
