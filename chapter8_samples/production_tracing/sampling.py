@@ -248,7 +248,7 @@ class _Gate(otel.SynchronousMultiSpanProcessor):
 
     def _send(self, span: ReadableSpan, to_mlflow: bool = True) -> None:
         for processor in _internals.processors_of(self):
-            if _internals.is_after_sampling(processor) is to_mlflow:
+            if _internals.is_mlflows(processor) is to_mlflow:
                 processor.on_end(span)
 
 
@@ -285,7 +285,7 @@ def _otel_id(span: ReadableSpan) -> int:
 
 def _summary(root: ReadableSpan, children: list[ReadableSpan]) -> TraceSummary:
     failed = any(span.status.status_code is StatusCode.ERROR for span in (root, *children))
-    with _internals.live_trace(_otel_id(root)) as info:
+    with _internals.live_trace(root) as info:
         metadata, tags = dict(info.trace_metadata), dict(info.tags)
         feedback = {item.name: item.feedback.value for item in info.assessments if item.feedback}
         failed = failed or info.state is TraceState.ERROR
@@ -312,7 +312,7 @@ def _marked(root: ReadableSpan, decision: Decision) -> ReadableSpan:
         WEIGHT_KEY: repr(1.0 / probability),
         RULE_KEY: decision.rule,
     }
-    with _internals.live_trace(_otel_id(root)) as info:
+    with _internals.live_trace(root) as info:
         info.trace_metadata.update(values)
     tags = {f"mlflow.traceTag.{key}": value for key, value in values.items()}
     same: dict[str, Any] = {name: getattr(root, name) for name in _COPIED}
