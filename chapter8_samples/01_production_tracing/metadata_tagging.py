@@ -94,7 +94,7 @@ def request_scope(context: RequestContext) -> Generator[RequestContext, None, No
     scope = mlflow.tracing.context(
         user=context.user_id, session_id=context.session_id, tags=context.tags()
     )
-    with scope, log_context.request_id_scope(context.request_id):
+    with scope:
         yield context
 
 

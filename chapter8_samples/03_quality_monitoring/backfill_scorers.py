@@ -7,14 +7,14 @@
 
     $ python chapter8_samples/03_quality_monitoring/backfill_scorers.py
     見積もり: 40 トレース、ジャッジ 40 回、約 0.0134 USD
-    実行: 採点 40、済み 0、失敗 0(... から ... まで)
-    もう一度: 採点 0、済み 40、失敗 0
-    新しいスコアラー tone_check を 50% で追加: 採点 ...、済み 0
+    予算 0.002 USD で実行: 採点 ...、済み 0、未着手 ...
+    残りを実行: 採点 ...、済み ...、未着手 0
+    もう一度: 採点 0、済み 40、未着手 0
+    新しいスコアラー tone_check を 50% で追加: 採点 ...、標本外 ...
     名前で指定して直近 7 日間: 採点 0、済み ...
 
 期間を省くと「全期間」ではなく直近 7 日間になる(Databricks の実際の動作と同じにした)。
 Databricks では、同じ関数が ``databricks-agents`` のバックフィルジョブを登録し、ジョブ ID を返す。
-停止中のスコアラーやタイムゾーンのない時刻で黙って何も採点されないことがないよう、先に調べて例外にする。
 """
 
 from __future__ import annotations
@@ -31,25 +31,28 @@ from zoneinfo import ZoneInfo
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer, list_scorers
 
-from chapter8_samples.quality_monitoring.scoring import (
+from chapter8_samples.quality_monitoring.scoring.engine import score_traces
+from chapter8_samples.quality_monitoring.scoring.judges import ScoringError
+from chapter8_samples.quality_monitoring.scoring.plan import (
     ProgressCallback,
-    ScorerPlan,
-    ScoringError,
     ScoringOptions,
     ScoringReport,
     ScoringTarget,
-    find_status,
     judge_bill,
-    score_traces,
-    setup_scorers,
     show_progress,
+)
+from chapter8_samples.quality_monitoring.scoring.registry import (
+    ScorerPlan,
+    ScorerSetupError,
+    find_status,
+    setup_scorers,
 )
 
 logger = logging.getLogger(__name__)
-
 DEFAULT_DAYS = 7
 
 
@@ -59,7 +62,7 @@ class BackfillError(ScoringError):
 
 @dataclass(frozen=True, kw_only=True)
 class BackfillReport:
-    """バックフィル 1 回の結果。Databricks ではジョブを登録した時点の内容。"""
+    """バックフィル 1 回の結果。Databricks では、ジョブを登録した時点の内容。"""
 
     job_id: str
     runs: Literal["client", "databricks"]
@@ -67,12 +70,10 @@ class BackfillReport:
     end: datetime
     sample_rates: Mapping[str, float]
     dry_run: bool = False
-    scoring: ScoringReport | None = None
-    """トレースごとの結果。Databricks のジョブでは ``None``(採点はジョブの中で進む)。"""
+    scoring: ScoringReport | None = None  # Databricks のジョブでは None(採点はジョブの中で進む)
     judge_calls: int = 0  # LLM ジャッジを呼ぶ(呼んだ)回数
-    cost_usd: float | None = None
-    """ジャッジのコスト(USD)。``dry_run`` では見積もり。単価が分からなければ ``None``。"""
-    unpriced: tuple[str, ...] = ()  # 単価が分からず、cost_usd を出せなかったスコアラー
+    cost_usd: float | None = None  # ジャッジのコスト(dry_run では見積もり)。単価が不明なら None
+    unpriced: tuple[str, ...] = ()  # 単価が分からないスコアラー
 
     @property
     def traces(self) -> int:
@@ -104,17 +105,13 @@ def backfill_with_scorer_names(
 ) -> BackfillReport:
     """登録済みのスコアラーを名前で指定し、いまの割合でさかのぼって採点する。
 
-    Args:
-        scorer_names: スコアラーの名前。停止中のものは割合がないので例外になる。
-        start_time: 開始(タイムゾーン付き)。両方省くと直近 7 日間。
-        end_time: 終了(この時刻は含まない)。省くと現在。
-        run: ``dry_run``、``options``、``on_progress``(``backfill()`` を参照)。
-
-    Raises:
-        BackfillError: 名前や期間が正しくない、停止中、Databricks が断った、など。
+    期間と ``run``(``dry_run``、``options``、``on_progress``)は ``backfill()`` を参照。停止中の
+    スコアラーは、割合がないので ``BackfillError`` になる。
     """
-    experiment_id = _experiment_id(experiment_id)
-    targets = [_registered(experiment_id, name) for name in _not_a_string(scorer_names)]
+    experiment_id = _experiment(experiment_id).experiment_id
+    if isinstance(scorer_names, str):
+        raise BackfillError(f"scorer_names must be a list, got the string {scorer_names!r}")
+    targets = [_registered(experiment_id, name) for name in scorer_names]
     return backfill(experiment_id, targets, start_time=start_time, end_time=end_time, **run)
 
 
@@ -125,16 +122,8 @@ def backfill_with_custom_sample_rates(
     end_time: datetime | None = None,
     **run: Any,
 ) -> BackfillReport:
-    """スコアラーごとに割合を決めて、さかのぼって採点する。
-
-    Args:
-        scorer_configs: ``{"scorer": スコアラー, "sample_rate": 0.8}`` か ``ScoringTarget``。
-            割合を省くと 1.0。
-    """
-    targets = [
-        config if isinstance(config, ScoringTarget) else _target(config)
-        for config in scorer_configs
-    ]
+    """``{"scorer": ..., "sample_rate": 0.8}`` か ``ScoringTarget`` で、割合を決めて採点する。"""
+    targets = [c if isinstance(c, ScoringTarget) else _target(**c) for c in scorer_configs]
     return backfill(experiment_id, targets, start_time=start_time, end_time=end_time, **run)
 
 
@@ -155,14 +144,16 @@ def backfill_date_range(
     tz: str = "Asia/Tokyo",
     **run: Any,
 ) -> BackfillReport:
-    """``start_date`` から ``end_date`` まで(両端の日を含む)を採点する。
-
-    Args:
-        start_date: 最初の日(``date`` か ``"2025-01-31"`` の形)。
-        end_date: 最後の日。
-        tz: 日の区切りを決めるタイムゾーン。
-    """
-    start, end = _local_days(start_date, end_date, tz)
+    """``date`` か ``"2025-01-31"`` の形の、両端の日を含めて採点する。"""
+    try:
+        zone = ZoneInfo(tz)
+        start = datetime.combine(_day(start_date, zone), time(), zone)
+        end = datetime.combine(_day(end_date, zone) + timedelta(days=1), time(), zone)
+    except (ValueError, TypeError, KeyError, OSError, OverflowError) as error:
+        raise BackfillError(
+            f"need dates like 2025-01-31 and a time zone like Asia/Tokyo, "
+            f"got {start_date!r}, {end_date!r}, {tz!r}: {error}"
+        ) from error
     return backfill_with_scorer_names(experiment_id, scorer_names, start, end, **run)
 
 
@@ -171,17 +162,25 @@ def backfill_new_scorer(
     new_scorer: Scorer,
     sample_rate: float = 0.5,
     days_back: int = 30,
-    **run: Any,
+    *,
+    dry_run: bool = False,
+    options: ScoringOptions | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> BackfillReport:
     """新しいスコアラーを登録・開始し、``days_back`` 日前までさかのぼって採点する。"""
     end = datetime.now(timezone.utc)
-    target = _target({"scorer": new_scorer, "sample_rate": sample_rate})
-    options: ScoringOptions | None = run.get("options")
-    if not (run.get("dry_run") or (options and options.dry_run)):
-        target = replace(target, scorer=_register(experiment_id, target))
-    return backfill(
-        experiment_id, [target], start_time=end - timedelta(days=days_back), end_time=end, **run
-    )
+    start, _ = _window(end - timedelta(days=days_back), end)
+    target = _target(scorer=new_scorer, sample_rate=sample_rate)
+    experiment = _experiment(experiment_id)
+    if not (dry_run or (options and options.dry_run)):
+        # 開始していないスコアラーを、Databricks のジョブは採点しない
+        plan = ScorerPlan(scorer=new_scorer, sample_rate=sample_rate)
+        try:
+            target = replace(target, scorer=setup_scorers(experiment.name, [plan])[0].scorer)
+        except ScorerSetupError as error:
+            raise BackfillError(str(error)) from error
+    more: dict[str, Any] = {"dry_run": dry_run, "options": options, "on_progress": on_progress}
+    return backfill(experiment.experiment_id, [target], start_time=start, end_time=end, **more)
 
 
 def backfill(
@@ -205,12 +204,15 @@ def backfill(
 
     Raises:
         BackfillError: 期間やスコアラーが正しくない、Databricks が断った、など。
+        ScoringBusyError: ほかの実行が、同じスコアラーで採点している。
     """
     options = options or ScoringOptions()
-    dry_run = dry_run or options.dry_run  # どちらで頼まれても、実行しない
+    options = replace(options, dry_run=dry_run or options.dry_run)  # どちらで頼まれてもよい
     start, end = _window(start_time, end_time)
-    experiment_id = _experiment_id(experiment_id)
-    _check_names([target.name for target in targets])
+    names = [target.name for target in targets]
+    if not names or len(set(names)) != len(names):
+        raise BackfillError(f"need at least one scorer, with unique names, got {names}")
+    experiment_id = _experiment(experiment_id).experiment_id
     on_databricks = mlflow.get_tracking_uri().startswith("databricks")
     report = BackfillReport(
         job_id=uuid.uuid4().hex[:12],
@@ -218,32 +220,15 @@ def backfill(
         start=start,
         end=end,
         sample_rates={target.name: target.sample_rate for target in targets},
-        dry_run=dry_run,
+        dry_run=options.dry_run,
     )
-    if on_databricks and not dry_run:
+    if on_databricks and not options.dry_run:
         return replace(report, job_id=_submit(experiment_id, targets, start, end))
-    options = replace(options, dry_run=dry_run)
-    return _score_here(experiment_id, targets, report, options, on_progress or show_progress)
-
-
-def _score_here(
-    experiment_id: str,
-    targets: Sequence[ScoringTarget],
-    report: BackfillReport,
-    options: ScoringOptions,
-    on_progress: ProgressCallback,
-) -> BackfillReport:
-    scoring = score_traces(
-        experiment_id,
-        targets,
-        start=report.start,
-        end=report.end,
-        options=options,
-        on_progress=on_progress,
-    )
-    on_progress(scoring)  # 終わったことも知らせる
-    calls, cost_usd, unpriced = judge_bill(scoring, targets, options)
-    return replace(report, scoring=scoring, judge_calls=calls, cost_usd=cost_usd, unpriced=unpriced)
+    notify, window = on_progress or show_progress, {"start": start, "end": end}
+    scoring = score_traces(experiment_id, targets, **window, options=options, on_progress=notify)
+    notify(scoring)  # 終わったことも知らせる
+    calls, cost, unpriced = judge_bill(scoring, targets, options)
+    return replace(report, scoring=scoring, judge_calls=calls, cost_usd=cost, unpriced=unpriced)
 
 
 def _window(start: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:
@@ -264,38 +249,19 @@ def _window(start: datetime | None, end: datetime | None) -> tuple[datetime, dat
     return start, end
 
 
-def _experiment_id(given: str) -> str:
+def _experiment(given: str) -> Experiment:
     """ID を確かめる(ないエクスペリメントを検索しても、MLflow はエラーにせず 0 件を返す)。"""
     try:
-        return str(MlflowClient().get_experiment(str(given)).experiment_id)
+        return MlflowClient().get_experiment(str(given))
     except MlflowException as error:
         raise BackfillError(f"no experiment with id {given!r}: {error.message}") from error
 
 
-def _check_names(names: Sequence[str]) -> None:
-    if not names:
-        raise BackfillError("no scorers to backfill: pass at least one")
-    if len(set(names)) != len(names):
-        raise BackfillError(f"scorer names must be unique, got {names}")
-
-
-def _target(config: Mapping[str, Any]) -> ScoringTarget:
+def _target(**config: Any) -> ScoringTarget:
     try:
         return ScoringTarget(**config)
     except (ScoringError, TypeError) as error:
         raise BackfillError(str(error)) from error
-
-
-def _local_days(first: date | str, last: date | str, tz: str) -> tuple[datetime, datetime]:
-    try:
-        zone = ZoneInfo(tz)
-        start = datetime.combine(_day(first, zone), time(), zone)
-        return start, datetime.combine(_day(last, zone) + timedelta(days=1), time(), zone)
-    except (ValueError, TypeError, KeyError, OSError, OverflowError) as error:
-        raise BackfillError(
-            f"need dates like 2025-01-31 and a time zone like Asia/Tokyo, "
-            f"got {first!r}, {last!r}, {tz!r}: {error}"
-        ) from error
 
 
 def _day(value: date | str, zone: ZoneInfo) -> date:
@@ -304,12 +270,6 @@ def _day(value: date | str, zone: ZoneInfo) -> date:
     if isinstance(value, datetime):
         return (value.astimezone(zone) if value.tzinfo else value).date()
     return value
-
-
-def _not_a_string(names: Sequence[str]) -> Sequence[str]:
-    if isinstance(names, str):
-        raise BackfillError(f"scorer_names must be a list, got the string {names!r}")
-    return names
 
 
 def _registered(experiment_id: str, name: str) -> ScoringTarget:
@@ -323,18 +283,8 @@ def _registered(experiment_id: str, name: str) -> ScoringTarget:
         raise BackfillError(
             f"scorer {name!r} is stopped: resume it, or use backfill_with_custom_sample_rates()"
         )
-    return ScoringTarget(
-        scorer=status.scorer, sample_rate=status.sample_rate, filter_string=status.filter_string
-    )
-
-
-def _register(experiment_id: str, target: ScoringTarget) -> Scorer:
-    """登録して開始する(開始していないスコアラーを、Databricks のジョブは採点しない)。"""
-    experiment = MlflowClient().get_experiment(experiment_id)
-    plan = ScorerPlan(
-        scorer=target.scorer, sample_rate=target.sample_rate, filter_string=target.filter_string
-    )
-    return setup_scorers(experiment.name, [plan])[0].scorer
+    where = {"sample_rate": status.sample_rate, "filter_string": status.filter_string}
+    return _target(scorer=status.scorer, **where)
 
 
 def _submit(
@@ -350,20 +300,15 @@ def _submit(
             'backfill on Databricks needs: pip install "databricks-agents>=1.13"'
         ) from error
     # 率を省くとクライアントが AttributeError になり、時刻を省くと 7 日間に変わるので、必ず渡す
-    configs = [
-        BackfillScorerConfig(scorer=target.scorer, sample_rate=target.sample_rate)
-        for target in targets
-    ]
+    configs = [BackfillScorerConfig(scorer=t.scorer, sample_rate=t.sample_rate) for t in targets]
+    window: dict[str, Any] = {"start_time": start, "end_time": end}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # クライアントは進捗を print する
-            job_id: Any = backfill_scorers(
-                experiment_id=experiment_id, scorers=configs, start_time=start, end_time=end
-            )
+            return str(backfill_scorers(experiment_id=experiment_id, scorers=configs, **window))
     except (ValueError, OSError, MlflowException) as error:  # requests の例外は OSError
         raise BackfillError(
             f"Databricks refused the backfill: {error}; scorers must be registered and started"
         ) from error
-    return str(job_id)
 
 
 def main() -> None:
@@ -372,39 +317,32 @@ def main() -> None:
 
     from chapter8_samples import _lab
 
+    def show(title: str, report: BackfillReport) -> None:
+        assert report.scoring is not None
+        (counts,) = report.scoring.scorers.values()
+        print(f"{title}: 採点 {counts.scored}、済み {counts.skipped}、", end="")
+        print(f"標本外 {counts.sampled_out}、未着手 {counts.not_started}")
+
+    answer = mlflow.trace(lambda question: f"{question}は、30 日以内に承ります。", name="answer")
     model = "openai:/gpt-4.1-mini"
-
-    @mlflow.trace
-    def answer(question: str) -> str:
-        return f"{question}については、購入から 30 日以内に承ります。"
-
     with _lab.sample("ch8-backfill", llm=True) as lab:
         experiment_id = str(lab.experiment_id)
-        for i in range(40):
-            answer(f"質問 {i}")
+        for number in range(40):
+            answer(f"質問 {number}")
         mlflow.flush_trace_async_logging()
-        safety = Safety(name="safety_check", model=model).register(experiment_id=experiment_id)
-        targets = [ScoringTarget(scorer=safety)]
-
+        targets = [ScoringTarget(scorer=Safety(name="safety_check", model=model))]
         since = datetime.now(timezone.utc) - timedelta(days=1)
         plan = backfill(experiment_id, targets, start_time=since, dry_run=True)
-        print(
-            f"見積もり: {plan.traces} トレース、ジャッジ {plan.judge_calls} 回、"
-            f"約 {plan.cost_usd:.4f} USD"
-        )
-        done = backfill(experiment_id, targets, start_time=since)
-        print(
-            f"実行: 採点 {done.scored}、済み {done.skipped}、失敗 {done.failed}"
-            f"({done.start:%m-%d} から {done.end:%m-%d} まで)"
-        )
-        again = backfill(experiment_id, targets, start_time=since)
-        print(f"もう一度: 採点 {again.scored}、済み {again.skipped}、失敗 {again.failed}")
-
+        print(f"見積もり: {plan.traces} トレース、ジャッジ {plan.judge_calls} 回、", end="")
+        print(f"約 {plan.cost_usd:.4f} USD")
+        cheap = ScoringOptions(budget_usd=0.002)
+        first = backfill(experiment_id, targets, start_time=since, options=cheap)
+        show("予算 0.002 USD で実行", first)
+        show("残りを実行", backfill(experiment_id, targets, start_time=since))
+        show("もう一度", backfill(experiment_id, targets, start_time=since))
         tone = Guidelines(name="tone_check", guidelines="回答は丁寧である", model=model)
-        new = backfill_new_scorer(experiment_id, tone, sample_rate=0.5)
-        print(f"新しいスコアラー {tone.name} を 50% で追加: 採点 {new.scored}、済み {new.skipped}")
-        week = backfill_last_week(experiment_id, [tone.name])
-        print(f"名前で指定して直近 7 日間: 採点 {week.scored}、済み {week.skipped}")
+        show("新しい tone_check を 50% で", backfill_new_scorer(experiment_id, tone, 0.5))
+        show("名前で直近 7 日間", backfill_last_week(experiment_id, [tone.name]))
 
 
 if __name__ == "__main__":

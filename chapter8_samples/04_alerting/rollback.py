@@ -30,6 +30,7 @@ from chapter8_samples.alerting.releases import (
     Change,
     ConcurrentChangeError,
     CooldownError,
+    GateRefusedError,
     Journal,
     KnownBadVersionError,
     ModelAlias,
@@ -49,6 +50,10 @@ logger = logging.getLogger(__name__)
 SmokeCheck = Callable[[str], object]
 """URI を受け取り、使えなければ例外を出す関数。切り替えの前(バージョン)と後(エイリアス)に呼ぶ。"""
 
+Gate = Callable[[str], object]
+"""昇格する候補の URI を受け取り、いまの版より悪ければ、偽を返すか例外を出す関数
+(8.3 の ``compare_releases`` の結果をそのまま返せる)。"""
+
 Pick = Callable[[list[Change]], tuple[str, str | None]]
 """記録から、(切り替える先, 取り消す変更の ID) を選ぶ関数。"""
 
@@ -57,6 +62,7 @@ class AliasRollback:
     """一つのエイリアスの、昇格、ロールバック、取り消し。モデルとプロンプトで同じ。
 
     Args:
+        gate: 昇格の前にだけ呼ぶ。最初の版と、戻すとき、取り消すときは呼ばない。
         cooldown_seconds: 前のロールバックから、次のロールバックまでの最短の秒数。
         journal: ``Journal`` の引数(``settle_seconds`` など)。
     """
@@ -66,10 +72,11 @@ class AliasRollback:
         target: AliasTarget,
         *,
         smoke_check: SmokeCheck | None = None,
+        gate: Gate | None = None,
         cooldown_seconds: float = 600.0,
         **journal: Any,
     ) -> None:
-        self.target, self.smoke_check = target, smoke_check
+        self.target, self.smoke_check, self.gate = target, smoke_check, gate
         self.cooldown = timedelta(seconds=cooldown_seconds)
         self.journal = Journal(target, **journal)
 
@@ -78,8 +85,11 @@ class AliasRollback:
         return self.journal.history()
 
     def promote(self, version: str | int, reason: str = "", **options: Any) -> Change:
-        """新しいバージョンに切り替える。"""
-        return self._change("promote", lambda _: (str(version), None), reason, Options(**options))
+        """新しいバージョンに切り替える。``gate`` が認めなければ ``GateRefusedError``。"""
+        wanted = Options(**options)
+        if self.gate and not find_request(self.history(), wanted.request_id):
+            wanted = replace(wanted, expected=self._ask_gate(self.gate, str(version), wanted))
+        return self._change("promote", lambda _: (str(version), None), reason, wanted)
 
     def rollback(
         self, target_version: str | int | None = None, reason: str = "", **options: Any
@@ -125,6 +135,21 @@ class AliasRollback:
                 f"{self.target.uri()} was moved after rollback {last[-1].id}; use promote()"
             )
         return last[-1].from_version, last[-1].id
+
+    def _ask_gate(self, gate: Gate, version: str, options: Options) -> str | int | None:
+        """検査し、比べたバージョンを返す(検査の間に変わったら、切り替えない)。"""
+        self.target.check(version)
+        current = self.target.current()
+        if current in (None, version):
+            return options.expected  # 比べる相手がない
+        candidate = self.target.uri(version)
+        try:
+            answer = gate(candidate)
+        except Exception as error:
+            raise GateRefusedError(f"the gate refused {candidate}: {error}") from error
+        if answer is not None and not answer:
+            raise GateRefusedError(f"the gate refused {candidate}: {answer}")
+        return current if options.expected is None else options.expected
 
     def _change(self, action: str, pick: Pick, reason: str, options: Options) -> Change:
         if options.dry_run:

@@ -14,6 +14,8 @@ OFFLINE_DEFAULTS = {
     "DO_NOT_TRACK": "true",
     # 空でないと、最初の LLM スパンで価格カタログを取りに行き、つながらないまま数秒待つ
     "MLFLOW_MODEL_CATALOG_URI": "",
+    # 既定の 10 では、トレースの送信と合わせて SQLite の接続(15 本)を使い切り、30 秒待つことがある
+    "MLFLOW_GENAI_EVAL_MAX_WORKERS": "4",
 }
 NOISY_LOGGERS = ("mlflow", "alembic", "httpx")
 LOOPBACK = ("127.0.0.1", "localhost")

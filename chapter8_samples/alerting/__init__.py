@@ -27,7 +27,7 @@ _MODULES = {
         "WebhookRefusedError alert_from_mlflow_webhook verify_signature"
     ),
     "releases": (
-        "Change RollbackError AliasedModel AliasedPrompt RollbackDecision auto_rollback "
+        "Change GateRefusedError RollbackError AliasedModel AliasedPrompt RollbackDecision auto_rollback "
         "shift_serving_traffic"
     ),
     "tools": (

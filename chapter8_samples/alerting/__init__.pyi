@@ -25,6 +25,7 @@ from .notification_handlers import notifier_from_config as notifier_from_config
 from .releases import AliasedModel as AliasedModel
 from .releases import AliasedPrompt as AliasedPrompt
 from .releases import Change as Change
+from .releases import GateRefusedError as GateRefusedError
 from .releases import RollbackDecision as RollbackDecision
 from .releases import RollbackError as RollbackError
 from .releases import auto_rollback as auto_rollback
@@ -48,4 +49,4 @@ from .tools import to_alertmanager_config as to_alertmanager_config
 from .tools import to_databricks_alert as to_databricks_alert
 from .tools import to_prometheus_rules as to_prometheus_rules
 
-__all__ = ['Alert', 'AlertConfig', 'AlertConfigError', 'AlertEngine', 'AlertRule', 'AlertSeverity', 'AlertStatus', 'AlertmanagerNotificationHandler', 'AliasedModel', 'AliasedPrompt', 'BurnRateRule', 'Change', 'ConsoleNotificationHandler', 'Delivery', 'EmailNotificationHandler', 'Inhibit', 'MetricSample', 'MetricSourceError', 'ModelRollbackManager', 'MultiChannelNotifier', 'MuteWindow', 'NotificationConfigError', 'NotificationHandler', 'PagerDutyNotificationHandler', 'PromptRollbackManager', 'RecordedTraces', 'Replay', 'ReplayGuard', 'RetryPolicy', 'RollbackDecision', 'RollbackError', 'SignedWebhookNotificationHandler', 'SlackNotificationHandler', 'SyntheticTraffic', 'TeamsNotificationHandler', 'WebhookRefusedError', 'alert_from_mlflow_webhook', 'auto_rollback', 'get_champion_version', 'load_config', 'notifier_from_config', 'quick_rollback', 'replay', 'setup_alerting', 'shift_serving_traffic', 'to_alertmanager_config', 'to_databricks_alert', 'to_prometheus_rules', 'verify_signature']
+__all__ = ['Alert', 'AlertConfig', 'AlertConfigError', 'AlertEngine', 'AlertRule', 'AlertSeverity', 'AlertStatus', 'AlertmanagerNotificationHandler', 'AliasedModel', 'AliasedPrompt', 'BurnRateRule', 'Change', 'ConsoleNotificationHandler', 'Delivery', 'EmailNotificationHandler', 'GateRefusedError', 'Inhibit', 'MetricSample', 'MetricSourceError', 'ModelRollbackManager', 'MultiChannelNotifier', 'MuteWindow', 'NotificationConfigError', 'NotificationHandler', 'PagerDutyNotificationHandler', 'PromptRollbackManager', 'RecordedTraces', 'Replay', 'ReplayGuard', 'RetryPolicy', 'RollbackDecision', 'RollbackError', 'SignedWebhookNotificationHandler', 'SlackNotificationHandler', 'SyntheticTraffic', 'TeamsNotificationHandler', 'WebhookRefusedError', 'alert_from_mlflow_webhook', 'auto_rollback', 'get_champion_version', 'load_config', 'notifier_from_config', 'quick_rollback', 'replay', 'setup_alerting', 'shift_serving_traffic', 'to_alertmanager_config', 'to_databricks_alert', 'to_prometheus_rules', 'verify_signature']

@@ -6,24 +6,26 @@ from typing import Any
 from .releases import AliasTarget, Change, Journal, Options
 logger = logging.getLogger(__name__)
 SmokeCheck = Callable[[str], object]
+Gate = Callable[[str], object]
 Pick = Callable[[list[Change]], tuple[str, str | None]]
 
 class AliasRollback:
     """一つのエイリアスの、昇格、ロールバック、取り消し。モデルとプロンプトで同じ。
 
     Args:
+        gate: 昇格の前にだけ呼ぶ。最初の版と、戻すとき、取り消すときは呼ばない。
         cooldown_seconds: 前のロールバックから、次のロールバックまでの最短の秒数。
         journal: ``Journal`` の引数(``settle_seconds`` など)。
     """
 
-    def __init__(self, target: AliasTarget, *, smoke_check: SmokeCheck | None=None, cooldown_seconds: float=600.0, **journal: Any) -> None:
+    def __init__(self, target: AliasTarget, *, smoke_check: SmokeCheck | None=None, gate: Gate | None=None, cooldown_seconds: float=600.0, **journal: Any) -> None:
         self.journal: Journal
 
     def history(self) -> list[Change]:
         """残っている記録を、古い順に。"""
 
     def promote(self, version: str | int, reason: str='', **options: Any) -> Change:
-        """新しいバージョンに切り替える。"""
+        """新しいバージョンに切り替える。``gate`` が認めなければ ``GateRefusedError``。"""
 
     def rollback(self, target_version: str | int | None=None, reason: str='', **options: Any) -> Change:
         """戻す。省略すると、記録にある一つ前の、退けられていないバージョンへ戻る。"""
@@ -39,6 +41,9 @@ class AliasRollback:
 
     def _to_undo(self, history: list[Change]) -> tuple[str, str | None]:
         ...
+
+    def _ask_gate(self, gate: Gate, version: str, options: Options) -> str | int | None:
+        """検査し、比べたバージョンを返す(検査の間に変わったら、切り替えない)。"""
 
     def _change(self, action: str, pick: Pick, reason: str, options: Options) -> Change:
         ...

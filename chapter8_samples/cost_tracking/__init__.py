@@ -12,16 +12,18 @@ from threading import RLock
 
 _MODULES = {
     "token_tracking": (
-        "setup_cost_tracking ModelTotals ModelUsage TokenTracking TokenUsageSummary "
-        "aggregate_token_usage_from_traces get_token_usage_from_trace price_trace "
-        "setup_token_tracking usage_by_model"
+        "setup_cost_tracking ModelUsage TokenTracking aggregate_token_usage_from_traces "
+        "get_token_usage_from_trace price_trace setup_token_tracking usage_by_model"
     ),
-    "cost_calculator": "CostCalculator CostTracker InvalidUsageError PriceBreakdown format_yen",
+    "cost_calculator": "CostCalculator CostTracker format_yen",
+    "prices.call": "InvalidUsageError PriceBreakdown",
     "prices.model": (
         "CostError ModelPrice NoPriceError PriceNotEffectiveError PriceTableError UnknownModelError"
     ),
     "prices.table": "PriceTable",
-    "usage.reader": "ExperimentNotFoundError TokenUsage TraceNotFoundError",
+    "usage.reader": "ExperimentNotFoundError TraceNotFoundError",
+    "usage.calls": "TokenUsage",
+    "usage.summary": "ModelTotals TokenUsageSummary",
     "usage.span_costs": "CostTracking",
     "usage.pricing": "TraceCost",
     "tracker": "BudgetAlert CostSnapshot",

@@ -2,9 +2,9 @@ from .archive.parquet import enable_trace_archive as enable_trace_archive
 from .archive.parquet import export_traces_to_parquet as export_traces_to_parquet
 from .cost_calculator import CostCalculator as CostCalculator
 from .cost_calculator import CostTracker as CostTracker
-from .cost_calculator import InvalidUsageError as InvalidUsageError
-from .cost_calculator import PriceBreakdown as PriceBreakdown
 from .cost_calculator import format_yen as format_yen
+from .prices.call import InvalidUsageError as InvalidUsageError
+from .prices.call import PriceBreakdown as PriceBreakdown
 from .prices.model import CostError as CostError
 from .prices.model import ModelPrice as ModelPrice
 from .prices.model import NoPriceError as NoPriceError
@@ -12,10 +12,8 @@ from .prices.model import PriceNotEffectiveError as PriceNotEffectiveError
 from .prices.model import PriceTableError as PriceTableError
 from .prices.model import UnknownModelError as UnknownModelError
 from .prices.table import PriceTable as PriceTable
-from .token_tracking import ModelTotals as ModelTotals
 from .token_tracking import ModelUsage as ModelUsage
 from .token_tracking import TokenTracking as TokenTracking
-from .token_tracking import TokenUsageSummary as TokenUsageSummary
 from .token_tracking import aggregate_token_usage_from_traces as aggregate_token_usage_from_traces
 from .token_tracking import get_token_usage_from_trace as get_token_usage_from_trace
 from .token_tracking import price_trace as price_trace
@@ -24,10 +22,12 @@ from .token_tracking import setup_token_tracking as setup_token_tracking
 from .token_tracking import usage_by_model as usage_by_model
 from .tracker import BudgetAlert as BudgetAlert
 from .tracker import CostSnapshot as CostSnapshot
+from .usage.calls import TokenUsage as TokenUsage
 from .usage.pricing import TraceCost as TraceCost
 from .usage.reader import ExperimentNotFoundError as ExperimentNotFoundError
-from .usage.reader import TokenUsage as TokenUsage
 from .usage.reader import TraceNotFoundError as TraceNotFoundError
 from .usage.span_costs import CostTracking as CostTracking
+from .usage.summary import ModelTotals as ModelTotals
+from .usage.summary import TokenUsageSummary as TokenUsageSummary
 
 __all__ = ['BudgetAlert', 'CostCalculator', 'CostError', 'CostSnapshot', 'CostTracker', 'CostTracking', 'ExperimentNotFoundError', 'InvalidUsageError', 'ModelPrice', 'ModelTotals', 'ModelUsage', 'NoPriceError', 'PriceBreakdown', 'PriceNotEffectiveError', 'PriceTable', 'PriceTableError', 'TokenTracking', 'TokenUsage', 'TokenUsageSummary', 'TraceCost', 'TraceNotFoundError', 'UnknownModelError', 'aggregate_token_usage_from_traces', 'enable_trace_archive', 'export_traces_to_parquet', 'format_yen', 'get_token_usage_from_trace', 'price_trace', 'setup_cost_tracking', 'setup_token_tracking', 'usage_by_model']

@@ -1,4 +1,4 @@
-"""8.2 のコマンド: コスト分析の SQL の実行と、トレースの Parquet への書き出し。
+"""8.2 のコマンド: 今の料金の取り込み、コスト分析の SQL の実行、トレースの Parquet への書き出し。
 
 ``python -m chapter8_samples.cost_tracking sql エクスペリメント名`` のように使う。
 """
@@ -6,25 +6,43 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from . import __path__ as _FOLDERS  # 番号付きフォルダーも入っている
 from .archive.sql import (
     Query,
+    ResultTable,
     cost_parameters,
     read_queries,
     run_on_duckdb,
     run_on_spark,
-    time_zone,
 )
-from .archive.tables import format_table, printable, write_csv
 
 ENGINES = {"duckdb": run_on_duckdb, "spark": run_on_spark}
+# anomalies の 95 パーセンタイルは、15 件に満たないと、異常な 1 件そのものに引き上げられる
+_TOO_FEW = Query(
+    "too_few",
+    """SELECT * FROM (
+  SELECT COALESCE(tags['mlflow.traceName'], '(unnamed)') AS trace_name,
+         COUNT(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'),
+                        tags['cost.total_usd'])) AS priced
+  FROM IDENTIFIER(:trace_table)
+  WHERE request_time >= CAST(:start_time AS TIMESTAMP)
+    AND request_time < CAST(:end_time AS TIMESTAMP)
+  GROUP BY tags['mlflow.traceName']
+) x WHERE priced < 15 ORDER BY priced DESC, trace_name""",
+)
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # Excel が式とみなす始まり
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}", description="8.2 コストとトークンの追跡"
     )
-    commands = parser.add_subparsers(required=True, metavar="{sql,export}")
+    commands = parser.add_subparsers(required=True, metavar="{prices,sql,export}")
+    _add_prices(commands)
     period = argparse.ArgumentParser(add_help=False)
     period.add_argument("--start", type=_day, help="この日から(--tz の 0 時)")
     period.add_argument("--end", type=_day, help="この日の手前まで(--tz の 0 時)。既定はいま")
@@ -53,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         help="cost_analysis.sql を手元で実行する",
         description="cost_analysis.sql を手元で実行する。--start の既定は 30 日前。",
     )
-    sql.add_argument("source", help="Parquet のファイルかフォルダー、またはエクスペリメント名")
+    sql.add_argument(
+        "source", help="Parquet のファイルかフォルダー、またはエクスペリメントの名前か ID"
+    )
     sql.add_argument("--query", action="append", help="クエリ名(複数可)。省略時は全部")
     sql.add_argument("--engine", choices=sorted(ENGINES), default="duckdb")
     sql.add_argument("--budget", default="100", help="月の予算(USD)")
@@ -68,12 +89,38 @@ def _parser() -> argparse.ArgumentParser:
         help="トレースを Parquet に書き出す",
         description="トレースを DIR/day=YYYY-MM-DD/traces.parquet に書き出す。日は UTC で区切る。",
     )
-    export.add_argument("experiment", help="エクスペリメント名")
+    export.add_argument("experiment", help="エクスペリメントの名前か ID")
     export.add_argument("directory", metavar="DIR", help="書き出し先(次回は差分だけ)")
     export.add_argument("--no-spans", action="store_true", help="スパンを書かない(速い)")
     export.add_argument("--content", action="store_true", help="入力と出力も書く(個人情報に注意)")
     export.set_defaults(run=_export)
     return parser
+
+
+def _add_prices(commands: Any) -> None:
+    prices = commands.add_parser("prices", help="今の料金を取り込む")
+    actions = prices.add_subparsers(required=True, metavar="import")
+    action = actions.add_parser(
+        "import",
+        help="今の料金を取り込む",
+        description="入っているパッケージに同梱の料金を、pricing_file に渡せる形に直す。",
+    )
+    action.add_argument("source", help="genai-prices、litellm、またはどちらかの JSON のパス")
+    action.add_argument("-o", "--output", default="prices.json", help="書き出し先(prices.json)")
+    action.set_defaults(run=_import_prices)
+
+
+def _import_prices(options: argparse.Namespace) -> int:
+    from .prices.sources import import_prices  # ほかのコマンドに pydantic は要らない
+
+    found = import_prices(options.source)
+    found.write(options.output)
+    print(f"{found.name} ({found.as_of}): {len(found.models)} モデルの料金 -> {options.output}")
+    print("運べなかった単価(使われた呼び出しは、料金未定にする)")
+    for what, models in found.left_out.items():
+        more = "" if len(models) <= 2 else " ..."
+        print(f"  {what}: {len(models)} モデル ({', '.join(models[:2])}{more})")
+    return 0
 
 
 def _day(text: str) -> date:
@@ -99,61 +146,133 @@ def _sql(options: argparse.Namespace) -> int:
         print(f"unknown query {unknown[0]!r}; choose from {', '.join(queries)}", file=sys.stderr)
         return 2
     chosen = [queries[name] for name in options.query or queries]
+    start, end = _period(options)
+    end = end or datetime.now(timezone.utc)
+    start = start or end - timedelta(days=30)
+    last = end - timedelta(microseconds=1)  # --end が 1 日のとき、予算は前の月のものを見る
+    parameters = cost_parameters(
+        start, end, as_of=last, tz=options.tz, monthly_budget_usd=options.budget
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        parameters = _parameters(options)
-        source = _source(options, Path(scratch))
-        tables = ENGINES[options.engine](source, chosen, parameters)
+        source = Path(options.source)
+        if not source.exists():
+            source = Path(options.archive or scratch)
+            _export_for(options.source, source, start, end)
+        *tables, few = ENGINES[options.engine](source, [*chosen, _TOO_FEW], parameters)
     for table in tables:
         print(f"== {table.query.name}: {table.query.description}")
-        print(printable(format_table(table, options.limit), sys.stdout.encoding) + "\n")
+        note = _few_samples(few) if table.query.name == "anomalies" else ""
+        text = format_table(table, options.limit) + note + "\n"
+        print(printable(text, sys.stdout.encoding))
         if options.csv:
             write_csv(table, options.csv)
     return 0
 
 
-def _parameters(options: argparse.Namespace) -> dict[str, Any]:
-    end = _midnight(options.end, options.tz) or datetime.now(timezone.utc)
-    start = _midnight(options.start, options.tz) or end - timedelta(days=30)
-    last = end - timedelta(microseconds=1)  # --end が 1 日のとき、予算は前の月のものを見る
-    budget = options.budget
-    return cost_parameters(start, end, as_of=last, tz=options.tz, monthly_budget_usd=budget)
+def _few_samples(few: ResultTable) -> str:
+    if not few.rows:
+        return ""
+    names = "、".join(f"{_cell(name)}({count} 件)" for name, count in few.rows[:5])
+    more = f"、ほか {len(few.rows) - 5} 個" if len(few.rows) > 5 else ""
+    return f"\n注意: コストの分かるトレースが 15 件に満たない名前では見つからない: {names}{more}"
 
 
-def _midnight(day: date | None, tz: str) -> datetime | None:
+def _export_for(experiment: str, directory: Path, start: datetime, end: datetime) -> None:
+    from .archive.parquet import export_traces_to_parquet  # Parquet を読むだけなら要らない
+
+    month = end - timedelta(days=32)  # budget は、期間より前でも月の初めから読む
+    export_traces_to_parquet(_experiment_name(experiment), directory, min(start, month), end)
+
+
+def _experiment_name(name_or_id: str) -> str:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracing.client import TracingClient
+
+    store: Any = TracingClient().store
+    if name_or_id.isdigit() and store.get_experiment_by_name(name_or_id) is None:
+        with suppress(MlflowException):  # その ID もなければ、その名前がないと報告する
+            return store.get_experiment(name_or_id).name
+    return name_or_id
+
+
+def _period(options: argparse.Namespace) -> tuple[datetime | None, datetime | None]:
     """日の始まり。結果の日と同じ時間帯で区切り、最初と最後の日が欠けないようにする。"""
-    return datetime.combine(day, time(), time_zone(tz)) if day else None
-
-
-def _source(options: argparse.Namespace, scratch: Path) -> Path:
-    """Parquet ならそのまま、エクスペリメント名なら書き出してから使う。"""
-    if Path(options.source).exists():
-        return Path(options.source)
-    from .archive.parquet import (
-        export_traces_to_parquet,  # Parquet を読むだけなら MLflow は要らない
+    try:
+        zone = ZoneInfo(options.tz)
+    except (LookupError, ValueError, OSError) as error:
+        raise ValueError(f"tz={options.tz!r} is not a time zone like Asia/Tokyo") from error
+    start, end = options.start, options.end
+    return (
+        datetime.combine(start, time(), zone) if start else None,
+        datetime.combine(end, time(), zone) if end else None,
     )
-
-    target = Path(options.archive) if options.archive else scratch
-    period = (_midnight(options.start, options.tz), _midnight(options.end, options.tz))
-    export_traces_to_parquet(options.source, target, *period)
-    return target
 
 
 def _export(options: argparse.Namespace) -> int:
     from .archive.parquet import export_traces_to_parquet
 
+    def report(day: date, traces: int | None) -> None:
+        print(f"{day}: {'済み' if traces is None else f'{traces} 件'}")
+
     result = export_traces_to_parquet(
-        options.experiment,
+        _experiment_name(options.experiment),
         options.directory,
-        _midnight(options.start, options.tz),
-        _midnight(options.end, options.tz),
+        *_period(options),
         include_spans=not options.no_spans,
         include_content=options.content,
-        progress=lambda day: print(f"{day.day}: {'済み' if day.skipped else f'{day.traces} 件'}"),
+        progress=report,
     )
     print(f"書いた件数 {result.traces}、飛ばした日 {result.days_skipped}")
     if result.traces_without_spans:
         print(f"スパンなしで書いたトレース {result.traces_without_spans}")
     return 0
+
+
+def format_table(table: ResultTable, limit: int | None = None) -> str:
+    """結果を、全角文字の幅もそろえた表にする。``limit`` は表示する行数。"""
+    cells = [table.columns, *(tuple(map(_cell, row)) for row in table.rows[:limit])]
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(" " * (w - _width(text)) + text for text, w in zip(row, widths, strict=True))
+        for row in cells
+    ]
+    hidden = len(table.rows) - len(cells) + 1
+    return "\n".join([*lines, *([f"(ほか {hidden} 行)"] if hidden else [])])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return f"{value:%Y-%m-%d %H:%M}"
+    if isinstance(value, (Decimal, float)):
+        return f"{value:.8f}".rstrip("0").rstrip(".")
+    return "".join(c for c in str(value) if c.isprintable())  # 制御文字は端末を壊す
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "FWA" else 1 for c in text)
+
+
+def printable(text: str, encoding: str | None) -> str:
+    """その文字コードで表せない文字(Windows の cp932 での絵文字など)を ``?`` にする。"""
+    return text.encode(encoding or "utf-8", "replace").decode(encoding or "utf-8")
+
+
+def write_csv(table: ResultTable, directory: str | Path) -> Path:
+    """結果を ``<directory>/<クエリ名>.csv`` に書く(Excel で開ける BOM 付き UTF-8)。"""
+    path = Path(directory) / f"{table.query.name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(table.columns)
+        writer.writerows([*map(_not_a_formula, row)] for row in table.rows)
+    return path
+
+
+def _not_a_formula(value: Any) -> Any:
+    """Excel は = などで始まる文字を式として実行する。外から来る名前を、ただの文字に留める。"""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 if __name__ == "__main__":

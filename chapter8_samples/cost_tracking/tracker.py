@@ -1,30 +1,34 @@
 """8.2.3 コストを集計し、予算を見張る(本書にリストなし)。
 
 請求は月末に届くが、暴走は数分で起きる。プロセスの中で合計を持ち、予算の何割かで知らせる。
-履歴は持たないのでメモリーは増えず、料金の決まらない呼び出しは 0 円に混ぜず別に数える。
+料金の決まらない呼び出しは 0 円に混ぜず、別に数えて、同じ通知先へ知らせる。
 
 ここでの合計はプロセス 1 つの分である。サービス全体の合計は、Databricks でも OSS の MLflow でも、
-トレースから cost_analysis.sql の ``budget`` で求める。
+トレースから cost_analysis.sql の ``budget`` で求める。呼び出しを止めたいなら、``mlflow server`` の
+AI Gateway に予算のポリシーがある(MLflow 3.17)。全体、ワークスペース、エンドポイント、ユーザーの
+どれかに期間ごとの USD の上限を決め、超えたら webhook で知らせる(ALERT)か 429 で断る(REJECT)。
+数えるのは Gateway を通った呼び出しだけで、MLflow が料金を知らないモデルは 0 円になる。
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Protocol
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
-_ZERO = Decimal(0)
 OTHER = "(other)"  # 上限を超えたモデルやユーザーは、ここへまとめて数える
+_NOTICES = tuple(10**power for power in range(19))  # 未計算が 1、10、100 ... 件になったら知らせる
 
 
 class PricedCall(Protocol):
-    """1 回の呼び出しのコスト(``PriceBreakdown`` など)。"""
+    """1 回の呼び出しのコスト(``PriceBreakdown`` など)。料金が決まらなければ金額は NaN。"""
 
     @property
     def model(self) -> str: ...
@@ -41,7 +45,7 @@ class PricedCall(Protocol):
 
 
 class Calculator(Protocol):
-    """``record`` が使う計算器(``CostCalculator`` など)。"""
+    """``CostCalculator``、または同じ ``price`` を持つもの。結果は ``PriceBreakdown`` の形。"""
 
     def price(
         self,
@@ -51,69 +55,63 @@ class Calculator(Protocol):
         cached_input_tokens: int = 0,
         *,
         cache_write_tokens: int = 0,
-        at: date | datetime | None = None,
+        cache_write_1h_tokens: int = 0,
+        service_tier: str | None = None,
         batch: bool = False,
-    ) -> PricedCall: ...
+        other_units: Mapping[str, int] | None = None,
+        at: date | datetime | None = None,
+    ) -> Any: ...
 
 
 @dataclass(slots=True)
 class CostTotals:
-    """件数、トークン数、USD の合計。料金の決まらない呼び出しは ``unpriced_requests`` に分ける。"""
+    """件数、トークン数、USD の合計。``unpriced_requests`` は、料金の決まりきらない呼び出し。"""
 
     requests: int = 0
     unpriced_requests: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
-    cost_usd: Decimal = _ZERO
+    cost_usd: Decimal = Decimal(0)
 
     def add(self, item: PricedCall) -> None:
         """1 回分を足す。"""
         self.requests += 1
         self.input_tokens += item.input_tokens
         self.output_tokens += item.output_tokens
-        if item.priced:
-            self.cost_usd += item.total_usd
-        else:
+        if not item.priced:
             self.unpriced_requests += 1
-
-    def copy(self) -> CostTotals:
-        """写し。"""
-        return CostTotals(*(getattr(self, name) for name in self.__slots__))
+        if not item.total_usd.is_nan():  # 一部だけ料金の決まった呼び出しは、決まった分を足す
+            self.cost_usd += item.total_usd
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetAlert:
-    """予算の何割に達したか。``threshold`` は 0.8 なら 80%。金額は USD。"""
+    """予算の何割に達したか(0.8 なら 80%)。0.0 は、料金の決まらない呼び出しがあるという知らせ。
+
+    ``unpriced_requests`` が 0 でなければ、``spent_usd`` (USD) は下限でしかない。
+    """
 
     threshold: float
     spent_usd: Decimal
     budget_usd: Decimal
-
-
-@dataclass(frozen=True, slots=True)
-class CostSnapshot:
-    """ある瞬間の合計の写し。``by_model`` と ``by_user`` の合計は、必ず ``total`` と一致する。"""
-
-    total: CostTotals
-    by_model: dict[str, CostTotals]
-    by_user: dict[str, CostTotals]
-    budget_usd: Decimal | None
-    thresholds_crossed: tuple[float, ...]
-    callback_failures: int
-
-    @property
-    def budget_used(self) -> float | None:
-        """予算に対する割合(0.8 = 80%)。予算がなければ ``None``。"""
-        return float(self.total.cost_usd / self.budget_usd) if self.budget_usd else None
+    unpriced_requests: int = 0
 
 
 @dataclass(slots=True)
-class _State:
+class CostSnapshot:
+    """ある瞬間の合計の写し。``by_model`` と ``by_user`` の合計は、必ず ``total`` と一致する。"""
+
+    budget_usd: Decimal | None
     total: CostTotals = field(default_factory=CostTotals)
     by_model: dict[str, CostTotals] = field(default_factory=dict[str, CostTotals])
     by_user: dict[str, CostTotals] = field(default_factory=dict[str, CostTotals])
-    crossed: list[float] = field(default_factory=list[float])
+    thresholds_crossed: tuple[float, ...] = ()
     callback_failures: int = 0
+
+    @property
+    def budget_used(self) -> float | None:
+        """予算に対する割合(0.8 = 80%)。未計算があれば下限。予算がなければ ``None``。"""
+        return float(self.total.cost_usd / self.budget_usd) if self.budget_usd else None
 
 
 class BaseCostTracker:
@@ -123,9 +121,8 @@ class BaseCostTracker:
     ``"(other)"`` にまとめるので、動かし続けてもメモリーは増えない。
 
     Args:
-        budget_usd: 予算(USD)。``None`` なら知らせない。
-        on_budget: しきい値を初めて超えたときに ``BudgetAlert`` を渡して呼ぶ。例外は記録して続ける。
-        thresholds: 知らせる割合。0.5 は 50%。
+        on_budget: しきい値を初めて超えたときと、未計算の呼び出しが 1、10、100 ... 件になったときに
+            ``BudgetAlert`` を渡して呼ぶ。同じことをログにも残す。例外は記録して続ける。
         calculator: ``record`` が使う計算器。未知のモデルで例外を出さないものを渡す。
     """
 
@@ -148,7 +145,7 @@ class BaseCostTracker:
         self.calculator = calculator
         self.max_keys = max_keys
         self._lock = threading.Lock()
-        self._state = _State()
+        self._now = CostSnapshot(self.budget_usd)
 
     def record(
         self,
@@ -158,19 +155,25 @@ class BaseCostTracker:
         cached_input_tokens: int = 0,
         *,
         cache_write_tokens: int = 0,
-        user: str | None = None,
-        at: date | datetime | None = None,
+        cache_write_1h_tokens: int = 0,
+        service_tier: str | None = None,
         batch: bool = False,
+        other_units: Mapping[str, int] | None = None,
+        at: date | datetime | None = None,
+        user: str | None = None,
     ) -> PricedCall:
         """1 回の呼び出しを計算して足す。引数は ``CostCalculator.calculate`` と同じ。"""
-        item = self.calculator.price(
+        item: PricedCall = self.calculator.price(
             model,
             input_tokens,
             output_tokens,
             cached_input_tokens,
             cache_write_tokens=cache_write_tokens,
-            at=at,
+            cache_write_1h_tokens=cache_write_1h_tokens,
+            service_tier=service_tier,
             batch=batch,
+            other_units=other_units,
+            at=at,
         )
         self.add(item, user=user)
         return item
@@ -178,23 +181,23 @@ class BaseCostTracker:
     def add(self, item: PricedCall, *, user: str | None = None) -> None:
         """計算済みの内訳を足す。"""
         with self._lock:
-            state = self._state
-            state.total.add(item)
-            self._bucket(state.by_model, item.matched_model or item.model).add(item)
-            self._bucket(state.by_user, user or "(unknown)").add(item)
-            alerts = self._newly_crossed(state)
+            now = self._now
+            now.total.add(item)
+            self._bucket(now.by_model, item.matched_model or item.model).add(item)
+            self._bucket(now.by_user, user or "(unknown)").add(item)
+            alerts = self._new_alerts(now, item)
         for alert in alerts:  # 通知先が遅くても、ほかのスレッドの記録を待たせない
-            self._notify(state, alert)
+            self._notify(now, alert, item.model)
 
     def snapshot(self) -> CostSnapshot:
         """合計の写し。ほかのスレッドが記録している最中でも、途中の値は見えない。"""
         with self._lock:
-            return self._freeze(self._state)
+            return deepcopy(self._now)
 
     def reset(self) -> CostSnapshot:
         """0 に戻し、直前までの合計を返す。間に入った記録が失われることはない。"""
         with self._lock:
-            last, self._state = self._freeze(self._state), _State()
+            last, self._now = deepcopy(self._now), CostSnapshot(self.budget_usd)
             return last
 
     def _bucket(self, buckets: dict[str, CostTotals], key: str) -> CostTotals:
@@ -202,19 +205,20 @@ class BaseCostTracker:
             key = OTHER
         return buckets.setdefault(key, CostTotals())
 
-    def _newly_crossed(self, state: _State) -> list[BudgetAlert]:
-        if self.budget_usd is None:
+    def _new_alerts(self, now: CostSnapshot, item: PricedCall) -> list[BudgetAlert]:
+        budget, total = self.budget_usd, now.total
+        if budget is None:
             return []
-        spent = state.total.cost_usd
-        new = [
-            t
-            for t in self.thresholds
-            if t not in state.crossed and spent >= self.budget_usd * Decimal(str(t))
-        ]
-        state.crossed += new
-        return [BudgetAlert(t, spent, self.budget_usd) for t in new]
+        crossed = {t for t in self.thresholds if total.cost_usd >= budget * Decimal(str(t))}
+        new = sorted(crossed.difference(now.thresholds_crossed))
+        now.thresholds_crossed += tuple(new)
+        if not item.priced and total.unpriced_requests in _NOTICES:
+            new.append(0.0)
+        return [BudgetAlert(t, total.cost_usd, budget, total.unpriced_requests) for t in new]
 
-    def _notify(self, state: _State, alert: BudgetAlert) -> None:
+    def _notify(self, now: CostSnapshot, alert: BudgetAlert, model: str) -> None:
+        what = f"threshold {alert.threshold} reached" if alert.threshold else f"blind to {model!r}"
+        logger.warning("budget %s: %s", what, alert)
         if self.on_budget is None:
             return
         try:
@@ -222,14 +226,4 @@ class BaseCostTracker:
         except Exception:  # 通知先の不具合で、ユーザーへの応答を止めない
             logger.exception("budget callback failed at threshold %s", alert.threshold)
             with self._lock:
-                state.callback_failures += 1
-
-    def _freeze(self, state: _State) -> CostSnapshot:
-        return CostSnapshot(
-            total=state.total.copy(),
-            by_model={key: value.copy() for key, value in state.by_model.items()},
-            by_user={key: value.copy() for key, value in state.by_user.items()},
-            budget_usd=self.budget_usd,
-            thresholds_crossed=tuple(state.crossed),
-            callback_failures=state.callback_failures,
-        )
+                now.callback_failures += 1

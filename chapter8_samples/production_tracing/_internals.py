@@ -18,7 +18,7 @@ from mlflow.tracing import provider as mlflow_provider
 from mlflow.tracing import sampling as mlflow_sampling
 from mlflow.tracing.client import TracingClient as TracingClient  # 公開の log_trace は ID を変える
 from mlflow.tracing.constant import STREAM_CHUNK_EVENT_NAME_FORMAT, SpanAttributeKey
-from mlflow.tracing.context import get_configured_trace_metadata
+from mlflow.tracing.context import get_configured_trace_metadata, get_configured_trace_tags
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.sampling import Sampler, TraceIdRatioBased
@@ -263,6 +263,11 @@ def is_half_read_stream(span: LiveSpan) -> bool:
 def scope_metadata() -> dict[str, str]:
     """``mlflow.tracing.context`` のメタデータ。OTLP だけの送信では付かず、読む公開 API もない。"""
     return get_configured_trace_metadata() or {}
+
+
+def scope_tags() -> dict[str, str]:
+    """同じもののタグ。"""
+    return get_configured_trace_tags() or {}
 
 
 def raw_attributes(span: LiveSpan) -> dict[str, Any]:

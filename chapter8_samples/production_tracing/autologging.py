@@ -10,32 +10,23 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import mlflow
 
 logger = logging.getLogger(__name__)
 
-# 名前 -> (MLflow のモジュール, 必要なパッケージ)
-AUTOLOG_PROVIDERS: Mapping[str, tuple[str, str]] = {
-    "openai": ("openai", "openai"),
-    "anthropic": ("anthropic", "anthropic"),
-    "gemini": ("gemini", "google.genai"),
-    "bedrock": ("bedrock", "boto3"),
-    "mistral": ("mistral", "mistralai"),
-    "groq": ("groq", "groq"),
-    "litellm": ("litellm", "litellm"),
-    "langchain": ("langchain", "langchain_core"),
-    "langgraph": ("langchain", "langgraph"),  # mlflow.langgraph はなく、LangChain が兼ねる
-    "llama_index": ("llama_index", "llama_index"),
-    "dspy": ("dspy", "dspy"),
-    "crewai": ("crewai", "crewai"),
-    "autogen": ("autogen", "autogen_agentchat"),
-    "pydantic_ai": ("pydantic_ai", "pydantic_ai"),
-    "smolagents": ("smolagents", "smolagents"),
-    "strands": ("strands", "strands"),
-    "agno": ("agno", "agno"),
-    "haystack": ("haystack", "haystack"),
+AUTOLOG_PROVIDERS = (
+    *("openai", "anthropic", "gemini", "bedrock", "mistral", "groq", "litellm", "langchain"),
+    *("langgraph", "llama_index", "dspy", "crewai", "autogen", "pydantic_ai", "smolagents"),
+    *("strands", "agno", "haystack"),
+)
+_PACKAGES = {
+    "gemini": "google.genai",
+    "bedrock": "boto3",
+    "mistral": "mistralai",
+    "langchain": "langchain_core",
+    "autogen": "autogen_agentchat",
 }
 
 
@@ -44,32 +35,21 @@ def enable_autologging(providers: Sequence[str] | None = None) -> list[str]:
 
     Args:
         providers: ``AUTOLOG_PROVIDERS`` の名前。``None`` はインストール済みのものすべて。
-
-    Raises:
-        ValueError: 知らない名前(使える名前の一覧が付く)。
     """
     names = list(AUTOLOG_PROVIDERS if providers is None else providers)
     unknown = [name for name in names if name not in AUTOLOG_PROVIDERS]
     if unknown:
         raise ValueError(f"unknown providers {unknown}; choose from {sorted(AUTOLOG_PROVIDERS)}")
-    usable = [name for name in names if _is_installed(AUTOLOG_PROVIDERS[name][1])]
-    if providers is not None and usable != names:
-        missing = {name: AUTOLOG_PROVIDERS[name][1] for name in names if name not in usable}
-        logger.warning("autologging skipped, packages are not installed: %s", missing)
-    return [name for name in usable if _autolog(name)]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # 親パッケージがない("google.genai" など)
-        return False
-
-
-def _autolog(name: str) -> bool:
-    try:
-        getattr(mlflow, AUTOLOG_PROVIDERS[name][0]).autolog()
-    except ImportError as error:  # mlflow-tracing にないものなど
-        logger.warning("autologging of %r skipped: %s", name, error)
-        return False
-    return True
+    level = logging.INFO if providers is None else logging.WARNING
+    enabled: list[str] = []
+    for name in names:
+        package = _PACKAGES.get(name, name)
+        flavor = "langchain" if name == "langgraph" else name  # LangChain が兼ねる
+        try:
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"package {package!r} is not installed")
+            getattr(mlflow, flavor).autolog()
+            enabled.append(name)
+        except ImportError as error:
+            logger.log(level, "autologging of %r skipped: %s", name, error)
+    return enabled

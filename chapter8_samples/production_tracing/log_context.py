@@ -2,44 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Generator
-from contextvars import ContextVar
-from typing import NamedTuple
 
-from ._internals import active_trace_id
+from ._internals import active_trace_id, open_trace_info, scope_tags
 
-
-class RequestIds(NamedTuple):
-    """``request_scope`` のリクエスト ID と、トレースに付けたリクエスト ID。"""
-
-    scope: str | None = None
-    trace: str | None = None
-    of_trace: str | None = None
-
-
-_NO_IDS = RequestIds()
-IDS: ContextVar[RequestIds] = ContextVar("request_ids", default=_NO_IDS)
-
-
-@contextlib.contextmanager
-def request_id_scope(request_id: str | None) -> Generator[None, None, None]:
-    """この中のログに、リクエスト ID を付ける。"""
-    outside = IDS.get().scope
-    IDS.set(IDS.get()._replace(scope=request_id))
-    try:
-        yield
-    finally:
-        IDS.set(IDS.get()._replace(scope=outside))
+REQUEST_ID = "request_id"
+"""リクエスト ID を入れる、トレースのタグ。"""
 
 
 def bind_request_id(request_id: str) -> bool:
     """実行中のトレースのログに、リクエスト ID を付ける。トレースの外では ``False``。"""
-    trace_id = active_trace_id()
-    if trace_id is not None:
-        IDS.set(IDS.get()._replace(trace=trace_id, of_trace=request_id))
-    return trace_id is not None
+    with open_trace_info(active_trace_id() or "") as info:
+        if info is not None:
+            info.client_request_id = request_id
+        return info is not None
 
 
 class TraceContextFilter(logging.Filter):
@@ -55,12 +31,14 @@ class TraceContextFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """``record`` に 2 つの属性を足す。先に付いているものは変えない。"""
+        trace_id = request_id = None
         try:
             trace_id = active_trace_id()
+            with open_trace_info(trace_id or "") as info:
+                request_id = info and (info.client_request_id or info.tags.get(REQUEST_ID))
+            request_id = request_id or scope_tags().get(REQUEST_ID)
         except Exception:  # ログの都合で、アプリを止めない
-            trace_id = None
-        ids = IDS.get()
-        request_id = ids.of_trace if trace_id and trace_id == ids.trace else ids.scope
+            pass
         vars(record).setdefault("trace_id", trace_id or "-")
         vars(record).setdefault("request_id", request_id or "-")
         return bool(super().filter(record))

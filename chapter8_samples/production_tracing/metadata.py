@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,27 +14,18 @@ from ._internals import scope_metadata
 
 logger = logging.getLogger(__name__)
 
+# ユーザー・セッション・リクエスト ID の上限。超えるとトレース情報が保存されない
 MAX_METADATA_CHARS = 250
-"""ユーザー・セッション・リクエスト ID の上限。超えるとトレース情報が保存されない。"""
 MAX_TAG_CHARS = 4096
 
 
 def check_context(values: Mapping[str, Any]) -> None:
-    """``RequestContext`` の値を確かめる。
-
-    Raises:
-        ValueError: 保存できない値がある(値と、直し方を示す)。
-    """
+    """``RequestContext`` の値が保存できるかを確かめる(``ValueError`` が、値と直し方を示す)。"""
     for name, value in values.items():
-        if name == "extra_tags":
-            _check_tags(value)
-        elif value is not None or name == "request_id":
-            is_id = name in ("user_id", "session_id", "request_id")
+        is_id = name in ("user_id", "session_id", "request_id")
+        if name != "extra_tags" and (value is not None or name == "request_id"):
             _check_text(name, value, MAX_METADATA_CHARS if is_id else MAX_TAG_CHARS)
-
-
-def _check_tags(tags: Mapping[Any, object]) -> None:
-    for key, value in tags.items():
+    for key, value in values["extra_tags"].items():
         _check_text(f"key of extra_tags {key!r}", key, MAX_METADATA_CHARS)
         _check_text(f"extra_tags[{key!r}]", value, MAX_TAG_CHARS)
         if key.startswith("mlflow."):
@@ -45,18 +37,12 @@ def _check_text(name: str, value: object, max_chars: int) -> None:
         raise ValueError(f"{name}={value!r} must be a non-empty string")
     if len(value) > max_chars:
         raise ValueError(f"{name} has {len(value)} characters; MLflow keeps at most {max_chars}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name}={value!r} cannot be stored: half a surrogate pair") from None
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{name}={value!r} cannot be stored: half a surrogate pair")
 
 
 def filter_string(equal: Mapping[str, str | None], min_latency_ms: int | None = None) -> str | None:
-    """すべてを満たす検索式(``None`` の条件は除く)。条件がなければ ``None``。
-
-    Raises:
-        ValueError: 検索式に書けない値(``'`` と ``"`` の両方を含む文字列など)。
-    """
+    """すべてを満たす検索式(``None`` の条件は除く)。条件がなければ ``None``。"""
     parts = [f"{key} = {_quote(value)}" for key, value in equal.items() if value is not None]
     if min_latency_ms is not None:
         parts.append(f"execution_time_ms >= {int(min_latency_ms)}")
@@ -74,27 +60,24 @@ def _quote(value: object) -> str:
     """MLflow の検索式には引用符のエスケープがないので、含まれないほうの引用符で囲む。"""
     if not isinstance(value, str):
         raise ValueError(f"{value!r} must be a string")
-    for mark in ("'", '"'):
-        if mark not in value:
-            return f"{mark}{value}{mark}"
-    raise ValueError(f"{value!r} contains both kinds of quotes; MLflow filters cannot express it")
+    if "'" in value and '"' in value:
+        raise ValueError(f"{value!r} contains both quotes; MLflow filters cannot express it")
+    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def sends_only_otlp() -> bool:
     """OTLP だけで送っているか。そのときトレースのタグは届かず、付けるとルートスパンが失われる。"""
-    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get(
-        "OTEL_EXPORTER_OTLP_ENDPOINT"
-    )
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     enabled = os.environ.get("MLFLOW_ENABLE_OTLP_EXPORTER", "true").lower() not in ("false", "0")
     dual = os.environ.get("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "").lower() in ("true", "1")
-    return bool(endpoint) and enabled and not dual
+    return any(os.environ.get(name) for name in names) and enabled and not dual
 
 
 def add_root_attributes(tags: Mapping[str, str], user: str | None, session: str | None) -> bool:
     """ルートスパンの属性に書く。MLflow サーバーが、タグ・ユーザー・セッションに直す。"""
     span = mlflow.get_current_active_span()
     if span is None or span.parent_id is not None:
-        name = None if span is None else span.name
+        name = span and span.name
         logger.warning("over OTLP call add_trace_metadata() in the root span, not %r", name)
         return False
     values = {f"mlflow.traceTag.{key}": value for key, value in tags.items()}

@@ -11,7 +11,6 @@ from typing import Any
 
 
 def check_probability(name: str, value: float) -> None:
-    """確率でなければ ``ValueError``(NaN も拒む)。"""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}={value!r} must be within [0, 1]")
 
@@ -24,14 +23,12 @@ class TraceSummary:
     name: str
     duration_ms: float
     is_error: bool
-    """どれか 1 つのスパンでもエラーなら真。"""
     num_spans: int = 1
     user: str | None = None
     session: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
     feedback: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """トレースの実行中に付いたフィードバック(名前 -> 値)。"""
 
 
 @dataclass(frozen=True)
@@ -47,15 +44,12 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class KeepRules:
-    """必ず残す条件。エラーは、いつも残す。"""
+    """必ず残す条件: エラー、遅いもの、重要な顧客、タグの付いたもの、評価の低いもの。"""
 
     slow_ms: float = 5000.0
-    """これ以上かかったトレースを残す(ミリ秒)。"""
-    vip_users: Iterable[str] = frozenset[str]()
+    vip_users: Iterable[str] = ()
     keep_tag: str = "sampling.keep"
-    """このタグが ``"true"`` のトレースを残す(調査中の機能など)。"""
     low_rating: float = 2.0
-    """実行中に付いた評価がこれ以下、または ``False`` のトレースを残す。"""
 
     def __post_init__(self) -> None:
         if isinstance(self.vip_users, str):  # 1 文字ずつのユーザーになり、誰も残らない
@@ -69,60 +63,45 @@ class KeepRules:
             "slow": trace.duration_ms >= self.slow_ms,
             "vip": trace.user is not None and trace.user in self.vip_users,
             "forced": trace.tags.get(self.keep_tag) == "true",
-            "feedback": any(map(self._is_low, trace.feedback.values())),
+            "feedback": any(map(self._is_low, trace.feedback.values())),  # 実行中に付いた評価
         }
         return next((Decision(1.0, rule) for rule, applies in rules.items() if applies), None)
 
     def _is_low(self, value: object) -> bool:
-        if isinstance(value, bool):
-            return not value
-        return isinstance(value, int | float) and value <= self.low_rating
+        limit = 0 if isinstance(value, bool) else self.low_rating
+        return isinstance(value, int | float) and value <= limit
 
 
+@dataclass
 class AdaptiveRate:
     """到着の速さを指数減衰で見積もり、確率 = 目標 / 流量 を返す(メモリーは一定)。
 
-    過去だけから決めるので、確率の逆数は偏りのない重みになる。流量が k 倍に増えた直後の超過は、
-    およそ 目標 * 時定数 * ln k 件で収まる。
+    過去だけから決めるので、確率の逆数は偏りのない重みになる。
     """
 
-    def __init__(
-        self,
-        target_per_minute: float,
-        *,
-        time_constant_seconds: float = 10.0,
-        min_probability: float = 1e-4,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        if not (target_per_minute > 0 and time_constant_seconds > 0):
-            raise ValueError(
-                f"target_per_minute={target_per_minute!r} and "
-                f"time_constant_seconds={time_constant_seconds!r} must be > 0"
-            )
-        check_probability("min_probability", min_probability)
-        self._target = target_per_minute / 60.0
-        self._tau = time_constant_seconds
-        self._floor = min_probability
-        self._clock = clock
+    target_per_minute: float
+    time_constant_seconds: float = 10.0
+    min_probability: float = 1e-4
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        check_probability("min_probability", self.min_probability)
+        for name in ("target_per_minute", "time_constant_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be > 0")
         self._lock = threading.Lock()
-        self._sum = 0.0
         self._first: float | None = None
-        self._last = 0.0
+        self._last = self._sum = 0.0
 
     def __call__(self) -> float:
         """1 件の到着を数え、それを残す確率を返す。"""
-        now = self._clock()
+        now, tau = self.clock(), self.time_constant_seconds
         with self._lock:
-            rate = self._rate_until(now)
-            self._sum += 1.0
-        return 1.0 if rate <= 0 else max(self._floor, min(1.0, self._target / rate))
-
-    def _rate_until(self, now: float) -> float:
-        """この到着より前の、1 秒あたりの件数。始まってすぐの過小評価を補正する。"""
-        if self._first is None:
-            self._first = self._last = now
-            return 0.0
-        self._sum *= math.exp(-max(0.0, now - self._last) / self._tau)
-        self._last = now
-        elapsed = max(now - self._first, 1e-3)
-        return self._sum / (self._tau * (1 - math.exp(-elapsed / self._tau)))
+            if self._first is None:
+                self._first = self._last = now
+            before = self._sum * math.exp(-max(0.0, now - self._last) / tau)
+            self._sum, self._last = before + 1.0, now
+            # 始まってすぐの過小評価を補正した、1 秒あたりの件数
+            rate = before / (tau * (1 - math.exp(-max(now - self._first, 1e-3) / tau)))
+        wanted = self.target_per_minute / 60.0
+        return max(self.min_probability, min(1.0, wanted / rate)) if rate else 1.0

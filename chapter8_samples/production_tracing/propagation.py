@@ -12,6 +12,7 @@ import contextvars
 import functools
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
@@ -29,10 +30,9 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# 呼び出し元の ID を控えるメタデータ(16 進 32 桁と 16 桁)
 CALLER_TRACE_ID = "caller.trace_id"
-"""呼び出し元のトレース ID(16 進 32 桁)を控えるメタデータ。"""
 CALLER_SPAN_ID = "caller.span_id"
-"""呼び出し元のスパン ID(16 進 16 桁)を控えるメタデータ。"""
 
 
 def run_with_context(
@@ -40,8 +40,7 @@ def run_with_context(
 ) -> Future[R]:
     """``executor.submit`` と同じだが、実行中のトレースと ``request_scope`` を引き継ぐ。
 
-    素の ``submit`` や ``Thread`` では引き継がれず、別のトレースに分かれてしまう
-    (``asyncio.to_thread`` と ``asyncio.gather`` は引き継ぐ)。
+    素の ``submit`` や ``Thread`` では、別のトレースに分かれる(``asyncio.to_thread`` は引き継ぐ)。
     """
     call = functools.partial(function, *args, **kwargs)
     return executor.submit(contextvars.copy_context().run, call)
@@ -60,10 +59,8 @@ def incoming_trace(
 ) -> Generator[bool, None, None]:
     """届いたリクエストのトレースを始められるようにする。呼び出し元に加わったら ``True`` を渡す。
 
-    Args:
-        join_caller: 呼び出し元のトレースに加わる。呼ぶのが、同じ MLflow に記録するサービスだけの
-            ときに使う。``traceparent`` がない・壊れている・記録しない印(``-00``)なら加わらない。
-            加わったトレースのユーザーとセッションは、呼び出し元が付けたものになる。
+    ``join_caller`` は、呼ぶのが同じ MLflow に記録するサービスだけのときに使う。ユーザーも、呼び出し
+    元のものになる。``traceparent`` がない・壊れている・記録しない印(``-00``)なら加わらない。
     """
     lowered = {key.lower(): value for key, value in headers.items()}
     caller = trace.get_current_span(TraceContextTextMapPropagator().extract(lowered, Context()))
@@ -74,70 +71,58 @@ def incoming_trace(
 
 @contextlib.contextmanager
 def _own_trace(caller: trace.SpanContext) -> Generator[None, None, None]:
+    # ほかの計装が ``traceparent`` を先に読み、呼び出し元のトレースや、MLflow が記録していない
+    # トレースのスパンを始めていれば、そこから離れる
     ids = {
         CALLER_TRACE_ID: trace.format_trace_id(caller.trace_id),
         CALLER_SPAN_ID: trace.format_span_id(caller.span_id),
     }
-    foreign = _is_foreign(current_span(), caller)
-    alone = otel_span_is_current(trace.INVALID_SPAN) if foreign else contextlib.nullcontext()
-    with alone, mlflow.tracing.context(metadata=ids if caller.is_valid else None):
+    span = current_span()
+    here = span.get_span_context()
+    is_unknown = span.is_recording() and active_trace_id() is None
+    with contextlib.ExitStack() as stack:
+        if here.is_remote or is_unknown or here.trace_id == caller.trace_id:
+            stack.enter_context(otel_span_is_current(trace.INVALID_SPAN))
+        stack.enter_context(mlflow.tracing.context(metadata=ids if caller.is_valid else None))
         yield
 
 
-def _is_foreign(span: trace.Span, caller: trace.SpanContext) -> bool:
-    """いまのスパンが、呼び出し元のトレースか、MLflow が記録していないトレースのものか。
-
-    ほかの OpenTelemetry の計装が、``traceparent`` を先に読んでいることがある。
-    """
-    here = span.get_span_context()
-    unknown = span.is_recording() and active_trace_id() is None
-    return here.is_remote or unknown or here.trace_id == caller.trace_id
+_joining = threading.Lock()
+_requests: Counter[int] = Counter()  # 加わっているトレースごとの、続いているリクエスト
+_leave: dict[int, Callable[[], object]] = {}
 
 
 @contextlib.contextmanager
 def _joined(caller: trace.Span, headers: Mapping[str, str]) -> Generator[None, None, None]:
+    # 同じトレースのリクエストは並んで届く。MLflow の控えをリクエストごとに作ると、先に終わったもの
+    # が、ほかのスパンごと捨てる。最初のもので作り、最後のもので消す
     trace_id = caller.get_span_context().trace_id
     with _joining:
-        join = _joins.get(trace_id) or _Join(headers)
-        _joins[trace_id] = join
-        join.requests += 1
+        if not _requests[trace_id]:
+            _leave[trace_id] = _join(headers)
+        _requests[trace_id] += 1
     try:
         with otel_span_is_current(caller):
             yield
     finally:
         hand_over_spans()
         with _joining:
-            join.requests -= 1
-            if join.requests == 0:
-                del _joins[trace_id]
-                join.close()
+            _requests[trace_id] -= 1
+            if not _requests[trace_id]:
+                del _requests[trace_id]
+                _leave.pop(trace_id)()
 
 
-class _Join:
-    """加わっている 1 つのトレースの控え。最初のリクエストで開き、最後のもので閉じる。
-
-    同じトレースのリクエストは並んで届く。MLflow の関数をそれぞれで呼ぶと、先に終わったものが、
-    ほかのスパンごと控えを捨てる。
-    """
-
-    def __init__(self, headers: Mapping[str, str]) -> None:
-        self.requests = 0
-        self._context = contextvars.copy_context()
-        self._joined = mlflow.tracing.set_tracing_context_from_http_request_headers(dict(headers))
-        self._context.run(self._joined.__enter__)
-
-    def close(self) -> None:
-        self._context.run(self._joined.__exit__, None, None, None)
-
-
-_joining = threading.Lock()
-_joins: dict[int, _Join] = {}
+def _join(headers: Mapping[str, str]) -> Callable[[], object]:
+    context = contextvars.copy_context()
+    joined = mlflow.tracing.set_tracing_context_from_http_request_headers(dict(headers))
+    context.run(joined.__enter__)
+    return lambda: context.run(joined.__exit__, None, None, None)
 
 
 # ---- Web フレームワーク ----
 
 RequestScope = Callable[[Mapping[str, str]], AbstractContextManager[object]]
-_SCOPE = "chapter8.request_scope"
 
 
 def read_safely(read: Callable[[Mapping[str, str]], R], headers: Mapping[str, str]) -> R | None:
@@ -162,17 +147,9 @@ class AsgiMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        with self._scope(_headers(scope.get("headers", ()))):
+        pairs = scope.get("headers", ())
+        with self._scope({key.decode("latin-1"): value.decode("latin-1") for key, value in pairs}):
             await self._app(scope, receive, send)
-
-
-def _headers(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """名前は小文字にし、同じ名前のものは、WSGI と同じくコンマでつなぐ。"""
-    headers: dict[str, str] = {}
-    for key, value in pairs:
-        name, text = key.decode("latin-1").lower(), value.decode("latin-1")
-        headers[name] = f"{headers[name]},{text}" if name in headers else text
-    return headers
 
 
 def scope_flask_requests(app: Any, scope: RequestScope) -> None:
@@ -180,35 +157,35 @@ def scope_flask_requests(app: Any, scope: RequestScope) -> None:
 
     ``teardown_request`` では早すぎる。ストリーミングの本体は、その後でサーバーが読む。
     """
-    from flask import request
-
     wsgi_app = app.wsgi_app
 
-    def enter() -> None:
-        if (stack := request.environ.get(_SCOPE)) is not None:
-            stack.enter_context(scope(dict(request.headers)))
-
     def call(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        answer = _in_one_context(wsgi_app, environ, start_response)
+        headers = {
+            key.removeprefix("HTTP_").replace("_", "-").title(): value
+            for key, value in environ.items()
+            if key.startswith("HTTP_")
+        }
+        view = functools.partial(wsgi_app, environ, start_response)
+        answer = _in_one_context(view, scope(headers))
         next(answer)  # ビューは、ここで動く
         return answer
 
-    app.before_request(enter)
     app.wsgi_app = call
 
 
 def _in_one_context(
-    app: Any, environ: dict[str, Any], start_response: Any
+    view: Callable[[], Any], scope: AbstractContextManager[object]
 ) -> Generator[bytes, None, None]:
     """1 リクエストを、応答の本体まで 1 つの ``contextvars.Context`` で動かす。"""
     context = contextvars.copy_context()
-    scope = environ[_SCOPE] = contextlib.ExitStack()
+    stack = contextlib.ExitStack()
     try:
-        body: Any = context.run(app, environ, start_response)
-        scope.callback(getattr(body, "close", lambda: None))
+        context.run(stack.enter_context, scope)
+        body = context.run(view)
+        stack.callback(getattr(body, "close", lambda: None))
         chunks: Any = context.run(iter, body)
         yield b""
         while (chunk := context.run(next, chunks, None)) is not None:
             yield chunk
     finally:  # サーバーが close() を呼ばず、捨てただけのときも
-        context.run(scope.close)
+        context.run(stack.close)

@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
-import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -27,11 +25,19 @@ from .policies import Decision, TraceSummary, check_probability
 
 logger = logging.getLogger(__name__)
 
+Policy = Callable[[TraceSummary], Decision]
+Send = Callable[[ReadableSpan], None]
+
 PROBABILITY_KEY = "sampling.probability"
 WEIGHT_KEY = "sampling.weight"
 RULE_KEY = "sampling.rule"
 HEAD_KEY = "sampling.head_probability"
 MAX_DECISIONS = 8192  # 決定後に終わるスパン(背後のスレッドなど)のために覚えておく数
+_EVICTED = Decision(1.0, "evicted")
+_COPIED = (
+    "name context parent resource events links kind instrumentation_scope status "
+    "start_time end_time"
+)
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,9 @@ class SamplerStats:
     kept: int
     dropped: int
     by_rule: Mapping[str, tuple[int, int]]
-    """規則 -> (残した件数, 捨てた件数)。"""
-    policy_errors: int
-    """判断の関数が例外になった件数(トレースは残している)。"""
-    evicted: int
-    """同時に開いているトレースが上限を超え、判断せずに残した件数。"""
+    """規則 -> (残した件数, 捨てた件数)。``policy_error`` は判断が例外になったもの、``evicted`` は
+    開いているトレースが上限を超え、判断せずに残したもの。"""
     open_traces: int
-    """終わっていないトレースの数。"""
 
 
 def unit_hash(trace_id: str) -> float:
@@ -56,33 +58,28 @@ def unit_hash(trace_id: str) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
-Policy = Callable[[TraceSummary], Decision]
-Send = Callable[[ReadableSpan], None]
-_EVICTED = Decision(1.0, "evicted")
-
-
 class TailSampler:
     """トレースが終わってから残すかどうかを決め、MLflow の送信につなぐ。"""
 
     def __init__(
         self, policy: Policy, *, head_probability: float = 1.0, max_open_traces: int = 10_000
     ) -> None:
-        """設定だけを行う。MLflow につなぐのは ``install()``。
+        """``policy`` は、トレースの要約から判断を返す関数。MLflow につなぐのは ``install()``。
 
         Args:
-            policy: 終わったトレースの要約から ``Decision`` を返す関数。例外なら残す。
-            head_probability: その前に先頭で残す割合。重みに反映される。1 のままなら、環境変数
-                ``MLFLOW_TRACE_SAMPLING_RATIO`` の割合が使われ、それも重みに反映される。
+            head_probability: その前に先頭で残す割合。1 のままなら、環境変数
+                ``MLFLOW_TRACE_SAMPLING_RATIO`` の割合。どちらも重みに反映される。
             max_open_traces: 同時に開いているトレースの上限(超えた分は古い順に残す)。
         """
         check_probability("head_probability", head_probability)
-        if max_open_traces < 1:
-            raise ValueError(f"max_open_traces={max_open_traces!r} must be >= 1")
         self.head_probability = head_probability
         self._policy = policy
         self._max_open = max_open_traces
         self._attached: dict[otel.TracerProvider, sampling.Sampler] = {}
-        self._clear()
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, list[tuple[Send, ReadableSpan]]] = OrderedDict()
+        self._decided: OrderedDict[int, bool] = OrderedDict()
+        self._counts: Counter[tuple[str, bool]] = Counter()
 
     def install(self) -> TailSampler:
         """MLflow につなぐ。以後に始まるトレースから有効になる(2 回目は何もしない)。
@@ -97,7 +94,6 @@ class TailSampler:
             return self
         if _active is not None:
             raise RuntimeError(f"{type(_active).__name__} is installed; uninstall() it first")
-        self._clear()
         try:
             self._attach()
             self._unwatch = _internals.watch_provider(self._attach)
@@ -105,7 +101,6 @@ class TailSampler:
             self._detach()
             raise RuntimeError(f"TailSampler: MLflow {mlflow.__version__}: {error}") from error
         _active = self
-        self._renew_locks_after_fork()
         return self
 
     def uninstall(self) -> None:
@@ -119,34 +114,23 @@ class TailSampler:
         with self._lock:
             held = [item for items in self._open.values() for item in items]
             self._open.clear()
-        _send_all(held)
+        for send, child in held:
+            send(child)
 
     def stats(self) -> SamplerStats:
         """いままでの件数。"""
         with self._lock:
             counts, open_traces = self._counts.copy(), len(self._open)
-        rules = sorted({rule for rule, _ in counts})
-        return SamplerStats(
-            kept=sum(counts[rule, True] for rule in rules),
-            dropped=sum(counts[rule, False] for rule in rules),
-            by_rule={rule: (counts[rule, True], counts[rule, False]) for rule in rules},
-            policy_errors=counts["policy_error", True],
-            evicted=counts["evicted", True],
-            open_traces=open_traces,
-        )
-
-    def _clear(self) -> None:
-        self._lock = threading.Lock()
-        self._open: OrderedDict[int, list[tuple[Send, ReadableSpan]]] = OrderedDict()
-        self._decided: OrderedDict[int, bool] = OrderedDict()
-        self._counts: Counter[tuple[str, bool]] = Counter()
+        by_rule = {rule: (counts[rule, True], counts[rule, False]) for rule, _ in sorted(counts)}
+        kept, dropped = (sum(pair[side] for pair in by_rule.values()) for side in (0, 1))
+        return SamplerStats(kept, dropped, by_rule, open_traces)
 
     def _attach(self) -> None:
         """いまのプロバイダーの、スパンの行き先とサンプラーを包む。"""
         provider = _internals.current_provider()
         if not isinstance(provider, otel.TracerProvider) or provider in self._attached:
             return  # トレーシングが無効か、まだ作られていない
-        ratio, plain = self.head_probability, provider.sampler
+        plain, ratio = provider.sampler, self.head_probability
         if ratio >= 1.0:
             ratio = _internals.head_ratio(plain)
         head = plain if ratio is None else sampling.ParentBased(_Head(ratio, self))
@@ -174,7 +158,8 @@ class TailSampler:
             if len(self._open) > self._max_open:
                 trace_id, oldest = self._open.popitem(last=False)
                 self._remember(trace_id, _EVICTED, True)
-        _send_all(oldest)
+        for send, child in oldest:
+            send(child)
 
     def span_ended(self, span: ReadableSpan, send: Send) -> None:
         """子は預かり、ルートが終わったら決めて、まとめて渡すか捨てる。"""
@@ -202,7 +187,8 @@ class TailSampler:
         if held is None:  # 判断している間にあふれた
             send(_marked(root, _EVICTED))
         elif keep:
-            _send_all(held)
+            for send_child, child in held:
+                send_child(child)
             send(_marked(root, decision))
         else:
             _internals.forget_trace(trace_id)
@@ -217,18 +203,14 @@ class TailSampler:
             logger.exception("sampling policy failed; the trace is kept")
             return Decision(1.0, "policy_error")
 
-    @staticmethod
-    @functools.cache
-    def _renew_locks_after_fork() -> None:
-        """fork の瞬間に別スレッドが持っていたロックは、子では永久に解かれないので作り直す。"""
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=lambda: _active and _active._clear())
-
     def _remember(self, trace_id: int, decision: Decision, keep: bool) -> None:
         self._counts[decision.rule, keep] += 1
         self._decided[trace_id] = keep
         if len(self._decided) > MAX_DECISIONS:
             self._decided.popitem(last=False)
+
+
+_active: TailSampler | None = None
 
 
 class _Gate(otel.SynchronousMultiSpanProcessor):
@@ -265,18 +247,13 @@ class _Head(sampling.Sampler):
         result = sampling.TraceIdRatioBased(ratio).should_sample(*args, **kwargs)
         if not result.decision.is_sampled():
             self._tail.head_dropped()
-        if not result.decision.is_sampled() or ratio >= 1.0:
-            return result
-        attributes = {**(result.attributes or {}), HEAD_KEY: repr(ratio)}
-        return sampling.SamplingResult(result.decision, attributes, result.trace_state)
+        elif ratio < 1.0:
+            attributes = {**(result.attributes or {}), HEAD_KEY: repr(ratio)}
+            return sampling.SamplingResult(result.decision, attributes, result.trace_state)
+        return result
 
     def get_description(self) -> str:
         return f"Head{{{self._ratio}}}"
-
-
-def _send_all(items: list[tuple[Send, ReadableSpan]]) -> None:
-    for send, span in items:
-        send(span)
 
 
 def _otel_id(span: ReadableSpan) -> int:
@@ -286,21 +263,18 @@ def _otel_id(span: ReadableSpan) -> int:
 def _summary(root: ReadableSpan, children: list[ReadableSpan]) -> TraceSummary:
     failed = any(span.status.status_code is StatusCode.ERROR for span in (root, *children))
     with _internals.live_trace(root) as info:
-        metadata, tags = dict(info.trace_metadata), dict(info.tags)
-        feedback = {item.name: item.feedback.value for item in info.assessments if item.feedback}
-        failed = failed or info.state is TraceState.ERROR
-    return TraceSummary(
-        trace_id=info.trace_id,
-        name=root.name,
-        duration_ms=((root.end_time or 0) - (root.start_time or 0)) / 1e6,
-        is_error=failed,
-        num_spans=len(children) + 1,
-        user=metadata.get("mlflow.trace.user"),
-        session=metadata.get("mlflow.trace.session"),
-        tags=tags,
-        metadata=metadata,
-        feedback=feedback,
-    )
+        return TraceSummary(
+            trace_id=info.trace_id,
+            name=root.name,
+            duration_ms=((root.end_time or 0) - (root.start_time or 0)) / 1e6,
+            is_error=failed or info.state is TraceState.ERROR,
+            num_spans=len(children) + 1,
+            user=info.trace_metadata.get("mlflow.trace.user"),
+            session=info.trace_metadata.get("mlflow.trace.session"),
+            tags=dict(info.tags),
+            metadata=dict(info.trace_metadata),
+            feedback={one.name: one.feedback.value for one in info.assessments if one.feedback},
+        )
 
 
 def _marked(root: ReadableSpan, decision: Decision) -> ReadableSpan:
@@ -315,12 +289,5 @@ def _marked(root: ReadableSpan, decision: Decision) -> ReadableSpan:
     with _internals.live_trace(root) as info:
         info.trace_metadata.update(values)
     tags = {f"mlflow.traceTag.{key}": value for key, value in values.items()}
-    same: dict[str, Any] = {name: getattr(root, name) for name in _COPIED}
+    same: dict[str, Any] = {name: getattr(root, name) for name in _COPIED.split()}
     return ReadableSpan(**same, attributes={**attributes, **values, **tags})
-
-
-_COPIED = (
-    *("name", "context", "parent", "resource", "events", "links", "kind"),
-    *("instrumentation_scope", "status", "start_time", "end_time"),
-)
-_active: TailSampler | None = None

@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
-from weakref import WeakSet
 
 import mlflow
 from mlflow.entities import LiveSpan, SpanEvent
@@ -24,17 +23,14 @@ from opentelemetry.trace import INVALID_SPAN
 
 from . import _internals
 from .delivery.text import replace_surrogates
-from .log_context import IDS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Join = Callable[[list[Any]], Any]
 
-TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"
-"""最初の断片が届くまでの秒数を入れる、スパンの属性(OpenTelemetry の GenAI の規約の名前)。"""
-TIME_TO_FIRST_CHUNK_MS = "stream.time_to_first_chunk_ms"
-"""同じ時間(ミリ秒)を入れる、トレースのメタデータ。OTLP だけで送るときは届かない。"""
+TIME_TO_FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"  # スパンの属性(秒)
+TIME_TO_FIRST_CHUNK_MS = "stream.time_to_first_chunk_ms"  # トレースのメタデータ。OTLP では届かない
 
 
 @contextlib.contextmanager
@@ -79,16 +75,13 @@ def _join_text(chunks: list[Any]) -> str:
 def traced_stream(
     name: str, chunks: Iterable[T], *, inputs: Any = None, join: Join = _join_text
 ) -> Generator[T, None, None]:
-    """断片をそのまま渡しながら、全体を 1 つのスパンに記録する。
+    """断片をそのまま渡しながら、全体を 1 つのスパンに記録する(最初の断片までの時間も)。
 
     ``@mlflow.trace`` を付けたジェネレーターは、最後まで読まれないとトレースが失われ、メモリーにも
-    残り続ける。これは途中で閉じられても必ず終わり、``stream.aborted`` を付ける。
+    残り続ける。これは途中で閉じられても必ず終わり、``stream.aborted`` を付ける。``chunks`` の中の
+    LLM の呼び出しは、どのスレッドやタスクから読まれても、このスパンの子になる。
 
-    ``chunks`` の中の LLM の呼び出しは、どのスレッドやタスクから読まれても、このスパンの子になる。
-    最初の断片までの時間も記録する。どちらも、LLM を呼ぶのが ``chunks`` の中のときに意味を持つ。
-
-    Args:
-        join: 断片の一覧から出力を作る関数。既定は文字列としてつなぐ。例外なら断片の一覧を記録する。
+    ``join`` は、断片の一覧から出力を作る関数。例外なら、断片の一覧を記録する。
     """
     return _read(_Stream(name, inputs, join), chunks)
 
@@ -112,11 +105,9 @@ def _read(stream: _Stream, chunks: Iterable[T]) -> Generator[T, None, None]:
                 yield chunk
         except StopIteration:
             return
-        except BaseException:
-            if close := getattr(iterator, "close", None):
-                with stream.running():
-                    close()
-            raise
+        finally:
+            with stream.running():
+                getattr(iterator, "close", lambda: None)()
 
 
 async def _aread(stream: _Stream, chunks: AsyncIterable[T]) -> AsyncGenerator[T, None]:
@@ -131,73 +122,40 @@ async def _aread(stream: _Stream, chunks: AsyncIterable[T]) -> AsyncGenerator[T,
                 yield chunk
         except StopAsyncIteration:
             return
-        except BaseException:
+        finally:
             if aclose := getattr(iterator, "aclose", None):
                 with stream.running():
                     await aclose()
-            raise
 
 
-_RUNNING: ContextVar[_Stream | None] = ContextVar("running_stream", default=None)
+# 動いているストリームのトレース
+_STREAMING: ContextVar[str | None] = ContextVar("streaming_trace_id", default=None)
 
 
 class _Stream:
-    """ストリーミング 1 回分のスパン。必ず 1 度だけ終わる。"""
+    """ストリーミング 1 回分のスパン。"""
 
     def __init__(self, name: str, inputs: Any, join: Join) -> None:
-        self._name = name
-        self._inputs = inputs
-        self._join = join
+        self._name, self._inputs, self._join = name, inputs, join
         self._chunks: list[Any] = []
-        self._is_inner = self._ended = False
-        self._inner: WeakSet[_Stream] = WeakSet()
         # 本体は、リクエストの文脈が片付いた後に、別のスレッドから読まれることがある
         self._made_in = contextvars.copy_context()
 
     @contextlib.contextmanager
     def recorded(self) -> Generator[None, None, None]:
-        """最初の断片を求められたときに始め、どう終わっても、スパンを 1 度だけ終える。"""
-        self._start()
-        error: BaseException | None = None
-        try:
-            yield
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            self._end(error)
-
-    @contextlib.contextmanager
-    def running(self) -> Generator[None, None, None]:
-        """中身が動いている間だけ、スパンを有効にする(断片を受け取る側には漏らさない)。"""
-        ids, outer = IDS.get(), _RUNNING.get()
-        IDS.set(self._ids)
-        _RUNNING.set(self)
-        try:
-            with _internals.span_is_current(self._span, self._inside):
-                yield
-                self._inside = _internals.current_span()
-        finally:
-            self._ids = IDS.get()
-            IDS.set(ids)
-            _RUNNING.set(outer)
-
-    def add(self, chunk: Any) -> None:
-        self._chunks.append(chunk)
-        if len(self._chunks) == 1:
-            self._record_first_chunk(time.perf_counter() - self._started)
-
-    def _start(self) -> None:
+        """最初の断片を求められたときに始め、どう終わっても、スパンを終える。"""
         in_trace = _internals.current_span().is_recording()
         self._span = self._start_span() if in_trace else self._made_in.run(self._start_span)
         self._inside = INVALID_SPAN  # 中で開いたままのスパンは、次の断片のときも開いている
-        here, made = IDS.get(), self._made_in.run(IDS.get)
-        self._ids = (made if made.trace else here)._replace(scope=here.scope or made.scope)
-        outer = _RUNNING.get() or self._made_in.get(_RUNNING)
-        if outer is not None and outer._span.trace_id == self._span.trace_id:
-            self._is_inner = True
-            outer._inner.add(self)
+        around = (_STREAMING.get(), self._made_in.get(_STREAMING))
+        self._is_inner = self._span.trace_id in around
         self._started = time.perf_counter()
+        try:
+            yield
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._end(None)
 
     def _start_span(self) -> LiveSpan:
         """いまのスパンの子として始める。その親がもう終わっていれば、新しいトレースとして始める。"""
@@ -207,18 +165,37 @@ class _Stream:
             parent = mlflow.get_current_active_span()
             return mlflow.start_span_no_context(self._name, inputs=self._inputs, parent_span=parent)
 
-    def _record_first_chunk(self, seconds: float) -> None:
+    @contextlib.contextmanager
+    def running(self) -> Generator[None, None, None]:
+        """中身が動いている間だけ、スパンを有効にする(断片を受け取る側には漏らさない)。"""
+        around = _STREAMING.get()
+        _STREAMING.set(self._span.trace_id)
+        try:
+            with _internals.span_is_current(self._span, self._inside):
+                yield
+                self._inside = _internals.current_span()
+        finally:
+            _STREAMING.set(around)
+
+    def add(self, chunk: Any) -> None:
+        self._chunks.append(chunk)
+        if len(self._chunks) > 1:
+            return
+        seconds = time.perf_counter() - self._started
         self._span.set_attribute(TIME_TO_FIRST_CHUNK, round(seconds, 6))
         with _internals.open_trace_info(self._span.trace_id) as info:
             if info is not None and not self._is_inner:
                 info.trace_metadata.setdefault(TIME_TO_FIRST_CHUNK_MS, f"{seconds * 1000:.0f}")
 
     def _end(self, error: BaseException | None) -> None:
-        if self._ended:
-            return
-        self._ended = True
-        self._end_what_is_left_open(finished=error is None)
         span: Any = self._span
+        if span.end_time_ns is not None:  # 外のストリームが切断され、一緒に終えた
+            return
+        for child in _internals.open_spans_below(span):
+            # 読みかけの LLM のスパンは、自分では終わらない。残すと、MLflow はトレースを送らない
+            if error is not None or _internals.is_half_read_stream(child):
+                child.set_attribute("stream.aborted", True)
+                child.end()
         is_cut = isinstance(error, GeneratorExit | asyncio.CancelledError)
         if is_cut:
             span.set_attribute("stream.aborted", True)
@@ -230,15 +207,6 @@ class _Stream:
         if isinstance(span, LiveSpan):  # 間引かれたときは違う
             replace_surrogates(span)
         span.end(status="OK" if is_cut or error is None else "ERROR")
-
-    def _end_what_is_left_open(self, finished: bool) -> None:
-        """読みかけの LLM のスパンは、自分では終わらない。残すと、MLflow はトレースを送らない。"""
-        for stream in list(self._inner):
-            stream._end(GeneratorExit())
-        for span in _internals.open_spans_below(self._span):
-            if not finished or _internals.is_half_read_stream(span):
-                span.set_attribute("stream.aborted", True)
-                span.end()
 
     def _output(self) -> Any:
         try:

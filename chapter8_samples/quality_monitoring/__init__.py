@@ -23,32 +23,31 @@ _MODULES = {
     ),
     "feedback_collection": (
         "FeedbackCollector log_issue_report log_rating_feedback log_text_feedback "
-        "log_thumbs_feedback log_user_correction pseudonymize"
+        "log_thumbs_feedback log_user_correction send_feedback withdraw_feedback"
     ),
     "backfill_scorers": (
         "BackfillError BackfillReport backfill backfill_date_range backfill_last_week "
         "backfill_new_scorer backfill_with_custom_sample_rates backfill_with_scorer_names"
     ),
     "feedback.corrections": "corrections_to_dataset",
-    "feedback.delivery": "send_feedback",
-    "feedback.kinds": "FeedbackType IssueType Severity",
-    "feedback.outbox": "FeedbackOutbox ReplayReport",
-    "feedback.request": (
-        "FeedbackDeliveryError FeedbackError FeedbackRequest FeedbackValidationError "
-        "TraceNotFoundError"
+    "feedback.kinds": (
+        "FeedbackDeliveryError FeedbackError FeedbackNotAllowedError FeedbackRequest FeedbackType "
+        "FeedbackValidationError IssueType Severity TraceNotFoundError pseudonymize"
     ),
+    "feedback.outbox": "FeedbackOutbox OutboxStatus ReplayReport",
     "feedback.router": "create_feedback_router",
     "feedback.summary": "FeedbackSummary summarize_feedback",
     "scoring.custom": "CustomScorerError setup_custom_code_scorer validate_custom_scorer",
     "scoring.cycle": "run_scoring_cycle",
+    "scoring.gate": "ReleaseComparison ReleaseRun compare_releases",
     "scoring.judge_endpoint": "JudgeEndpointError ensure_judge_endpoint",
-    "scoring.plan": (
-        "BudgetError JudgeNotConfiguredError JudgePrice ScoringError ScoringOptions "
-        "ScoringReport ScoringTarget"
-    ),
+    "scoring.judges": "BudgetError JudgeNotConfiguredError JudgePrice ScoringError",
+    "scoring.lease": "ScoringBusyError",
+    "scoring.plan": "ScoringOptions ScoringReport ScoringTarget",
     "scoring.registry": (
         "ScorerNotFoundError ScorerPlan ScorerSetupError ScorerStatus setup_scorers"
     ),
+    "scoring.verdicts": "VerdictComparison compare_verdicts",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

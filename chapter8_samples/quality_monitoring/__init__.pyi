@@ -7,17 +7,19 @@ from .backfill_scorers import backfill_new_scorer as backfill_new_scorer
 from .backfill_scorers import backfill_with_custom_sample_rates as backfill_with_custom_sample_rates
 from .backfill_scorers import backfill_with_scorer_names as backfill_with_scorer_names
 from .feedback.corrections import corrections_to_dataset as corrections_to_dataset
-from .feedback.delivery import send_feedback as send_feedback
+from .feedback.kinds import FeedbackDeliveryError as FeedbackDeliveryError
+from .feedback.kinds import FeedbackError as FeedbackError
+from .feedback.kinds import FeedbackNotAllowedError as FeedbackNotAllowedError
+from .feedback.kinds import FeedbackRequest as FeedbackRequest
 from .feedback.kinds import FeedbackType as FeedbackType
+from .feedback.kinds import FeedbackValidationError as FeedbackValidationError
 from .feedback.kinds import IssueType as IssueType
 from .feedback.kinds import Severity as Severity
+from .feedback.kinds import TraceNotFoundError as TraceNotFoundError
+from .feedback.kinds import pseudonymize as pseudonymize
 from .feedback.outbox import FeedbackOutbox as FeedbackOutbox
+from .feedback.outbox import OutboxStatus as OutboxStatus
 from .feedback.outbox import ReplayReport as ReplayReport
-from .feedback.request import FeedbackDeliveryError as FeedbackDeliveryError
-from .feedback.request import FeedbackError as FeedbackError
-from .feedback.request import FeedbackRequest as FeedbackRequest
-from .feedback.request import FeedbackValidationError as FeedbackValidationError
-from .feedback.request import TraceNotFoundError as TraceNotFoundError
 from .feedback.router import create_feedback_router as create_feedback_router
 from .feedback.summary import FeedbackSummary as FeedbackSummary
 from .feedback.summary import summarize_feedback as summarize_feedback
@@ -27,7 +29,8 @@ from .feedback_collection import log_rating_feedback as log_rating_feedback
 from .feedback_collection import log_text_feedback as log_text_feedback
 from .feedback_collection import log_thumbs_feedback as log_thumbs_feedback
 from .feedback_collection import log_user_correction as log_user_correction
-from .feedback_collection import pseudonymize as pseudonymize
+from .feedback_collection import send_feedback as send_feedback
+from .feedback_collection import withdraw_feedback as withdraw_feedback
 from .scorer_lifecycle import RECOMMENDED_SAMPLE_RATES as RECOMMENDED_SAMPLE_RATES
 from .scorer_lifecycle import change_sample_rate as change_sample_rate
 from .scorer_lifecycle import delete_all_scorers as delete_all_scorers
@@ -49,12 +52,16 @@ from .scoring.custom import CustomScorerError as CustomScorerError
 from .scoring.custom import setup_custom_code_scorer as setup_custom_code_scorer
 from .scoring.custom import validate_custom_scorer as validate_custom_scorer
 from .scoring.cycle import run_scoring_cycle as run_scoring_cycle
+from .scoring.gate import ReleaseComparison as ReleaseComparison
+from .scoring.gate import ReleaseRun as ReleaseRun
+from .scoring.gate import compare_releases as compare_releases
 from .scoring.judge_endpoint import JudgeEndpointError as JudgeEndpointError
 from .scoring.judge_endpoint import ensure_judge_endpoint as ensure_judge_endpoint
-from .scoring.plan import BudgetError as BudgetError
-from .scoring.plan import JudgeNotConfiguredError as JudgeNotConfiguredError
-from .scoring.plan import JudgePrice as JudgePrice
-from .scoring.plan import ScoringError as ScoringError
+from .scoring.judges import BudgetError as BudgetError
+from .scoring.judges import JudgeNotConfiguredError as JudgeNotConfiguredError
+from .scoring.judges import JudgePrice as JudgePrice
+from .scoring.judges import ScoringError as ScoringError
+from .scoring.lease import ScoringBusyError as ScoringBusyError
 from .scoring.plan import ScoringOptions as ScoringOptions
 from .scoring.plan import ScoringReport as ScoringReport
 from .scoring.plan import ScoringTarget as ScoringTarget
@@ -63,5 +70,7 @@ from .scoring.registry import ScorerPlan as ScorerPlan
 from .scoring.registry import ScorerSetupError as ScorerSetupError
 from .scoring.registry import ScorerStatus as ScorerStatus
 from .scoring.registry import setup_scorers as setup_scorers
+from .scoring.verdicts import VerdictComparison as VerdictComparison
+from .scoring.verdicts import compare_verdicts as compare_verdicts
 
-__all__ = ['BackfillError', 'BackfillReport', 'BudgetError', 'CustomScorerError', 'FeedbackCollector', 'FeedbackDeliveryError', 'FeedbackError', 'FeedbackOutbox', 'FeedbackRequest', 'FeedbackSummary', 'FeedbackType', 'FeedbackValidationError', 'IssueType', 'JudgeEndpointError', 'JudgeNotConfiguredError', 'JudgePrice', 'RECOMMENDED_SAMPLE_RATES', 'ReplayReport', 'ScorerNotFoundError', 'ScorerPlan', 'ScorerSetupError', 'ScorerStatus', 'ScoringError', 'ScoringOptions', 'ScoringReport', 'ScoringTarget', 'Severity', 'TraceNotFoundError', 'backfill', 'backfill_date_range', 'backfill_last_week', 'backfill_new_scorer', 'backfill_with_custom_sample_rates', 'backfill_with_scorer_names', 'change_sample_rate', 'corrections_to_dataset', 'create_feedback_router', 'delete_all_scorers', 'demonstrate_scorer_lifecycle', 'ensure_judge_endpoint', 'estimate_monthly_judge_cost', 'evaluate_with_scorers', 'get_scorer_status', 'list_scorer_statuses', 'log_issue_report', 'log_rating_feedback', 'log_text_feedback', 'log_thumbs_feedback', 'log_user_correction', 'pause_scorer', 'pseudonymize', 'remove_scorer', 'resume_scorer', 'run_scoring_cycle', 'send_feedback', 'server_scored_until', 'set_trace_archive', 'setup_builtin_scorers', 'setup_custom_code_scorer', 'setup_custom_guidelines_scorer', 'setup_quality_scorers', 'setup_scorers', 'stop_all_scorers', 'summarize_feedback', 'validate_custom_scorer']
+__all__ = ['BackfillError', 'BackfillReport', 'BudgetError', 'CustomScorerError', 'FeedbackCollector', 'FeedbackDeliveryError', 'FeedbackError', 'FeedbackNotAllowedError', 'FeedbackOutbox', 'FeedbackRequest', 'FeedbackSummary', 'FeedbackType', 'FeedbackValidationError', 'IssueType', 'JudgeEndpointError', 'JudgeNotConfiguredError', 'JudgePrice', 'OutboxStatus', 'RECOMMENDED_SAMPLE_RATES', 'ReleaseComparison', 'ReleaseRun', 'ReplayReport', 'ScorerNotFoundError', 'ScorerPlan', 'ScorerSetupError', 'ScorerStatus', 'ScoringBusyError', 'ScoringError', 'ScoringOptions', 'ScoringReport', 'ScoringTarget', 'Severity', 'TraceNotFoundError', 'VerdictComparison', 'backfill', 'backfill_date_range', 'backfill_last_week', 'backfill_new_scorer', 'backfill_with_custom_sample_rates', 'backfill_with_scorer_names', 'change_sample_rate', 'compare_releases', 'compare_verdicts', 'corrections_to_dataset', 'create_feedback_router', 'delete_all_scorers', 'demonstrate_scorer_lifecycle', 'ensure_judge_endpoint', 'estimate_monthly_judge_cost', 'evaluate_with_scorers', 'get_scorer_status', 'list_scorer_statuses', 'log_issue_report', 'log_rating_feedback', 'log_text_feedback', 'log_thumbs_feedback', 'log_user_correction', 'pause_scorer', 'pseudonymize', 'remove_scorer', 'resume_scorer', 'run_scoring_cycle', 'send_feedback', 'server_scored_until', 'set_trace_archive', 'setup_builtin_scorers', 'setup_custom_code_scorer', 'setup_custom_guidelines_scorer', 'setup_quality_scorers', 'setup_scorers', 'stop_all_scorers', 'summarize_feedback', 'validate_custom_scorer', 'withdraw_feedback']

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any, Literal
 from mlflow.genai.scorers import Scorer
-from .scoring import ProgressCallback, ScoringError, ScoringOptions, ScoringReport, ScoringTarget
+from .scoring.judges import ScoringError
+from .scoring.plan import ProgressCallback, ScoringOptions, ScoringReport, ScoringTarget
 logger = logging.getLogger(__name__)
 DEFAULT_DAYS = 7
 
@@ -15,7 +16,7 @@ class BackfillError(ScoringError):
 
 @dataclass(frozen=True, kw_only=True)
 class BackfillReport:
-    """バックフィル 1 回の結果。Databricks ではジョブを登録した時点の内容。"""
+    """バックフィル 1 回の結果。Databricks では、ジョブを登録した時点の内容。"""
     job_id: str
     runs: Literal['client', 'databricks']
     start: datetime
@@ -23,10 +24,8 @@ class BackfillReport:
     sample_rates: Mapping[str, float]
     dry_run: bool = False
     scoring: ScoringReport | None = None
-    'トレースごとの結果。Databricks のジョブでは ``None``(採点はジョブの中で進む)。'
     judge_calls: int = 0
     cost_usd: float | None = None
-    'ジャッジのコスト(USD)。``dry_run`` では見積もり。単価が分からなければ ``None``。'
     unpriced: tuple[str, ...] = ()
 
     @property
@@ -48,37 +47,20 @@ class BackfillReport:
 def backfill_with_scorer_names(experiment_id: str, scorer_names: Sequence[str], start_time: datetime | None=None, end_time: datetime | None=None, **run: Any) -> BackfillReport:
     """登録済みのスコアラーを名前で指定し、いまの割合でさかのぼって採点する。
 
-    Args:
-        scorer_names: スコアラーの名前。停止中のものは割合がないので例外になる。
-        start_time: 開始(タイムゾーン付き)。両方省くと直近 7 日間。
-        end_time: 終了(この時刻は含まない)。省くと現在。
-        run: ``dry_run``、``options``、``on_progress``(``backfill()`` を参照)。
-
-    Raises:
-        BackfillError: 名前や期間が正しくない、停止中、Databricks が断った、など。
+    期間と ``run``(``dry_run``、``options``、``on_progress``)は ``backfill()`` を参照。停止中の
+    スコアラーは、割合がないので ``BackfillError`` になる。
     """
 
 def backfill_with_custom_sample_rates(experiment_id: str, scorer_configs: Sequence[ScoringTarget | Mapping[str, Any]], start_time: datetime | None=None, end_time: datetime | None=None, **run: Any) -> BackfillReport:
-    """スコアラーごとに割合を決めて、さかのぼって採点する。
-
-    Args:
-        scorer_configs: ``{"scorer": スコアラー, "sample_rate": 0.8}`` か ``ScoringTarget``。
-            割合を省くと 1.0。
-    """
+    """``{"scorer": ..., "sample_rate": 0.8}`` か ``ScoringTarget`` で、割合を決めて採点する。"""
 
 def backfill_last_week(experiment_id: str, scorer_names: Sequence[str], **run: Any) -> BackfillReport:
     """直近 7 日間(168 時間)を採点する。"""
 
 def backfill_date_range(experiment_id: str, scorer_names: Sequence[str], start_date: date | str, end_date: date | str, *, tz: str='Asia/Tokyo', **run: Any) -> BackfillReport:
-    """``start_date`` から ``end_date`` まで(両端の日を含む)を採点する。
+    """``date`` か ``"2025-01-31"`` の形の、両端の日を含めて採点する。"""
 
-    Args:
-        start_date: 最初の日(``date`` か ``"2025-01-31"`` の形)。
-        end_date: 最後の日。
-        tz: 日の区切りを決めるタイムゾーン。
-    """
-
-def backfill_new_scorer(experiment_id: str, new_scorer: Scorer, sample_rate: float=0.5, days_back: int=30, **run: Any) -> BackfillReport:
+def backfill_new_scorer(experiment_id: str, new_scorer: Scorer, sample_rate: float=0.5, days_back: int=30, *, dry_run: bool=False, options: ScoringOptions | None=None, on_progress: ProgressCallback | None=None) -> BackfillReport:
     """新しいスコアラーを登録・開始し、``days_back`` 日前までさかのぼって採点する。"""
 
 def backfill(experiment_id: str, targets: Sequence[ScoringTarget], *, start_time: datetime | None=None, end_time: datetime | None=None, dry_run: bool=False, options: ScoringOptions | None=None, on_progress: ProgressCallback | None=None) -> BackfillReport:
@@ -93,6 +75,7 @@ def backfill(experiment_id: str, targets: Sequence[ScoringTarget], *, start_time
 
     Raises:
         BackfillError: 期間やスコアラーが正しくない、Databricks が断った、など。
+        ScoringBusyError: ほかの実行が、同じスコアラーで採点している。
     """
 
 def main() -> None:

@@ -1,51 +1,46 @@
 """8.3.3 ユーザーフィードバックの収集(リスト8.10)。"""
 
+from collections.abc import Callable
 from typing import Any
 from mlflow.entities import Assessment
-from .feedback import IssueType, Severity
+from .feedback.delivery import store_feedback
+from .feedback.kinds import FeedbackRequest, FeedbackType
 
-def log_thumbs_feedback(trace_id: str, is_positive: bool, user_id: str, comment: str | None=None, **send: Any) -> Assessment:
+def send_feedback(request: FeedbackRequest, *, feedback_id: str | None=None, timeout_seconds: float=15.0, deliver: Callable[..., Any]=store_feedback) -> Any:
+    """トレースが保存されるのを待って、ちょうど 1 回だけ記録する。値は記録した評価。
+
+    ``feedback_id`` は画面が付けた重複防止の ID、``deliver`` は 1 回試みる関数
+    (``outbox.submit`` など)。期限までに届かなければ ``FeedbackDeliveryError``(トレースがなければ
+    その下の ``TraceNotFoundError``)、送り直しても無駄なら ``FeedbackError`` になる。
+    """
+
+def log_thumbs_feedback(trace_id: str, is_positive: bool, user_id: str, comment: str | None=None, **kw: Any) -> Assessment:
     """良い / 悪いを記録する(評価名 ``user_thumbs``、値は真偽値)。押し直すと置き換える。
 
-    Args:
-        trace_id: 応答と一緒に画面へ返したトレース ID。
-        is_positive: 良ければ真。
-        user_id: 評価した人。個人を特定したくなければ ``pseudonymize()`` を通す。
-        comment: 理由(任意、10,000 文字まで)。
-        send: ``feedback_id``(画面が付けた重複防止の ID)、``timeout_seconds``(秒)、
-            ``deliver``(``send_feedback()`` の代わりに届ける関数)。
-
-    Raises:
-        FeedbackError: 下位クラスは ``send_feedback()`` を参照。
+    ``trace_id`` は応答と一緒に画面へ返したもの、``user_id`` は評価した人(個人を特定したくなければ
+    ``pseudonymize()`` を通す)、``comment`` は理由、``kw`` は ``send_feedback()`` の引数。
     """
 
-def log_rating_feedback(trace_id: str, rating: float, user_id: str, rationale: str | None=None, *, scale: tuple[float, float]=(1, 5), **send: Any) -> Assessment:
+def log_rating_feedback(trace_id: str, rating: float, user_id: str, rationale: str | None=None, *, scale: tuple[float, float]=(1, 5), **kw: Any) -> Assessment:
     """点数を記録する(評価名 ``user_rating``)。``scale`` は両端を含む範囲。付け直すと置き換える。"""
 
-def log_text_feedback(trace_id: str, comment: str, user_id: str, category: str | None=None, **send: Any) -> Assessment:
+def log_text_feedback(trace_id: str, comment: str, user_id: str, category: str | None=None, **kw: Any) -> Assessment:
     """自由記述を記録する(評価名 ``user_comment``、10,000 文字まで)。分類はメタデータに入る。"""
 
-def log_issue_report(trace_id: str, issue_type: IssueType | str, description: str, user_id: str, severity: Severity | str='medium', **send: Any) -> Assessment:
-    """問題の報告を記録する(評価名 ``user_issue``、値は種類、説明は ``rationale``)。
+def log_issue_report(trace_id: str, issue_type: str, description: str, user_id: str, severity: str='medium', **kw: Any) -> Assessment:
+    """問題の報告を記録する(評価名 ``user_issue``、値は種類、説明は ``rationale``)。"""
 
-    本書の旧版は評価名に種類を含めていた(``issue_report_...``)。名前が増え続けると
-    ``feedback.user_issue = 'hallucination'`` のような検索ができないので、名前は 1 つにした。
-    """
-
-def log_user_correction(trace_id: str, expected_response: str, user_id: str, correction_type: str='factual', **send: Any) -> Assessment:
+def log_user_correction(trace_id: str, expected_response: str, user_id: str, correction_type: str='factual', **kw: Any) -> Assessment:
     """正しい答えを、``Correctness`` が読む期待値 ``expected_response`` として記録する。"""
 
-def pseudonymize(user_id: str, key: bytes) -> str:
-    """ユーザー ID を、鍵がなければ元に戻せない 32 文字の仮名にする(同じ人は同じ仮名)。"""
+def withdraw_feedback(trace_id: str, user_id: str, kind: str=FeedbackType.THUMBS, **kw: Any) -> bool:
+    """この人の、この種類の評価をすべて取り下げる(保存先から消える)。何もなければ偽。"""
 
 class FeedbackCollector:
-    """1 人のユーザーのフィードバックをまとめて送る。トレース ID は必ず明示する。
-
-    本書の旧版は、省略すると「最後のトレース」に記録した。並行してリクエストを受けるサーバーでは
-    他人のトレースに付いてしまうので、省略はエラーにする。
-    """
+    """1 人のユーザーのフィードバックを送る。省いたトレースを「最後のもの」で補わない。"""
 
     def __init__(self, user_id: str, trace_id: str | None=None) -> None:
+        self.user_id = user_id
         self._trace_id = trace_id
 
     @property
@@ -56,22 +51,25 @@ class FeedbackCollector:
         """対象のトレースを選ぶ。続けて ``collector.set_trace(id).thumbs_up()`` と書ける。"""
 
     def thumbs_up(self, comment: str | None=None) -> Assessment:
-        """良い、と評価する。"""
+        ...
 
     def thumbs_down(self, comment: str | None=None) -> Assessment:
-        """悪い、と評価する。"""
+        ...
 
     def rate(self, rating: float, rationale: str | None=None) -> Assessment:
-        """1 から 5 の点数を付ける。"""
+        ...
 
     def comment(self, text: str, category: str | None=None) -> Assessment:
-        """自由記述を送る。"""
+        ...
 
-    def report_issue(self, issue_type: IssueType | str, description: str, severity: Severity | str='medium') -> Assessment:
-        """問題を報告する。"""
+    def report_issue(self, issue_type: str, description: str, severity: str='medium') -> Assessment:
+        ...
 
     def correct(self, expected_response: str, correction_type: str='factual') -> Assessment:
-        """正しい答えを教える。"""
+        ...
+
+    def withdraw(self, kind: str=FeedbackType.THUMBS) -> bool:
+        ...
 
 def main() -> None:
     """サンプルを実行する。"""

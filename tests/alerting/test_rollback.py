@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
@@ -16,6 +17,7 @@ from chapter8_samples.alerting.releases.journal import (
     Change,
     ConcurrentChangeError,
     CooldownError,
+    GateRefusedError,
     Journal,
     KnownBadVersionError,
     NoHistoryError,
@@ -606,3 +608,55 @@ def test_the_version_an_alias_points_at_can_be_looked_up(tracking_uri: str) -> N
     assert manager.get_alias_info("champion") is None
     manager.promote(2)
     assert str(manager.get_alias_info().version) == "2"
+
+
+def test_a_gate_is_asked_before_a_promotion_and_only_then() -> None:
+    asked: list[str] = []
+    registry = Registry()
+    rollback = engine(registry, gate=asked.append)  # None を返すゲートは、何も言わない
+    rollback.promote(1)
+    assert asked == []  # 最初の版には、比べる相手がない
+    rollback.promote(2)
+    rollback.rollback()
+    rollback.undo()
+    with pytest.raises(SameVersionError):
+        rollback.promote(2)
+    assert asked == [registry.uri("2")]
+
+
+def test_what_the_gate_does_not_accept_is_not_promoted_and_says_why() -> None:
+    class Worse:
+        def __bool__(self) -> bool:
+            return False
+
+        def __str__(self) -> str:
+            return "worse (90% -> 70%)"
+
+    def raises(uri: str) -> object:
+        raise ValueError("the judge is down")
+
+    for gate, reason in ((lambda uri: Worse(), "worse (90% -> 70%)"), (raises, "judge is down")):
+        registry = Registry()
+        rollback = engine(registry, gate=gate)
+        rollback.promote(1)
+        with pytest.raises(GateRefusedError, match=re.escape(reason)):
+            rollback.promote(2, force=True)
+        assert registry.current() == "1"
+        assert len(rollback.history()) == 1
+
+
+def test_a_promotion_during_the_gate_is_not_overwritten() -> None:
+    registry = Registry()
+    rollback = engine(registry, gate=lambda uri: registry.point("3"))
+    rollback.promote(1)
+    with pytest.raises(ConcurrentChangeError, match="at version 1, found 3"):
+        rollback.promote(2)
+
+
+def test_a_request_that_was_carried_out_does_not_ask_the_gate_again() -> None:
+    asked: list[str] = []
+    registry = Registry()
+    rollback = engine(registry, gate=asked.append)
+    rollback.promote(1)
+    first = rollback.promote(2, request_id="r")
+    assert rollback.promote(2, request_id="r") == first and len(asked) == 1

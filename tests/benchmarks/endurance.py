@@ -20,6 +20,7 @@ import os
 import random
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -314,7 +315,7 @@ def collect(
 
     mlflow.set_tracking_uri(server.url)
     rest = replay(home / "spool")
-    outbox = FeedbackOutbox(home / "outbox.jsonl")
+    outbox = FeedbackOutbox(home / "outbox.db")
     outbox.replay(timeout_seconds=0.5)  # 失われたトレースへの評価は、待っても届かない
     experiment = mlflow.set_experiment("endurance").experiment_id
     found: Any = mlflow.search_traces(locations=[experiment], return_type="list")
@@ -328,9 +329,16 @@ def collect(
         memory=app.memory,
         mid_request=sum(a < at < b for at in app.stopped_at for a, b in traffic.answered),
         left=rest.pending + rest.dead,
-        feedback_left=set(outbox._pending),
+        feedback_left=feedback_left(home / "outbox.db"),
         leftover=[group for group in app.groups + server.groups if alive(group)],
     )
+
+
+def feedback_left(outbox: Path) -> set[str]:
+    """送信箱に残った評価の ID。"""
+    with sqlite3.connect(outbox) as database:
+        rows = database.execute("SELECT json_extract(body, '$.feedback_id') FROM feedback")
+        return {name for (name,) in rows}
 
 
 def alive(group: int) -> bool:

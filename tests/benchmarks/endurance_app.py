@@ -53,7 +53,7 @@ class SupportApp:
         setup_otlp_export(endpoint, "support-bot", timeout_seconds=timeout_seconds)
         mlflow.openai.autolog()  # type: ignore[no-untyped-call]
         self.spool = TraceSpool(home / "spool", cooldown_seconds=1).install()
-        self.outbox = FeedbackOutbox(home / "outbox.jsonl")
+        self.outbox = FeedbackOutbox(home / "outbox.db")
         client = openai.OpenAI(max_retries=0)
         self.bot = SupportBot(client, prompt=lambda: Prompt("1", GOOD_PROMPT))
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from chapter8_samples.cost_tracking import __main__ as commands
-from chapter8_samples.cost_tracking.__main__ import find_queries
+from chapter8_samples.cost_tracking.__main__ import find_queries, write_csv
 from chapter8_samples.cost_tracking.__main__ import main as command
 from chapter8_samples.cost_tracking.archive.sql import (
     ResultTable,
@@ -25,7 +25,6 @@ from chapter8_samples.cost_tracking.archive.sql import (
     run_on_duckdb,
     run_on_spark,
 )
-from chapter8_samples.cost_tracking.archive.tables import write_csv
 
 from .conftest import normal, span, tokens, usd
 
@@ -119,6 +118,36 @@ def test_one_outlier_among_sixty_is_found(archive_of: Callable[..., Path], row: 
     rows.append(row(99, START, '{"total_cost": 1.0}', '{"total_tokens": 1}'))
     found = records(archive_of(rows), "anomalies")
     assert [(r["trace_id"], r["times_median"]) for r in found] == [("tr-00000099", 100)]
+
+
+@pytest.mark.parametrize(("count", "found", "said"), [(14, 0, True), (15, 1, False)])
+def test_too_few_traces_for_an_anomaly_are_named(
+    archive_of: Callable[..., Path],
+    row: Any,
+    capsys: pytest.CaptureFixture[str],
+    count: int,
+    found: int,
+    said: bool,
+) -> None:
+    """C17: 15 件に満たない名前では、100 万ドルの 1 件も見つからない。黙っていない。"""
+    rows = [row(i, START, usd(0.01 if i else 1e6)) for i in range(count)]
+    path = archive_of([*rows, row(99, START)])  # コストの分からない 1 件は、数に入らない
+    period = ["--start", "2026-10-01", "--end", "2026-11-20"]
+    assert command(["sql", str(path), "--query", "anomalies", *period]) == 0
+    out = capsys.readouterr().out
+    assert out.count("tr-000000") == found
+    assert ("15 件に満たない名前では見つからない: chat(14 件)" in out) == said
+    assert "15 件に満たない" in find_queries()["anomalies"].description
+
+
+def test_a_partly_priced_call_is_counted_and_marked(
+    archive_of: Callable[..., Path], row: Any
+) -> None:
+    """料金の一部だけ決まった呼び出しには理由がある。理由のない partial は、子の合計。"""
+    call = span("s", None, '"gpt-4o"', 0.5, 100, "partial")
+    call["attributes"].append(("cost.reason", '"90 tokens have no known price"'))
+    found = records(archive_of([row(1, START, usd(0.5), "{}", spans=[call])]), "by_model")[0]
+    assert (found["stored_calls"], found["unpriced"], found["cost_usd"]) == (1, 1, Decimal("0.5"))
 
 
 def test_costs_in_tags_of_earlier_code_are_read(archive_of: Callable[..., Path], row: Any) -> None:

@@ -21,7 +21,8 @@ from chapter8_samples.cost_tracking import (
     aggregate_token_usage_from_traces,
     setup_cost_tracking,
 )
-from chapter8_samples.cost_tracking.usage import find_experiment_id, reader
+from chapter8_samples.cost_tracking.usage import reader
+from chapter8_samples.cost_tracking.usage.reader import find_experiment_id
 
 START = datetime(2024, 12, 20, tzinfo=timezone.utc)
 

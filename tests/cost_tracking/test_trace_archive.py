@@ -24,8 +24,6 @@ from chapter8_samples.cost_tracking import (
 from chapter8_samples.cost_tracking.__main__ import find_queries
 from chapter8_samples.cost_tracking.__main__ import main as command
 from chapter8_samples.cost_tracking.archive import parquet
-from chapter8_samples.cost_tracking.archive.extras import MissingDependencyError
-from chapter8_samples.cost_tracking.archive.parquet import ExportProgress
 from chapter8_samples.cost_tracking.archive.sql import cost_parameters, run_on_duckdb
 
 DAY_1 = datetime(2024, 12, 20, 6, tzinfo=timezone.utc)
@@ -69,14 +67,15 @@ def clock(hours: float) -> Any:
 
 
 def test_days_are_written_once_and_today_again(three_days: str, tmp_path: Path) -> None:
-    seen: list[ExportProgress] = []
-    result = export_traces_to_parquet(
-        three_days, tmp_path / "a", progress=seen.append, now=clock(50)
-    )
+    seen: list[tuple[date, int | None]] = []
+
+    def note(day: date, traces: int | None) -> None:
+        seen.append((day, traces))
+
+    result = export_traces_to_parquet(three_days, tmp_path / "a", progress=note, now=clock(50))
     assert (result.traces, result.days_skipped, len(result.files)) == (6, 0, 3)
-    assert [(p.day, p.traces) for p in seen] == [
-        (date(2024, 12, 20), 2), (date(2024, 12, 21), 3), (date(2024, 12, 22), 1),
-    ]  # fmt: skip
+    want = [(date(2024, 12, 20), 2), (date(2024, 12, 21), 3), (date(2024, 12, 22), 1)]
+    assert seen == want
     record(DAY_1 + timedelta(days=2, hours=1))
     again = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(50))
     assert (again.traces, again.days_skipped) == (2, 2)
@@ -95,9 +94,9 @@ def test_a_day_is_closed_only_after_late_requests_had_time(three_days: str, tmp_
 def test_an_interrupted_export_leaves_no_broken_file(
     three_days: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail_on_the_second_day(progress: ExportProgress) -> None:
-        if progress.day.day == 20:
-            monkeypatch.setattr(parquet, "_span_row", None)
+    def fail_on_the_second_day(day: date, _: int | None) -> None:
+        if day.day == 20:
+            monkeypatch.setattr(parquet, "_span_rows", None)
 
     with pytest.raises(TypeError):
         export_traces_to_parquet(
@@ -186,12 +185,27 @@ def test_the_command_exports_what_is_new(
     assert "住所は秘密" in str(pq.read_table(tmp_path / "a").to_pylist())
 
 
+def test_an_id_is_as_good_as_a_name_and_the_budget_sees_its_whole_month(
+    three_days: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """予算は月の初めから数える。--start が月の途中でも、そこまでの分を書き出さないと足りない。"""
+    experiment = mlflow.get_experiment_by_name(three_days)
+    assert experiment
+    period = ["--start", "2024-12-22", "--end", "2024-12-23", "--tz", "UTC"]
+    for source in (three_days, experiment.experiment_id):
+        assert command(["sql", source, "--query", "budget", *period]) == 0
+        titles, values = capsys.readouterr().out.splitlines()[1:3]
+        budget = dict(zip(titles.split(), values.split(), strict=True))
+        assert float(budget["spent_usd"]) == pytest.approx(6 * 0.0075)
+
+
 def test_the_command_explains_mistakes(
     tracking_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, code, message in (
         (["sql", "no-such-experiment"], 1, "no experiment 'no-such-experiment'"),
         (["export", "no-such-experiment", str(tmp_path)], 1, "no experiment 'no-such-experiment'"),
+        (["sql", "987654321"], 1, "no experiment '987654321'"),
         (["sql", "x", "--query", "nope"], 2, "unknown query 'nope'; choose from daily_summary"),
     ):
         assert command(arguments) == code
@@ -205,14 +219,14 @@ def test_missing_packages_name_the_install_command(
     three_days: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingDependencyError, match=r'pip install "chapter8-samples\[sql\]"'):
+    with pytest.raises(ImportError, match=r'pip install "chapter8-samples\[sql\]"'):
         export_traces_to_parquet(three_days, tmp_path)
 
 
 @pytest.mark.slow
 def test_empty_and_unknown_experiments(tracking_uri: str, tmp_path: Path) -> None:
     mlflow.set_experiment("empty")
-    assert export_traces_to_parquet("empty", tmp_path).files == ()
+    assert export_traces_to_parquet("empty", tmp_path).files == []
     with pytest.raises(ExperimentNotFoundError, match="nope"):
         export_traces_to_parquet("nope", tmp_path)
 

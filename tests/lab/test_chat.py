@@ -108,4 +108,4 @@ def test_votes_for_unknown_traces_do_not_hold_up_the_end(
             assert client.post("/feedback", json=body).status_code == 202
         began = time.monotonic()
     assert time.monotonic() - began < 20
-    assert len(FeedbackOutbox(tmp_path / "outbox" / "chat.jsonl")) == 2
+    assert len(FeedbackOutbox(tmp_path / "outbox" / "chat.db")) == 2

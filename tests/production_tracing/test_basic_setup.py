@@ -473,7 +473,7 @@ def test_autologging_names(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_every_autologging_module_exists() -> None:
     root = Path(mlflow.__file__).parent
-    for flavor, _ in AUTOLOG_PROVIDERS.values():
+    for flavor in set(AUTOLOG_PROVIDERS) - {"langgraph"}:  # LangChain が兼ねる
         assert (root / flavor / "__init__.py").exists() or (root / f"{flavor}.py").exists(), flavor
 
 

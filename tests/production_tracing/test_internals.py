@@ -192,11 +192,12 @@ def test_stream_chunk_event_name_format(tracking_uri: str) -> None:
     list(stream)
 
 
-def test_get_configured_trace_metadata() -> None:
-    """``mlflow.tracing.context`` のメタデータは、``get_configured_trace_metadata()`` で読める。"""
-    assert _internals.scope_metadata() == {}
-    with mlflow.tracing.context(metadata={"caller.trace_id": "1"}):
+def test_get_configured_trace_metadata_and_tags() -> None:
+    """``mlflow.tracing.context`` の値は、``get_configured_trace_metadata()`` などで読める。"""
+    assert _internals.scope_metadata() == _internals.scope_tags() == {}
+    with mlflow.tracing.context(metadata={"caller.trace_id": "1"}, tags={"request_id": "r"}):
         assert _internals.scope_metadata() == {"caller.trace_id": "1"}
+        assert _internals.scope_tags() == {"request_id": "r"}
 
 
 # ---- マスキング ----

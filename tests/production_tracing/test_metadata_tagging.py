@@ -126,7 +126,7 @@ def test_find_traces(tracking_uri: str, stored: Any) -> None:
     assert ids(status="ERROR") == [None] == ids(name="slow")
     assert ids(min_latency_ms=60_000) == [] == ids(user="' OR user = 'b")
     assert len(find_traces()) == 3 and len(find_traces(max_results=1)) == 1
-    with pytest.raises(ValueError, match="both kinds of quotes"):
+    with pytest.raises(ValueError, match="both quotes"):
         find_traces(user="'\"")
     with pytest.raises(ValueError, match="backquote"):
         find_traces(tags={"a`b": "1"})

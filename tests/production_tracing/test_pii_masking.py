@@ -252,7 +252,6 @@ def test_full_width_and_nested_values() -> None:
     assert masker.value({"a@b.jp": [("M-123456", 4111111111111111, True, None, 1.5)]}) == {
         "[EMAIL]": [["[MEMBER]", "[CARD]", True, None, 1.5]]
     }
-    assert masker.masked == {"PHONE": 1, "EMAIL": 1, "MEMBER": 1, "CARD": 1}
 
 
 def test_key_is_found_by_its_name_in_a_dictionary() -> None:
@@ -273,10 +272,9 @@ def test_ids_are_left_alone(value: uuid.UUID) -> None:
 
 @given(st.text())
 def test_text_without_secrets_changes_only_by_labels(text: str) -> None:
-    masker = mask_pii()
-    masked = masker.text(text)
-    assert masked == text or sum(masker.masked.values()) > 0
-    assert masker.text(masked) == masked
+    masked = mask_pii().text(text)
+    assert masked == text or re.search(r"\[[A-Z_]+\]", masked)
+    assert mask_pii().text(masked) == masked
 
 
 def plant(number: int, text: str) -> None:

@@ -223,7 +223,7 @@ def test_policy_error_keeps_and_counts(tracking_uri: str, stored: Any) -> None:
     sampler = TailSampler(lambda _summary: 1 / 0).install()  # type: ignore[arg-type,return-value]
     plain(1)
     assert len(stored("error")) == 1
-    assert sampler.stats().policy_errors == 1
+    assert sampler.stats().by_rule == {"policy_error": (1, 0)}
 
 
 @pytest.mark.slow
@@ -236,7 +236,8 @@ def test_policy_that_returns_no_decision_keeps_and_counts(
     plain(1)
     (trace,) = stored("no decision")
     assert trace.info.trace_metadata["sampling.rule"] == "policy_error"
-    assert (sampler.stats().policy_errors, sampler.stats().open_traces) == (1, 0)
+    stats = sampler.stats()
+    assert (stats.by_rule, stats.open_traces) == ({"policy_error": (1, 0)}, 0)
     assert f"policy returned {answer!r}; return a Decision" in caplog.text
 
 
@@ -271,7 +272,7 @@ def test_open_traces_are_bounded_and_evicted_ones_are_kept(tracking_uri: str, st
     for root in roots:
         root.end()
     traces = stored("bounded")
-    assert sampler.stats().evicted == 3 and len(traces) == 3
+    assert sampler.stats().by_rule["evicted"] == (3, 0) and len(traces) == 3
     assert {len(trace.data.spans) for trace in traces} == {2}
     assert {t.info.trace_metadata["sampling.rule"] for t in traces} == {"evicted"}
 
@@ -420,7 +421,8 @@ def test_whatever_ends_first_a_trace_is_sent_whole_or_not_at_all(
     ids = [(span.context.trace_id, span.context.span_id) for span in sent]
     assert sorted(ids) == [(trace_id, span) for trace_id in (1, 3) for span in (1, 2, 3, 4)]
     stats = sampler.stats()
-    assert (stats.kept, stats.dropped, stats.evicted, stats.open_traces) == (2, 2, 1, 0)
+    assert (stats.kept, stats.dropped, stats.open_traces) == (2, 2, 0)
+    assert stats.by_rule["evicted"] == (1, 0)
 
 
 def test_uninstall_sends_what_it_holds(tracking_uri: str) -> None:

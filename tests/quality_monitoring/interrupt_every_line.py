@@ -14,6 +14,7 @@ import threading
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 from mlflow.genai.scorers import scorer
 
@@ -94,6 +95,7 @@ def interrupted_at(line: int) -> bool:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(200, exit=True)  # 止まったら、止まった場所を示して終わる
     scoring_engine.MlflowClient = scoring_engine.TracingClient = Client  # type: ignore[misc,assignment]
+    scoring_engine.Lease = MagicMock()  # type: ignore[misc]
     scoring_engine._log_once = lambda trace_id, _: stored.append(trace_id)  # pyright: ignore
     line, interrupted = 0, True
     while interrupted:

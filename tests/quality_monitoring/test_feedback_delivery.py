@@ -157,11 +157,11 @@ def test_a_vote_waits_for_the_previous_one_only_until_its_deadline(
 ) -> None:
     sending, release = threading.Event(), threading.Event()
 
-    def slow(_: FeedbackRequest) -> bool:
+    def slow(*_: object) -> bool:
         sending.set()
         return release.wait(10)
 
-    monkeypatch.setattr(feedback_delivery, "_store_once", slow)
+    monkeypatch.setattr(feedback_delivery, "_store", slow)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(send_feedback, thumbs("tr-1"))
         assert sending.wait(10)
@@ -180,7 +180,7 @@ def test_feedback_is_recorded_as_human(store: str, ask: Any) -> None:
 
 def test_unknown_trace_is_an_error_that_carries_the_request(store: str) -> None:
     request = thumbs("tr-" + "0" * 32)
-    with pytest.raises(TraceNotFoundError, match="not stored within") as caught:
+    with pytest.raises(TraceNotFoundError, match="is not stored") as caught:
         send_feedback(request, timeout_seconds=0.3)
     assert FeedbackRequest.from_dict(json.loads(json.dumps(caught.value.request.to_dict()))) == (
         request

@@ -2,135 +2,104 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from mlflow.tracing.client import TracingClient
+from ports import free_port
 
 from chapter8_samples import quality_monitoring
+from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 from chapter8_samples.quality_monitoring import (
     FeedbackDeliveryError,
     FeedbackError,
     FeedbackOutbox,
     FeedbackRequest,
+    OutboxStatus,
+    TraceNotFoundError,
     send_feedback,
+    summarize_feedback,
+    withdraw_feedback,
 )
+from chapter8_samples.quality_monitoring.feedback.delivery import store_feedback
 
 
-def request(trace_id: str, user_id: str = "u") -> FeedbackRequest:
-    return FeedbackRequest(trace_id=trace_id, name="user_thumbs", value=True, user_id=user_id)
+def request(trace_id: str, user_id: str = "u", value: bool = True) -> FeedbackRequest:
+    return FeedbackRequest(trace_id=trace_id, name="user_thumbs", value=value, user_id=user_id)
 
 
-def offline(request: FeedbackRequest, *, timeout_seconds: float):  # type: ignore[no-untyped-def]
+def offline(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
     raise FeedbackDeliveryError("server is down", request)
 
 
-def stored(trace_id: str) -> int:
-    return len(TracingClient().get_trace_info(trace_id).assessments)
+def refuse(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
+    raise FeedbackError("not allowed")
+
+
+def stored(trace_id: str) -> list[Any]:
+    return [a.feedback for a in TracingClient().get_trace_info(trace_id).assessments]
 
 
 def test_delivered_feedback_leaves_nothing_behind(store: str, ask: Any, tmp_path: Path) -> None:
     (trace_id,) = ask()
-    outbox = FeedbackOutbox(tmp_path / "out" / "box.jsonl")
-    assert outbox.submit(request(trace_id)) is not None
-    assert len(outbox) == len(FeedbackOutbox(tmp_path / "out" / "box.jsonl")) == 0
+    box = tmp_path / "out" / "box.db"
+    assert FeedbackOutbox(box).submit(request(trace_id)) is not None
+    assert not box.exists() and len(FeedbackOutbox(box)) == 0
 
 
 def test_a_restarted_app_sends_the_rest_once(store: str, ask: Any, tmp_path: Path) -> None:
-    ids = ask(3)
-    box = tmp_path / "box.jsonl"
+    ids, box = ask(3), tmp_path / "box.db"
     down = FeedbackOutbox(box, send=offline)
     assert [down.submit(request(i)) for i in ids] == [None] * 3
-    with box.open("a", encoding="utf-8") as file:
-        file.write('{"add": {"trace')  # 書きかけで落ちた
     restarted = FeedbackOutbox(box)
     assert len(restarted) == 3
     report = restarted.replay()
     assert (report.sent, report.remaining) == (3, 0)
     assert restarted.replay().sent == 0
-    assert [stored(i) for i in ids] == [1, 1, 1]
-    assert box.read_text() == ""
+    assert [len(stored(i)) for i in ids] == [1, 1, 1]
 
 
-def test_any_text_and_any_torn_line_survive_a_restart(tmp_path: Path) -> None:
-    box = tmp_path / "box.jsonl"
-    votes = [
-        replace(request(f"tr-{i}"), rationale=text)
-        for i, text in enumerate(["行区切り\u2028の後", "次の行\x85の後", "絵文字\U0001f600"])
-    ]
-    down = FeedbackOutbox(str(box), send=offline)
+def test_any_text_survives_a_restart(tmp_path: Path) -> None:
+    texts = ["行区切り\u2028の後", "次の行\x85の後", "絵文字\U0001f600", "'; DROP TABLE feedback"]
+    votes = [replace(request(f"tr-{i}"), rationale=text) for i, text in enumerate(texts)]
+    kept: list[FeedbackRequest] = []
+
+    def deliver(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
+        kept.append(request)
+
+    down = FeedbackOutbox(str(tmp_path / "box.db"), send=offline)
     for vote in votes:
         down.submit(vote)
-    whole = box.read_bytes()
-    for cut in range(len(whole) - 40, len(whole)):  # どこで電源が落ちても、前の 2 件は残る
-        box.write_bytes(whole[:cut])
-        assert len(FeedbackOutbox(box, send=offline)) >= 2
-    box.write_bytes(whole)
-    kept: list[str | None] = []
-
-    def deliver(request: FeedbackRequest, *, timeout_seconds: float):  # type: ignore[no-untyped-def]
-        kept.append(request.rationale)
-
-    FeedbackOutbox(box, send=deliver).replay()  # type: ignore[arg-type]
-    assert kept == [vote.rationale for vote in votes]
+    FeedbackOutbox(tmp_path / "box.db", send=deliver).replay()
+    assert kept == votes
 
 
-@pytest.mark.parametrize("torn", [b"\xff\xfe\n", '{"add": "送'.encode()[:-1], b"\x00" * 64])
-def test_bytes_no_text_can_hold_do_not_stop_the_app(tmp_path: Path, torn: bytes) -> None:
+def test_a_file_that_is_no_outbox_is_named_and_not_touched(tmp_path: Path) -> None:
     box = tmp_path / "box.jsonl"
-    FeedbackOutbox(box, send=offline).submit(request("tr-1"))
-    box.write_bytes(box.read_bytes() + torn)
-    assert len(FeedbackOutbox(box, send=offline)) == 1
-    assert len(FeedbackOutbox(box, send=offline)) == 1  # 読めない行は、もう取り除いてある
-    assert (tmp_path / "box.rejected").exists()
+    box.write_text('{"add": {"trace_id": "tr-1"}}\n' * 50)
+    with pytest.raises(OSError, match=r"box\.jsonl cannot be used"):
+        FeedbackOutbox(box, send=offline).submit(request("tr-1"))
+    assert box.read_text().count("tr-1") == 50
 
 
-def test_boxes_with_similar_names_do_not_share_files(tmp_path: Path) -> None:
-    def refuse(request: FeedbackRequest, *, timeout_seconds: float):  # type: ignore[no-untyped-def]
-        raise FeedbackError("not allowed")
-
-    boxes = [tmp_path / name for name in ("box.1", "box.2", "box.jsonl.3", "box.jsonl")]
-    for i, box in enumerate(boxes):
-        FeedbackOutbox(box, send=offline).submit(request(f"tr-{i}"))
-        FeedbackOutbox(box, send=refuse).replay()
-    rejected = sorted(file.name for file in tmp_path.glob("*.rejected"))
-    assert rejected == ["box.1.rejected", "box.2.rejected", "box.jsonl.3.rejected", "box.rejected"]
-
-
-def test_a_cleanup_never_brings_delivered_feedback_back(tmp_path: Path) -> None:
-    """届いたと書いた直後に、別のスレッドの再送の片付けが入る。"""
-
-    class Interleaved:
-        def __init__(self) -> None:
-            self.lock = threading.Lock()
-
-        def __enter__(self) -> None:
-            self.lock.acquire()
-
-        def __exit__(self, *_: object) -> None:
-            self.lock.release()
-            if '"done"' in box.read_text(encoding="utf-8"):
-                outbox._compact()  # pyright: ignore[reportPrivateUsage]
-
-    box = tmp_path / "box.jsonl"
-    box.touch()
-    outbox = FeedbackOutbox(box, send=lambda request, **_: None)  # type: ignore[arg-type]
-    outbox._lock = Interleaved()  # type: ignore[assignment]
-    outbox.submit(request("tr-1"))
-    assert len(FeedbackOutbox(box, send=offline)) == 0
-
-
-def test_a_line_of_another_version_is_set_aside(tmp_path: Path) -> None:
-    box = tmp_path / "box.jsonl"
-    FeedbackOutbox(box, send=offline).submit(request("tr-1"))
-    with box.open("a", encoding="utf-8") as file:
-        file.write('{"add": {"trace_id": "tr-2", "stars": 5}}\n')
-    assert len(FeedbackOutbox(box, send=offline)) == 1
-    assert "tr-2" in (tmp_path / "box.rejected").read_text()
+def test_a_row_of_another_version_is_set_aside(tmp_path: Path) -> None:
+    outbox = FeedbackOutbox(tmp_path / "box.db", send=offline)
+    outbox.keep(request("tr-1"))
+    with sqlite3.connect(tmp_path / "box.db") as database:
+        database.execute("UPDATE feedback SET body = json_set(body, '$.stars', 5)")
+    assert outbox.replay().rejected == 1
+    ((body, reason),) = outbox.rejected()
+    assert body["stars"] == 5 and "stars" in reason
 
 
 def test_what_the_outbox_takes_is_public_too() -> None:
@@ -140,15 +109,15 @@ def test_what_the_outbox_takes_is_public_too() -> None:
 
 def test_a_crash_after_sending_does_not_duplicate(store: str, ask: Any, tmp_path: Path) -> None:
     (trace_id,) = ask()
-    box = tmp_path / "box.jsonl"
     pending = request(trace_id)
-    FeedbackOutbox(box, send=offline).submit(pending)
+    outbox = FeedbackOutbox(tmp_path / "box.db")
+    outbox.keep(pending)
     send_feedback(pending)  # 届いたが、届いたと書く前に落ちた
-    assert FeedbackOutbox(box).replay().sent == 1
-    assert stored(trace_id) == 1
+    assert outbox.replay().sent == 1
+    assert len(stored(trace_id)) == 1
 
 
-def test_a_vote_on_its_way_is_not_sent_by_a_replay_too(tmp_path: Path) -> None:
+def test_two_replays_do_not_send_the_same_vote(tmp_path: Path) -> None:
     arrived, answer, sent = threading.Event(), threading.Event(), list[str]()
 
     def slow(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
@@ -156,52 +125,208 @@ def test_a_vote_on_its_way_is_not_sent_by_a_replay_too(tmp_path: Path) -> None:
         arrived.set()
         assert answer.wait(30)
 
-    box = tmp_path / "box.jsonl"
-    FeedbackOutbox(box, send=offline).submit(request("tr-1"))
-    outbox = FeedbackOutbox(box, send=slow)
+    box = tmp_path / "box.db"
+    FeedbackOutbox(box).keep(request("tr-1"))
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(outbox.replay)
+        first = pool.submit(FeedbackOutbox(box, send=slow).replay)
         assert arrived.wait(30)
-        arrived.clear()
-        second = pool.submit(outbox.submit, request("tr-2"))
-        assert arrived.wait(30)
-        assert outbox.replay().sent == 0
+        assert FeedbackOutbox(box, send=slow).replay().sent == 0  # 別のプロセスにあたる
         answer.set()
         assert first.result().sent == 1
-        second.result()
-    assert sorted(sent) == ["tr-1", "tr-2"]
-    assert len(outbox) == len(FeedbackOutbox(box)) == 0
+    assert sent == ["tr-1"] and len(FeedbackOutbox(box)) == 0
+
+
+def test_a_claim_of_a_crashed_process_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = tmp_path / "box.db"
+    FeedbackOutbox(box).keep(request("tr-1"))
+
+    def crash(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FeedbackOutbox(box, send=crash).replay()
+    fine = FeedbackOutbox(box, send=lambda request, timeout_seconds: None)
+    assert fine.replay().sent == 0
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 61)
+    assert fine.replay().sent == 1
 
 
 def test_an_old_vote_from_the_outbox_does_not_replace_a_newer_one(
     store: str, ask: Any, tmp_path: Path
 ) -> None:
     (trace_id,) = ask()
-    box = tmp_path / "box.jsonl"
-    newer = replace(request(trace_id), value=False)
+    newer = request(trace_id, value=False)
     older = replace(request(trace_id), given_at_ms=newer.given_at_ms - 1)
-    FeedbackOutbox(box, send=offline).submit(older)
+    outbox = FeedbackOutbox(tmp_path / "box.db")
+    outbox.keep(older)
     send_feedback(newer)
-    assert FeedbackOutbox(box).replay().remaining == 0
-    (vote,) = TracingClient().get_trace_info(trace_id).assessments
-    assert vote.feedback is not None and vote.feedback.value is False
+    report = outbox.replay()
+    assert (report.sent, report.rejected, report.remaining) == (0, 1, 0)  # 送ったとは言わない
+    assert "newer vote" in outbox.rejected()[0][1]
+    assert [vote.value for vote in stored(trace_id)] == [False]
 
 
-def test_replay_stops_while_the_server_is_down(store: str, ask: Any, tmp_path: Path) -> None:
-    outbox = FeedbackOutbox(tmp_path / "box.jsonl", send=offline)
-    for i in ask(2):
-        outbox.submit(request(i))
-    assert outbox.replay().remaining == 2
+def test_replay_stops_while_the_server_is_down(tmp_path: Path) -> None:
+    tried: list[str] = []
+
+    def down(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
+        tried.append(request.trace_id)
+        offline(request, timeout_seconds=timeout_seconds)
+
+    outbox = FeedbackOutbox(tmp_path / "box.db", send=down)
+    for i in range(10):
+        outbox.keep(request(f"tr-{i}"))
+    assert outbox.replay().remaining == 10
+    assert len(tried) == 3
+    outbox.replay()
+    assert len(set(tried)) == 6  # 次は、続きから
 
 
 def test_rejected_feedback_is_set_aside_and_told(tmp_path: Path) -> None:
-    def refuse(request: FeedbackRequest, *, timeout_seconds: float):  # type: ignore[no-untyped-def]
-        raise FeedbackError("not allowed")
-
-    box = tmp_path / "box.jsonl"
+    outbox = FeedbackOutbox(tmp_path / "box.db", send=refuse)
     with pytest.raises(FeedbackError):
-        FeedbackOutbox(box, send=refuse).submit(request("tr-1"))
-    FeedbackOutbox(box, send=offline).submit(request("tr-2"))
-    report = FeedbackOutbox(box, send=refuse).replay()
+        outbox.submit(request("tr-1"))
+    outbox.keep(request("tr-2"))
+    report = outbox.replay()
     assert (report.rejected, report.remaining) == (1, 0)
-    assert "tr-2" in (tmp_path / "box.rejected").read_text()
+    ((body, reason),) = outbox.rejected()
+    assert (FeedbackRequest.from_dict(body).trace_id, reason) == ("tr-2", "not allowed")
+    outbox.clear_rejected()
+    assert outbox.status() == OutboxStatus(0, 0)
+
+
+def test_the_same_feedback_id_on_two_traces_stops_nothing(
+    store: str, ask: Any, tmp_path: Path
+) -> None:
+    first, second, *good = ask(6)
+    outbox = FeedbackOutbox(tmp_path / "box.db")
+    send_feedback(replace(request(first), feedback_id=f"click {store}"))
+    outbox.keep(replace(request(second), feedback_id=f"click {store}"))
+    for trace_id in good:
+        outbox.keep(request(trace_id))
+    report = outbox.replay()
+    assert (report.sent, report.remaining) == (5, 0)
+    assert [len(stored(i)) for i in (first, second, *good)] == [1] * 6
+
+
+def test_unknown_traces_wait_behind_the_rest_and_expire(
+    store: str, ask: Any, tmp_path: Path
+) -> None:
+    tried: list[float] = []
+
+    def counted(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
+        tried.append(timeout_seconds)
+        return store_feedback(request, timeout_seconds=timeout_seconds)
+
+    (trace_id,) = ask()
+    outbox = FeedbackOutbox(tmp_path / "box.db", send=counted)
+    for i in range(20):
+        outbox.keep(request(f"tr-{i:032x}"))
+    outbox.keep(request(trace_id))
+    report = outbox.replay()
+    assert (report.sent, report.rejected, report.remaining) == (1, 0, 20)
+    assert len(tried) == 21 and max(tried) <= 5  # 1 件ずつ 1 回だけ
+    late = FeedbackOutbox(tmp_path / "box.db", expire_hours=0)
+    assert (late.replay().rejected, late.replay().rejected) == (20, 0)
+    assert all("is not stored" in reason for _, reason in late.rejected())
+    assert late.status() == OutboxStatus(0, 20)
+
+
+def test_replay_ends_at_its_deadline(tmp_path: Path) -> None:
+    clock = threading.Event()
+
+    def absent(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
+        clock.wait(0.05)
+        raise TraceNotFoundError("not yet", request)
+
+    outbox = FeedbackOutbox(tmp_path / "box.db", send=absent)
+    for i in range(100):
+        outbox.keep(request(f"tr-{i}"))
+    assert outbox.replay(timeout_seconds=0.2).remaining == 100
+    with sqlite3.connect(tmp_path / "box.db") as database:
+        query = "SELECT count(*) FROM feedback WHERE retry_at = kept_at"
+        assert database.execute(query).fetchone()[0] > 90
+
+
+def test_a_healthy_send_needs_no_disk(store: str, ask: Any, tmp_path: Path) -> None:
+    (trace_id,) = ask()
+    (tmp_path / "file").write_text("")
+    outbox = FeedbackOutbox(tmp_path / "file" / "box.db")  # 作れない場所
+    assert outbox.submit(request(trace_id)) is not None
+    assert len(stored(trace_id)) == 1
+    assert outbox.status().error is not None
+    with pytest.raises(OSError):  # 届かず、残せもしない。「記録した」とは言わない
+        FeedbackOutbox(tmp_path / "file" / "box.db", send=offline).submit(request("tr-1"))
+
+
+def test_a_withdrawal_reaches_what_still_waits(store: str, ask: Any, tmp_path: Path) -> None:
+    (trace_id,) = ask()
+    outbox = FeedbackOutbox(tmp_path / "box.db")
+    outbox.keep(request(trace_id))
+    outbox.keep(request(trace_id, "other"))
+    assert not withdraw_feedback(trace_id, "u", deliver=outbox.submit)
+    assert outbox.replay().sent == 1
+    assert summarize_feedback("quality").by_user.keys() == {"other"}
+
+
+WRITER = """
+import sys
+from chapter8_samples.quality_monitoring import FeedbackOutbox, FeedbackRequest
+box, uri, users, *traces = sys.argv[1:]
+import mlflow
+mlflow.set_tracking_uri(uri)
+outbox = FeedbackOutbox(box)
+for trace in traces:
+    for user in users.split(","):
+        vote = FeedbackRequest(trace, "user_thumbs", True, user)
+        if outbox.submit(vote, timeout_seconds=0.3) is None:
+            print("kept", flush=True)
+for _ in range(60):
+    outbox.replay(timeout_seconds=10)
+    if not len(outbox):
+        break
+print("done", len(outbox))
+"""
+
+
+@pytest.mark.slow
+def test_500_votes_of_two_processes_survive_a_server_restart(tmp_path: Path) -> None:
+    """1 つの送信箱を使う 2 つのプロセスが 250 件ずつ送る途中で、サーバーが落ちて戻る。"""
+    port = free_port()
+    server = MlflowServer(tmp_path / "server", port=port).start()
+    writers: list[subprocess.Popen[str]] = []
+    try:
+        mlflow.set_tracking_uri(server.url)
+        mlflow.set_experiment("restart")
+        traces: list[str] = []
+        for _ in range(50):
+            with mlflow.start_span("answer") as span:
+                traces.append(span.trace_id)
+        mlflow.flush_trace_async_logging()
+        for group in (range(5), range(5, 10)):
+            users = ",".join(f"user-{i}" for i in group)
+            words = [sys.executable, "-c", WRITER, tmp_path / "box.db", server.url, users, *traces]
+            environment = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+            writers.append(
+                subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
+            )
+        for writer in writers:
+            assert writer.stdout is not None
+            server.stop()
+            assert writer.stdout.readline() == "kept\n"
+        server = MlflowServer(tmp_path / "server", port=port).start()
+        for writer in writers:
+            out, _ = writer.communicate(timeout=200)
+            assert out.endswith("done 0\n"), out[-300:]
+        for trace_id in traces:
+            found = TracingClient().get_trace_info(trace_id).assessments
+            assert sorted(str(a.source.source_id) for a in found) == sorted(
+                f"user-{i}" for i in range(10)
+            )
+    finally:
+        for writer in writers:
+            writer.kill()
+        server.stop()

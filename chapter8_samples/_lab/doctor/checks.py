@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,23 @@ def versions() -> Iterator[Finding]:
     for package, purpose in {"opentelemetry-sdk": "", **_OPTIONAL}.items():
         found = installed(package)
         yield Finding(package, "ok", found or f"なし({purpose})")
+
+
+def prices() -> Iterator[Finding]:
+    """使う料金表と、その古さ。作業フォルダーに取り込んだ ``prices.json`` がなければ、本書の表。"""
+    from chapter8_samples.cost_tracking.prices import IMPORT_COMMAND, CostError, PriceTable
+
+    imported = Path("prices.json")
+    try:
+        table = PriceTable.from_file(imported) if imported.exists() else PriceTable.default()
+    except CostError as error:
+        yield Finding("料金表", "error", f"{imported}: {error}")
+        return
+    day = table.as_of or date.fromtimestamp(imported.stat().st_mtime)
+    age = (date.today() - day).days
+    fix = f"今の料金を取り込んでください: {IMPORT_COMMAND}" if age > 90 else ""
+    level = "warning" if fix and imported.exists() else "ok"
+    yield Finding("料金表", level, f"{table.name} の料金({day}、{age} 日前)", fix)
 
 
 def _mlflow_versions() -> Iterator[Finding]:

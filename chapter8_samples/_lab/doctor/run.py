@@ -42,6 +42,7 @@ def diagnose(environment: Mapping[str, str], experiment: str | None = None) -> l
     """すべての診断の結果。1 つの診断が失敗しても、残りは続ける。"""
     plan: list[tuple[str, Check]] = [
         ("版", checks.versions),
+        ("料金表", checks.prices),
         ("手元のデータ", lambda: checks.lab_folder(environment)),
         ("接続先", lambda: checks.backend(environment, experiment)),
         ("ジャッジ", lambda: services.judge(environment)),

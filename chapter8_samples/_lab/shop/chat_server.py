@@ -52,8 +52,7 @@ def chat_app(lab: Lab, tracking_uri: str) -> Iterator[FastAPI]:
         enable_autologging(["openai"])
         setup_cost_tracking()
         bot, search = SupportBot(OpenAI()), TraceSearch(EXPERIMENT)
-        outbox = FeedbackOutbox(lab.home / "outbox" / "chat.jsonl")
-        # 送り直すのは始まりと終わりだけ。受け付けの最中だと、届けている途中のものを二重に送る
+        outbox = FeedbackOutbox(lab.home / "outbox" / "chat.db")
         outbox.replay(timeout_seconds=1)
         traffic = Traffic(bot, environment=ENVIRONMENT, service_version=VERSION)
         operations = Operations(EXPERIMENT, traffic)

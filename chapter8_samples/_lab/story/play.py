@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import mlflow.genai
+from mlflow.genai.scorers import RetrievalGroundedness
 from openai import OpenAI
 
 from chapter8_samples.alerting import (
@@ -26,6 +29,7 @@ from chapter8_samples.alerting import (
     AlertSeverity,
     AlertStatus,
     ConsoleNotificationHandler,
+    GateRefusedError,
     MultiChannelNotifier,
     PagerDutyNotificationHandler,
     PromptRollbackManager,
@@ -42,6 +46,8 @@ from chapter8_samples.production_tracing import (
     setup_production_tracing,
 )
 from chapter8_samples.quality_monitoring import (
+    ReleaseComparison,
+    compare_releases,
     log_thumbs_feedback,
     run_scoring_cycle,
     setup_quality_scorers,
@@ -51,15 +57,24 @@ from ..console import Step, check, table
 from ..llm.server import StubLlm
 from ..report.health import stored_traces
 from ..servers.receivers import OtlpReceiver, Received, WebhookReceiver
+from ..shop.documents import load_questions
 from ..shop.operations import JUDGE_MODEL, QUALITY, QUALITY_FLOOR, quality_rule
-from ..shop.support_bot import PROMPT_ALIAS, PROMPT_NAME, SupportBot, register_releases
+from ..shop.support_bot import (
+    PROMPT_ALIAS,
+    PROMPT_NAME,
+    Prompt,
+    SupportBot,
+    register_releases,
+)
 from ..shop.traffic import Traffic, Visit
 from ..workbench import Lab
 from .report import StoryRecord, write_story_report
 
 EXPERIMENT, SERVICE, VERSION = "/production/support-bot", "support-bot", "1.4.0"
+CHECKED_ALIAS = "checked"
 SLOW_RULE, SLOW_MS, COST_CEILING_USD = "slow_p95", 350.0, 0.00012
 NORMAL, INCIDENT, RECOVERY = 48, 32, 40
+GATE_QUESTIONS = 15
 # 本番の窓は 5 分や 1 時間。標本数の下限は、混んだ機械(1 件に 2.5 秒)でも窓に入る数にしてある
 WINDOW_SECONDS, MIN_SAMPLES = 4, 6
 
@@ -129,6 +144,7 @@ class Story:
             Step("8.1", "1 件も失っていないことを確かめる", self.reconcile_counts),
             Step("8.2", "コストを計算し直して照合する", self.reconcile_costs),
             Step("8.5", "OTLP の受信側と照合する", self.reconcile_otlp),
+            Step("8.3", "昇格前に検査すれば、悪い版は止まる", self.gate_bad_prompt),
             Step("全体", "健全性レポートを書く", self.write_report),
         ]
 
@@ -277,6 +293,30 @@ class Story:
         check("OTLP のルートスパン", sorted(roots), sent)
         return f"ルートスパン {len(roots)} 件、ID はすべて一致(スパン {len(self.otlp.spans)} 件)"
 
+    def gate_bad_prompt(self) -> str:
+        """本番とは別のエイリアスとエクスペリメントで、同じ 2 つの版を、昇格の前に比べる。"""
+
+        def gate(candidate_uri: str) -> ReleaseComparison:
+            with quiet():
+                return compare_releases(
+                    [question.question for question in load_questions()[:GATE_QUESTIONS]],
+                    release(self.good_version).answer,
+                    release(candidate_uri.rpartition("/")[2]).answer,
+                    [RetrievalGroundedness(name=QUALITY, model=JUDGE_MODEL)],
+                    experiment_name=f"{EXPERIMENT}-evaluation",
+                )
+
+        manager = PromptRollbackManager(PROMPT_NAME, gate=gate)
+        manager.promote(self.good_version, alias=CHECKED_ALIAS)
+        try:
+            manager.promote(self.bad_version, alias=CHECKED_ALIAS)
+        except GateRefusedError as error:
+            refused = str(error)
+        else:
+            refused = ""
+        check("悪い版の昇格を拒んだ理由", f"{QUALITY}: worse" in refused, True)
+        return f"v{self.bad_version} を拒否({refused.partition(' (')[2].partition(' on ')[0]})"
+
     def write_report(self) -> str:
         self.record.notifications = [*_deliveries("Slack", self.slack, _slack_text)]
         self.record.notifications += _deliveries("PagerDuty", self.pagerduty, _pagerduty_text)
@@ -346,6 +386,19 @@ class Story:
             ("8.5 OTLP", f"スパン {len(self.otlp.spans)} 件", "トレース ID が一致"),
         ]
         return table(["節", "結果", "確かめたこと"], rows)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """評価が画面に出す案内と進み具合を、手順の一覧に混ぜない。"""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def release(version: str) -> SupportBot:
+    """1 つの版のプロンプトで答えるボット。"""
+    text = mlflow.genai.load_prompt(f"prompts:/{PROMPT_NAME}/{version}").template
+    return SupportBot(OpenAI(), prompt=lambda: Prompt(version, str(text)))
 
 
 def _deliveries(

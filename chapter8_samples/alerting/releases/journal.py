@@ -60,6 +60,10 @@ class ConcurrentChangeError(RollbackError):
     """ほかの誰かが同時に変更している、または変更した。"""
 
 
+class GateRefusedError(RollbackError):
+    """昇格前の検査が、いまのバージョンより悪くないと認めなかった。"""
+
+
 class VerificationError(RollbackError):
     """確認に失敗した。``restored`` は、エイリアスが元のバージョンを指しているか。"""
 

@@ -1,16 +1,17 @@
-"""8.2.3 料金の行と、この節の例外(本書にリストなし)。
-
-料金は日付で変わるので、行に期間と出典を持たせる。料金表(``table``)も、料金表のファイルの
-読み取り(``file``)も、この行を作る。
-"""
+"""8.2.3 料金の行と、この節の例外(本書にリストなし)。単価はすべて USD / 100 万トークン。"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
 from itertools import pairwise
+from typing import Any, ClassVar
+
+AMOUNTS = ("input", "output", "cached_input", "cache_write", "cache_write_1h")
+_PACKAGE = __name__.rpartition(".prices.")[0]
+IMPORT_COMMAND = f"python -m {_PACKAGE} prices import genai-prices -o prices.json"
 
 
 class CostError(ValueError):
@@ -22,11 +23,14 @@ class NoPriceError(CostError, LookupError):
 
 
 class UnknownModelError(NoPriceError):
-    """料金表にないモデル。``suggestions`` は綴りの近い名前。"""
+    """料金表にないモデル。``suggestions`` は、打ち間違いと思われるときの正しい名前。"""
 
-    def __init__(self, model: str, suggestions: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, suggestions: Sequence[str] = (), table: str = "") -> None:
         hint = f" (did you mean: {', '.join(suggestions)})" if suggestions else ""
-        super().__init__(f"no price for model {model!r}{hint}; add a row or an alias")
+        super().__init__(
+            f"no price for model {model!r} in price table {table}{hint}; today's prices: "
+            f"{IMPORT_COMMAND}; then pricing_file='prices.json', or add your own with pricing="
+        )
         self.model = model
         self.suggestions = tuple(suggestions)
 
@@ -36,43 +40,54 @@ class PriceNotEffectiveError(NoPriceError):
 
 
 class PriceTableError(CostError):
-    """料金表の誤り。``problems`` に、見つかったものをすべて持つ。"""
+    """料金表の誤り。``problems`` にすべて持ち、表示は最初の数件だけにする。"""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("invalid price table: " + "; ".join(problems))
+        more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        super().__init__("invalid price table: " + "; ".join([*problems[:8], *more]))
         self.problems = tuple(problems)
 
 
-@dataclass(frozen=True, slots=True)
-class PriceTier:
-    """長い入力の段。入力がこの数を超えたリクエストは、全トークンがこの単価になる。"""
-
-    above_input_tokens: int
-    input: Decimal
-    output: Decimal
-    cached_input: Decimal | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPrice:
-    """あるモデルの、ある期間の料金。単価はすべて USD / 100 万トークン。
+class Rates:
+    """単価。``None`` は割引がないことを表し、入力と同じ単価で数える。
 
-    ``None`` の単価は「割引がない」ことを表す。キャッシュは入力と同じ単価で数える。
-    ``effective_to`` の日は含まない。
+    1 時間の書き込みだけは、``None`` なら 5 分の書き込みの 1.6 倍とする(Anthropic の規則)。
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # ファイルの検査で使う
 
     input: Decimal
     output: Decimal
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
     cache_write_1h: Decimal | None = None
-    batch_input: Decimal | None = None
-    batch_output: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level(Rates):
+    """標準の単価と、処理の段(``batch``、``priority``、``flex`` など)ごとの単価。"""
+
+    service_tiers: Mapping[str, Rates] = field(default_factory=dict[str, Rates])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PriceTier(Level):
+    """長い入力の段。入力がこの数を超えたリクエストは、全トークンがこの単価になる。"""
+
+    above_input_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPrice(Level):
+    """あるモデルの、ある期間の料金。``effective_to`` の日は含まない。"""
+
     tiers: tuple[PriceTier, ...] = ()
     effective_from: date | None = None
     effective_to: date | None = None
-    provider: str = ""
-    source: str = ""
+    aliases: tuple[str, ...] = field(default=(), compare=False)
+    provider: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
 
     @property
     def period(self) -> str:
@@ -81,27 +96,43 @@ class ModelPrice:
 
     def covers(self, day: date) -> bool:
         """その日に有効か。"""
-        after_start = self.effective_from is None or self.effective_from <= day
-        return after_start and (self.effective_to is None or day < self.effective_to)
+        return (self.effective_from or date.min) <= day < (self.effective_to or date.max)
 
-    def tier_for(self, input_tokens: int) -> ModelPrice:
-        """入力の長さに応じた単価の行。段がなければ自分自身。"""
-        reached = [tier for tier in self.tiers if input_tokens > tier.above_input_tokens]
-        if not reached:
-            return self
-        top = max(reached, key=lambda tier: tier.above_input_tokens)
-        return replace(self, input=top.input, output=top.output, cached_input=top.cached_input)
+    def rates(self, input_tokens: int, service_tier: str = "") -> Rates:
+        """入力の長さと処理の段(``""`` は標準)に応じた単価。段の単価がなければ例外。"""
+        level: Level = self
+        if reached := [tier for tier in self.tiers if input_tokens > tier.above_input_tokens]:
+            level = max(reached, key=lambda tier: tier.above_input_tokens)
+        if not service_tier:
+            return level
+        if service_tier not in level.service_tiers:
+            long = "" if level is self else " for inputs this long"
+            raise NoPriceError(f"no {service_tier} price{long} in the row of {self.period}")
+        return level.service_tiers[service_tier]
 
 
-def row_problems(name: str, rows: Sequence[ModelPrice]) -> list[str]:
-    """あるモデルの行の並びの誤り。行がない、期間が逆、期間が重なる。"""
+def row_problems(name: str, rows: Sequence[ModelPrice], limit: int = 1000) -> list[str]:
+    """あるモデルの行の誤り。行がない、期間が逆、期間が重なる、段の数や単価がおかしい。"""
     problems = [] if rows else [f"{name}: no rows"]
-    problems += [
-        f"{name}: effective_to is not after effective_from ({row.period})"
-        for row in rows
-        if (row.effective_from or date.min) >= (row.effective_to or date.max)
-    ]
+    for row in rows:
+        if (row.effective_from or date.min) >= (row.effective_to or date.max):
+            problems.append(f"{name}: effective_to is not after effective_from ({row.period})")
+        starts = [tier.above_input_tokens for tier in row.tiers]
+        if len(set(starts)) < len(starts) or min(starts, default=1) < 1:
+            problems.append(f"{name}.tiers.above_input_tokens: {starts} (each > 0, once)")
+        levels: list[Level] = [row, *row.tiers]
+        for rates in (one for level in levels for one in (level, *level.service_tiers.values())):
+            problems += [f"{name}.{why}" for why in _absurd(rates, limit)]
     for earlier, later in pairwise(rows):
         if (earlier.effective_to or date.max) > (later.effective_from or date.min):
             problems.append(f"{name}: rows overlap ({earlier.period} / {later.period})")
     return problems
+
+
+def _absurd(rates: Rates, limit: int) -> list[str]:
+    """ありえない単価。単位の取り違えは、ここで分かる。"""
+    return [
+        f"{key}: {price:f} USD per 1M tokens is not a price; check the sign and the unit"
+        for key in AMOUNTS
+        if (price := getattr(rates, key)) and not Decimal("0.0001") <= price <= limit
+    ]

@@ -1,47 +1,46 @@
 """8.2.3 モデルの料金表(本書にリストなし)。
 
 料金は日付で変わり、モデル名は提供元ごとに綴りが違う。前方一致で探すと gpt-4o-mini-2024-07-18 が
-gpt-4o として 16.67 倍に計算される。だから、行に期間と出典を持たせ、名前は正確に照合する。
+gpt-4o として 16.67 倍に計算される。だから、行に期間を持たせ、名前は正確に照合する。
 
 Databricks の従量課金エンドポイントは DBU 建てで、単価は契約で変わる。自社の単価を
 ``with_overrides`` で足して使う。
 
 >>> table = PriceTable.default()
->>> for name in ("azure/gpt-4o", "us.anthropic.claude-3-5-haiku-20241022-v1:0"):
-...     row = table.price_at(table.resolve(name).name)
-...     print(table.resolve(name).name, row.input, row.output)
-gpt-4o 2.50 10.00
-claude-3-5-haiku 0.80 4.00
->>> print(table.price_at("claude-3-5-haiku", date(2024, 12, 2)).input)
-1.00
+>>> table.resolve("us.anthropic.claude-3-5-haiku-20241022-v1:0").name
+'claude-3-5-haiku'
+>>> table.price_at("claude-3-5-haiku", date(2024, 12, 2)).input  # 翌日から 0.8
+Decimal('1')
 """
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timezone
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from .file import load_file, read_prices
 from .model import (
     CostError,
     ModelPrice,
+    NoPriceError,
     PriceNotEffectiveError,
     PriceTableError,
     PriceTier,
+    Rates,
     UnknownModelError,
     row_problems,
 )
+from .names import MAKERS, family, spellings, undated
 
-MatchKind = Literal["exact", "alias"]
-_ZERO = Decimal(0)
+Rows = tuple[ModelPrice, ...]
+_BOOK = Path(__file__).with_name("book_2024_12.json")
 _CACHE_LIMIT = 4096  # 名前の照合結果を覚える上限。名前が外から来ても、メモリーは増え続けない
-_LONGEST_NAME = 300  # これより長い名前には、近い名前を探さない
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,65 +48,43 @@ class Match:
     """名前の照合結果。``name`` は料金表での名前。"""
 
     name: str
-    kind: MatchKind
-
-
-_PREFIX = re.compile(  # bedrock/us-east-1/ のような AWS のリージョンと、MLflow の openai:/ も
-    r"^(?:bedrock/[a-z]{2}(?:-[a-z]+)+-\d|openai|azure|azure_ai|anthropic|bedrock|converse"
-    r"|vertex_ai|gemini|google|models|databricks|litellm_proxy|openrouter):?/"
-)
-_RESOURCE = ("arn:", "projects/", "publishers/")  # AWS の ARN、Vertex AI のリソース名
-_REGION = re.compile(r"^(?:us-gov|us|eu|apac|jp|au|ca|global)\.(?=[a-z]+\.)")
-_VENDOR = re.compile(r"^(?:anthropic|meta|amazon|mistral|cohere)\.")
-_BEDROCK_VERSION = re.compile(r"-v\d+(?::\d+)*$")
-_VERTEX_DATE = re.compile(r"(?:-v\d)?@(\d{8})$")
-
-
-def canonical_model_name(model: str) -> str:
-    """提供元ごとの綴りを、料金表の綴りに直す(接頭辞、Bedrock の ID と ARN、Vertex の ``@日付``)。
-
-    >>> canonical_model_name("us.anthropic.claude-3-5-sonnet-20241022-v2:0")
-    'claude-3-5-sonnet-20241022'
-    """
-    name = model.strip().lower()
-    while name != (shorter := _PREFIX.sub("", name)):
-        name = shorter
-    if name.startswith(_RESOURCE):
-        name = name.rsplit("/", 1)[-1]
-    name = _REGION.sub("", name)
-    if _VENDOR.match(name):
-        name = _BEDROCK_VERSION.sub("", _VENDOR.sub("", name))
-    return _VERTEX_DATE.sub(r"-\1", name)
+    kind: Literal["exact", "alias"]
 
 
 @dataclass(frozen=True)
 class PriceTable:
-    """モデル名と日付から料金の行を引く表。変更はせず、``with_overrides`` で新しい表を作る。"""
+    """モデル名と日付から料金の行を引く表。変更はせず、``with_overrides`` で新しい表を作る。
 
-    rows: Mapping[str, tuple[ModelPrice, ...]]
+    ``as_of`` は料金の日付。``not_carried`` は、単価をこの表で表せないモデルと、その理由。
+    """
+
+    rows: Mapping[str, Rows]
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     name: str = "custom"
-    _resolved: dict[str, Match] = field(
-        default_factory=dict[str, Match], init=False, repr=False, compare=False
-    )
-    _near: dict[str, list[str]] = field(
-        default_factory=dict[str, list[str]], init=False, repr=False, compare=False
+    as_of: date | None = None
+    not_carried: Mapping[str, str] = field(default_factory=dict[str, str])
+    _resolved: dict[str, Match | list[str]] = field(  # 見つからなかった名前には、近い名前
+        default_factory=dict[str, "Match | list[str]"], init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
         problems = [p for name, rows in self.rows.items() for p in row_problems(name, rows)]
         problems += [
-            f"alias {alias!r} points to unknown model {target!r}"
-            for alias, target in self.aliases.items()
-            if target not in self.rows
+            f"alias {alias!r} points to unknown model {name!r}"
+            for alias, name in self.aliases.items()
+            if name not in self.rows and name not in self.not_carried
         ]
         if problems:
             raise PriceTableError(problems)
 
     @classmethod
     def default(cls) -> PriceTable:
-        """2024 年 12 月の公開料金。実際の請求の前に、提供元の料金ページで確かめること。"""
-        return cls(*_default_rows(), "2024-12")
+        """2024 年 12 月の公開料金。本書の計算例と合わせるため、新しくしない。"""
+        text = _BOOK.read_text(encoding="utf-8")
+        book = json.loads(text, parse_float=Decimal, parse_int=Decimal)
+        rows = {name: tuple(map(_book_row, found)) for name, found in book["models"].items()}
+        aliases = {alias: name for name, found in rows.items() for alias in found[-1].aliases}
+        return cls(rows, aliases, book["name"], date.fromisoformat(book["as_of"]))
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, name: str = "custom") -> PriceTable:
@@ -117,92 +94,146 @@ class PriceTable:
         ``{"gpt-4o": {"input": 0.0025, "output": 0.01}}`` のような平らな形は、本書と同じく
         USD / 1,000 トークンとして読む。誤りは ``PriceTableError`` にすべて並べる。
         """
-        rows, aliases = read_prices(data)
-        return cls(rows, aliases, name)
+        from .file import read_prices  # pydantic の import は遅い
+
+        rows, aliases, about = read_prices(data)
+        return cls(rows, aliases, about.name or name, about.as_of, about.not_carried)
 
     @classmethod
     def from_file(cls, path: str | Path) -> PriceTable:
         """JSON または YAML のファイルから作る。形は ``from_mapping`` と同じ。"""
+        from .file import load_file
+
         return cls.from_mapping(load_file(path), name=Path(path).stem)
 
     def with_overrides(self, data: Mapping[str, Any] | str | Path) -> PriceTable:
         """同じ名前の行を置き換え、ない名前の行を足した、新しい表。
 
         ``data`` は ``from_mapping`` と同じ形の辞書か、その形の JSON または YAML のファイル。
+        ``effective_from`` のある行は、その日からの料金。それより前は元の行で計算する。
         """
-        found = load_file(data) if isinstance(data, (str, Path)) else data
-        other = PriceTable.from_mapping(found, name=f"{self.name}+overrides")
-        kept = {alias: to for alias, to in self.aliases.items() if alias not in other.rows}
-        return PriceTable({**self.rows, **other.rows}, {**kept, **other.aliases}, other.name)
+        is_path = isinstance(data, (str, Path))
+        other = PriceTable.from_file(data) if is_path else PriceTable.from_mapping(data)
+        pairs = {name: (self._rows_of(name), new) for name, new in other.rows.items()}
+        if problems := [text for name, pair in pairs.items() for text in _jump(name, *pair)]:
+            raise PriceTableError(problems)
+        kept = {alias: name for alias, name in self.aliases.items() if alias not in pairs}
+        return PriceTable(
+            {**self.rows, **{name: _with_history(*pair) for name, pair in pairs.items()}},
+            {**kept, **other.aliases},
+            f"{self.name}+overrides",
+            self.as_of,
+            {name: why for name, why in self.not_carried.items() if name not in pairs},
+        )
 
     def with_aliases(self, aliases: Mapping[str, str]) -> PriceTable:
         """別名(Azure のデプロイ名など)を足した、新しい表。``{"my-deployment": "gpt-4o"}``"""
-        added = {
-            alias.strip().lower(): self.resolve(target).name for alias, target in aliases.items()
-        }
-        return PriceTable(self.rows, {**self.aliases, **added}, self.name)
+        added = {name.strip().lower(): self.resolve(to).name for name, to in aliases.items()}
+        return replace(self, aliases={**self.aliases, **added})
 
     def resolve(self, model: str) -> Match:
         """名前を料金表の行に結び付ける。完全一致か登録済みの別名だけで、前方一致はしない。
 
         Raises:
-            UnknownModelError: 見つからないとき。
+            UnknownModelError: 見つからないか、単価の違う行があって決められないとき。
         """
-        match = self._resolved.get(model)
-        if match is None:
-            match = self._look_up(model)
-            _remember(self._resolved, model, match)
-        return match
-
-    def _look_up(self, model: str) -> Match:
-        if not isinstance(model, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UnknownModelError(str(model))
-        raw = model.strip().lower()
-        name = canonical_model_name(model)
-        for candidate in (raw, name):  # 利用者が登録した名前は、接頭辞付きのままでも引ける
-            if candidate in self.aliases:
-                return Match(self.aliases[candidate], "alias")
-            if candidate in self.rows:
-                return Match(candidate, "exact")
-        if raw in self._near:
-            raise UnknownModelError(model, self._near[raw])
-        # 接頭辞付きで登録した別名は、接頭辞なしでも引ける(MLflow にはデプロイ名だけが残る)
-        known = {to for alias, to in self.aliases.items() if canonical_model_name(alias) == raw}
-        if len(known) == 1:
-            return Match(known.pop(), "alias")
-        raise UnknownModelError(model, self._near_names(raw, name))
-
-    def _near_names(self, raw: str, name: str) -> list[str]:
-        """綴りの近い名前。探すのは遅いので覚えておく(未知のモデルは、呼ぶたびに来る)。"""
-        if len(raw) > _LONGEST_NAME:
-            return []
-        near = difflib.get_close_matches(name, [*self.rows, *self.aliases], 3)
-        _remember(self._near, raw, near)
-        return near
+        found = self._resolved.get(model)
+        if found is None:
+            found = self._look_up(model)
+            if len(self._resolved) >= _CACHE_LIMIT:
+                self._resolved.clear()
+            self._resolved[model] = found
+        if isinstance(found, Match):
+            return found
+        raise UnknownModelError(model, found, f"{self.name} (as of {self.as_of or 'unknown'})")
 
     def price_at(self, name: str, at: date | datetime | None = None) -> ModelPrice:
-        """``resolve`` した名前の、その時点の行。``at=None`` は最新の行。
+        """``resolve`` した名前の、その時点の行。``at=None`` は、今日までに始まった最新の行。
 
         Raises:
-            PriceNotEffectiveError: その日に有効な行がないとき。
+            NoPriceError: その日に有効な行がないか、単価をこの表で表せないモデルのとき。
             CostError: ``at`` が日付でないか、時刻なのにタイムゾーンがないとき。
         """
-        rows = self.rows[name]
+        rows = self.rows.get(name)
+        if rows is None:
+            raise NoPriceError(f"{name!r} in {self.name}: {self.not_carried[name]}")
         if at is None:
-            return rows[-1]
+            today = date.max if len(rows) == 1 else datetime.now(timezone.utc).date()
+            return [row for row in rows if (row.effective_from or date.min) <= today][-1]
         day = _utc_day(at)
         for row in reversed(rows):
             if row.covers(day):
                 return row
-        raise PriceNotEffectiveError(
-            f"no price row of {name!r} covers {day} (rows: {', '.join(row.period for row in rows)})"
-        )
+        periods = ", ".join(row.period for row in rows)
+        raise PriceNotEffectiveError(f"no price row of {name!r} covers {day} (rows: {periods})")
+
+    def _look_up(self, model: str) -> Match | list[str]:
+        if not isinstance(model, str) or len(model) > 300:  # pyright: ignore[reportUnnecessaryIsInstance]
+            return []
+        names = spellings(model)
+        for name in names:
+            forms = (name, undated(name))
+            if match := self._exact(forms) or self._of_maker(forms):
+                return match
+            resold = [full for form in forms for full in self._tails.get(form, ())]
+            if resold and "/" not in model:  # 接頭辞が違えば、よその提供元の単価は使わない
+                prices = [self.rows.get(full, full) for full in resold]
+                same = prices.count(prices[0]) == len(prices)
+                return Match(resold[0], "alias") if same else resold[:4]
+        return self._near_names(names[-1])
+
+    def _exact(self, names: Iterable[str]) -> Match | None:
+        for name in names:
+            if name in self.aliases:
+                return Match(self.aliases[name], "alias")
+            if name in self.rows or name in self.not_carried:
+                return Match(name, "exact")
+        return None
+
+    def _of_maker(self, names: Iterable[str]) -> Match | None:
+        """接頭辞のない名前を、そのモデルを作った会社の行から探す。"""
+        for maker in MAKERS:
+            found = self._exact(f"{maker}/{name}" for name in names)
+            if found and found.name.startswith(f"{maker}/"):
+                return Match(found.name, "alias")
+        return None
+
+    @cached_property
+    def _tails(self) -> dict[str, list[str]]:
+        """``groq/llama-x`` を ``llama-x`` から引く表。MLflow には接頭辞のない名前が残る。"""
+        tails: dict[str, list[str]] = {}
+        for full in (*self.rows, *self.aliases, *self.not_carried):
+            rest = full
+            while "/" in rest:
+                rest = rest.partition("/")[2]
+                tails.setdefault(rest, []).append(self.aliases.get(full, full))
+        return tails
+
+    def _near_names(self, name: str) -> list[str]:
+        """打ち間違いと思われる名前。世代の違うモデルや、微調整したモデルの元は挙げない。"""
+        words, alike = family(name), range(len(name) * 3 // 4, len(name) * 4 // 3 + 1)
+        known = dict.fromkeys((*self.rows, *self.aliases, *self._tails))
+        near = [other for other in known if len(other) in alike and family(other) == words]
+        return [] if "ft:" in name else difflib.get_close_matches(name, near, 3, 0.85)
+
+    def _rows_of(self, name: str) -> Rows:
+        found = self._look_up(name)
+        return self.rows.get(found.name, ()) if isinstance(found, Match) else ()
 
 
-def _remember(cache: dict[str, Any], key: str, value: Any) -> None:
-    if len(cache) >= _CACHE_LIMIT:
-        cache.clear()
-    cache[key] = value
+def _with_history(old: Rows, new: Rows) -> Rows:
+    start = new[0].effective_from or date.min
+    kept = [row for row in old if (row.effective_from or date.min) < start]
+    ended = [replace(row, effective_to=min(row.effective_to or start, start)) for row in kept]
+    return (*ended, *new)
+
+
+def _jump(name: str, old: Rows, new: Rows) -> list[str]:
+    """元の 100 倍以上か 1/100 以下の単価は、単位の取り違えである。"""
+    before, after = (rows[-1].input if rows else Decimal(0) for rows in (old, new))
+    if not before or not after or before / 100 < after < before * 100:
+        return []
+    return [f"{name}.input: {after:f} USD per 1M tokens (now {before:f}); check the unit"]
 
 
 def _utc_day(at: date | datetime) -> date:
@@ -215,94 +246,10 @@ def _utc_day(at: date | datetime) -> date:
     return at.astimezone(timezone.utc).date()
 
 
-_COLUMNS = ("input", "cached_input", "cache_write", "output", "batch_input", "batch_output")
-_LITELLM = "litellm 1.53.1-1.56.4 price map (2024-12 wheels); genai-prices at 2024-12-15"
-_SOURCES = {
-    "openai": f"{_LITELLM}; OpenAI pricing page",
-    "anthropic": f"{_LITELLM}; claude.com/blog/trainium2-and-distillation (2024-12-03)",
-    "google": f"{_LITELLM}; Google developers blog 2024-09-24; llm-prices",
-}
-
-# USD / 100 万トークン。- は「その割引がない」。期間の終わりの日は含まない。
-# 次の行の = は同じ料金の名前、> は入力がその数を超えたリクエストの全トークンに使う単価。
-_DECEMBER_2024 = """
-# モデル               入力   キャッシュ 書込  出力  バッチ入 バッチ出 期間
-[openai]
-gpt-4o                 2.50   1.25    -     10.00 1.25  5.00   2024-10-02..
-  = gpt-4o-2024-08-06 gpt-4o-2024-11-20
-gpt-4o-2024-05-13      5.00   -       -     15.00 2.50  7.50   2024-05-13..
-gpt-4o-mini            0.15   0.075   -     0.60  0.075 0.30   2024-07-18..
-  = gpt-4o-mini-2024-07-18
-gpt-4-turbo            10.00  -       -     30.00 5.00  15.00  2024-04-09..
-  = gpt-4-turbo-2024-04-09 gpt-4-0125-preview gpt-4-1106-preview
-gpt-4                  30.00  -       -     60.00 15.00 30.00  ..
-  = gpt-4-0613
-gpt-3.5-turbo          0.50   -       -     1.50  0.25  0.75   2024-02-16..
-  = gpt-3.5-turbo-0125
-o1                     15.00  7.50    -     60.00 -     -      2024-12-17..
-  = o1-2024-12-17
-o1-preview             15.00  7.50    -     60.00 -     -      2024-09-12..
-  = o1-preview-2024-09-12
-o1-mini                3.00   1.50    -     12.00 -     -      2024-09-12..2025-01-31
-  = o1-mini-2024-09-12
-text-embedding-3-small 0.02   -       -     0     0.01  0      2024-01-25..
-text-embedding-3-large 0.13   -       -     0     0.065 0      2024-01-25..
-[anthropic]
-claude-3-5-sonnet      3.00   0.30    3.75  15.00 1.50  7.50   ..
-  = claude-3-5-sonnet-20241022 claude-3-5-sonnet-20240620 claude-3-5-sonnet-latest
-claude-3-5-haiku       1.00   0.10    1.25  5.00  -     -      2024-11-04..2024-12-03
-claude-3-5-haiku       0.80   0.08    1.00  4.00  0.40  2.00   2024-12-03..
-  = claude-3-5-haiku-20241022 claude-3-5-haiku-latest
-claude-3-opus          15.00  1.50    18.75 75.00 7.50  37.50  ..
-  = claude-3-opus-20240229 claude-3-opus-latest
-claude-3-haiku         0.25   0.03    0.30  1.25  0.125 0.625  ..
-  = claude-3-haiku-20240307
-[google]
-gemini-1.5-pro         1.25   0.3125  -     5.00  -     -      2024-10-01..
-  > 128000             2.50   0.625   -     10.00
-  = gemini-1.5-pro-002 gemini-1.5-pro-001
-gemini-1.5-flash       0.075  0.01875 -     0.30  -     -      ..
-  > 128000             0.15   0.0375  -     0.60
-  = gemini-1.5-flash-002 gemini-1.5-flash-001
-gemini-1.5-flash-8b    0.0375 0.01    -     0.15  -     -      2024-10-03..
-  > 128000             0.075  0.02    -     0.30
-  = gemini-1.5-flash-8b-001
-"""
-
-
-def _default_rows() -> tuple[dict[str, tuple[ModelPrice, ...]], dict[str, str]]:
-    rows: dict[str, tuple[ModelPrice, ...]] = {}
-    aliases: dict[str, str] = {}
-    provider = name = ""
-    for line in _DECEMBER_2024.strip().splitlines()[1:]:
-        first, *words = line.split()
-        if first.startswith("["):
-            provider = first.strip("[]")
-        elif first == "=":
-            aliases.update(dict.fromkeys(words, name))
-        elif first == ">":
-            fresh, cached, _, output = map(_amount, words[1:])
-            tier = PriceTier(int(words[0]), fresh or _ZERO, output or _ZERO, cached)
-            rows[name] = (*rows[name][:-1], replace(rows[name][-1], tiers=(tier,)))
-        else:
-            name = first
-            rows[name] = (*rows.get(name, ()), _row(provider, words))
-    return rows, aliases
-
-
-def _row(provider: str, words: Sequence[str]) -> ModelPrice:
-    amounts = dict(zip(_COLUMNS, map(_amount, words[:-1]), strict=True))
-    start, _, end = words[-1].partition("..")
-    return ModelPrice(
-        input=amounts.pop("input") or _ZERO,
-        output=amounts.pop("output") or _ZERO,
-        **amounts,
-        effective_from=date.fromisoformat(start) if start else None,
-        effective_to=date.fromisoformat(end) if end else None,
-        provider=provider,
-        source=_SOURCES[provider],
-    )
-
-
-def _amount(word: str) -> Decimal | None:
-    return None if word == "-" else Decimal(word)
+def _book_row(entry: dict[str, Any]) -> ModelPrice:
+    """本書の表の 1 行。正しいと分かっているので、``file`` の検査は通さない。"""
+    services = {name: Rates(**rates) for name, rates in entry.pop("service_tiers", {}).items()}
+    tiers = tuple(PriceTier(**tier) for tier in entry.pop("tiers", ()))
+    for key in {"effective_from", "effective_to"} & entry.keys():
+        entry[key] = date.fromisoformat(entry[key])
+    return ModelPrice(**entry, service_tiers=services, tiers=tiers)

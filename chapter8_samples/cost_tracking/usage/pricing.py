@@ -1,93 +1,22 @@
-"""8.2.3 使用量にコストを付け、保存済みのトレースのコストを計算し直す(本書にリストなし)。
+"""8.2.3 呼び出しにコストを付け、トレース 1 件分にまとめる(本書にリストなし)。
 
 料金表になかったモデルは、後から行を足せば計算できる。合計に未計算が混ざっているかどうかを
 必ず一緒に返すので、下限でしかない金額を、正しい合計と取り違えない。
-
-Databricks のトレースでも同じ。``mlflow.get_trace`` か ``mlflow.search_traces`` で読んで渡す。
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
-from typing import Any, Protocol
 
-from mlflow.entities import Trace
+from mlflow.entities import Span
 
-from .reader import TokenUsage, llm_calls, load_trace
+from ..tracker import Calculator
+from .calls import UNATTRIBUTED, LlmCall, TokenUsage, llm_calls
 
-
-class Price(Protocol):
-    """1 回の呼び出しのコスト(``PriceBreakdown`` など)。"""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def input_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def priced(self) -> bool: ...
-    @property
-    def prompt_usd(self) -> Decimal: ...
-    @property
-    def output_usd(self) -> Decimal: ...
-    @property
-    def total_usd(self) -> Decimal: ...
-    @property
-    def matched_model(self) -> str: ...
-    @property
-    def price_source(self) -> str: ...
-
-
-class Calculator(Protocol):
-    """``CostCalculator``、または同じ ``price`` を持つもの。"""
-
-    def price(
-        self,
-        model: str,
-        input_tokens: int,
-        output_tokens: int,
-        cached_input_tokens: int = 0,
-        *,
-        cache_write_tokens: int = 0,
-        cache_write_1h_tokens: int = 0,
-        at: date | datetime | None = None,
-    ) -> Any: ...
-
-
-def price_usage(
-    calculator: Calculator, model: str, usage: TokenUsage, at: datetime | None
-) -> Price:
-    """使用量にコストを付ける。料金が決まらなければ ``UnpricedCall``。"""
-    try:
-        return calculator.price(
-            model,
-            usage.input_tokens,
-            usage.output_tokens,
-            usage.cache_read_tokens,
-            cache_write_tokens=usage.cache_write_tokens,
-            cache_write_1h_tokens=usage.cache_write_1h_tokens,
-            at=at,
-        )
-    except LookupError:  # NoPriceError。未知のモデルや、その日に有効な行がないとき
-        return UnpricedCall(model, usage.input_tokens, usage.output_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class UnpricedCall:
-    """料金の決まらなかった呼び出し。金額は NaN。``CostTracker`` では別に数えられる。"""
-
-    model: str
-    input_tokens: int
-    output_tokens: int
-    priced: bool = False
-    prompt_usd: Decimal = Decimal("NaN")
-    output_usd: Decimal = Decimal("NaN")
-    total_usd: Decimal = Decimal("NaN")
-    matched_model: str = ""
-    price_source: str = ""
+_ZERO = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,35 +27,74 @@ class TraceCost:
     by_model: dict[str, Decimal]
     unpriced_models: tuple[str, ...]
     calls_without_usage: int
+    status: str
+    reasons: tuple[str, ...]
+    prompt_usd: Decimal
+    output_usd: Decimal
 
     @property
     def complete(self) -> bool:
-        """すべての呼び出しに料金が付いたか。"""
-        return not self.unpriced_models and not self.calls_without_usage
+        """すべての呼び出しの、すべてのトークンに料金が付いたか。"""
+        return not self.reasons
 
 
-def trace_cost(
-    trace: Trace | str, calculator: Calculator, *, at: datetime | None = None
-) -> TraceCost:
-    """保存済みのトレースを計算し直す。モデルの混在、入れ子、料金不明を正しく扱う。
+def price_spans(
+    spans: Sequence[Span], calculator: Calculator, at: datetime | None = None
+) -> list[LlmCall]:
+    """スパンの並びから呼び出しを取り出し、1 つずつコストを付ける。"""
+    return [price_call(call, calculator, at) for call in llm_calls(spans)]
 
-    Args:
-        at: いつの料金か。``None`` は、それぞれの呼び出しが始まった日。
 
-    Raises:
-        TraceNotFoundError: ID のトレースがない。
-        InvalidUsageError: 負の数など、ありえない使用量を持つスパンがある。
-    """
+def price_call(call: LlmCall, calculator: Calculator, at: datetime | None = None) -> LlmCall:
+    """呼び出しにコストを書く。料金が決まらなければ ``unpriced`` のまま、理由を書く。"""
+    if call.usage is None:
+        call.status, call.reason = "missing_usage", "no token usage was reported"
+    elif call.cache_hit:
+        call.status, call.price_source = "cache_hit", "framework cache"
+        call.prompt_usd = call.output_usd = _ZERO
+    elif call.model != UNATTRIBUTED:
+        _ask_price(call, call.usage, calculator, at or call.started_at)
+    return call
+
+
+def _ask_price(call: LlmCall, usage: TokenUsage, calculator: Calculator, at: datetime) -> None:
+    try:
+        item = calculator.price(
+            call.model,
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cache_read_tokens,
+            cache_write_tokens=usage.cache_write_tokens,
+            cache_write_1h_tokens=usage.cache_write_1h_tokens,
+            service_tier=call.service_tier,
+            at=at,
+        )
+    except (LookupError, ValueError) as error:  # 未知のモデル、ありえない使用量
+        call.reason = str(error)
+        return
+    if not item.priced:
+        call.reason = item.reason
+        return
+    call.status = "partial" if call.reason else "priced"
+    call.prompt_usd, call.output_usd = item.prompt_usd, item.output_usd
+    call.matched_model, call.price_source = item.matched_model, item.price_source
+
+
+def trace_cost(calls: Sequence[LlmCall]) -> TraceCost:
+    """呼び出しのコストを、トレース 1 件分にまとめる。"""
+    known = [call for call in calls if not call.total_usd.is_nan()]
     by_model: dict[str, Decimal] = {}
-    unpriced: dict[str, None] = {}
-    missing = 0
-    for call in llm_calls(load_trace(trace)):
-        if call.usage is None:
-            missing += 1
-            continue
-        price = price_usage(calculator, call.model, call.usage, at or call.started_at)
-        if price.priced:
-            by_model[call.model] = by_model.get(call.model, Decimal(0)) + price.total_usd
-        else:
-            unpriced[call.model] = None
-    return TraceCost(sum(by_model.values(), Decimal(0)), by_model, tuple(unpriced), missing)
+    for call in known:
+        by_model[call.model] = by_model.get(call.model, _ZERO) + call.total_usd
+    kinds = {"priced" if call.priced else call.status for call in calls} or {"priced"}
+    mixed = len(kinds) > 1 and not kinds.isdisjoint(("priced", "partial"))
+    return TraceCost(
+        total_usd=sum(by_model.values(), _ZERO),
+        by_model=by_model,
+        unpriced_models=tuple(dict.fromkeys(c.model for c in calls if c.status == "unpriced")),
+        calls_without_usage=sum(call.status == "missing_usage" for call in calls),
+        status="partial" if mixed else max(kinds),  # missing_usage より unpriced を先に伝える
+        reasons=tuple(dict.fromkeys(f"{c.model}: {c.reason}" for c in calls if not c.priced)),
+        prompt_usd=sum((call.prompt_usd for call in known), _ZERO),
+        output_usd=sum((call.output_usd for call in known), _ZERO),
+    )

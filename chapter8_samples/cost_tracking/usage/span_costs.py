@@ -2,6 +2,7 @@
 
 LLM のスパンが終わった瞬間にコストを書いておけば、画面でも SQL でもアラートでも同じ数が使える。
 MLflow も自分で計算するが、知らないモデルは黙って抜ける。ここでは抜けたことを記録に残す。
+ハンドラーが返したストリームのように、ルートより後で終わるスパンがあれば、トレースの合計を書き直す。
 
 Databricks でも同じ属性が使われる(``mlflow.llm.cost`` を設定する方法は公式の手順)。料金表に
 ないモデルは MLflow が自前のカタログで補うことがあるので、``cost.status`` で見分ける。
@@ -13,77 +14,36 @@ import json
 import logging
 import math
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from operator import add
-from typing import Any, Protocol
+from typing import Any
+from weakref import WeakSet
 
-import mlflow
 from mlflow.entities import LiveSpan
 from mlflow.tracing import configure
 from mlflow.tracing.config import get_config  # 登録済みのプロセッサーを読む公開 API はない
 from mlflow.tracing.trace_manager import InMemoryTraceManager
-from mlflow.tracing.utils import aggregate_cost_from_spans
+from mlflow.tracing.utils import (
+    SpanAggregationNode,
+    aggregate_cost_from_span_nodes,
+    aggregate_usage_from_spans,
+)
 
-from .._internals import tracking_service
-from .pricing import Calculator, Price, price_usage
-from .reader import USAGE_ATTRIBUTE, TokenUsage, is_silent_call, span_model, span_usage
+from .._internals import outlive_set_tracking_uri
+from ..tracker import BaseCostTracker, Calculator
+from .calls import STATUS_KEY, UNATTRIBUTED, USAGE_ATTRIBUTE, LlmCall, read_call
+from .pricing import TraceCost, price_call, price_spans, trace_cost
 
 logger = logging.getLogger(__name__)
 
 COST_ATTRIBUTE = "mlflow.llm.cost"
-TRACE_COST_KEY = "mlflow.trace.cost"
-STATUS_KEY = "cost.status"  # priced / unpriced / rollup / partial / missing_usage
-SOURCE_KEY = "cost.price_source"
+TRACE_COST_KEY, TRACE_USAGE_KEY = "mlflow.trace.cost", "mlflow.trace.tokenUsage"
+SOURCE_KEY, REASON_KEY = "cost.price_source", "cost.reason"
 BY_MODEL_TAG = "cost.by_model"  # {"モデル": [回数, 入力, 出力, "USD" か null]}
-_MAX_OPEN_TRACES = 10_000  # 終わらないトレースの分を、いつまでも覚えておかない
 _MAX_TAG_LENGTH = 4096  # MLflow のどの保存先でも入る、タグの値の上限
 _REMOVED = "cost tracking was removed by tracing.configure or reset; call install() again"
-_ZERO = Decimal(0)
-
-
-class Tracker(Protocol):
-    """``CostTracker``、または同じ ``add`` を持つもの。"""
-
-    def add(self, item: Any, *, user: str | None = None) -> None: ...
-
-
-@dataclass(slots=True)
-class _Sum:
-    """あるスパンの下にある呼び出しの合計。料金未定が混ざったモデルの USD は NaN になる。"""
-
-    prompt_usd: Decimal = _ZERO
-    output_usd: Decimal = _ZERO
-    kinds: set[str] = field(default_factory=set[str])  # priced / unpriced / missing_usage
-    models: dict[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
-    """モデルごとの (回数, 入力, 出力, USD)。"""
-
-    @property
-    def status(self) -> str:
-        if "priced" in self.kinds:
-            return "priced" if len(self.kinds) == 1 else "partial"
-        return "unpriced" if "unpriced" in self.kinds else "missing_usage"
-
-    def add_call(self, item: Price) -> None:
-        self.kinds.add("priced" if item.priced else "unpriced")
-        if item.priced:
-            self.prompt_usd += item.prompt_usd
-            self.output_usd += item.output_usd
-        self._add(item.model, (1, item.input_tokens, item.output_tokens, item.total_usd))
-
-    def merge(self, other: _Sum) -> None:
-        self.prompt_usd += other.prompt_usd
-        self.output_usd += other.output_usd
-        self.kinds |= other.kinds
-        for model, numbers in other.models.items():
-            self._add(model, numbers)
-
-    def _add(self, model: str, more: tuple[Any, ...]) -> None:
-        known = self.models.get(model)
-        self.models[model] = tuple(map(add, known, more)) if known else more
 
 
 class CostTracking:
@@ -92,16 +52,15 @@ class CostTracking:
     def __init__(
         self,
         calculator: Calculator,
-        tracker: Tracker | None,
+        tracker: BaseCostTracker | None,
         current_user: Callable[[], str | None] | None,
     ) -> None:
         self._calculator = calculator
         self._tracker = tracker
         self._current_user = current_user
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._unpriced_models: Counter[str] = Counter()
-        self._open: OrderedDict[str, dict[str, _Sum]] = OrderedDict()
+        self._counts: Counter[tuple[str, str]] = Counter()  # (cost.status、モデル) ごと
+        self._parents: WeakSet[LiveSpan] = WeakSet()  # 呼び出しの先祖。スパンと一緒に消える
         self._expected = False  # 登録したあと、自分では外していない
 
         def price_span_on_end(span: LiveSpan) -> None:
@@ -112,28 +71,38 @@ class CostTracking:
     @property
     def priced(self) -> int:
         """料金を付けた呼び出しの数。"""
-        return self._seen("priced")
+        return self.counts["priced"]
 
     @property
     def unpriced(self) -> int:
         """料金の決まらなかった呼び出しの数。"""
-        return self._seen("unpriced")
+        return self.counts["unpriced"]
 
     @property
     def missing_usage(self) -> int:
         """使用量の報告がなかった呼び出しの数。ストリームの設定漏れに多い。"""
-        return self._seen("missing_usage")
+        return self.counts["missing_usage"]
 
     @property
     def failed(self) -> int:
         """計算そのものに失敗したスパンの数。0 でなければログに原因がある。"""
-        return self._seen("failed")
+        return self.counts["failed"]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """``cost.status`` ごとの数。``partial`` と ``cache_hit`` もある。"""
+        _ = self.installed  # 外されて止まった数を、正しい数と思わせない
+        found: Counter[str] = Counter()
+        with self._lock:
+            for (status, _), number in self._counts.items():
+                found[status] += number
+        return found
 
     @property
     def unpriced_models(self) -> dict[str, int]:
         """料金表に足すべきモデルと、その回数。"""
         with self._lock:
-            return dict(self._unpriced_models)
+            return {m: number for (kind, m), number in self._counts.items() if kind == "unpriced"}
 
     @property
     def installed(self) -> bool:
@@ -148,7 +117,7 @@ class CostTracking:
 
     def install(self) -> CostTracking:
         """ほかのプロセッサーを残して登録する。何度呼んでもよい。"""
-        _outlive_set_tracking_uri()
+        outlive_set_tracking_uri(_prices_spans)
         if not self.installed:
             kept = [p for p in get_config().span_processors if not _prices_spans(p)]
             configure(span_processors=[*kept, self._processor])
@@ -161,157 +130,147 @@ class CostTracking:
         configure(span_processors=kept)
         self._expected = False
 
-    def _seen(self, name: str) -> int:
-        """数を読むときにも、外されていないかを確かめる。止まった数を正しい数と思わせない。"""
-        _ = self.installed
-        return self._counts[name]
-
     def _on_end(self, span: LiveSpan) -> None:
-        total = self._take(span)
-        for step in (self._price, self._hand_over):
+        for step in (self._price, self._settle):
             try:
-                step(span, total)
+                step(span)
             except Exception:  # コストの計算で、アプリの応答やトレースの保存を止めない
-                self._count("failed")
+                self._count("failed", span.name)
                 logger.exception("cost tracking failed for span %s", span.name)
-                _admit_failure(span, total)
+                if span.get_attribute(STATUS_KEY) is None:
+                    span.set_attribute(STATUS_KEY, "unpriced")
 
-    def _take(self, span: LiveSpan) -> _Sum:
-        """子孫の合計を受け取る。子は親より先に終わる。"""
+    def _price(self, span: LiveSpan) -> None:
+        call = read_call(span)
+        if call is None:
+            return
+        family = _family(span)
+        self._mark_ancestors(span, family)
+        if span not in self._parents:
+            self._write_call(span, price_call(call, self._calculator))
+            return
+        calls = price_spans(_subtree(span, family), self._calculator)
+        own = [c for c in calls if c.span_id == span.span_id and c.model != UNATTRIBUTED]
+        if own:
+            self._write_call(span, own[0])
+        elif call.usage:  # 使用量は子孫で数え済み。親には合計を書き、二重に数えない
+            total = trace_cost(calls)
+            if total.by_model:
+                span.set_attribute(COST_ATTRIBUTE, _usd(total))
+            span.set_attribute(STATUS_KEY, "rollup")
+
+    def _mark_ancestors(self, span: LiveSpan, family: Mapping[str, LiveSpan]) -> None:
+        parent = family.get(span.parent_id or "")
         with self._lock:
-            below = self._open.get(span.trace_id)
-            return (below.pop(span.span_id, None) if below else None) or _Sum()
+            while parent is not None and parent not in self._parents:
+                self._parents.add(parent)
+                parent = family.get(parent.parent_id or "")
 
-    def _hand_over(self, span: LiveSpan, total: _Sum) -> None:
-        if span.parent_id is None:
-            with self._lock:
-                self._open.pop(span.trace_id, None)
-            _tag_trace(span.trace_id, total)
-            _settle_trace_cost(span.trace_id, total)
-        elif total.kinds:
-            with self._lock:
-                below = self._open.setdefault(span.trace_id, {})
-                siblings = below.setdefault(span.parent_id, total)
-                if siblings is not total:
-                    siblings.merge(total)
-                while len(self._open) > _MAX_OPEN_TRACES:
-                    self._open.popitem(last=False)
+    def _write_call(self, span: LiveSpan, call: LlmCall) -> None:
+        no_output = call.usage and not call.output_tokens
+        if no_output and not span.get_attribute(USAGE_ATTRIBUTE):  # 埋め込みの使用量を補う
+            usage = {"input_tokens": call.input_tokens, "total_tokens": call.input_tokens}
+            span.set_attribute(USAGE_ATTRIBUTE, {**usage, "output_tokens": 0})
+        if not call.total_usd.is_nan():
+            # 料金未定のときに None を書くと、MLflow 3.17 はトレースのスパンを 1 つも保存しなくなる
+            span.set_attribute(COST_ATTRIBUTE, _usd(call))
+        span.set_attribute(STATUS_KEY, call.status)
+        for key, value in ((SOURCE_KEY, call.price_source), (REASON_KEY, call.reason)):
+            if value:
+                span.set_attribute(key, value)
+        first = self._count(call.status, call.model) == 1
+        if first and call.status in ("unpriced", "partial"):
+            logger.warning("cost.status=%s, model %r: %s", call.status, call.model, call.reason)
+        if self._tracker is not None and call.usage:
+            self._tracker.add(call, user=self._current_user() if self._current_user else None)
 
-    def _price(self, span: LiveSpan, total: _Sum) -> None:
-        reported = span.get_attribute(USAGE_ATTRIBUTE)
-        usage = TokenUsage.from_mlflow(reported) if reported else span_usage(span)
-        if usage is not None and not reported:  # 埋め込みの使用量を MLflow の形で補う
-            names = ("input_tokens", "output_tokens", "total_tokens")
-            span.set_attribute(USAGE_ATTRIBUTE, {name: getattr(usage, name) for name in names})
-        if usage is None:
-            if is_silent_call(span) and not total.kinds:
-                total.kinds.add("missing_usage")
-                self._count("missing_usage")
-                span.set_attribute(STATUS_KEY, "missing_usage")
-        elif total.models:  # 使用量は子孫で数え済み。親には合計を書き、二重に数えない
-            if "priced" in total.kinds:
-                _write_cost(span, total.prompt_usd, total.output_usd)
-            span.set_attribute(STATUS_KEY, "rollup" if total.status == "priced" else total.status)
-        else:
-            total.kinds.clear()
-            self._price_call(span, usage, total)
-
-    def _price_call(self, span: LiveSpan, usage: TokenUsage, total: _Sum) -> None:
-        model = span_model(span)
-        at = datetime.fromtimestamp(span.start_time_ns / 1e9, timezone.utc)
-        item = price_usage(self._calculator, model, usage, at)
-        total.add_call(item)
-        if item.priced:
-            _write_cost(span, item.prompt_usd, item.output_usd)
-            span.set_attribute(STATUS_KEY, "priced")
-            span.set_attribute(SOURCE_KEY, item.price_source)
-            self._count("priced")
-        else:
-            span.set_attribute(STATUS_KEY, "unpriced")
-            self._note_unpriced(model)
-        if self._tracker is not None:
-            self._tracker.add(item, user=self._current_user() if self._current_user else None)
-
-    def _note_unpriced(self, model: str) -> None:
+    def _count(self, status: str, name: str) -> int:
         with self._lock:
-            self._counts["unpriced"] += 1
-            self._unpriced_models[model] += 1
-            first = self._unpriced_models[model] == 1
-        if first:
-            logger.warning("no price for model %r: cost.status=unpriced; add a price row", model)
+            self._counts[status, name] += 1
+            return self._counts[status, name]
 
-    def _count(self, name: str) -> None:
-        with self._lock:
-            self._counts[name] += 1
-
-
-def _prices_spans(processor: Callable[[LiveSpan], None]) -> bool:
-    return getattr(processor, "__name__", "") == "price_span_on_end"
-
-
-def _outlive_set_tracking_uri() -> None:
-    """接続先を変えると MLflow は登録を消す。消した直後に付け直すようにする。
-
-    ``mlflow.tracing.configure`` や ``mlflow.tracing.reset()`` で外したものは戻さない。
-    """
-    reset = getattr(tracking_service, "reset", None)
-    if reset is None or reset.__name__ == "reset_and_keep_costs":
-        return  # 消し方の違う版では、外れたことを _seen() が警告する
-
-    def reset_and_keep_costs() -> None:
-        ours = [p for p in get_config().span_processors if _prices_spans(p)]
-        reset()
-        if ours:
-            configure(span_processors=[*get_config().span_processors, *ours])
-
-    tracking_service.reset = reset_and_keep_costs  # pyright: ignore[reportPrivateImportUsage]
+    def _settle(self, span: LiveSpan) -> None:
+        """ルートが終わったとき、またはその後でスパンが終わるたびに、トレースの合計を書く。"""
+        with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
+            root = next(iter(trace.span_dict.values()), None) if trace else None
+            if trace is None or root is None or root.parent_id is not None:
+                return
+            if root is not span and root.end_time_ns is None:
+                return
+            spans = list(trace.span_dict.values())
+            calls = price_spans(spans, self._calculator)
+            for key in (STATUS_KEY, REASON_KEY, BY_MODEL_TAG):  # 前に書いた合計は残さない
+                trace.info.tags.pop(key, None)
+            trace.info.tags.update(_tags(calls))
+            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, calls)}
+            if root is not span:  # ルートが終わったときの分は、このあと MLflow が書く
+                metadata[TRACE_USAGE_KEY] = aggregate_usage_from_spans(spans)
+            for key, value in metadata.items():
+                if value:
+                    trace.info.trace_metadata[key] = json.dumps(value)
 
 
-def _write_cost(span: LiveSpan, prompt_usd: Decimal, output_usd: Decimal) -> None:
-    # 料金未定のときに None を書くと、MLflow 3.17 はトレースのスパンを 1 つも保存しなくなる
-    span.set_attribute(COST_ATTRIBUTE, _cost(prompt_usd, output_usd))
-
-
-def _cost(prompt_usd: Decimal, output_usd: Decimal) -> dict[str, float]:
-    return {
-        "input_cost": float(prompt_usd),
-        "output_cost": float(output_usd),
-        "total_cost": float(prompt_usd + output_usd),
+def _tags(calls: Sequence[LlmCall]) -> dict[str, str]:
+    """スパンを読まなくても、未計算とモデル別の内訳が分かるようにする。"""
+    models: dict[str, tuple[Any, ...]] = {}
+    for call in calls:  # 料金の決まらない呼び出しが混ざったモデルの USD は、NaN になる
+        if call.usage:
+            numbers = (1, call.input_tokens, call.output_tokens, call.total_usd)
+            models[call.model] = tuple(map(add, models.get(call.model, (0, 0, 0, 0)), numbers))
+    total = trace_cost(calls)
+    tags = {
+        STATUS_KEY: total.status if calls else "",
+        REASON_KEY: "; ".join(total.reasons)[:_MAX_TAG_LENGTH],
+        BY_MODEL_TAG: json.dumps(models, separators=(",", ":"), default=_text) if models else "",
     }
+    return {key: value for key, value in tags.items() if 0 < len(value) <= _MAX_TAG_LENGTH}
 
 
-def _admit_failure(span: LiveSpan, total: _Sum) -> None:
-    """計算できなかった呼び出しの分、トレースの合計は下限でしかない。"""
-    if span.get_attribute(STATUS_KEY) is None:
-        total.kinds.add("unpriced")
-        span.set_attribute(STATUS_KEY, "unpriced")
+def _text(usd: Decimal) -> str | None:
+    return None if usd.is_nan() else f"{usd:f}"
 
 
-def _settle_trace_cost(trace_id: str, total: _Sum) -> None:
+def _total_usd(spans: Sequence[LiveSpan], calls: Sequence[LlmCall]) -> dict[str, float] | None:
     """トレースの合計を、トークン数の合計と同じように、保存する前に決めておく。
 
     決めなければ保存先がスパンから計算するが、非同期の書き込みが前後すると、後から届いたスパンの
     分が合計から抜ける(MLflow 3.17)。スパンが 1 つだけなら、抜けるものはない。
     MLflow の合計は float の足し算で端数が付くので、同じ金額なら 10 進数で足したほうを書く。
     """
-    with InMemoryTraceManager.get_instance().get_trace(trace_id) as trace:
-        if trace is None or len(trace.span_dict) < 2:
-            return
-        if cost := aggregate_cost_from_spans(list(trace.span_dict.values())):
-            ours = _cost(total.prompt_usd, total.output_usd)
-            same = all(math.isclose(cost[key], usd, rel_tol=1e-9) for key, usd in ours.items())
-            trace.info.trace_metadata[TRACE_COST_KEY] = json.dumps(ours if same else cost)
+    if len(spans) < 2:
+        return None
+    own = {call.span_id: _usd(call) for call in calls if not call.total_usd.is_nan()}
+    nodes: list[SpanAggregationNode] = []
+    for span in spans:  # 手で書かれた金額も足す
+        usd = own.get(span.span_id) or span.get_attribute(COST_ATTRIBUTE)
+        nodes.append(SpanAggregationNode(span.span_id, span.parent_id, usd))
+    total, ours = aggregate_cost_from_span_nodes(nodes), _usd(trace_cost(calls))
+    same = total and all(math.isclose(total[key], ours[key], rel_tol=1e-9) for key in ours)
+    return ours if same else total
 
 
-def _tag_trace(trace_id: str, total: _Sum) -> None:
-    """スパンを読まなくても、未計算とモデル別の内訳が分かるようにする。"""
-    if not total.kinds:
-        return
-    mlflow.set_trace_tag(trace_id, STATUS_KEY, total.status)
-    text = json.dumps(total.models, separators=(",", ":"), default=_usd_text)
-    if total.models and len(text) <= _MAX_TAG_LENGTH:
-        mlflow.set_trace_tag(trace_id, BY_MODEL_TAG, text)
+def _usd(item: LlmCall | TraceCost) -> dict[str, float]:
+    return {
+        "input_cost": float(item.prompt_usd),
+        "output_cost": float(item.output_usd),
+        "total_cost": float(item.total_usd),
+    }
 
 
-def _usd_text(usd: Decimal) -> str | None:
-    return None if usd.is_nan() else f"{usd:f}"
+def _family(span: LiveSpan) -> Mapping[str, LiveSpan]:
+    """まだメモリーにある、同じトレースのスパン。始まった順に並ぶ。"""
+    with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
+        return trace.span_dict if trace else {}
+
+
+def _subtree(span: LiveSpan, family: Mapping[str, LiveSpan]) -> list[LiveSpan]:
+    """スパンとその子孫。親は子より先に始まるので、先に並んでいる。"""
+    found = {span.span_id: span}
+    for other in list(family.values()):
+        if other.parent_id in found:
+            found[other.span_id] = other
+    return list(found.values())
+
+
+def _prices_spans(processor: Callable[[LiveSpan], None]) -> bool:
+    return getattr(processor, "__name__", "") == "price_span_on_end"

@@ -8,18 +8,15 @@
 ものを隠す: 12 桁の 10.1%、4-4-4 桁の 9.6%、16 桁の 3.1%、10 桁の 7.7%。漏らすより隠すほうを選ぶ。
 "注文番号"・"ISBN" などの語の直後の番号と、日時に読める 12 桁(個人番号の約 0.3%)は隠さない。
 
-時間は、リクエストのスレッドで 100 万文字あたり、日本語と JSON で約 0.2 秒、数字の多い文で
-約 0.5 秒、個人情報ばかりの文で約 1.5 秒(``python tests/benchmarks/masking_cost.py``)。
-長さに比例する。
-
-Databricks でも同じ関数を ``span_processors`` に渡す。住所や氏名、スパンの名前とリンク、終わった後の
-タグと評価、1 つの文字列の中に並べた断片(SSE の行など)は隠せない。自社の番号は ``Pattern`` を足す。
+時間は長さに比例し、リクエストのスレッドで 100 万文字あたり約 0.2 秒、個人情報ばかりの文で約 1 秒
+(``python tests/benchmarks/masking_cost.py``)。Databricks でも同じ。住所や氏名、スパンの名前と
+リンク、終わった後のタグと評価、1 つの文字列の中に並べた断片(SSE の行など)は隠せない。
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .patterns import DEFAULT_PATTERNS, Pattern, luhn, my_number
@@ -34,67 +31,45 @@ __all__ = ["DEFAULT_PATTERNS", "Pattern", "PiiMasker", "luhn", "mask_pii", "my_n
 logger = logging.getLogger(__name__)
 
 
+@dataclass(unsafe_hash=True)  # 同じ規則なら等しい。2 回目の setup が同じ設定だと分かる
 class PiiMasker:
     """``mlflow.tracing.configure(span_processors=[...])`` に渡す、個人情報を隠す関数。"""
 
+    patterns: tuple[Pattern, ...]
+    failures: int = field(default=0, init=False, compare=False)
+    """失敗した件数。そのスパンの中身は、すべて消している。"""
     __name__ = "mask_pii"  # MLflow が警告に使う
-
-    def __init__(self, patterns: tuple[Pattern, ...]) -> None:
-        for pattern in patterns:
-            if not isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(
-                    f"{pattern!r} is not a Pattern; write "
-                    "mask_pii(Pattern('MEMBER_ID', re.compile(r'M-[0-9]{8}')))"
-                )
-        self._patterns = patterns
-        self.masked: Counter[str] = Counter()
-        """種類ごとの、隠した件数。"""
-        self.failures = 0
-        """失敗した件数。そのスパンの中身は、すべて消している。"""
-
-    def __eq__(self, other: object) -> bool:
-        """同じ規則なら等しい(``setup_production_tracing`` の 2 回目が同じ設定だと分かる)。"""
-        return isinstance(other, PiiMasker) and self._patterns == other._patterns
-
-    def __hash__(self) -> int:
-        return hash(self._patterns)
 
     def __call__(self, span: LiveSpan) -> None:
         """終わりかけのスパンと、そのトレースのタグ・メタデータ・プレビュー・評価を隠す。"""
         try:
-            rewrite(span, self._pass().value)
+            rewrite(span, Pass(self.patterns).value)
         except Exception as error:  # 隠せないまま送るより、中身を捨てる
             self.failures += 1
             # 例外の文面にも個人情報が入りうるので、種類だけを書く
             logger.error("masking failed (%s); the span content is removed", type(error).__name__)
-            rewrite(span, lambda _value: "[MASKING FAILED]")
+            rewrite(span, lambda _value, _key="": "[MASKING FAILED]")
 
     def text(self, value: str) -> str:
-        """文字列の中の個人情報を ``[EMAIL]`` などに置き換える。"""
-        return self._pass().text(value)
+        """文字列の中の個人情報を ``[EMAIL]`` などに置き換える(MLflow は読み込まない)。"""
+        return Pass(self.patterns).text(value)
 
     def value(self, value: Any) -> Any:
         """辞書やリストの中の文字列まで隠した写しを返す(辞書のキーも含む)。"""
-        return self._pass().value(value)
-
-    def _pass(self) -> Pass:
-        return Pass(self._patterns, self.masked)
+        return Pass(self.patterns).value(value)
 
 
 def mask_pii(*extra: Pattern, patterns: tuple[Pattern, ...] = DEFAULT_PATTERNS) -> PiiMasker:
-    """個人情報を隠す関数を作る。
-
-    ``setup_production_tracing(..., span_processors=[mask_pii()])`` のように使う。文字列だけを
-    隠すこともできる(MLflow は読み込まない)。
+    """個人情報を隠す関数を作る(``setup_production_tracing(span_processors=[mask_pii()])``)。
 
     >>> mask_pii().text("taro@example.jp の注文を 090-1234-5678 に確認")
     '[EMAIL] の注文を [PHONE] に確認'
 
     Args:
-        extra: 自社の会員番号など、既定に加えるもの。
-        patterns: 既定の代わりに使うもの。
-
-    Raises:
-        TypeError: ``Pattern`` でないもの。
+        extra: 自社の会員番号など、``patterns`` に加えるもの。
     """
+    for one in extra:
+        if not isinstance(one, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
+            example = "mask_pii(Pattern('MEMBER_ID', re.compile(r'M-[0-9]{8}')))"
+            raise TypeError(f"{one!r} is not a Pattern; write {example}")
     return PiiMasker((*extra, *patterns))

@@ -3,53 +3,48 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, lru_cache
+from typing import Any
 
 from .patterns import Found, Pattern, is_secret, secret_label
 
 # 幅のない文字。読む人には見えない
 _UNSEEN = r"\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff"
-_SLASH = r"(?:\\|%5[Cc])"
-_HEX = "[0-9a-fA-F]"
+_SLASH, _HEX = r"(?:\\|%5[Cc]){1,8}", "[0-9a-fA-F]"
+_BYTE = rf"(?:{_SLASH}x|%(?:25)*(?!25))"  # bytes の "\\xe3" と、URL の "%E3"("%25E3")
 _ESCAPE = re.compile(
-    rf"""
-    {_SLASH}{{1,8}} u(?P<code>{_HEX}{{4}})                                  # JSON の "\\u3042"
-    | {_SLASH}{{1,8}} x[c-fC-F]{_HEX} (?:{_SLASH}{{1,8}} x[89abAB]{_HEX})+  # bytes の 1 文字
-    | {_SLASH}{{1,8}} x{_HEX}{{2}}
-    | {_SLASH}{{1,8}} [nrt]                                                 # 改行とタブ
-    | %[c-fC-F]{_HEX} (?:%[89abAB]{_HEX})+                            # URL の 1 文字
-    | %(?:25)* (?!25){_HEX}{{2}}                                      # "%40"、"%2540"
-    | [{_UNSEEN}]
-    """,
-    re.VERBOSE,
+    rf"{_SLASH}(?:u{_HEX}{{4}}|[nrt])|[{_UNSEEN}]"
+    rf"|{_BYTE}[c-fC-F]{_HEX}(?:{_BYTE}[89abAB]{_HEX})+|{_BYTE}{_HEX}{{2}}"  # UTF-8 の 1 文字ずつ
 )
 _MAY_ESCAPE = re.compile(rf"[\\%{_UNSEEN}]")
-_FULL_WIDTH = re.compile("[！-～]+")
-_HALF_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}
+_HALF_WIDTH = {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
 
 Path = tuple[str, ...]
-Place = tuple[Any, Any]  # 文字列を持つ辞書かリストと、その中のキー
 
 
-def _decoded(escape: re.Match[str]) -> str:
+@lru_cache(4096)
+def _decoded(escape: str) -> str:
     """エスケープが表す 1 文字。幅のない文字は消す。"""
-    if escape["code"]:
-        char = chr(int(escape["code"], 16))
-    elif codes := re.sub(r"(?i)%5C|%25|[^0-9a-f]", "", escape[0]):
-        encoding = "utf-8" if len(codes) > 2 else "latin-1"
-        char = bytes.fromhex(codes).decode(encoding, "replace")[:1]
-    else:
-        char = escape[0] if len(escape[0]) == 1 else " "
-    return "" if re.match(f"[{_UNSEEN}]", char) else char
+    code = re.sub(r"(?i)^(?:\\|%5c)+", "", escape)
+    if code[0] == "u":
+        code = chr(int(code[1:], 16))
+    elif code in "nrt":
+        code = " "
+    elif len(code) > 1:
+        values = bytes.fromhex(re.sub(r"(?i)%5c|%(?:25)+|[^0-9a-f]", "", code))
+        code = values.decode("latin-1" if len(values) == 1 else "utf-8", "replace")[:1]
+    return re.sub(f"[{_UNSEEN}]", "", code)
 
 
 def _plain(text: str) -> str:
     """エスケープを 1 段解き、半角にした文。"""
     if _MAY_ESCAPE.search(text):
-        text = _ESCAPE.sub(_decoded, text)
-    return _FULL_WIDTH.sub(lambda found: found[0].translate(_HALF_WIDTH), text)
+        text = _ESCAPE.sub(lambda escape: _decoded(escape[0]), text)
+    for char in _HALF_WIDTH.keys() & set(text):
+        text = text.replace(char, _HALF_WIDTH[char])
+    return text
 
 
 def _places(text: str) -> list[int]:
@@ -58,116 +53,99 @@ def _places(text: str) -> list[int]:
     end = 0
     for escape in _ESCAPE.finditer(text):
         places += range(end, escape.start())
-        places += [escape.start()] * len(_decoded(escape))
+        places += [escape.start()] * len(_decoded(escape[0]))
         end = escape.end()
     return [*places, *range(end, len(text) + 1)]
 
 
-def _replaced(text: str, spans: list[Found], new: Callable[[Found], str]) -> str:
+def _replaced(text: str, found: list[Found], new: Callable[[int, int, str], str]) -> str:
     pieces: list[str] = []
-    end = 0
-    for one in spans:
-        pieces += [text[end : one.start], new(one)]
-        end = one.end
-    return "".join([*pieces, text[end:]])
+    done = 0
+    for start, end, label in found:
+        pieces += [text[done:start], new(start, end, label)]
+        done = end
+    return "".join([*pieces, text[done:]])
 
 
-def _copied(value: Any, path: Path, pieces: dict[Path, list[Place]]) -> Any:
-    """辞書とリストの写し。リストの中の文字列は、同じ場所のものどうしを ``pieces`` に集める。"""
+def _items(value: Any) -> list[tuple[str, Any]]:
+    """辞書かリストの中身。ほかのものでは空。"""
     if isinstance(value, Mapping):
-        copy: Any = {}
-        items: Iterable[tuple[Any, Any]] = cast("Mapping[Any, Any]", value).items()
-    elif isinstance(value, list | tuple | set | frozenset):
-        copy = [None] * len(cast("list[Any]", value))
-        items = enumerate(cast("Iterable[Any]", value))
-    else:
-        return value
-    for key, item in items:
-        place = (*path, "*" if isinstance(copy, list) else str(key))
-        copy[key] = _copied(item, place, pieces)
-        if isinstance(item, str) and "*" in place:
-            pieces[place].append((copy, key))
-    return copy
+        return [(str(key), item) for key, item in value.items()]
+    return [("*", item) for item in value] if isinstance(value, list | tuple | set) else []
 
 
 class Pass:
     """1 回の置き換え。同じ文字列は一度だけ調べる。"""
 
-    def __init__(self, patterns: tuple[Pattern, ...], masked: Counter[str]) -> None:
+    def __init__(self, patterns: tuple[Pattern, ...]) -> None:
         self._patterns = patterns
-        self._masked = masked
-        self._known: dict[str, list[Found]] = {}
+        self._find = cache(self._search)
+        self._pieces: dict[Path, Iterator[str]] = {}
 
-    def value(self, value: Any) -> Any:
-        """辞書やリストの、中の文字列を置き換えた写し。"""
-        pieces: dict[Path, list[Place]] = defaultdict(list)
-        copy = _copied(value, (), pieces)
-        for places in pieces.values():
-            self._gather(places)
-        return self._changed(copy, "")
+    def value(self, value: Any, key: str = "") -> Any:
+        """辞書やリストの、中の文字列を置き換えた写し。``key`` は、値の名前。"""
+        pieces: dict[Path, list[str]] = defaultdict(list)
+        self._collect(value, (key,), pieces)
+        self._pieces = {path: iter(self._gathered(texts)) for path, texts in pieces.items()}
+        return self._masked(value, (key,))
 
     def text(self, text: str) -> str:
         """文字列を置き換える。"""
-        found = self._find(text)
-        self._masked.update(one.label for one in found)
-        return _replaced(text, found, lambda one: f"[{one.label}]")
-
-    def _find(self, text: str) -> list[Found]:
-        if text not in self._known:
-            self._known[text] = self._search(text)
-        return self._known[text]
+        return _replaced(text, self._find(text), lambda _start, _end, label: f"[{label}]")
 
     def _search(self, text: str) -> list[Found]:
         plain = _plain(text)
         result: list[Found] = []
         for pattern in self._patterns:
-            if found := pattern.find(plain):
-                result += found
-                # 見つけたところは、同じ長さの、どの規則にも合わない文字にする
-                plain = _replaced(plain, found, lambda one: "\0" * (one.end - one.start))
+            found = pattern.find(plain)
+            result += found
+            # 見つけたところは、同じ長さの、どの規則にも合わない文字にする
+            plain = _replaced(plain, found, lambda start, end, _label: "\0" * (end - start))
         if result and len(plain) != len(text):
             places = _places(text)
-            result = [Found(places[start], places[end], label) for start, end, label in result]
+            result = [(places[start], places[end], label) for start, end, label in result]
         return sorted(result)
 
-    def _gather(self, places: list[Place]) -> None:
-        """ストリーミングの断片にまたがるものを、その最初の断片に集める(残りは空にする)。"""
-        texts = [owner[key] for owner, key in places]
-        joined = "".join(texts)
-        if len(texts) < 2 or not (found := self._find(joined)):
-            return
-        piece_of = [index for index, text in enumerate(texts) for _ in text]
-        for start, end, _ in reversed(found):
-            first, last = piece_of[start], piece_of[end - 1]
-            # 番号を並べただけのリスト。つないだ 10 桁と 12 桁は、偶然に合いすぎる
-            by_chance = joined.isdigit() and end - start in (10, 12)
-            if first < last and not by_chance:
-                texts[first : last + 1] = ["".join(texts[first : last + 1])] + [""] * (last - first)
-        for (owner, key), text in zip(places, texts, strict=True):
-            owner[key] = text
+    def _collect(self, value: Any, path: Path, pieces: dict[Path, list[str]]) -> None:
+        """リストの中の文字列を、同じ場所のものどうしで ``pieces`` に集める。"""
+        if isinstance(value, str) and "*" in path:
+            pieces[path].append(value)
+        for key, item in _items(value):
+            self._collect(item, (*path, key), pieces)
 
-    def _changed(self, value: Any, label: str) -> Any:
-        """``label`` は、値を丸ごと隠すキーの中にあるとき、その種類。"""
-        if isinstance(value, dict):
-            return self._entries(cast("dict[Any, Any]", value), label)
-        if isinstance(value, list):
-            return [self._changed(item, label) for item in cast("list[Any]", value)]
+    def _gathered(self, texts: list[str]) -> list[str]:
+        """ストリーミングの断片にまたがるものを、その最初の断片に集める(残りは空にする)。"""
+        joined = "".join(texts)
+        piece_of = [index for index, text in enumerate(texts) for _ in text]
+        for start, end, _ in reversed(self._find(joined)):
+            first, last = piece_of[start], piece_of[end - 1] + 1
+            # 番号を並べただけのリスト。つないだ 10 桁と 12 桁は、偶然に合いすぎる
+            if not (joined.isdigit() and end - start in (10, 12)):
+                texts[first:last] = ["".join(texts[first:last]), *[""] * (last - first - 1)]
+        return texts
+
+    def _masked(self, value: Any, path: Path) -> Any:
+        if isinstance(value, Mapping):
+            return self._entries(value, path)
+        if isinstance(value, list | tuple | set):
+            return [self._masked(item, (*path, key)) for key, item in _items(value)]
         if isinstance(value, bool | float) or value is None:
             return value
-        text = str(value)
+        is_piece = isinstance(value, str) and path in self._pieces
+        text = next(self._pieces[path]) if is_piece else str(value)
+        label = next(filter(None, map(secret_label, path)), "")
         is_count = label == "API_KEY" and isinstance(value, int)  # {"token": 128}
         if label and is_secret(text) and not is_count:
-            self._masked[label] += 1
             return f"[{label}]"
         masked = self.text(text)
-        return value if masked == text and isinstance(value, int) else masked
+        return value if isinstance(value, int) and masked == text else masked
 
-    def _entries(self, entries: dict[Any, Any], label: str) -> dict[Any, Any]:
+    def _entries(self, entries: Any, path: Path) -> dict[str, Any]:
         """キーも置き換える。同じになったキーには番号を付け、1 件も失わない。"""
-        result: dict[Any, Any] = {}
-        for key, item in entries.items():
-            name = masked = self.text(str(key)) if isinstance(key, str | int | tuple) else key
+        result: dict[str, Any] = {}
+        for key, item in _items(entries):
+            name = masked = self.text(key)
             while name in result:
                 name = f"{masked} ({len(result) + 1})"
-            result[name] = self._changed(item, label or secret_label(str(key)))
+            result[name] = self._masked(item, (*path, key))
         return result

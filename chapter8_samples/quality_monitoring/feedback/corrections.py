@@ -1,23 +1,23 @@
 """8.3.3 ユーザーの訂正から、評価データセットを作る。
 
 訂正(期待値 ``expected_response``)の付いたトレースを、質問と正解の組に直す。直したアプリを同じ質問で
-評価すれば、本番で見つかった誤りが本当に直ったか、別の変更でまた壊れていないかを確かめられる。
-
-Databricks では ``dataset_name`` に ``catalog.schema.name`` を渡す(Unity Catalog の表になる)。
+評価すれば、本番で見つかった誤りが本当に直ったかを確かめられる。Databricks では ``dataset_name`` に
+``catalog.schema.name`` を渡す(Unity Catalog の表になる)。
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import datetime
-from typing import Any, cast
+from datetime import datetime, timezone
+from typing import Any
 
 import mlflow
-from mlflow import MlflowClient
-from mlflow.entities import Trace
+from mlflow.entities import Assessment, TraceInfo
 from mlflow.exceptions import MlflowException
 
-from .request import CORRECTION
+from .kinds import CORRECTION
+from .summary import trace_infos
+
+_EVER = (datetime(1970, 1, 2, tzinfo=timezone.utc), datetime(9999, 1, 1, tzinfo=timezone.utc))
 
 
 def corrections_to_dataset(
@@ -29,83 +29,50 @@ def corrections_to_dataset(
 ) -> list[dict[str, Any]]:
     """期間 ``[start, end)`` の訂正を、``mlflow.genai.evaluate(data=...)`` に渡せる行にする。
 
-    同じトレースに何人かの訂正があれば、最後のものを正解とする。同じ質問は、最後のトレースだけを残す。
-
-    Args:
-        experiment_name: エクスペリメントの名前。
-        start: 開始(タイムゾーン付き)。省くと最初から。
-        end: 終了(タイムゾーン付き)。省くと現在まで。
-        dataset_name: MLflow の評価データセットの名前。なければ作り、あれば行を足す。
-            同じ質問の行は置き換わる。省くと、何も保存しない。
+    同じ質問に何度か訂正があれば、最後の訂正を正解とする。期間は省くと全体。``dataset_name`` は、
+    MLflow の評価データセットの名前で、なければ作り、同じ質問の行は置き換える(省くと保存しない)。
 
     Raises:
         ValueError: エクスペリメントがない、時刻にタイムゾーンがない。
     """
-    found = MlflowClient().get_experiment_by_name(experiment_name)
-    if found is None:
-        raise ValueError(f"no experiment named {experiment_name!r} at {mlflow.get_tracking_uri()}")
-    records: dict[str, dict[str, Any]] = {}
-    for trace in _traces(found.experiment_id, _window(start, end)):
-        record = _record(trace)
-        if record is not None:
-            records[repr(record["inputs"])] = record
-    rows = list(records.values())
+    infos = trace_infos(experiment_name, start or _EVER[0], end or _EVER[1])
+    corrected = [(told, info) for info in infos if (told := _correction(info))]
+    corrected.sort(key=lambda pair: pair[0].last_update_time_ms or 0)
+    rows: dict[str, dict[str, Any]] = {}
+    for told, info in corrected:
+        inputs = _inputs(info.trace_id)
+        if inputs is not None and told.expectation is not None:
+            expectations = {CORRECTION: told.expectation.value}
+            rows[repr(inputs)] = {"inputs": inputs, "expectations": expectations}
     if dataset_name is not None and rows:
-        copies = [dict(row) for row in rows]  # 渡した行に、出所などが書き足される
-        _dataset(dataset_name, found.experiment_id).merge_records(copies)
-    return rows
+        copies = [dict(row) for row in rows.values()]  # 渡した行に、出所などが書き足される
+        _dataset(dataset_name, str(infos[0].experiment_id)).merge_records(copies)
+    return list(rows.values())
 
 
-def _window(start: datetime | None, end: datetime | None) -> str:
-    parts: list[str] = []
-    for moment, sign in ((start, ">="), (end, "<")):
-        if moment is not None:
-            if moment.tzinfo is None:
-                raise ValueError(f"{moment.isoformat()} has no time zone")
-            parts.append(f"timestamp_ms {sign} {round(moment.timestamp() * 1000)}")
-    return " AND ".join(parts)
+def _correction(info: TraceInfo) -> Assessment | None:
+    """最後の訂正。``evaluate()`` が、評価のトレースに書き写した正解は除く。"""
+    told = [a for a in info.assessments if a.name == CORRECTION]
+    told = [a for a in told if "mlflow.assessment.sourceRunId" not in (a.metadata or {})]
+    return max(told, key=lambda a: a.last_update_time_ms or 0, default=None)
 
 
-def _traces(experiment_id: str, filter_string: str) -> Iterator[Trace]:
-    token: str | None = None
-    while True:
-        page = MlflowClient().search_traces(
-            locations=[experiment_id],
-            filter_string=filter_string or None,
-            max_results=100,
-            order_by=["timestamp_ms ASC"],
-            page_token=token,
-            include_spans=False,
-        )
-        for trace in page:
-            if any(a.name == CORRECTION for a in trace.info.assessments):
-                yield MlflowClient().get_trace(trace.info.trace_id)
-        token = cast("str | None", page.token)
-        if not token:
-            return
-
-
-def _record(trace: Trace) -> dict[str, Any] | None:
-    root = next((span for span in trace.data.spans if span.parent_id is None), None)
-    told = [a for a in trace.info.assessments if a.name == CORRECTION and a.expectation]
-    if root is None or not told:
+def _inputs(trace_id: str) -> dict[str, Any] | None:
+    trace = mlflow.get_trace(trace_id)
+    roots = [span for span in trace.data.spans if span.parent_id is None] if trace else []
+    if not roots:
         return None
-    last = max(told, key=lambda a: a.last_update_time_ms or 0)
-    inputs: Any = root.inputs
-    return {
-        "inputs": inputs if isinstance(inputs, dict) else {"input": inputs},
-        "expectations": {CORRECTION: last.expectation.value if last.expectation else None},
-    }
+    inputs: Any = roots[0].inputs
+    return inputs if isinstance(inputs, dict) else {"input": inputs}
 
 
 def _dataset(name: str, experiment_id: str) -> Any:
     from mlflow.genai import datasets
 
-    if mlflow.get_tracking_uri().startswith("databricks"):
-        try:
+    try:
+        if mlflow.get_tracking_uri().startswith("databricks"):
             return datasets.get_dataset(name=name)
-        except MlflowException:
-            return datasets.create_dataset(name=name, experiment_id=experiment_id)
-    known = datasets.search_datasets(experiment_ids=[experiment_id])
-    same = [dataset for dataset in known if dataset.name == name]
-    return same[0] if same else datasets.create_dataset(name=name, experiment_id=experiment_id)
+        known = datasets.search_datasets(experiment_ids=[experiment_id])
+        return next(dataset for dataset in known if dataset.name == name)
+    except (MlflowException, StopIteration):
+        return datasets.create_dataset(name=name, experiment_id=experiment_id)

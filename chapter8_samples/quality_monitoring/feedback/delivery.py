@@ -1,128 +1,80 @@
-"""8.3.3 フィードバックを、ちょうど 1 回だけ確実に届ける。
+"""8.3.3 フィードバックを 1 回だけ試みる: 二重に記録せず、置き換え、取り下げ、期限を守る。
 
-トレースは既定で最大 5 秒ごとにまとめて保存されるので、応答の直後に ``mlflow.log_feedback()`` を
-呼ぶと「トレースがない」という例外になり、評価は失われる。ここでは届くまで待ち、二重に記録しない。
-
-Databricks でも同じコードで動く。届かなかったものを保存して後で送り直すのは ``feedback/outbox.py``。
+トレースが保存されるまで待つのは呼ぶ側の仕事。本書の関数は眠って待ち、HTTP の受け口は await で待ち、
+送信箱は後で送り直す。Databricks でも同じコードで動く。
 """
 
 from __future__ import annotations
 
 import contextvars
 import hashlib
-import sys
+import json
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from typing import Any
 
 import mlflow
-from mlflow.entities import (
-    Assessment,
-    AssessmentSource,
-    AssessmentSourceType,
-    Expectation,
-    Feedback,
-)
+from mlflow.entities import Assessment, AssessmentSource, Expectation, Feedback, TraceInfo
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.provider import get_bridged_tracer_provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
-from .request import (
+from .kinds import (
     CORRECTION,
     REPLACED_BY_NEWER,
     FeedbackDeliveryError,
     FeedbackError,
+    FeedbackNotAllowedError,
     FeedbackRequest,
     TraceNotFoundError,
 )
 
-T = TypeVar("T")
-
 FEEDBACK_ID = "feedback_id"
 GIVEN_AT = "feedback_given_at_ms"
-_RETRYABLE = {
-    "RESOURCE_DOES_NOT_EXIST",
-    "INTERNAL_ERROR",
-    "TEMPORARILY_UNAVAILABLE",
-    "REQUEST_LIMIT_EXCEEDED",
-}
-_votes: WeakValueDictionary[tuple[str, str, str], threading.Lock] = WeakValueDictionary()
-_votes_lock = threading.Lock()
+_RETRYABLE = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+# 同じ人の同じ評価は 1 件ずつ(続けて押すと、互いに相手が見えず 2 件とも有効になる)
+_TURNS = [threading.Lock() for _ in range(256)]
 
 
-def send_feedback(request: FeedbackRequest, *, timeout_seconds: float = 15.0) -> Assessment:
-    """フィードバックを 1 件、ちょうど 1 回だけ記録する。
+def store_feedback(
+    request: FeedbackRequest,
+    *,
+    timeout_seconds: float = 5.0,
+    authorize: Callable[[TraceInfo], bool] | None = None,
+) -> Assessment | None:
+    """記録するか、取り下げる。期限は通信の途中でも守る(MLflow の再試行は 4 分かかることがある)。
 
-    トレースがまだ保存されていなければ、保存を促してから ``timeout_seconds`` まで待つ
-    (MLflow の既定の保存間隔は 5 秒なので、15 秒で足りる)。期限は通信の途中でも守る。
+    値は記録した(取り下げた)評価。本人のもっと新しい評価があれば、古い方は記録せず、それを返す
+    (``is_superseded()``)。取り下げるものがなければ ``None``。
 
     Raises:
-        TraceNotFoundError: 期限までにトレースが現れなかった。
-        FeedbackDeliveryError: サーバーに届かなかった。どちらも ``request`` を持つ。
+        FeedbackDeliveryError: 届かなかった。トレースがまだなければ ``TraceNotFoundError``。
+        FeedbackNotAllowedError: ``authorize`` が断ったか、別のエクスペリメントのトレース。
         FeedbackError: サーバーが内容を拒否した(送り直しても成功しない)。
     """
-    if mlflow.get_active_trace_id() == request.trace_id:
-        added = _add_to_running(request)
-        if added is not None:
-            return added
-    deadline = time.monotonic() + timeout_seconds
-    turn = _turn_of(request)
-    if not turn.acquire(timeout=min(max(timeout_seconds, 0.0), threading.TIMEOUT_MAX)):
-        busy = TimeoutError("the previous vote of this user is still being sent")
-        raise _undelivered(request, busy, timeout_seconds)
+    turn = _TURNS[hash((request.trace_id, request.name, request.user_id)) % len(_TURNS)]
+    if not turn.acquire(timeout=timeout_seconds):
+        raise FeedbackDeliveryError("the previous vote of this user is still being sent", request)
     try:
-        return _send_until(deadline, request, timeout_seconds)
+        return _within(timeout_seconds, lambda: _store(request, authorize))
+    except FutureTimeoutError as late:
+        message = f"the tracking server did not answer within {timeout_seconds:g} s"
+        raise FeedbackDeliveryError(message, request) from late
+    except MlflowException as refused:
+        raise _explained(refused, request) from refused
     finally:
         turn.release()
 
 
-def _add_to_running(request: FeedbackRequest) -> Assessment | None:
-    """実行中のトレースに付ける(一緒に保存される)。上流のサービスのトレースなら ``None``。"""
-    with InMemoryTraceManager.get_instance().get_trace(request.trace_id) as trace:
-        if trace is None or trace.is_remote_trace:
-            return None
-        given = trace.info.assessments
-        settled, previous = _look_up(request, given)
-        if settled is not None:
-            return settled
-        given[:] = [a for a in given if a is not previous]  # まだ保存していないので、入れ替える
-    return _log_new(request)
+def is_superseded(request: FeedbackRequest, stored: Assessment | None) -> bool:
+    """``stored`` が、``request`` の代わりに残っている、本人のもっと新しい評価か。"""
+    return int(_metadata(stored).get(GIVEN_AT, 0)) > request.given_at_ms
 
 
-def _turn_of(request: FeedbackRequest) -> threading.Lock:
-    """同じ人の同じ評価を 1 件ずつ送る順番(続けて押すと、互いに相手が見えず 2 件とも有効になる)。"""
-    with _votes_lock:
-        key = (request.trace_id, request.name, request.user_id)
-        return _votes.setdefault(key, threading.Lock())
-
-
-def _send_until(deadline: float, request: FeedbackRequest, waited: float) -> Assessment:
-    error: Exception | None = None
-    for attempt in range(sys.maxsize):
-        try:
-            # 1 回の待ちを区切る。保存はされたのに応答だけ失われたことに、次の回で気づける
-            return _within(min(deadline, time.monotonic() + 5), lambda: _store_once(request))
-        except FutureTimeoutError as late:
-            error = error or late
-        except MlflowException as refused:
-            error = refused
-            if refused.error_code not in _RETRYABLE:
-                raise FeedbackError(f"MLflow rejected the feedback: {refused.message}") from refused
-            _hurry_export()
-        delay = min(0.02 * 2 ** min(attempt, 6), 1.0)
-        if time.monotonic() + delay >= deadline:
-            break
-        time.sleep(delay)
-    raise _undelivered(request, error, waited) from error
-
-
-def _hurry_export() -> None:
+def hurry_export() -> None:
     """自分のプロセスのトレースなら、保存の順番(最大 5 秒)を待たずに書き出しを始める。
 
     ``mlflow.flush_trace_async_logging()`` は、何もなくても終わるまで約 2 秒かかるので使わない。
@@ -131,9 +83,8 @@ def _hurry_export() -> None:
     threading.Thread(target=flush, daemon=True, name="hurry-export").start()
 
 
-def _within(deadline: float, call: Callable[[], T]) -> T:
-    """``call`` を期限まで待つ。MLflow の HTTP 再試行は既定で 4 分かかることがある。"""
-    future: Future[T] = Future()
+def _within(seconds: float, call: Callable[[], Assessment | None]) -> Assessment | None:
+    future: Future[Assessment | None] = Future()
 
     def work() -> None:
         try:
@@ -143,108 +94,111 @@ def _within(deadline: float, call: Callable[[], T]) -> T:
 
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(work,), daemon=True, name="feedback").start()
-    return future.result(timeout=max(deadline - time.monotonic(), 0.0))
+    return future.result(timeout=seconds)
 
 
-def _undelivered(
-    request: FeedbackRequest, error: Exception | None, waited: float
-) -> FeedbackDeliveryError:
-    if isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
-        return TraceNotFoundError(
-            f"trace {request.trace_id!r} was not stored within {waited:g} s: check the id, the "
-            "tracking URI and that the app exports its traces",
-            request,
-        )
-    return FeedbackDeliveryError(
-        f"the tracking server did not accept the feedback within {waited:g} s: {error!r}; "
-        "keep error.request and send it again later",
-        request,
-    )
+def _explained(error: MlflowException, request: FeedbackRequest) -> FeedbackError:
+    if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        advice = "check the id, the tracking URI and that the app exports its traces"
+        return TraceNotFoundError(f"trace {request.trace_id!r} is not stored; {advice}", request)
+    if error.error_code in _RETRYABLE:
+        return FeedbackDeliveryError(f"the server failed: {error.message}", request)
+    return FeedbackError(f"MLflow rejected the feedback: {error.message}")
 
 
-def _store_once(request: FeedbackRequest) -> Assessment:
-    """送信済みなら記録を返し、同じ人の前の評価があれば置き換え、なければ新しく記録する。
-
-    後から届いた古い評価は記録せず、本人の新しい評価を返す。
-    """
+def _store(
+    request: FeedbackRequest, authorize: Callable[[TraceInfo], bool] | None
+) -> Assessment | None:
+    active = mlflow.get_active_trace_id() == request.trace_id
     with InMemoryTraceManager.get_instance().get_trace(request.trace_id) as trace:
-        settled, unsaved = _look_up(request, trace.info.assessments if trace else [])
+        unsaved = trace.info.assessments if trace else []
+        settled, mine = _look_up(request, unsaved)
+        if settled is None and trace and active and not trace.is_remote_trace:
+            return _change_unsaved(request, unsaved, mine)  # 実行中のトレースと一緒に保存される
     if settled is not None:
         return settled
-    if unsaved is not None:  # トレースと一緒に保存される評価。置き換えられるまで待つ
-        raise MlflowException("the earlier vote is not stored yet", RESOURCE_DOES_NOT_EXIST)
-    settled, previous = _look_up(request, _in_store(request.trace_id))
-    if settled is not None:
-        return settled
-    return _log_new(request) if previous is None else _replace(previous, request)
-
-
-def _in_store(trace_id: str) -> list[Assessment]:
-    """保存先にある評価。
-
-    ``TracingClient.get_trace_info()`` は、書き出している途中のトレースについては手元の写しを返す。
-    そこには、保存先にもう届いた評価が入っていないので、保存先に直接尋ねる。
-    """
+    if mine:
+        raise TraceNotFoundError("the earlier vote is stored with its trace, not yet", request)
+    # TracingClient.get_trace_info() は、書き出している途中のトレースについては手元の写しを返す。
+    # そこには、保存先にもう届いた評価が入っていないので、保存先に直接尋ねる
     store: Any = TracingClient().store
-    return store.get_trace_info(trace_id).assessments
+    info: TraceInfo = store.get_trace_info(request.trace_id)
+    elsewhere = request.experiment_id not in (None, info.experiment_id)
+    if elsewhere or (authorize and not authorize(info)):
+        raise FeedbackNotAllowedError(
+            f"trace {request.trace_id!r} of experiment {info.experiment_id} takes no feedback here"
+        )
+    settled, mine = _look_up(request, info.assessments)
+    return settled or _change(request, mine)
 
 
 def _look_up(
     request: FeedbackRequest, given: list[Assessment]
-) -> tuple[Assessment | None, Assessment | None]:
-    """もう記録しなくてよいならその評価、置き換えるなら前の評価を返す。"""
-    for assessment in given:
-        if (assessment.metadata or {}).get(FEEDBACK_ID) == request.feedback_id:
-            return assessment, None
-    previous = _previous(request, given) if request.name in REPLACED_BY_NEWER else None
-    if previous and int((previous.metadata or {}).get(GIVEN_AT, 0)) > request.given_at_ms:
-        return previous, None  # 送信箱に残っていた古い評価。本人がもう変えている
-    return None, previous
+) -> tuple[Assessment | None, list[Assessment]]:
+    """もう記録しなくてよいならその評価。そうでなければ、置き換える(取り下げる)本人の評価。"""
+    who = (request.name, "HUMAN", request.user_id)
+    mine = [a for a in given if (a.name, a.source.source_type, a.source.source_id) == who]
+    mine.sort(key=lambda a: a.create_time_ms or 0)
+    if request.withdraws:
+        return None, [a for a in mine if not is_superseded(request, a)]
+    same = [a for a in mine if _metadata(a).get(FEEDBACK_ID) == request.feedback_id]
+    replaceable = mine if request.name in REPLACED_BY_NEWER else same
+    current = [a for a in replaceable if a.valid is not False][-1:]
+    if current and is_superseded(request, current[0]):
+        return current[0], []
+    # 通信のやり直しなら記録済み。同じ ID で評価を変え、また元に戻したときは、もう 1 度記録する
+    changed = bool(current) and current[0] in same
+    done = [a for a in same if _says(a, request) and (a.valid is not False or not changed)]
+    return (done[-1], []) if done else (None, current)
 
 
-def _previous(request: FeedbackRequest, stored: list[Assessment]) -> Assessment | None:
-    mine = [
-        assessment
-        for assessment in stored
-        if assessment.name == request.name
-        and assessment.valid is not False
-        and assessment.source.source_id == request.user_id
-    ]
-    return max(mine, key=lambda a: a.create_time_ms or 0, default=None)
+def _says(assessment: Assessment, request: FeedbackRequest) -> bool:
+    told = assessment.feedback or assessment.expectation
+    content = (told and told.value, assessment.rationale or None)
+    same = content == (request.value, request.rationale)
+    return same and request.metadata.items() <= _metadata(assessment).items()
 
 
-def _log_new(request: FeedbackRequest) -> Assessment:
-    return mlflow.log_assessment(request.trace_id, _assessment(request))
+def _metadata(assessment: Assessment | None) -> dict[str, str]:
+    return (assessment and assessment.metadata) or {}
 
 
-def _replace(previous: Assessment, request: FeedbackRequest) -> Assessment:
-    assert previous.assessment_id is not None
-    new = _assessment(request)
-    if isinstance(new, Expectation):
-        return mlflow.update_assessment(request.trace_id, previous.assessment_id, new)
-    new.overrides = previous.assessment_id  # 前の評価は無効として残る
-    return mlflow.log_assessment(request.trace_id, new)
+def _change_unsaved(
+    request: FeedbackRequest, unsaved: list[Assessment], mine: list[Assessment]
+) -> Assessment | None:
+    unsaved[:] = [a for a in unsaved if a not in mine]
+    if request.withdraws:
+        return mine[-1] if mine else None
+    unsaved.append(_assessment(request, []))
+    unsaved[-1].trace_id = request.trace_id
+    return unsaved[-1]
 
 
-def _assessment(request: FeedbackRequest) -> Feedback | Expectation:
-    # source を省くと、MLflow は「コードによる評価」として記録する
-    source = AssessmentSource(AssessmentSourceType.HUMAN, request.user_id)
-    metadata = {
-        **request.metadata,
-        FEEDBACK_ID: request.feedback_id,
-        GIVEN_AT: str(request.given_at_ms),
-    }
+def _change(request: FeedbackRequest, mine: list[Assessment]) -> Assessment | None:
+    trace_id, ids = request.trace_id, [str(a.assessment_id) for a in mine]
+    if request.withdraws:
+        for old in reversed(ids):  # 新しい方を消すと、それが置き換えた評価が有効に戻る
+            mlflow.delete_assessment(trace_id, old)
+        return mine[-1] if mine else None
+    made = _assessment(request, ids)
+    if ids and isinstance(made, Expectation):
+        return mlflow.update_assessment(trace_id, ids[0], made)
+    return mlflow.log_assessment(trace_id, made)
+
+
+def _assessment(request: FeedbackRequest, replaced: list[str]) -> Feedback | Expectation:
+    source = AssessmentSource("HUMAN", request.user_id)  # 省くと「コードによる評価」になる
+    given = {FEEDBACK_ID: request.feedback_id, GIVEN_AT: str(request.given_at_ms)}
+    metadata = {**request.metadata, **given}
+    made: Feedback | Expectation
     if request.name == CORRECTION:
         made = Expectation(CORRECTION, request.value, source=source, metadata=metadata)
     else:
-        made = Feedback(
-            request.name,
-            request.value,
-            source=source,
-            rationale=request.rationale,
-            metadata=metadata,
-        )
+        made = Feedback(request.name, request.value, source=source, metadata=metadata)
+        made.rationale = request.rationale
+        made.overrides = replaced[0] if replaced else None  # 前の評価は無効として残る
     if not mlflow.get_tracking_uri().startswith("databricks"):
         # 応答だけが失われると、HTTP の自動再試行が同じ内容をまた送る。ID を決めておけば 1 件になる
-        made.assessment_id = f"a-{hashlib.sha256(request.feedback_id.encode()).hexdigest()[:32]}"
+        content = json.dumps({**request.to_dict(), "given_at_ms": replaced}, sort_keys=True)
+        made.assessment_id = f"a-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
     return made

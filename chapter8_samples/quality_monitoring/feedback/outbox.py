@@ -1,66 +1,81 @@
 """8.3.3 届かなかったフィードバックを手元に残し、後で送り直す。
 
-MLflow サーバーが止まっている間の評価も捨てない。1 件ずつファイルに追記してから送るので、アプリが
-途中で落ちても残る。送り直しても、同じ ID のフィードバックは 1 件しか記録されない。
-
-Databricks でも同じコードで動く。ファイルはプロセスごとに分け、再起動しても変わらない名前にする
-(例: ワーカーの番号)。pid を名前にすると、落ちたプロセスの残りを引き継ぐものがいなくなる。
+先に送り、届かなかったものだけを SQLite に残すので、サーバーが動いていれば、ディスクが満杯でも記録
+できる。いくつのプロセスから使ってもよい。送り直しは、cron などから ``replay()`` を呼ぶだけでよい。
+Databricks でも同じコードで動く。
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import threading
-from collections.abc import Callable
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mlflow.entities import Assessment
 
-from .delivery import send_feedback
-from .request import (
-    FeedbackDeliveryError,
-    FeedbackError,
-    FeedbackRequest,
-    TraceNotFoundError,
-)
+from .delivery import is_superseded, store_feedback
+from .kinds import FeedbackDeliveryError, FeedbackError, FeedbackRequest, TraceNotFoundError
 
 logger = logging.getLogger(__name__)
-Send = Callable[..., Assessment]
+
+_TABLE = """CREATE TABLE IF NOT EXISTS feedback (
+    id TEXT PRIMARY KEY, subject TEXT, body TEXT, kept_at REAL, retry_at REAL, reason TEXT)"""
+_NEXT = """SELECT id, body, kept_at FROM feedback
+    WHERE reason IS NULL AND retry_at <= ? ORDER BY retry_at LIMIT 1"""
+_TRY_SECONDS = 5.0
+_CLAIM_SECONDS = 60.0  # 送る間、ほかのプロセスに送らせない。落ちたら、この後で引き継がれる
+_UNREACHED = 3  # 続けてこの件数が届かなければ、サーバーは止まっている
 
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """再送 1 回の結果(件)。"""
+    """再送 1 回の結果(件)。``rejected`` は、送っても無駄なので分けたもの。"""
 
     sent: int
     rejected: int
-    """サーバーが内容を拒否したので、``*.rejected`` に移した(読めない行も、起動時にそこへ移る)。"""
     remaining: int
 
 
-class FeedbackOutbox:
-    """届くまでファイルに残す送信箱。1 つのプロセスの複数のスレッドから使える。"""
+@dataclass(frozen=True)
+class OutboxStatus:
+    """送信箱のいま。``error`` は書けない理由(届く評価は、それでも記録できる)。"""
 
-    def __init__(self, path: str | Path, *, send: Send = send_feedback) -> None:
-        """``path`` は追記していくファイル。前回の残りがあれば引き継ぐ。"""
-        self._path = path = Path(path)
-        # 名前の終わりが違うだけの、よその送信箱(box.1 と box.2)とは分ける
-        self._rejected = path.with_name(path.name.removesuffix(".jsonl") + ".rejected")
-        self._send = send
-        self._lock = threading.Lock()
-        self._sending: set[str] = set()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._pending = {request.feedback_id: request for request in self._read()}
-        if path.exists():
-            self._compact()  # 書きかけの最後の行に、次の 1 件をつなげて書かない
+    pending: int = 0
+    rejected: int = 0
+    error: str | None = None
+
+
+class FeedbackOutbox:
+    """届くまで SQLite に残す送信箱。複数のスレッド、複数のプロセスから使える。"""
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        send: Callable[..., Assessment | None] = store_feedback,
+        expire_hours: float = 24.0,
+    ) -> None:
+        """``expire_hours`` を過ぎてもトレースが現れない評価は、あきらめて分ける。"""
+        self._path, self._send = Path(path), send
+        self._expire_seconds = expire_hours * 3600
 
     def __len__(self) -> int:
         """まだ届いていない件数。"""
-        return len(self._pending)
+        return self._run("SELECT count(*) FROM feedback WHERE reason IS NULL")[0][0]
+
+    def status(self) -> OutboxStatus:
+        """件数と、書けるかどうか。"""
+        try:
+            self._run("PRAGMA user_version = 1")  # 本当に書いてみる
+            return OutboxStatus(len(self), len(self.rejected()))
+        except OSError as error:
+            return OutboxStatus(error=str(error))
 
     def submit(
         self, request: FeedbackRequest, *, timeout_seconds: float = 3.0
@@ -69,106 +84,99 @@ class FeedbackOutbox:
 
         Raises:
             FeedbackError: サーバーが内容を拒否した(残しても届かない)。
+            OSError: 届かず、残すこともできない。
         """
-        with self._lock:  # 先に数える(再送の片付けと重なっても、ファイルから消えない)
-            self._pending[request.feedback_id] = request
-            self._sending.add(request.feedback_id)
+        if request.withdraws:
+            self.drop(request)
         try:
-            self._append({"add": request.to_dict()})
-            stored = self._send(request, timeout_seconds=timeout_seconds)
+            return self._send(request, timeout_seconds=timeout_seconds)
         except FeedbackDeliveryError as error:
-            logger.warning("feedback %s kept in %s: %s", request.feedback_id, self._path, error)
+            logger.warning("feedback %s is kept: %s", request.feedback_id, error)
+            self.keep(request)
             return None
-        except FeedbackError:
-            self._done(request)
-            raise
-        else:
-            self._done(request)
-            return stored
-        finally:
-            self._sending.discard(request.feedback_id)
+
+    def keep(self, request: FeedbackRequest) -> None:
+        """送らずに残す。戻ったときには、電源が落ちても消えない。"""
+        subject, now = _subject(request), time.time()
+        values = (subject + request.feedback_id, subject, json.dumps(request.to_dict()), now, now)
+        self._run("INSERT OR REPLACE INTO feedback VALUES (?, ?, ?, ?, ?, NULL)", *values)
+
+    def drop(self, request: FeedbackRequest) -> None:
+        """同じ人の同じ評価が残っていれば捨てる(取り下げた評価を、後から送らない)。"""
+        self._run("DELETE FROM feedback WHERE subject = ?", _subject(request))
+
+    def rejected(self) -> list[tuple[dict[str, Any], str]]:
+        """送っても無駄だった評価(``FeedbackRequest.to_dict()`` の形)と、その理由。"""
+        found = self._run("SELECT body, reason FROM feedback WHERE reason IS NOT NULL")
+        return [(json.loads(body), reason) for body, reason in found]
+
+    def clear_rejected(self) -> None:
+        """確かめ終わった ``rejected()`` を消す。"""
+        self._run("DELETE FROM feedback WHERE reason IS NOT NULL")
 
     def replay(self, *, timeout_seconds: float = 15.0) -> ReplayReport:
-        """残っているものを送り直す。サーバーに届かなければ、そこでやめて残りは次に回す。
+        """残っているものを 1 回ずつ、全部で ``timeout_seconds`` 秒まで送り直す。
 
-        トレースが見つからないものは残し、後ろのものを先に送る(1 件が全体を止めない)。
+        トレースのない 1 件が全体を止めないよう、後ろに回す。サーバーに届かなければ、そこでやめる。
         """
-        sent = rejected = 0
-        for request in list(self._pending.values()):
-            if not self._claim(request):
-                continue
-            try:
-                self._send(request, timeout_seconds=timeout_seconds)
-                self._done(request)
-                sent += 1
-            except TraceNotFoundError as error:
-                logger.warning("feedback %s waits for its trace: %s", request.feedback_id, error)
-            except FeedbackDeliveryError as error:
-                logger.warning("replay stopped, %d left: %s", len(self), error)
+        started, deadline = time.time(), time.monotonic() + timeout_seconds
+        sent = rejected = unreached = 0
+        while unreached < _UNREACHED and (left := deadline - time.monotonic()) > 0:
+            kept = self._claim(started)
+            if kept is None:
                 break
-            except FeedbackError:
-                logger.exception("feedback %s was rejected", request.feedback_id)
-                self._append({"add": request.to_dict()}, self._rejected)
-                self._done(request)
+            key, body, kept_at = kept
+            try:
+                self._send_again(body, min(left, _TRY_SECONDS))
+            except FeedbackError as error:
+                absent = isinstance(error, TraceNotFoundError)
+                unsent = isinstance(error, FeedbackDeliveryError)
+                unreached = unreached + 1 if unsent and not absent else 0
+                if unsent and not (absent and kept_at + self._expire_seconds < started):
+                    self._run("UPDATE feedback SET retry_at = ? WHERE id = ?", time.time(), key)
+                    continue
+                logger.warning("feedback is set aside: %s", error)
+                aside = "UPDATE feedback SET reason = ? WHERE id = ? AND body = ?"
+                self._run(aside, str(error), key, body)
                 rejected += 1
-            finally:
-                self._sending.discard(request.feedback_id)
-        self._compact()
+            else:
+                # 送っている間に変わった評価(同じ ID で上書きされたもの)は消さない
+                self._run("DELETE FROM feedback WHERE id = ? AND body = ?", key, body)
+                sent, unreached = sent + 1, 0
         return ReplayReport(sent=sent, rejected=rejected, remaining=len(self))
 
-    def _claim(self, request: FeedbackRequest) -> bool:
-        """ほかのスレッドが送っている最中か、もう届いていれば False。"""
-        with self._lock:
-            name = request.feedback_id
-            free = name in self._pending and name not in self._sending
-            if free:
-                self._sending.add(name)
-            return free
+    def _claim(self, before: float) -> tuple[str, str, float] | None:
+        with self._transaction() as database:
+            kept = database.execute(_NEXT, [before]).fetchone()
+            if kept:
+                until = time.time() + _CLAIM_SECONDS
+                database.execute("UPDATE feedback SET retry_at = ? WHERE id = ?", [until, kept[0]])
+        return kept
 
-    def _done(self, request: FeedbackRequest) -> None:
-        with self._lock:  # 書いてから除くまでに再送の片付けが入ると、届いたものがファイルに戻る
-            _write(self._path, "a", _line({"done": request.feedback_id}))
-            self._pending.pop(request.feedback_id, None)
+    def _send_again(self, body: str, timeout_seconds: float) -> None:
+        try:
+            request = FeedbackRequest.from_dict(json.loads(body))
+        except TypeError as error:  # 別の版が残したもの
+            raise FeedbackError(f"this version cannot read it: {error}") from error
+        if is_superseded(request, self._send(request, timeout_seconds=timeout_seconds)):
+            raise FeedbackError("a newer vote of this user is stored")
 
-    def _append(self, entry: dict[str, Any], path: Path | None = None) -> None:
-        with self._lock:
-            _write(path or self._path, "a", _line(entry))
+    def _run(self, statement: str, *values: object) -> list[Any]:
+        with self._transaction() as database:
+            return database.execute(statement, values).fetchall()
 
-    def _read(self) -> list[FeedbackRequest]:
-        if not self._path.exists():
-            return []
-        found: dict[str, FeedbackRequest] = {}
-        # 壊れたバイトがあっても、ほかの行は読む
-        text = self._path.read_text(encoding="utf-8", errors="backslashreplace")
-        for line in text.splitlines():
-            try:
-                entry: dict[str, Any] = json.loads(line)
-                if "add" in entry:
-                    request = FeedbackRequest.from_dict(entry["add"])
-                    found[request.feedback_id] = request
-                else:
-                    found.pop(entry["done"], None)
-            except (ValueError, TypeError, KeyError):  # 電源が落ちて書きかけの行や、別の版の行
-                logger.warning("set aside an unreadable line of %s", self._path)
-                self._append({"unreadable": line}, self._rejected)
-        return list(found.values())
-
-    def _compact(self) -> None:
-        """届いたものを除いたファイルに置き換える(置き換えは一瞬で、途中で落ちても壊れない)。"""
-        with self._lock:
-            lines = [_line({"add": request.to_dict()}) for request in self._pending.values()]
-            fresh = self._path.with_name(self._path.name + ".tmp")
-            _write(fresh, "w", "".join(lines))
-            fresh.replace(self._path)
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self._path, 30, isolation_level=None)) as database:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute(_TABLE)
+                yield database
+                database.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise OSError(f"the outbox {self._path} cannot be used: {error}") from error
 
 
-def _line(entry: dict[str, Any]) -> str:
-    # ASCII だけで書く。U+2028 などは、そのままでは読むときに行の終わりとみなされる
-    return json.dumps(entry) + "\n"
-
-
-def _write(path: Path, mode: Literal["a", "w"], text: str) -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def _subject(request: FeedbackRequest) -> str:
+    return json.dumps([request.trace_id, request.user_id, request.name])

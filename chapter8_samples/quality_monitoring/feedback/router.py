@@ -1,49 +1,60 @@
-"""8.3.3 画面からのフィードバックを受け取る HTTP エンドポイント(FastAPI)。
+"""8.3.3 画面からのフィードバックを受け取る HTTP の受け口(FastAPI)。
 
-画面は MLflow に直接書かず、アプリの ``POST /feedback`` に送る。誰の評価かはアプリがログイン情報から
-決め、検査はリスト8.10 の関数と同じものを使い、届かなければ送信箱に残して 202 を返す。
+画面はアプリの ``POST /feedback`` に送り、``DELETE /feedback`` で取り下げる。使う側の例::
 
-使う側は ``app.include_router(create_feedback_router(...))`` の 1 行で、要るのは ``fastapi`` だけ。
-Databricks でも同じコードで動く(``MLFLOW_TRACKING_URI=databricks``)。
+    from fastapi import FastAPI, Request
+    from mlflow.entities import Trace
+
+    from chapter8_samples.quality_monitoring import create_feedback_router
+
+    def user_of(request: Request) -> str:
+        return request.headers["x-user"]  # 前段の認証が付けたもの。本文の ID は信用しない
+
+    def authorize(request: Request, trace: Trace) -> bool:  # 自分が受け取った応答にだけ
+        return trace.info.trace_metadata.get("mlflow.trace.user") == user_of(request)
+
+    app = FastAPI()
+    app.include_router(create_feedback_router(user_of, authorize=authorize))
+
+回数の制限はここに置かない(ワーカーごとに別々に数えてしまう)。前段のリバースプロキシーか API
+ゲートウェイで、ユーザーごとに掛ける。Databricks でも同じコードで動く。
 """
-# FastAPI が関数の中で定義した型を読めるように、from __future__ import annotations は使わない
 
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, get_args
 
-from mlflow.entities import Assessment
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from mlflow.entities import Assessment, Trace, TraceData, TraceInfo
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, ValidationError
 
-from .delivery import send_feedback
-from .kinds import (
-    correction_request,
-    issue_request,
-    rating_request,
-    text_request,
-    thumbs_request,
-)
-from .request import (
-    FeedbackDeliveryError,
-    FeedbackError,
-    FeedbackRequest,
-    FeedbackValidationError,
-)
+from .._internals import current_experiment_id
+from . import kinds
+from .delivery import hurry_export, is_superseded, store_feedback
+from .kinds import FeedbackDeliveryError, FeedbackRequest
+from .outbox import FeedbackOutbox
 
-if TYPE_CHECKING:
-    from fastapi import APIRouter, Request
-
-    from .outbox import FeedbackOutbox
-
-Deliver = Callable[[FeedbackRequest], Assessment]
-RETRY_AFTER = {"Retry-After": "30"}  # 画面が送り直すまでの秒数
+logger = logging.getLogger(__name__)
+Kind = Literal["thumbs", "rating", "comment", "issue", "correction"]
+MAX_WAITING = 16  # トレースを待つリクエストの上限。これを超えたら、1 回だけ試みる
+KINDS = dict(zip(get_args(Kind), kinds.FeedbackType, strict=True))
 
 
-@dataclass(kw_only=True)
-class FeedbackBody:
+class FeedbackBody(BaseModel):
     """画面が送る JSON。``type`` ごとに使う項目だけを入れる。"""
 
     trace_id: Any
-    type: Literal["thumbs", "rating", "comment", "issue", "correction"] = "thumbs"
+    type: Kind = "thumbs"
     is_positive: Any = None
     rating: Any = None  # 数かどうかも rating_request() が調べる(真偽値を 1.0 にさせない)
     comment: str | None = None
@@ -52,86 +63,164 @@ class FeedbackBody:
     description: str | None = None
     severity: str = "medium"
     expected_response: str | None = None
-    feedback_id: str | None = None
-    """画面が付ける ID。同じ ID なら、通信のやり直しで何度届いても 1 件になる。"""
+    feedback_id: str | None = None  # 同じなら、通信のやり直しで何度届いても 1 件になる
+
+    def request(self, user: str) -> FeedbackRequest:
+        """検査して、送る形にする。"""
+        made = self._of_kind(user)
+        return replace(made, feedback_id=self.feedback_id) if self.feedback_id else made
+
+    def _of_kind(self, user: str) -> FeedbackRequest:
+        trace, text = self.trace_id, self.comment
+        if self.type == "thumbs":
+            return kinds.thumbs_request(trace, self.is_positive, user, text)
+        if self.type == "rating":
+            return kinds.rating_request(trace, self.rating, user, text, (1, 5))
+        if self.type == "comment":
+            return kinds.text_request(trace, text, user, self.category)
+        if self.type == "issue":
+            told = self.description
+            return kinds.issue_request(trace, self.issue_type, told, user, self.severity)
+        return kinds.correction_request(trace, self.expected_response, user)
 
 
 def create_feedback_router(
-    user_of: "Callable[[Request], str]",
+    user_of: Callable[[Request], str],
     *,
-    outbox: "FeedbackOutbox | None" = None,
+    authorize: Callable[[Request, Trace], bool] | None = None,
+    outbox: FeedbackOutbox | None = None,
     path: str = "/feedback",
     timeout_seconds: float = 3.0,
     max_pending: int = 10_000,
-) -> "APIRouter":
+    max_body_bytes: int = 131_072,
+) -> APIRouter:
     """フィードバックを受け取る ``APIRouter`` を作る。
 
-    応答は、200(記録した)、202(送信箱に残した。``outbox.replay()`` で送り直す)、
-    422(入力が正しくない)、502(MLflow が内容を拒否した)、503(届かず、残す場所もない)。
+    応答は、200(記録した)、202(送信箱に残した。後で ``outbox.replay()`` で送る)、403(許されない)、
+    409(本人のもっと新しい評価がある)、413(本文が大きい)、422(入力が正しくない)、502(MLflow が
+    内容を拒否した)、503(届かず、残せない)。
 
     Args:
-        user_of: リクエストから、評価した人の ID を求める関数。本文の ID は信用しない。
+        user_of: リクエストから、評価した人の ID を求める関数。
+        authorize: このトレースに書かせるかを決める関数(トレースにスパンは入っていない)。省くと、
+            アプリのエクスペリメントのトレースにだけ書かせる。渡すと、確かめられない評価は残さない。
         outbox: 届かないときの送信箱。省くと 503 を返し、送り直しは画面に任せる。
-        timeout_seconds: MLflow に届くまで待つ秒数。
-        max_pending: 送信箱に残す上限(件)。超えたら 503 を返す。
+        timeout_seconds: トレースが保存されるまで待つ秒数。待つ間、スレッドは使わない。
+        max_pending: 送信箱に残す上限(件)。
+        max_body_bytes: 本文の上限。既定値には、10,000 文字のどんな文章も収まる。
     """
-    from fastapi import APIRouter, HTTPException, Request, Response
+    desk = _Desk(user_of, authorize, outbox, timeout_seconds, max_pending)
 
-    deliver = _deliver_to(outbox, timeout_seconds, max_pending)
+    async def vote(request: Request, response: Response) -> dict[str, bool]:
+        body = await _read(request, max_body_bytes)
+        return {"stored": await desk.take(request, response, body.request)}
 
-    def feedback(request: Request, response: Response, body: FeedbackBody) -> dict[str, bool]:
-        try:
-            deliver(_request(body, user_of(request)))
-        except FeedbackValidationError as error:
-            raise HTTPException(422, str(error)) from error
-        except _KeptForLater:
-            response.status_code = 202
-            return {"stored": False}
-        except FeedbackDeliveryError as error:
-            raise HTTPException(503, "feedback could not be stored now", RETRY_AFTER) from error
-        except FeedbackError as error:
-            raise HTTPException(502, "the tracking server rejected the feedback") from error
-        return {"stored": True}
+    async def withdraw(
+        request: Request, response: Response, trace_id: str, type: Kind = "thumbs"
+    ) -> dict[str, bool]:
+        make = partial(kinds.withdraw_request, trace_id, kind=KINDS[type])
+        return {"withdrawn": await desk.take(request, response, make)}
 
     router = APIRouter()
-    router.add_api_route(path, feedback, methods=["POST"])
+    router.add_api_route(path, vote, methods=["POST"])
+    router.add_api_route(path, withdraw, methods=["DELETE"])
     return router
 
 
-class _KeptForLater(FeedbackDeliveryError):
-    """送信箱に残した。"""
+async def _read(request: Request, limit: int) -> FeedbackBody:
+    if "json" not in request.headers.get("content-type", ""):  # よそのページのフォームは断る
+        raise HTTPException(422, "the content type must be application/json")
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise HTTPException(413, f"the body is over {limit} bytes")
+    try:
+        return FeedbackBody.model_validate_json(body)
+    except ValidationError as error:  # 届いた値は返さない
+        shown = error.errors(include_url=False, include_context=False, include_input=False)
+        raise HTTPException(422, shown) from error
 
 
-def _deliver_to(
-    outbox: "FeedbackOutbox | None", timeout_seconds: float, max_pending: int
-) -> Deliver:
-    def deliver(request: FeedbackRequest) -> Assessment:
-        if outbox is None:
-            return send_feedback(request, timeout_seconds=timeout_seconds)
-        if len(outbox) >= max_pending:
-            raise FeedbackDeliveryError(f"the outbox already keeps {len(outbox)}", request)
-        stored = outbox.submit(request, timeout_seconds=timeout_seconds)
-        if stored is None:
-            raise _KeptForLater("kept in the outbox", request)
-        return stored
+@dataclass
+class _Desk:
+    user_of: Callable[[Request], str]
+    authorize: Callable[[Request, Trace], bool] | None
+    outbox: FeedbackOutbox | None
+    timeout_seconds: float
+    max_pending: int
+    # アプリのほかの処理のスレッドは使わない
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "feedback"))
+    waiting: int = 0
 
-    return deliver
+    async def take(
+        self, http: Request, response: Response, make: Callable[[str], FeedbackRequest]
+    ) -> bool:
+        try:
+            request = await run_in_threadpool(self.prepare, http, make)
+            stored = await self.deliver(http, request)
+        except FeedbackDeliveryError as error:
+            await run_in_threadpool(self.keep, error)
+            response.status_code = 202
+            return False
+        except kinds.FeedbackValidationError as error:
+            raise HTTPException(422, str(error)) from error
+        except kinds.FeedbackNotAllowedError as error:
+            logger.warning("%s: call mlflow.set_experiment() or pass authorize=", error)
+            raise HTTPException(403, "feedback on this trace is not allowed") from error
+        except kinds.FeedbackError as error:
+            raise HTTPException(502, "the tracking server rejected the feedback") from error
+        except (MlflowException, OSError) as error:
+            raise _unavailable() from error
+        if is_superseded(request, stored):
+            raise HTTPException(409, "a newer vote of this user is stored")
+        return stored is not None
+
+    def prepare(self, http: Request, make: Callable[[str], FeedbackRequest]) -> FeedbackRequest:
+        request = make(self.user_of(http))
+        if self.authorize is None:
+            request = replace(request, experiment_id=current_experiment_id())
+        if self.outbox is not None and request.withdraws:
+            self.outbox.drop(request)
+        return request
+
+    async def deliver(self, http: Request, request: FeedbackRequest) -> Assessment | None:
+        """期限まで繰り返す。"""
+
+        def allowed(info: TraceInfo) -> bool:
+            return self.authorize is None or self.authorize(http, Trace(info, TraceData([])))
+
+        deadline, delay = time.monotonic() + self.timeout_seconds, 0.1
+        while True:
+            left = deadline - time.monotonic()
+            call = partial(store_feedback, request, timeout_seconds=left, authorize=allowed)
+            loop = asyncio.get_running_loop()
+            try:
+                job = loop.run_in_executor(self.threads, copy_context().run, call)
+                return await asyncio.wait_for(job, left)
+            except asyncio.TimeoutError as late:  # サーバーが止まり、スレッドが空かない
+                raise FeedbackDeliveryError("no thread was free", request) from late
+            except FeedbackDeliveryError:
+                if self.waiting >= MAX_WAITING or time.monotonic() + delay >= deadline:
+                    raise
+            hurry_export()
+            self.waiting += 1
+            try:
+                await asyncio.sleep(delay)
+            finally:
+                self.waiting -= 1
+            delay *= 2
+
+    def keep(self, error: FeedbackDeliveryError) -> None:
+        """送信箱に残す。残す場所がないか、残してよいか分からなければ 503。"""
+        try:
+            if self.outbox is None or self.authorize or len(self.outbox) >= self.max_pending:
+                raise _unavailable() from error
+            self.outbox.keep(error.request)
+        except OSError as broken:
+            logger.error("feedback is refused: %s; %s", error, broken)
+            raise _unavailable() from broken
 
 
-def _request(body: FeedbackBody, user: str) -> FeedbackRequest:
-    request = _of_kind(body, user)
-    return replace(request, feedback_id=body.feedback_id) if body.feedback_id else request
-
-
-def _of_kind(body: FeedbackBody, user: str) -> FeedbackRequest:
-    trace, text = body.trace_id, body.comment
-    if body.type == "thumbs":
-        return thumbs_request(trace, body.is_positive, user, text)
-    if body.type == "rating":
-        return rating_request(trace, body.rating, user, text)
-    if body.type == "comment":
-        return text_request(trace, text or "", user, body.category)
-    if body.type == "issue":
-        kind, description = body.issue_type or "", body.description or ""
-        return issue_request(trace, kind, description, user, body.severity)
-    return correction_request(trace, body.expected_response or "", user)
+def _unavailable() -> HTTPException:
+    return HTTPException(503, "feedback could not be stored now", {"Retry-After": "30"})

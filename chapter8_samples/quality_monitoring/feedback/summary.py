@@ -1,22 +1,20 @@
 """8.3.3 集めたフィードバックを数える。
 
-良い評価の割合は、件数が少ないうちは大きく揺れる。割合と一緒に 95% 信頼区間を出し、
-プロンプトの版・ユーザー・日ごとに分けて、「本当に悪くなったのか」を判断できるようにする。
-
-無効になった(本人が変更した)評価は数えない。``mlflow-tracing`` だけで動き、Databricks でも同じ。
+良い評価の割合は、件数が少ないうちは大きく揺れるので、95% 信頼区間と一緒に示す。ジャッジの判定が、
+ユーザーの評価とどれだけ一致するかも示す。``mlflow-tracing`` だけで動き、Databricks でも同じ。
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from statistics import NormalDist, fmean
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from zoneinfo import ZoneInfo
 
 import mlflow
@@ -24,23 +22,19 @@ from mlflow.entities import Assessment, Trace, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 
-from .request import COMMENT, CORRECTION, ISSUE, RATING, REPLACED_BY_NEWER, THUMBS
+from .kinds import COMMENT, CORRECTION, ISSUE, RATING, THUMBS
 
+T = TypeVar("T")
 VERSION_KEYS = ("prompt.version", "prompt_version", "app.version", "service.version")
-_LINKED_PROMPTS = "mlflow.linkedPrompts"
+_VERDICTS = {"yes": True, "true": True, "pass": True, "no": False, "false": False, "fail": False}
 
 
 @dataclass(frozen=True)
 class Rate:
     """割合と、その 95% 信頼区間(Wilson)。すべて 0 から 1。
 
-    20 件では、90% と 30% の差ははっきりしているが、それぞれの割合はまだ大きく揺れる。
-
-    >>> for good in (18, 6):
-    ...     low, high = Rate(good, 20).interval
-    ...     print(f"{good / 20:.0%}: {low:.0%} - {high:.0%}")
-    90%: 70% - 97%
-    30%: 15% - 52%
+    >>> [f"{x:.0%}" for x in Rate(18, 20).interval]  # 20 件では、90% でもこれだけ揺れる
+    ['70%', '97%']
     """
 
     positive: int
@@ -56,32 +50,51 @@ class Rate:
         """信頼区間。1 件もなければ 0 から 1(何も分からない)。"""
         if not self.total:
             return 0.0, 1.0
-        z = NormalDist().inv_cdf(0.975)
-        n, p = self.total, self.positive / self.total
-        center = p + z * z / (2 * n)
+        z, n, p = NormalDist().inv_cdf(0.975), self.total, self.positive / self.total
+        center, scale = p + z * z / (2 * n), 1 + z * z / n
         spread = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-        scale = 1 + z * z / n
         return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeedbackSummary:
-    """期間のフィードバックの集計。"""
+@dataclass(frozen=True)
+class Agreement:
+    """ジャッジとユーザーの一致。``kappa`` は 1 なら完全な一致、0 なら偶然と同じ。"""
 
-    traces: int = 0
-    """期間のトレースの数。"""
-    rated_traces: int = 0
-    """フィードバックが 1 件でもあったトレースの数。"""
-    thumbs: Rate = field(default_factory=lambda: Rate(0, 0))
-    ratings: tuple[float, ...] = ()
-    issues: Mapping[str, int] = field(default_factory=dict[str, int])
-    comments: int = 0
-    corrections: int = 0
-    by_version: Mapping[str, Rate] = field(default_factory=dict[str, Rate])
-    """プロンプトの版ごとの、良い評価の割合。"""
-    by_user: Mapping[str, Rate] = field(default_factory=dict[str, Rate])
-    by_day: Mapping[str, Rate] = field(default_factory=dict[str, Rate])
-    """日(``2026-01-31`` の形)ごとの、良い評価の割合。"""
+    kappa: float | None
+    """Cohen のカッパ係数。どちらもいつも同じ答えなら、決まらないので ``None``。"""
+    interval: tuple[float, float]
+    """95% 信頼区間(一致した割合の Wilson の区間から求める)。"""
+    pairs: int
+
+
+def agreement(pairs: Sequence[tuple[bool, bool]]) -> Agreement:
+    """(ジャッジ, ユーザー) が良いとしたかの組から求める。1 組以上。"""
+    same = Rate(sum(judge == user for judge, user in pairs), len(pairs))
+    judge, user = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+    chance = judge * user + (1 - judge) * (1 - user)
+    if chance == 1:
+        return Agreement(None, (-1.0, 1.0), len(pairs))
+    rates = (same.positive / same.total, *same.interval)
+    kappa, low, high = ((rate - chance) / (1 - chance) for rate in rates)
+    return Agreement(kappa, (max(-1.0, low), high), len(pairs))
+
+
+@dataclass(frozen=True)
+class FeedbackSummary:
+    """期間のフィードバックの集計。割合は、良い評価のもの。"""
+
+    traces: int
+    rated_traces: int
+    thumbs: Rate
+    ratings: tuple[float, ...]
+    issues: Mapping[str, int]
+    comments: int
+    corrections: int
+    by_version: Mapping[str, Rate]
+    by_user: Mapping[str, Rate]
+    by_day: Mapping[str, Rate]
+    judge_agreement: Mapping[str, Agreement]
+    """はい・いいえで答えるジャッジの名前 -> ユーザーの 👍/👎 との一致。"""
 
     @property
     def mean_rating(self) -> float | None:
@@ -98,19 +111,44 @@ def summarize_feedback(
 ) -> FeedbackSummary:
     """期間 ``[start, end)`` に始まったトレースの、有効なフィードバックを集計する。
 
-    Args:
-        experiment: エクスペリメントの名前か ID。
-        start: 開始(タイムゾーン付き)。省くと終了の 7 日前。
-        end: 終了(タイムゾーン付き)。省くと現在。
-        tz: ``by_day`` の日の区切り。
+    ``experiment`` は名前か ID。``start`` を省くと終了の 7 日前、``end`` を省くと現在。``tz`` は
+    ``by_day`` の日の区切り。
 
     Raises:
         ValueError: エクスペリメントがない、時刻にタイムゾーンがない、期間が逆。
     """
-    end = end or datetime.now(timezone.utc)
-    start = start or end - timedelta(days=7)
+    end, zone = end or datetime.now(timezone.utc), ZoneInfo(tz)
+    infos = trace_infos(experiment, start or end - timedelta(days=7), end)
+    told = [(info, a, _value(a)) for info in infos for a in _latest(info, human=True)]
+    # 画面などから、この名前で別の形の値を入れることもできる。数えられるものだけを数える
+    votes = [(info, a, v) for info, a, v in told if a.name == THUMBS and isinstance(v, bool)]
+    ratings = [v for _, a, v in told if a.name == RATING and not isinstance(v, bool)]
+    names = Counter(a.name for _, a, _ in told)
+    judged = (
+        (a.name, (verdict, good))
+        for info, _, good in votes
+        for a in _latest(info, human=False)
+        if (verdict := _VERDICTS.get(str(_value(a)).lower())) is not None
+    )
+    return FeedbackSummary(
+        traces=len(infos),
+        rated_traces=len({info.trace_id for info, _, _ in told}),
+        thumbs=Rate(sum(good for _, _, good in votes), len(votes)),
+        ratings=tuple(float(v) for v in ratings if isinstance(v, int | float)),
+        issues=dict(Counter(str(v) for _, a, v in told if a.name == ISSUE)),
+        comments=names[COMMENT],
+        corrections=names[CORRECTION],
+        by_version=_rates((version_of(info) or "unknown", good) for info, _, good in votes),
+        by_user=_rates((str(a.source.source_id), good) for _, a, good in votes),
+        by_day=_rates((_day(info, zone), good) for info, _, good in votes),
+        judge_agreement={name: agreement(pairs) for name, pairs in _grouped(judged).items()},
+    )
+
+
+def trace_infos(experiment: str, start: datetime, end: datetime) -> list[TraceInfo]:
+    """期間 ``[start, end)`` のトレースの要約(評価を含む)。"""
     if start.tzinfo is None or end.tzinfo is None or start >= end:
-        raise ValueError(f"need timezone-aware start < end, got {start!r} and {end!r}")
+        raise ValueError(f"need start < end with a time zone (timezone-aware), got {start}, {end}")
     first, last = math.floor(start.timestamp() * 1000), math.ceil(end.timestamp() * 1000)
     found = mlflow.search_traces(
         locations=[_experiment_id(experiment)],
@@ -118,83 +156,53 @@ def summarize_feedback(
         return_type="list",
         include_spans=False,
     )
-    return summarize([trace.info for trace in cast("list[Trace]", found)], tz=tz)
-
-
-def summarize(infos: Iterable[TraceInfo], *, tz: str = "Asia/Tokyo") -> FeedbackSummary:
-    """読み込み済みのトレースのフィードバックを集計する。"""
-    infos = list(infos)
-    pairs = [(info, a) for info in infos for a in _human(info)]
-    # 画面などから、この名前で別の形の値を入れることもできる。数えられるものだけを数える
-    thumbs = [(i, a) for i, a in pairs if a.name == THUMBS and isinstance(_value(a), bool)]
-    ratings = [_value(a) for _, a in pairs if a.name == RATING]
-    zone = ZoneInfo(tz)
-    return FeedbackSummary(
-        traces=len(infos),
-        rated_traces=len({info.trace_id for info, _ in pairs}),
-        thumbs=_rate(a for _, a in thumbs),
-        ratings=tuple(float(value) for value in ratings if _is_number(value)),
-        issues=dict(Counter(str(_value(a)) for _, a in pairs if a.name == ISSUE)),
-        comments=sum(a.name == COMMENT for _, a in pairs),
-        corrections=sum(a.name == CORRECTION for _, a in pairs),
-        by_version=_grouped(thumbs, lambda info, _: version_of(info) or "unknown"),
-        by_user=_grouped(thumbs, lambda _, a: str(a.source.source_id)),
-        by_day=_grouped(
-            thumbs,
-            lambda info, _: (
-                datetime.fromtimestamp(info.request_time / 1000, zone).date().isoformat()
-            ),
-        ),
-    )
+    return [trace.info for trace in cast("list[Trace]", found)]
 
 
 def version_of(info: TraceInfo) -> str | None:
     """トレースのプロンプトの版: 使ったプロンプトの登録名と番号、なければ版を表すタグ。"""
     values = {**info.trace_metadata, **info.tags}
-    linked: list[dict[str, Any]] = json.loads(values.get(_LINKED_PROMPTS) or "[]")
+    linked: list[dict[str, Any]] = json.loads(values.get("mlflow.linkedPrompts") or "[]")
     if linked:
         return ", ".join(f"{p.get('name')}/{p.get('version')}" for p in linked)
     return next((values[key] for key in VERSION_KEYS if key in values), None)
 
 
-def _human(info: TraceInfo) -> list[Assessment]:
-    """人の有効な評価。同じ人が同時に 2 度押して両方とも有効なら、後の方だけを数える。"""
-    latest: dict[tuple[str, str | None, str | None], Assessment] = {}
+def _latest(info: TraceInfo, *, human: bool) -> Iterable[Assessment]:
+    """有効な評価。同じ人の同じ評価が 2 つとも有効なら(同時に押した)、後の方だけ。"""
+    latest: dict[tuple[object, ...], Assessment] = {}
     for a in sorted(info.assessments, key=lambda a: a.create_time_ms or 0):
-        if a.valid is not False and a.source.source_type == "HUMAN":
-            one = None if a.name in REPLACED_BY_NEWER else a.assessment_id
+        if a.valid is not False and (a.source.source_type == "HUMAN") == human:
+            one = a.assessment_id if a.name in (COMMENT, ISSUE) else None
             latest[a.name, a.source.source_id, one] = a
-    return list(latest.values())
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return latest.values()
 
 
 def _value(assessment: Assessment) -> Any:
     return assessment.feedback.value if assessment.feedback else None
 
 
-def _rate(thumbs: Iterable[Assessment]) -> Rate:
-    values = [_value(a) is True for a in thumbs]
-    return Rate(sum(values), len(values))
+def _day(info: TraceInfo, zone: ZoneInfo) -> str:
+    return datetime.fromtimestamp(info.request_time / 1000, zone).date().isoformat()
 
 
-def _grouped(
-    thumbs: list[tuple[TraceInfo, Assessment]], key: Callable[[TraceInfo, Assessment], str]
-) -> dict[str, Rate]:
-    groups: dict[str, list[Assessment]] = {}
-    for info, assessment in thumbs:
-        groups.setdefault(key(info, assessment), []).append(assessment)
-    return {name: _rate(group) for name, group in sorted(groups.items())}
+def _grouped(pairs: Iterable[tuple[str, T]]) -> dict[str, list[T]]:
+    groups: defaultdict[str, list[T]] = defaultdict(list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return dict(sorted(groups.items()))
+
+
+def _rates(votes: Iterable[tuple[str, bool]]) -> dict[str, Rate]:
+    return {key: Rate(sum(goods), len(goods)) for key, goods in _grouped(votes).items()}
 
 
 def _experiment_id(name_or_id: str) -> str:
     store: Any = TracingClient().store  # mlflow-tracing に MlflowClient はない
     found = store.get_experiment_by_name(name_or_id)
-    if found is not None:
-        return str(found.experiment_id)
-    if name_or_id.isdigit():
+    if found is None and name_or_id.isdigit():
         with suppress(MlflowException):
-            return str(store.get_experiment(name_or_id).experiment_id)
-    raise ValueError(f"no experiment named {name_or_id!r} at {mlflow.get_tracking_uri()}")
+            found = store.get_experiment(name_or_id)
+    if found is None:
+        raise ValueError(f"no experiment named {name_or_id!r} at {mlflow.get_tracking_uri()}")
+    return str(found.experiment_id)

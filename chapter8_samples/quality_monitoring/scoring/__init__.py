@@ -4,19 +4,20 @@ from .custom import CustomScorerError, setup_custom_code_scorer, validate_custom
 from .cycle import run_scoring_cycle
 from .engine import score_traces
 from .judge_endpoint import JudgeEndpointError, ensure_judge_endpoint, judge_endpoint_exists
-from .plan import (
+from .judges import (
     DEFAULT_JUDGE,
-    FINISHED_TRACES,
     BudgetError,
     JudgeNotConfiguredError,
     JudgePrice,
-    ProgressCallback,
     ScoringError,
+    require_judges,
+)
+from .plan import (
+    FINISHED_TRACES,
+    ProgressCallback,
     ScoringOptions,
     ScoringReport,
     ScoringTarget,
-    judge_bill,
-    require_judges,
     show_progress,
 )
 from .registry import (
@@ -58,7 +59,6 @@ __all__ = [
     "detect_backend",
     "ensure_judge_endpoint",
     "find_status",
-    "judge_bill",
     "judge_endpoint_exists",
     "keep_setting",
     "kept_setting",

@@ -1,7 +1,8 @@
 """8.3.5 直近のトレースを定期的に採点する(継続的評価、リスト8.11)。
 
-MLflow サーバーが自動で採点できるのは ``gateway:/`` の LLM ジャッジだけである。``openai:/`` の
-ジャッジ、コードのスコアラー、手元の SQLite のトレースは、この関数を cron などから呼んで採点する。
+MLflow サーバーが自動で採点できるのは ``gateway:/`` の LLM ジャッジだけである(3.18 からは、選べば
+コードのスコアラーもコンテナーの中で)。``openai:/`` のジャッジ、コードのスコアラー、手元の SQLite の
+トレースは、この関数を cron などから呼んで採点する。
 
 Databricks では、登録したスコアラーを Databricks が採点する。``ScorerStatus.runs`` が
 ``databricks`` のものは、ここでは飛ばされる。
@@ -9,8 +10,8 @@ Databricks では、登録したスコアラーを Databricks が採点する。
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 
 import mlflow
@@ -19,16 +20,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer
 
 from .engine import score_traces
-from .plan import (
-    FINISHED_TRACES,
-    ProgressCallback,
-    ScoringError,
-    ScoringOptions,
-    ScoringReport,
-    ScoringTarget,
-)
+from .judges import ScoringError, require_judges
+from .lease import ScoringBusyError, patiently
+from .plan import FINISHED_TRACES, ProgressCallback, ScoringOptions, ScoringReport, ScoringTarget
 from .registry import ScorerStatus
 
+logger = logging.getLogger(__name__)
 Scorable = Scorer | ScoringTarget | ScorerStatus
 
 
@@ -44,7 +41,8 @@ def run_scoring_cycle(
 ) -> ScoringReport:
     """直近 ``lookback`` のトレースを採点する。cron などから、それより短い間隔で呼ぶ。
 
-    重なった分は、採点済みとして飛ばされる。
+    重なった分は、採点済みとして飛ばされる。採点できないスコアラー(セッションを採点する、
+    API キーがない、ほかの実行が採点している)は、理由を ``not_run`` に残し、ほかを採点する。
 
     Args:
         scorers: ``setup_quality_scorers()`` の戻り値か、MLflow のスコアラー。
@@ -52,31 +50,53 @@ def run_scoring_cycle(
         flush: 先に、このプロセスの未保存のトレースを書き出す(トレースを作るプロセスでは約 2 秒)。
 
     Raises:
-        ScoringError: エクスペリメントやジャッジの API キーがない、など。
+        ScoringError: エクスペリメントがない、採点できるスコアラーが 1 つもない、など。
     """
     if flush:
         mlflow.flush_trace_async_logging()
-    end = now or datetime.now(timezone.utc)
+    options, end = options or ScoringOptions(), now or datetime.now(timezone.utc)
     if end.tzinfo is not None:
         end = end.astimezone(timezone.utc)  # 夏時間の変わり目でも、lookback の長さを変えない
     start, experiment_id = end - lookback, _experiment_id(experiment_name_or_id)
-    mine = [as_target(scorer) for scorer in scorers if _runs_here(scorer)]
     elsewhere = tuple(scorer.name for scorer in scorers if not _runs_here(scorer))
-    if elsewhere and not mine:  # することがないのは、誤りではない
-        return ScoringReport(experiment_id=experiment_id, start=start, end=end, elsewhere=elsewhere)
-    report = score_traces(
-        experiment_id, mine, start=start, end=end, options=options, on_progress=on_progress
-    )
-    report.elsewhere = elsewhere
+    targets: list[ScoringTarget] = []
+    refused: dict[str, ScoringError] = {}
+    for scorer in filter(_runs_here, scorers):
+        try:
+            targets.append(as_target(scorer))
+            if not options.dry_run:
+                require_judges([targets[-1].scorer])
+        except ScoringError as error:
+            refused[scorer.name] = error
+    targets = [target for target in targets if target.name not in refused]
+    report = ScoringReport(experiment_id=experiment_id, start=start, end=end)
+    if refused and not targets and not elsewhere:
+        raise next(iter(refused.values()))
+    while targets or not scorers:
+        try:
+            report = score_traces(
+                experiment_id, targets, start=start, end=end, options=options,
+                on_progress=on_progress,
+            )  # fmt: skip
+            break
+        except ScoringBusyError as busy:
+            refused |= {t.name: busy for t in targets if t.name in busy.names}
+            targets = [target for target in targets if target.name not in refused]
+    report.elsewhere, report.not_run = elsewhere, {name: str(e) for name, e in refused.items()}
+    if refused:
+        logger.warning("not scored: %s", report.not_run)
     return report
 
 
 def _experiment_id(name_or_id: str) -> str:
-    client = MlflowClient()
-    found = client.get_experiment_by_name(name_or_id)
-    if found is None and name_or_id.isdigit():
-        with suppress(MlflowException):
+    client, found = MlflowClient(), None
+    try:
+        found = patiently(lambda: client.get_experiment_by_name(name_or_id))
+        if found is None and name_or_id.isdigit():
             found = client.get_experiment(name_or_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise ScoringError(f"cannot read {name_or_id!r}: {error.message}") from error
     if found is None:
         raise ScoringError(f"no experiment named {name_or_id!r} at {mlflow.get_tracking_uri()}")
     return found.experiment_id
@@ -94,6 +114,5 @@ def as_target(scorer: Scorable) -> ScoringTarget:
     if isinstance(scorer, Scorer):
         rate, filter_string = scorer.sample_rate or 1.0, scorer.filter_string or FINISHED_TRACES
         return ScoringTarget(scorer=scorer, sample_rate=rate, filter_string=filter_string)
-    return ScoringTarget(
-        scorer=scorer.scorer, sample_rate=scorer.sample_rate, filter_string=scorer.filter_string
-    )
+    rate, filter_string = scorer.sample_rate, scorer.filter_string
+    return ScoringTarget(scorer=scorer.scorer, sample_rate=rate, filter_string=filter_string)

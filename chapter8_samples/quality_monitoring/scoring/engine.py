@@ -3,60 +3,51 @@
 ``mlflow.genai.evaluate()`` は呼ぶたびに実行(run)を作り、同じトレースに評価を重ねて書く。ここでは
 スコアラーを直接呼んで結果だけを書き、採点済みは飛ばす。途中で止めても、同じ呼び出しで再開できる。
 
-Databricks では、登録したスコアラーを Databricks 自身が採点するので、このエンジンは要らない。
+先に期間のトレースをすべて読み、失敗したことのあるものは後に回す(採点できないトレースがあっても、残りは
+採点される)。ジャッジは並列に呼び、書き込みは 1 スレッドで行う(SQLite はその方が速い)。
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from queue import SimpleQueue
+from functools import partial
 from threading import Lock, Thread
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import mlflow
-from mlflow import MlflowClient
-from mlflow.entities import (
-    Assessment,
-    AssessmentError,
-    AssessmentSource,
-    AssessmentSourceType,
-    Feedback,
-    Trace,
-    TraceInfo,
-)
+from mlflow import MlflowClient, entities
+from mlflow.entities import Feedback, Trace, TraceInfo
 from mlflow.exceptions import MlflowException
+from mlflow.genai import scorers as built_in
+from mlflow.genai.judges import CategoricalRating
 from mlflow.genai.scorers import Scorer
 from mlflow.tracing.client import TracingClient
 
+from .judges import BudgetError, ScoringError, assumed_cost, judge_cost, judge_model, require_judges
+from .lease import RENEW_SECONDS, Lease, patiently
 from .limits import Budget, Throttle
 from .plan import (
-    SCORER_NAME,
-    BudgetError,
+    Identity,
     ProgressCallback,
     ScorerCounts,
-    ScoringError,
     ScoringOptions,
     ScoringReport,
     ScoringTarget,
-    error_of,
-    identity,
-    judge_cost,
-    judge_model,
-    require_judges,
+    definition,
+    given,
+    is_error,
     sample,
-    scored_by,
 )
 
 logger = logging.getLogger(__name__)
@@ -64,6 +55,11 @@ logger = logging.getLogger(__name__)
 _NOT_FROM_EVALUATION = "metadata.`mlflow.sourceRun` IS NULL"
 # 探してから読むまでに消された、スパンが保存されていない、壊れている
 _UNREADABLE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "BAD_REQUEST"}
+_NEED_RETRIEVER = (
+    built_in.RetrievalGroundedness,
+    built_in.RetrievalRelevance,
+    built_in.RetrievalSufficiency,
+)
 
 
 def score_traces(
@@ -75,33 +71,34 @@ def score_traces(
     options: ScoringOptions | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> ScoringReport:
-    """期間 ``[start, end)`` のトレースを採点する。採点済みは飛ばすので、続きから再開できる。
+    """期間 ``[start, end)``(タイムゾーン付き)のトレースを採点する。採点済みは飛ばす。
 
-    Args:
-        experiment_id: エクスペリメントの ID。
-        targets: 使うスコアラー。
-        start: この時刻以降に始まったトレースを対象にする(タイムゾーン付き)。
-        end: この時刻より前に始まったトレースを対象にする(タイムゾーン付き)。
-        on_progress: トレースを 1 件処理するたびに、途中の結果を渡して、採点のスレッドから呼ぶ。
+    ``on_progress`` は、トレースを 1 件処理するたびに、途中の結果を渡して、採点のスレッドから呼ぶ。
 
     Raises:
+        ScoringBusyError: ほかの実行が、同じスコアラーで採点している。
         JudgeNotConfiguredError: ジャッジの API キーなどがない。
         BudgetError: 予算があるのに、ジャッジのコストが分からない。
-        ScoringError: 引数が正しくない。
+        ScoringError: 引数が正しくない、保存先を読み書きできない。
     """
-    options = options or ScoringOptions()
+    options, names = options or ScoringOptions(), [target.name for target in targets]
     if start.tzinfo is None or end.tzinfo is None or start >= end:
         raise ScoringError(f"need timezone-aware start < end, got {start!r} and {end!r}")
     if not targets:
         raise ScoringError("no scorers to run: pass at least one")
+    if len(set(names)) < len(names):
+        raise ScoringError(f"a scorer is listed twice: {names}")
     if not options.dry_run:
         require_judges([target.scorer for target in targets])
     report = ScoringReport(
         experiment_id=experiment_id, start=start, end=end, dry_run=options.dry_run
     )
+    report.scorers = {name: ScorerCounts() for name in names}
     began = time.perf_counter()
     try:
-        _run_apart(_Run(report, targets, options, on_progress or (lambda _: None)))
+        _run_apart(_Run(report, targets, options, on_progress))
+    except MlflowException as error:
+        raise ScoringError(f"cannot score experiment {experiment_id}: {error.message}") from error
     finally:
         report.seconds = time.perf_counter() - began
     return report
@@ -115,63 +112,59 @@ def _run_apart(run: _Run) -> None:
     """
     try:
         Thread(target=copy_context().run, args=(run.guarded,), name="scoring").start()
-        run.wait()
+        run.join()
     except BaseException:
         run.stopping = True
         if run.started:  # スレッドを始める前に中断したのなら、待っても終わらない
-            run.wait()
-        if run.error is not None and not isinstance(run.error, _Interrupted):
-            logger.error("scoring failed while it was being stopped: %s", run.error)
+            run.join()
         raise
     if run.error is not None:
         raise run.error
 
 
-@dataclass(frozen=True)
-class _Outcome:
+class _Job(NamedTuple):
+    """1 件のトレースに、1 つのスコアラー。"""
+
     target: ScoringTarget
-    feedbacks: list[Feedback]
-    started: bool = True
-    readable: bool = True
+    stale: Sequence[str] = ()  # 書く前に消す、前のエラーと途中までの評価
 
-    @property
-    def failed(self) -> bool:
-        return bool(self.errors)
 
-    @property
-    def errors(self) -> list[Feedback]:
-        return [feedback for feedback in self.feedbacks if error_of(feedback) is not None]
+class _Outcome(NamedTuple):
+    job: _Job
+    kind: Literal["scored", "failed", "empty", "not_started"]
+    feedbacks: Sequence[Feedback] = ()
+    cost_usd: Decimal | None = Decimal(0)
+
+
+_Scored = tuple[str, list[_Outcome]]
+
+
+class _Interrupted(Exception):
+    """呼んだ側には、中断した例外(KeyboardInterrupt など)が届く。"""
 
 
 class _Run:
-    """採点 1 回。ジャッジは並列に呼び、書き込みは 1 スレッドで行う(SQLite はその方が速い)。"""
+    """採点 1 回。"""
 
     def __init__(
         self,
         report: ScoringReport,
         targets: Sequence[ScoringTarget],
         options: ScoringOptions,
-        on_progress: ProgressCallback,
+        on_progress: ProgressCallback | None,
     ) -> None:
-        self.report, self.options, self.on_progress = report, options, on_progress
-        self.throttle = Throttle(options.calls_per_second)
-        self.budget = Budget(options.budget_usd)
+        self.report, self.targets, self.options = report, targets, options
+        self.on_progress = on_progress or (lambda _: None)
+        self.lease = Lease(report.experiment_id, list(report.scorers))
+        self.throttle, self.budget = Throttle(options.calls_per_second), Budget(options.budget_usd)
+        self.identities: dict[str, Identity] = {}
         self.failures: dict[str, int] = defaultdict(int)
-        self.identities = {target.name: identity(target.scorer) for target in targets}
-        self.groups: dict[str | None, list[ScoringTarget]] = defaultdict(list)
-        self.seen: set[str] = set()
-        self.results: SimpleQueue[_Scored | BaseException] = SimpleQueue()
-        self.running = 0
+        self.pending: set[Future[_Scored]] = set()
+        self.started = self.finished = False
         self.stopping = False  # 呼んだ側が Ctrl-C などで中断した
         self.error: BaseException | None = None
-        self.started = self.finished = False
         self.ended = Lock()
         self.ended.acquire()
-        for target in targets:
-            if target.name in report.scorers:
-                raise ScoringError(f"scorer {target.name!r} is listed twice")
-            report.scorers[target.name] = ScorerCounts()
-            self.groups[target.filter_string].append(target)
 
     def guarded(self) -> None:
         self.started = True
@@ -183,171 +176,172 @@ class _Run:
             self.finished = True
             self.ended.release()
 
-    def wait(self) -> None:
-        """終わるのを待つ。
-
-        ``Thread.join()`` は、Ctrl-C で中断するとスレッドが終わったことになる(Python 3.12 まで)。
-        """
+    def join(self) -> None:
+        # Thread.join() は、Ctrl-C で中断すると終わったことになる(Python 3.12 まで)
         while not self.finished:
             self.ended.acquire(timeout=0.1)  # 期限がないと、Windows では Ctrl-C が届かない
 
     def run(self) -> None:
-        pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="scoring")
-        try:
-            for info, targets in self.pending():
-                if self.options.dry_run:
-                    for target in targets:
-                        self.report.scorers[target.name].scored += 1
-                    continue
-                pool.submit(self.work, info, targets)
-                self.running += 1
-                if self.running >= self.options.concurrency:
-                    self.collect()
-            while self.running:
-                self.collect()
-        except BaseException:  # 中断も含む: 始めた採点の結果を書いてから終わる
-            pool.shutdown(cancel_futures=True)
-            self.drain()
-            raise
-        finally:
-            pool.shutdown()
+        self.identities = {t.name: _identity(self.report, t.scorer) for t in self.targets}
+        if self.options.dry_run:
+            for job in (job for _, jobs in self.todo() for job in jobs):
+                self.report.scorers[job.target.name].scored += 1
+        else:
+            with self.lease:
+                self.score(self.todo())
 
-    def pending(self) -> Iterator[tuple[TraceInfo, list[ScoringTarget]]]:
-        for filter_string, group in self.groups.items():
+    def checkpoint(self) -> None:
+        if self.stopping:
+            raise _Interrupted
+        if not self.options.dry_run:
+            self.lease.renew()
+
+    def todo(self) -> list[tuple[str, list[_Job]]]:
+        """失敗したことのない仕事、失敗した仕事(古い順)。それぞれの中は、時期の偏らない順。"""
+        found: dict[tuple[int, str, str], list[_Job]] = defaultdict(list)
+        seen: set[str] = set()
+        for filter_string in dict.fromkeys(target.filter_string for target in self.targets):
+            group = [t for t in self.targets if t.filter_string == filter_string]
             for info in self.trace_infos(filter_string):
-                self.check_stopping()
-                self.seen.add(info.trace_id)
-                self.report.traces = len(self.seen)
-                todo = self.unscored(info, group)
-                if todo:
-                    yield info, todo
+                self.checkpoint()
+                seen.add(info.trace_id)
+                self.report.traces = len(seen)
+                spread = hashlib.sha256(info.trace_id.encode()).hexdigest()
+                for failed_at, job in self.jobs(info, group):
+                    found[failed_at, spread, info.trace_id].append(job)
+        return [(key[-1], found[key]) for key in sorted(found)]
 
     def trace_infos(self, filter_string: str | None) -> Iterator[TraceInfo]:
         start = math.floor(self.report.start.timestamp() * 1000)
         end = math.ceil(self.report.end.timestamp() * 1000)  # MLflow の時刻はミリ秒で切り捨て
         window = f"timestamp_ms >= {start} AND timestamp_ms < {end} AND {_NOT_FROM_EVALUATION}"
-        token: str | None = None
-        while True:
-            # 時刻の古い順なら、評価を書きながら読み進めてもページがずれない
-            page = MlflowClient().search_traces(
-                locations=[self.report.experiment_id],
-                filter_string=f"{window} AND {filter_string}" if filter_string else window,
-                max_results=self.options.page_size,
-                order_by=["timestamp_ms ASC"],
-                page_token=token,
-                include_spans=False,
-            )
+        search: Callable[..., Any] = partial(
+            MlflowClient().search_traces,
+            locations=[self.report.experiment_id],
+            filter_string=f"{window} AND {filter_string}" if filter_string else window,
+            max_results=self.options.page_size,
+            order_by=["timestamp_ms ASC"],  # 読む間にトレースが増えても、ページがずれない
+            include_spans=False,
+        )
+        page = patiently(search)
+        yield from (trace.info for trace in page)
+        while page.token:
+            page = patiently(partial(search, page_token=page.token))
             yield from (trace.info for trace in page)
-            token = cast("str | None", page.token)
-            if not token:
-                return
 
-    def unscored(self, info: TraceInfo, group: list[ScoringTarget]) -> list[ScoringTarget]:
+    def jobs(self, info: TraceInfo, group: list[ScoringTarget]) -> Iterator[tuple[int, _Job]]:
         chosen = {target.name for target in sample(info.trace_id, group)}
-        todo: list[ScoringTarget] = []
         for target in group:
-            counts = self.report.scorers[target.name]
+            counts, identity = self.report.scorers[target.name], self.identities[target.name]
             if target.name not in chosen:
                 counts.sampled_out += 1
-            elif found := scored_by(info.assessments, self.identities[target.name]):
+            elif verdicts := identity.verdicts(info.assessments):
                 counts.skipped += 1
-                if known := self.costs(found):
-                    counts.seen_calls += 1
-                    counts.seen_cost_usd += sum(known, Decimal(0))
+                cost = judge_cost(verdicts, self.options.judge_price)
+                counts.seen_calls += cost is not None
+                counts.seen_cost_usd += cost or 0
             else:
-                todo.append(target)
-        return todo
+                stale = [str(a.assessment_id) for a in identity.stale(info.assessments)]
+                yield identity.failed_at_ms(info.assessments), _Job(target, stale)
 
-    def work(self, info: TraceInfo, targets: list[ScoringTarget]) -> None:
+    def score(self, todo: Sequence[tuple[str, list[_Job]]]) -> None:
+        pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="scoring")
         try:
-            self.results.put(self.judge(info, targets))
-        except BaseException as error:  # 書き込むスレッドで投げ直す
-            self.results.put(error)
+            for trace_id, jobs in todo:
+                self.pending.add(pool.submit(self.judge, trace_id, jobs))
+                if len(self.pending) >= self.options.concurrency:
+                    self.collect()
+            while self.pending:
+                self.collect()
+        except BaseException:  # 中断も含む: 始めた採点の結果を書いてから終わる
+            pool.shutdown(cancel_futures=True)
+            for future in self.pending:
+                with suppress(BudgetError):  # 書いたあとに送出される。残りも書く
+                    if not future.cancelled():
+                        self.write(*future.result())
+            raise
+        finally:
+            pool.shutdown()
 
-    def judge(self, info: TraceInfo, targets: list[ScoringTarget]) -> _Scored:
+    def judge(self, trace_id: str, jobs: list[_Job]) -> _Scored:
         try:
-            trace = TracingClient().get_trace(info.trace_id)
+            trace = patiently(lambda: TracingClient().get_trace(trace_id))
         except MlflowException as error:
             if error.error_code not in _UNREADABLE:
                 raise
             # 読めない 1 件のために、残りのトレースを何度やり直しても採点できない、とはしない
-            logger.warning("trace %s cannot be scored: %s", info.trace_id, error.message)
-            return info, [_Outcome(target, [], readable=False) for target in targets]
-        return info, [self.judge_one(trace, target) for target in targets]
+            logger.warning("trace %s cannot be scored: %s", trace_id, error.message)
+            return trace_id, [_Outcome(_Job(job.target), "failed") for job in jobs]
+        return trace_id, [self.judge_one(trace, job) for job in jobs]
 
-    def judge_one(self, trace: Trace, target: ScoringTarget) -> _Outcome:
-        if self.failures[target.name] >= self.options.max_consecutive_failures:
-            return _Outcome(target, [], started=False)
-        expected = self.budget.reserve(target.name)
+    def judge_one(self, trace: Trace, job: _Job) -> _Outcome:
+        name, scorer = job.target.name, job.target.scorer
+        if self.failures[name] >= self.options.max_consecutive_failures:
+            return _Outcome(_Job(job.target), "not_started")
+        expected = self.budget.reserve(name)
         if expected is None:
             self.report.stopped_by = "budget"
-            return _Outcome(target, [], started=False)
+            return _Outcome(_Job(job.target), "not_started")
         self.throttle.wait()
-        outcome = _Outcome(target, call_scorer(target.scorer, trace))
-        self.budget.settle(target.name, expected, sum(self.costs(outcome.feedbacks), Decimal(0)))
-        return outcome
+        feedbacks = call_scorer(scorer, trace)
+        cost = self.cost(scorer, feedbacks)
+        self.budget.settle(name, expected, cost or Decimal(0))
+        # 一部だけ失敗したら、成功した分も次に採点し直す(残すと、採点済みとして飛ばされる)
+        if errors := [feedback for feedback in feedbacks if is_error(feedback)]:
+            return _Outcome(job, "failed", errors[:1], cost)
+        return _Outcome(job, "scored" if feedbacks else "empty", feedbacks, cost)
 
-    def costs(self, assessments: Sequence[Assessment]) -> list[Decimal]:
-        """分かっているコストだけ。"""
-        costs = [judge_cost(assessment, self.options.judge_price) for assessment in assessments]
-        return [cost for cost in costs if cost is not None]
+    def cost(self, scorer: Scorer, feedbacks: Sequence[Feedback]) -> Decimal | None:
+        """ジャッジのコスト(USD)。答えを読めなかった呼び出しにも、プロバイダーは課金する。"""
+        price = self.options.judge_price
+        if judge_model(scorer) is None or not feedbacks:
+            return Decimal(0)
+        known = judge_cost(feedbacks, price)
+        unread = known is None and any(map(is_error, feedbacks))
+        return assumed_cost(scorer, price) if unread else known
 
     def collect(self) -> None:
-        scored = self.results.get()
-        self.running -= 1
-        if isinstance(scored, BaseException):
-            raise scored
-        self.write(*scored)
-        self.check_stopping()
-        self.on_progress(self.report)
+        done, _ = wait(self.pending, timeout=RENEW_SECONDS, return_when=FIRST_COMPLETED)
+        for future in done:
+            self.pending.discard(future)
+            self.write(*future.result())
+            self.on_progress(self.report)
+        self.checkpoint()
 
-    def check_stopping(self) -> None:
-        if self.stopping:
-            raise _Interrupted
+    def write(self, trace_id: str, outcomes: Sequence[_Outcome]) -> None:
+        for job, kind, feedbacks, cost in outcomes:
+            counts = self.report.scorers[job.target.name]
+            if not self.stored(trace_id, job, feedbacks):
+                kind = "failed"
+            setattr(counts, kind, getattr(counts, kind) + 1)
+            if kind == "scored":
+                self.failures[job.target.name] = 0
+            elif kind == "failed" and feedbacks:
+                self.fail(job.target.name)
+            counts.cost_usd += cost or 0
+            counts.unpriced += cost is None
+            if cost is None and self.options.budget_usd is not None:
+                raise BudgetError(
+                    f"the cost of {job.target.name!r} is unknown, so budget_usd="
+                    f"{self.options.budget_usd} cannot be kept: pass judge_price=JudgePrice(...)"
+                )
 
-    def drain(self) -> None:
-        while not self.results.empty():
-            scored = self.results.get()
-            if isinstance(scored, BaseException):  # 次の実行で採点し直す
-                logger.warning("one more trace could not be scored: %s", scored)
-                continue
-            with suppress(BudgetError):  # 書いたあとに送出される。残りも書く
-                self.write(*scored)
-
-    def write(self, info: TraceInfo, outcomes: list[_Outcome]) -> None:
-        for outcome in outcomes:
-            self.record(info, outcome)
-
-    def record(self, info: TraceInfo, outcome: _Outcome) -> None:
-        name = outcome.target.name
-        counts = self.report.scorers[name]
-        if not outcome.readable:
-            counts.failed += 1
-            return
-        # 一部だけ失敗したら、成功した分も次の実行で採点し直す(残すと、採点済みとして飛ばされる)
-        for feedback in outcome.errors or outcome.feedbacks:
-            feedback.metadata = {**(feedback.metadata or {}), **self.identities[name]}
-            _log_once(info.trace_id, feedback)
-        if not outcome.started:
-            counts.not_started += 1
-        elif outcome.failed:
-            counts.failed += 1
-            self.fail(name)
-        elif outcome.feedbacks:
-            counts.scored += 1
-            self.failures[name] = 0
-        else:
-            counts.empty += 1
-        if outcome.started:
-            self.forget_errors(info, name)
-            self.charge(outcome)
-
-    def forget_errors(self, info: TraceInfo, name: str) -> None:
-        """採点し直したので、前回のエラーを消す(書いてから消すので、途中で止まっても失わない)。"""
-        for old in info.assessments:
-            same = (old.metadata or {}).get(SCORER_NAME) == name
-            if same and error_of(old) is not None and old.assessment_id:
-                mlflow.delete_assessment(info.trace_id, old.assessment_id)
+    def stored(self, trace_id: str, job: _Job, feedbacks: Sequence[Feedback]) -> bool:
+        """評価を書く。書けない 1 件のために、残りの採点を止めない。"""
+        try:
+            for old in job.stale:
+                patiently(partial(mlflow.delete_assessment, trace_id, old))
+            for part, feedback in enumerate(feedbacks, 1):
+                stamp = self.identities[job.target.name].stamp(part, len(feedbacks))
+                feedback.metadata = {**(feedback.metadata or {}), **stamp}
+                if not mlflow.get_tracking_uri().startswith("databricks"):
+                    told = repr((trace_id, sorted(stamp.items()), is_error(feedback)))
+                    feedback.assessment_id = f"a-{hashlib.sha256(told.encode()).hexdigest()[:32]}"
+                patiently(partial(_log_once, trace_id, feedback))
+        except MlflowException as error:
+            logger.warning("%r of %s is not stored: %s", job.target.name, trace_id, error.message)
+            return False
+        return True
 
     def fail(self, name: str) -> None:
         self.failures[name] += 1
@@ -355,41 +349,26 @@ class _Run:
             self.report.stopped_by = self.report.stopped_by or "failures"
             logger.error("scorer %r failed %d times in a row: stopped", name, self.failures[name])
 
-    def charge(self, outcome: _Outcome) -> None:
-        if judge_model(outcome.target.scorer) is None or not outcome.feedbacks or outcome.failed:
-            return
-        counts, known = self.report.scorers[outcome.target.name], self.costs(outcome.feedbacks)
-        counts.cost_usd += sum(known, Decimal(0))
-        counts.unpriced += not known
-        if not known and self.options.budget_usd is not None:
-            raise BudgetError(
-                f"the cost of {outcome.target.name!r} is unknown, so budget_usd="
-                f"{self.options.budget_usd} cannot be kept: pass judge_price=JudgePrice(...)"
-            )
 
-
-class _Interrupted(Exception):
-    """呼んだ側には、中断した例外(KeyboardInterrupt など)が届く。"""
-
-
-_Scored = tuple[TraceInfo, list[_Outcome]]
+def _identity(report: ScoringReport, scorer: Scorer) -> Identity:
+    version, registered_at = scorer.scorer_version, 0
+    if version is not None:
+        store: Any = TracingClient().store
+        with suppress(MlflowException, AttributeError):  # ほかの場所の登録、Databricks
+            found = store.get_scorer(report.experiment_id, scorer.name, version)
+            registered_at = found.creation_time or 0
+    return Identity(scorer.name, definition(scorer), version, registered_at)
 
 
 def call_scorer(scorer: Scorer, trace: Trace) -> list[Feedback]:
     """スコアラーを 1 回呼ぶ。例外はエラーの付いた評価として返す。トレースは残さない。"""
-    root = next((span for span in trace.data.spans if span.parent_id is None), None)
-    expected = [a for a in trace.info.assessments if a.expectation is not None]
+    if isinstance(scorer, _NEED_RETRIEVER) and not trace.search_spans("RETRIEVER"):
+        return []  # 採点するものがない。失敗ではない
     # スコアラーの中で traced な関数が呼ばれても、監視対象のトレースに混ざらないようにする
-    call: Callable[..., Any] = scorer.run  # pyright: ignore
-    run = mlflow.trace(call, sampling_ratio_override=0.0)
-    source = AssessmentSource(AssessmentSourceType.CODE, scorer.name)
+    run: Callable[..., Any] = mlflow.trace(scorer.run, sampling_ratio_override=0.0)  # pyright: ignore
+    source = entities.AssessmentSource("CODE", scorer.name)
     try:
-        result = run(
-            inputs=root.inputs if root else None,
-            outputs=root.outputs if root else None,
-            expectations={a.name: a.expectation.value for a in expected if a.expectation},
-            trace=trace,
-        )
+        result = run(**given(trace))
         items = cast("list[Any]", result) if isinstance(result, list) else [result]
         feedbacks = [
             item
@@ -398,30 +377,29 @@ def call_scorer(scorer: Scorer, trace: Trace) -> list[Feedback]:
             for item in items
             if item is not None
         ]
-        for feedback in feedbacks:
-            _check_storable(feedback)
+        return [_checked(feedback) for feedback in feedbacks]
     except Exception as error:  # スコアラーは利用者のコードも含む。1 件の失敗で全体を止めない
         logger.warning("scorer %r failed on %s: %s", scorer.name, trace.info.trace_id, error)
-        reason = AssessmentError(error_code="SCORER_ERROR", error_message=str(error))
+        reason = entities.AssessmentError(error_code="SCORER_ERROR", error_message=str(error))
         return [Feedback(name=scorer.name, error=reason, source=source)]
-    return feedbacks
 
 
-def _check_storable(feedback: Feedback) -> None:
-    """NaN や、対になっていないサロゲートは、HTTP で送れない(SQLite には入る)。"""
-    told = [feedback.value, feedback.rationale]
+def _checked(feedback: Feedback) -> Feedback:
+    """判定がない、または HTTP で送れない評価(NaN、対になっていないサロゲート)は、失敗にする。"""
     try:
+        if not feedback.error and feedback.value in (None, CategoricalRating.UNKNOWN):
+            raise ValueError("the judge gave no verdict")
+        told = [feedback.value, feedback.rationale]
         json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{feedback.name} = {feedback.value!r} cannot be stored: {error}"
-        ) from error
+        told = f"{feedback.name} = {feedback.value!r} cannot be stored: {error}"
+        reason, source = entities.AssessmentError("SCORER_ERROR", told), feedback.source
+        return Feedback(feedback.name, error=reason, source=source, metadata=feedback.metadata)
+    return feedback
 
 
-def _log_once(trace_id: str, assessment: Assessment) -> None:
-    """評価を 1 件だけ書く。ID をこちらで決めるので、HTTP の再試行が同じ内容を送っても増えない。"""
-    if not mlflow.get_tracking_uri().startswith("databricks"):
-        assessment.assessment_id = f"a-{uuid.uuid4().hex}"
+def _log_once(trace_id: str, assessment: entities.Assessment) -> None:
+    """評価を 1 件だけ書く。ID は中身から決めてあるので、同じ評価を二度送っても増えない。"""
     try:
         mlflow.log_assessment(trace_id, assessment)
     except MlflowException:  # 書けたのに応答だけが失われ、再試行が「同じ ID がある」と断られた

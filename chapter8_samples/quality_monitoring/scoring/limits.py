@@ -18,34 +18,21 @@ class Throttle:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._clock, self._sleep = clock, sleep
+        self._clock, self._sleep, self._lock = clock, sleep, threading.Lock()
         self._interval = 1 / calls_per_second if calls_per_second else 0.0
         self._next = 0.0
-        self._lock = threading.Lock()
 
     def wait(self) -> None:
         """次に呼んでよい時刻まで待つ。"""
-        if not self._interval:
-            return
-        with self._lock:
-            at = max(self._next, self._clock())
-            self._next = at + self._interval
-        self._sleep(max(0.0, at - self._clock()))
+        if self._interval:
+            with self._lock:
+                at = max(self._next, self._clock())
+                self._next = at + self._interval
+            self._sleep(max(0.0, at - self._clock()))
 
 
 class Budget:
-    """並列に呼んでも予算を超えないように、呼ぶ前に見込みのコスト(これまでの最大)を確保する。
-
-    >>> budget = Budget(0.001)
-    >>> for _ in range(3):
-    ...     expected = budget.reserve("safety")
-    ...     print(expected)
-    ...     if expected is not None:
-    ...         budget.settle("safety", expected, Decimal("0.0006"))
-    0
-    None
-    None
-    """
+    """並列に呼んでも予算を超えないように、呼ぶ前に見込みのコスト(これまでの最大)を確保する。"""
 
     def __init__(self, limit_usd: float | None) -> None:
         self._limit = Decimal(str(limit_usd)) if limit_usd is not None else None

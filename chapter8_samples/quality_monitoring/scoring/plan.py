@@ -1,9 +1,8 @@
-"""8.3.5 採点の計画: どのスコアラーを、どのトレースに使い、どれを飛ばすか。
+"""8.3.5 採点の計画: どのスコアラーを、どのトレースに使い、何を採点済みとみなすか。
 
 標本の選び方は MLflow サーバーの自動採点と同じで、同じトレースは何度でも同じ結果になる。
-採点済みかどうかは、評価に残るスコアラーの名前と版で見分ける(名前だけでは、版を上げても採点し直せない)。
-
-ネットワークにも保存先にも触れないので、Databricks でもどこでも同じ結果になる。
+採点済みかどうかは、評価に残る「名前と、定義の中身」で見分ける。版の番号は、削除して登録し直すと
+1 に戻り、MLflow の版は上がるので、どちらも目印にしない。
 """
 
 from __future__ import annotations
@@ -11,66 +10,30 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import mlflow
-from mlflow.entities import Assessment, AssessmentError
+from mlflow.entities import Assessment, Trace
 from mlflow.genai.scorers import Scorer
 
+from .judges import JudgePrice, ScoringError, assumed_cost, judge_model
+
 FINISHED_TRACES = "status = 'OK'"  # 失敗したトレースには出力がなく、採点してもエラーになるだけ
-SCORER_NAME = "mlflow.assessment.scorerName"
-_SCORER_VERSION = "mlflow.assessment.scorerVersion"
+_NAME, _VERSION = "mlflow.assessment.scorerName", "mlflow.assessment.scorerVersion"
 _DEFINITION = "scoring.definition"
-_JUDGE_COST = "mlflow.assessment.judgeCost"
-_INPUT_TOKENS = "mlflow.assessment.judgeInputTokens"
-_OUTPUT_TOKENS = "mlflow.assessment.judgeOutputTokens"
-TOKENS_PER_CALL = (600, 60)  # 実績がないときに仮定する、ジャッジ 1 回の入力と出力
-DEFAULT_JUDGE = "openai:/gpt-4.1-mini"
-PROVIDER_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
-
-
-class ScoringError(Exception):
-    """採点を始められない、または続けられない。"""
-
-
-class JudgeNotConfiguredError(ScoringError):
-    """ジャッジのモデルを呼ぶための設定が足りない。"""
-
-
-class BudgetError(ScoringError):
-    """予算の上限を守るための単価が分からない。"""
-
-
-class JudgePrice(NamedTuple):
-    """ジャッジの単価(USD / 100 万トークン)。"""
-
-    input_usd: Decimal
-    output_usd: Decimal
-
-    def cost_usd(self, input_tokens: float, output_tokens: float) -> Decimal:
-        """トークン数に対するコスト(USD)。
-
-        >>> f"{JUDGE_PRICES[DEFAULT_JUDGE].cost_usd(600, 60):f}"
-        '0.000336'
-        """
-        tokens = Decimal(input_tokens) * self.input_usd + Decimal(output_tokens) * self.output_usd
-        return tokens / 1_000_000
-
-
-JUDGE_PRICES = {
-    "openai:/gpt-4.1": JudgePrice(Decimal("2.00"), Decimal("8.00")),
-    "openai:/gpt-4.1-mini": JudgePrice(Decimal("0.40"), Decimal("1.60")),
-    "openai:/gpt-4.1-nano": JudgePrice(Decimal("0.10"), Decimal("0.40")),
-    "openai:/gpt-4o": JudgePrice(Decimal("2.50"), Decimal("10.00")),
-    "openai:/gpt-4o-mini": JudgePrice(Decimal("0.15"), Decimal("0.60")),
+_PART = "scoring.part"  # スコアラーが評価を複数返したときの "1/2" など
+# 判定を変えないもの、MLflow の版やプロセスごとに変わるもの
+_VARYING = {
+    "mlflow_version",
+    "serialization_version",
+    "required_columns",
+    "aggregations",
+    "timeout",
 }
-"""見積もりに使う、OpenAI の公開価格(2025-04 時点)。実際のコストは MLflow が評価に記録する。"""
 
 
 def is_sample_rate(rate: object) -> bool:
@@ -109,19 +72,13 @@ class ScoringTarget:
 class ScoringOptions:
     """採点の進め方。"""
 
-    concurrency: int = 8
-    """同時に採点するトレースの数。"""
-    calls_per_second: float | None = None
-    """スコアラーの呼び出し頻度の上限(回 / 秒)。"""
-    budget_usd: float | None = None
-    """ジャッジのコストがこの額(USD)を超える見込みになったら、新しい採点を始めない。"""
-    judge_price: JudgePrice | None = None
-    """MLflow の価格カタログにないモデルの単価。"""
-    max_consecutive_failures: int = 10
-    """あるスコアラーがこの回数続けて失敗したら、そのスコアラーをやめる。"""
+    concurrency: int = 8  # 同時に採点するトレースの数
+    calls_per_second: float | None = None  # スコアラーを呼ぶ頻度の上限
+    budget_usd: float | None = None  # ジャッジのコストがこれを超える見込みなら、新しく始めない
+    judge_price: JudgePrice | None = None  # MLflow の価格カタログにないモデルの単価
+    max_consecutive_failures: int = 10  # 続けてこれだけ失敗したスコアラーは、この実行ではやめる
     page_size: int = 100
-    dry_run: bool = False
-    """真なら数えるだけで、ジャッジを呼ばず、何も書かない。"""
+    dry_run: bool = False  # 数えるだけで、ジャッジを呼ばず、何も書かない
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "max_consecutive_failures", "page_size"):
@@ -137,27 +94,16 @@ class ScoringOptions:
 class ScorerCounts:
     """スコアラー 1 つの結果(単位はトレース)。"""
 
-    scored: int = 0
-    """新しく採点した。``dry_run`` では採点することになる数。"""
-    skipped: int = 0
-    """採点済みだったので飛ばした。"""
-    sampled_out: int = 0
-    """標本に選ばれなかった。"""
-    failed: int = 0
-    """採点に失敗した。エラーはトレースに記録され、次の実行で採点し直す。
-
-    スパンを読めないトレースも含む(記録はせず、警告をログに出す)。
-    """
-    empty: int = 0
-    """スコアラーが評価を返さなかった(対象になるスパンがないなど)。"""
-    not_started: int = 0
-    """予算か連続失敗のために、採点を始めなかった。"""
+    scored: int = 0  # 新しく採点した(dry_run では、採点することになる)
+    skipped: int = 0  # 採点済みだったので飛ばした
+    sampled_out: int = 0  # 標本に選ばれなかった
+    failed: int = 0  # 失敗した。エラーはトレースに残り、次の実行では後回しにして採点し直す
+    empty: int = 0  # 評価を返さなかった(対象になるスパンがないなど)
+    not_started: int = 0  # 予算か連続失敗のために、始めなかった
     cost_usd: Decimal = Decimal(0)
-    unpriced: int = 0
-    """コストが分からないジャッジ呼び出しの数。"""
-    seen_calls: int = 0
+    unpriced: int = 0  # コストが分からないジャッジの呼び出し
+    seen_calls: int = 0  # 飛ばした評価に残っていた回数とコスト(見積もりに使う)
     seen_cost_usd: Decimal = Decimal(0)
-    """飛ばした評価に残っていた、ジャッジの回数とコスト(見積もりに使う)。"""
 
 
 @dataclass(kw_only=True)
@@ -171,8 +117,9 @@ class ScoringReport:
     traces: int = 0
     seconds: float = 0.0
     scorers: dict[str, ScorerCounts] = field(default_factory=dict[str, ScorerCounts])
-    elsewhere: tuple[str, ...] = ()
-    """サーバーや Databricks が採点する、または休止中なので、ここでは採点しなかったスコアラー。"""
+    elsewhere: tuple[str, ...] = ()  # サーバーや Databricks が採点する、または休止中のもの
+    not_run: dict[str, str] = field(default_factory=dict[str, str])
+    """採点できなかったスコアラーと、その理由(英語)。"""
     stopped_by: str | None = None
     """途中でやめた理由(``budget`` / ``failures``)。"""
 
@@ -193,57 +140,26 @@ class ScoringReport:
 
     @property
     def cost_usd(self) -> float:
-        """分かっているジャッジのコストの合計(USD)。"""
+        """ジャッジのコストの合計(USD)。答えを読めなかった呼び出しは、見込みの額で数える。"""
         return float(sum(counts.cost_usd for counts in self.scorers.values()))
 
 
 ProgressCallback = Callable[[ScoringReport], None]
 
 
-def judge_model(scorer: Scorer) -> str | None:
-    """LLM ジャッジが使うモデルの URI。コードのスコアラーは ``None``。"""
-    if not hasattr(scorer, "model"):
-        return None
-    model = cast("str | None", getattr(scorer, "model", None))
-    on_databricks = mlflow.get_tracking_uri().startswith("databricks")
-    default = "databricks" if on_databricks else DEFAULT_JUDGE
-    return model or os.environ.get("MLFLOW_GENAI_JUDGE_DEFAULT_MODEL") or default
-
-
-def missing_for(model: str) -> str | None:
-    """ジャッジのモデルを呼ぶのに足りないもの(英語 1 文)。足りていれば ``None``。"""
-    provider = model.partition(":")[0]
-    key = PROVIDER_KEYS.get(provider)
-    if key and not os.environ.get(key):
-        return f"set {key} (and OPENAI_BASE_URL for a compatible server) to call {model}"
-    if provider == "gateway" and not mlflow.get_tracking_uri().startswith("http"):
-        return f"{model} needs an MLflow server: set MLFLOW_TRACKING_URI=http://..."
-    return None
-
-
-def require_judges(scorers: Sequence[Scorer]) -> None:
-    """ジャッジを呼べる設定があることを確かめる。なければ ``JudgeNotConfiguredError``。"""
-    for scorer in scorers:
-        model = judge_model(scorer)
-        reason = missing_for(model) if model else None
-        if reason:
-            raise JudgeNotConfiguredError(f"scorer {scorer.name!r} cannot run: {reason}")
+def show_progress(report: ScoringReport) -> None:
+    """``on_progress`` 用。標準エラーが端末なら、途中経過を 1 行で出す。終わったら改行する。"""
+    if sys.stderr.isatty():
+        done = f"scored {report.scored}, skipped {report.skipped}, failed {report.failed}"
+        sys.stderr.write(f"\r{report.traces} traces: {done}" + "\n" * bool(report.seconds))
+        sys.stderr.flush()
 
 
 def sample(trace_id: str, targets: Sequence[ScoringTarget]) -> list[ScoringTarget]:
     """このトレースに使うスコアラー。MLflow サーバーの自動採点と同じ選び方をする。
 
-    同じトレースは何度でも同じ結果になる。率の低いスコアラーは、率の高いスコアラーが選んだ
-    トレースの中から選ぶ(同じトレースに評価がそろうので、スコアラー同士を比べられる)。
-
-    >>> from mlflow.genai.scorers import Safety
-    >>> rates = {"safety": 1.0, "tone": 0.5, "fluency": 0.25}
-    >>> targets = [ScoringTarget(scorer=Safety(name=n), sample_rate=r) for n, r in rates.items()]
-    >>> picks = [{t.name for t in sample(f"tr-{i:032x}", targets)} for i in range(1000)]
-    >>> {name: sum(name in pick for pick in picks) for name in rates}
-    {'safety': 1000, 'tone': 490, 'fluency': 244}
-    >>> all("tone" in pick for pick in picks if "fluency" in pick)
-    True
+    率の低いスコアラーは、率の高いスコアラーが選んだトレースの中から選ぶ(同じトレースに評価が
+    そろうので、スコアラー同士を比べられる)。
     """
     chosen: list[ScoringTarget] = []
     previous = 1.0
@@ -256,96 +172,109 @@ def sample(trace_id: str, targets: Sequence[ScoringTarget]) -> list[ScoringTarge
     return chosen
 
 
-def identity(scorer: Scorer) -> dict[str, str]:
-    """評価に残す、スコアラーの身元。登録済みなら名前と版、未登録なら名前と定義のハッシュ。"""
-    if scorer.scorer_version is not None:
-        return {SCORER_NAME: scorer.name, _SCORER_VERSION: str(scorer.scorer_version)}
-    text = json.dumps(definition(scorer), sort_keys=True, default=str)
-    return {SCORER_NAME: scorer.name, _DEFINITION: hashlib.sha256(text.encode()).hexdigest()[:16]}
+def definition(scorer: Scorer) -> str:
+    """スコアラーの定義の中身のハッシュ。MLflow の版、登録の有無、プロセスによらず同じになる。"""
+    text = json.dumps(_content(_fields(scorer)), sort_keys=True, default=lambda v: str(type(v)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def definition(scorer: Scorer) -> dict[str, Any]:
-    """スコアラーの定義。MLflow の版やプロセスごとの違いは除く。"""
-    return _stable(_definition(scorer))
-
-
-def _definition(scorer: Scorer) -> dict[str, Any]:
+def _fields(scorer: Scorer) -> dict[str, Any]:
     if scorer.kind.value != "class":
-        return scorer.model_dump()
+        fields = scorer.model_dump()
+        built_in = fields.get("builtin_scorer_pydantic_data") or {}
+        # 組み込みのジャッジの指示文と説明は、利用者の書いたものではなく、MLflow の版ごとに変わる
+        ours = {key: v for key, v in built_in.items() if key not in ("instructions", "description")}
+        return {**fields, "builtin_scorer_pydantic_data": ours, "description": None}
     # Scorer を継承したクラスは、MLflow では登録(model_dump)できないが、手元では採点できる
     try:
-        source = inspect.getsource(type(scorer))
+        return {**vars(scorer), "source": inspect.getsource(type(scorer))}
     except OSError:  # 対話環境で定義した
-        source = type(scorer).__qualname__
-    plain = {key: v for key, v in vars(scorer).items() if isinstance(v, str | int | float)}
-    return {"source": source, **plain}
+        return {**vars(scorer), "source": type(scorer).__qualname__}
 
 
-def _stable(value: Any) -> Any:
-    """定義のうち、MLflow の版やプロセスごとに変わる集合の並び順を除いたもの。"""
+def _content(value: Any) -> Any:
+    """空の項目を除く(新しい版の MLflow が増やした項目は、使わなければ空である)。"""
     if isinstance(value, list):
-        return [_stable(item) for item in cast("list[Any]", value)]
+        return [_content(item) for item in cast("list[Any]", value)]
     if not isinstance(value, dict):
         return value
     items = cast("dict[str, Any]", value).items()
-    kept = {key: _stable(item) for key, item in items if key != "mlflow_version"}
-    if isinstance(columns := kept.get("required_columns"), list):
-        kept["required_columns"] = sorted(cast("list[str]", columns))
-    return kept
+    return {k: _content(v) for k, v in items if k not in _VARYING and v not in (None, [], {})}
 
 
-def error_of(assessment: Assessment) -> AssessmentError | None:
-    return assessment.feedback.error if assessment.feedback else None
+def given(trace: Trace) -> dict[str, Any]:
+    """スコアラーに渡す、トレースの入力、出力、人が付けた正解。"""
+    root = next((span for span in trace.data.spans if span.parent_id is None), None)
+    expected = {a.name: a.expectation.value for a in trace.info.assessments if a.expectation}
+    answer = {"inputs": root.inputs, "outputs": root.outputs} if root else {}
+    return {"inputs": None, "outputs": None, "expectations": expected, "trace": trace, **answer}
 
 
-def scored_by(assessments: Sequence[Assessment], scorer_id: dict[str, str]) -> list[Assessment]:
-    """この版のスコアラーが残した評価。人が訂正した(無効になった)評価も採点済みとみなす。"""
-    wanted = scorer_id.items()
-    return [
-        a
-        for a in assessments
-        if a.feedback is not None and error_of(a) is None and wanted <= (a.metadata or {}).items()
-    ]
+def is_error(assessment: Assessment) -> bool:
+    """採点に失敗したという記録か。"""
+    return assessment.feedback is not None and assessment.feedback.error is not None
 
 
-def show_progress(report: ScoringReport) -> None:
-    """``on_progress`` 用。標準エラーが端末なら、途中経過を 1 行で出す。終わったら改行する。"""
-    if sys.stderr.isatty():
-        done = f"scored {report.scored}, skipped {report.skipped}, failed {report.failed}"
-        end = "\n" if report.seconds else ""
-        sys.stderr.write(f"\r{report.traces} traces: {done}{end}")
-        sys.stderr.flush()
+@dataclass(frozen=True)
+class Identity:
+    """評価に残す、スコアラーの身元。"""
 
+    name: str
+    definition: str
+    version: int | None = None
+    registered_at_ms: int = 0
 
-def judge_cost(feedback: Assessment, price: JudgePrice | None) -> Decimal | None:
-    metadata = feedback.metadata or {}
-    if price and _INPUT_TOKENS in metadata:
-        tokens = (float(metadata.get(key, 0)) for key in (_INPUT_TOKENS, _OUTPUT_TOKENS))
-        return price.cost_usd(*tokens)
-    return Decimal(str(metadata[_JUDGE_COST])) if _JUDGE_COST in metadata else None
+    def stamp(self, part: int, parts: int) -> dict[str, str]:
+        """全部で ``parts`` 件のうちの ``part`` 件目の評価に付ける、メタデータ。"""
+        found = {_NAME: self.name, _DEFINITION: self.definition, _VERSION: str(self.version or "")}
+        found[_PART] = f"{part}/{parts}" if parts > 1 else ""
+        return {key: value for key, value in found.items() if value}
+
+    def verdicts(self, assessments: Sequence[Assessment]) -> list[Assessment]:
+        """採点済みなら、その評価(人が訂正したものも含む)。一部しか残っていなければ空。"""
+        mine = [a for a in assessments if self._wrote(a) and not is_error(a)]
+        parts = {(a.metadata or {}).get(_PART, "1/1") for a in mine}
+        totals = [int(part.partition("/")[2]) for part in parts]
+        return mine if all(f"{i + 1}/{n}" in parts for n in totals for i in range(n)) else []
+
+    def stale(self, assessments: Sequence[Assessment]) -> list[Assessment]:
+        """採点し直す前に消すもの: 前のエラー(前の定義のものも)と、途中までの評価。"""
+        mine = [a for a in assessments if (a.metadata or {}).get(_NAME) == self.name]
+        partial = [a for a in mine if self._wrote(a) and _PART in (a.metadata or {})]
+        return [*filter(is_error, mine), *partial]
+
+    def failed_at_ms(self, assessments: Sequence[Assessment]) -> int:
+        """最後に失敗した時刻。失敗していなければ 0。"""
+        errors = [a for a in assessments if self._wrote(a) and is_error(a)]
+        return max((a.create_time_ms or 0 for a in errors), default=0)
+
+    def _wrote(self, assessment: Assessment) -> bool:
+        metadata = assessment.metadata or {}
+        if assessment.feedback is None or metadata.get(_NAME) != self.name:
+            return False
+        if _DEFINITION in metadata:
+            return metadata[_DEFINITION] == self.definition
+        # MLflow サーバーが書いたもの。登録より古ければ、削除した同じ名前のスコアラーのもの
+        same_version = self.version is not None and metadata.get(_VERSION) == str(self.version)
+        return same_version and (assessment.create_time_ms or 0) >= self.registered_at_ms
 
 
 def judge_bill(
     report: ScoringReport, targets: Sequence[ScoringTarget], options: ScoringOptions
 ) -> tuple[int, float | None, tuple[str, ...]]:
     """ジャッジの回数、コスト(USD)、単価の分からないスコアラー。``dry_run`` では、その見積もり。"""
-    judges = [target for target in targets if judge_model(target.scorer) is not None]
-    counts = {target.name: report.scorers[target.name] for target in judges}
-    calls = sum(count.scored for count in counts.values())
-    if not options.dry_run:
-        unpriced = tuple(name for name, count in counts.items() if count.unpriced)
-        return calls, None if unpriced else report.cost_usd, unpriced
-    prices = {t.name: _price_per_call(t, counts[t.name], options.judge_price) for t in judges}
-    unpriced = tuple(name for name, price in prices.items() if price is None)
-    total = sum((price or 0) * counts[name].scored for name, price in prices.items())
-    return calls, None if unpriced else float(total), unpriced
-
-
-def _price_per_call(
-    target: ScoringTarget, counts: ScorerCounts, price: JudgePrice | None
-) -> Decimal | None:
-    """ジャッジ 1 回のコスト(USD): 過去の評価の平均、なければ単価と仮のトークン数から。"""
-    if counts.seen_calls:
-        return counts.seen_cost_usd / counts.seen_calls
-    price = price or JUDGE_PRICES.get(judge_model(target.scorer) or "")
-    return price.cost_usd(*TOKENS_PER_CALL) if price else None
+    calls, total, unpriced = 0, Decimal(0), list[str]()
+    for target in targets:
+        if judge_model(target.scorer) is None:
+            continue
+        counts, price = (
+            report.scorers[target.name],
+            assumed_cost(target.scorer, options.judge_price),
+        )
+        calls += counts.scored + counts.failed
+        if counts.seen_calls:  # 過去の評価の平均
+            price = counts.seen_cost_usd / counts.seen_calls
+        if price is None if options.dry_run else counts.unpriced:
+            unpriced.append(target.name)
+        total += (price or 0) * counts.scored if options.dry_run else counts.cost_usd
+    return calls, None if unpriced else float(total), tuple(unpriced)

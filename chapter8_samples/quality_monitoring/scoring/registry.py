@@ -7,10 +7,10 @@ Databricks で違う。クライアントで採点するものと休止中のも
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from threading import Lock
 from typing import Literal, cast
 
 import mlflow
@@ -18,12 +18,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer, ScorerSamplingConfig, get_scorer
 
-from .plan import FINISHED_TRACES, PROVIDER_KEYS, definition, is_sample_rate
+from .judges import judge_model, malformed, missing_for
+from .plan import FINISHED_TRACES, definition, is_sample_rate
 
 Backend = Literal["databricks", "oss_http", "oss_local"]
 Runs = Literal["server", "client", "databricks"]
 
-SETTING_TAG = "quality.scorer."  # クライアントで採点するものと、休止中のものの設定を残す
+_SETTING_TAG = "quality.scorer."
+_setting_up = Lock()  # MLflow は、新しい SQLite を複数のスレッドから同時に作れない
 
 
 class ScorerSetupError(Exception):
@@ -79,15 +81,20 @@ def detect_backend() -> Backend:
 
 
 def setup_scorers(experiment_name: str, plans: Sequence[ScorerPlan]) -> list[ScorerStatus]:
-    """任意のスコアラーを登録し、接続先に合わせて開始する。"""
+    """任意のスコアラーを登録し、接続先に合わせて開始する。何かを登録する前に、引数をすべて調べる。"""
     for plan in plans:
         check_sample_rate(plan.scorer.name, plan.sample_rate)
+        if reason := malformed(judge_model(plan.scorer)):
+            raise ScorerSetupError(f"{plan.scorer.name!r}: {reason}")
     names = [plan.scorer.name for plan in plans]
     if len(set(names)) != len(names):
         raise ScorerSetupError(f"scorer names must be unique, got {names}")
     try:
-        experiment_id = _experiment_id(experiment_name)
-        return [_setup_one(plan, experiment_id) for plan in plans]
+        with _setting_up:
+            experiment_id = _experiment_id(experiment_name)
+            for filter_string in {plan.filter_string for plan in plans}:
+                check_filter(experiment_id, filter_string)
+            return [_setup_one(plan, experiment_id) for plan in plans]
     except MlflowException as error:
         raise ScorerSetupError(f"{mlflow.get_tracking_uri()}: {error.message}") from error
 
@@ -103,23 +110,27 @@ def check_sample_rate(name: str, rate: object) -> float:
 
 def _experiment_id(name: str) -> str:
     client = MlflowClient()
-    found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name)
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    try:
+        return client.create_experiment(name)
+    except MlflowException:  # ほかのプロセスが先に作った
+        if found := client.get_experiment_by_name(name):
+            return found.experiment_id
+        raise
 
 
 def _setup_one(plan: ScorerPlan, experiment_id: str) -> ScorerStatus:
     runs, reason = who_runs(plan.scorer)
-    if runs == "client":
-        check_filter(experiment_id, plan.filter_string)
     registered = not (runs == "client" and is_custom_code(plan.scorer))
     scorer = _register(plan.scorer, experiment_id) if registered else plan.scorer
     kept = kept_setting(experiment_id, scorer.name)
     paused = kept is not None and kept.paused
-    setting = KeptSetting(plan.sample_rate, plan.filter_string, paused)
     if runs == "client" or paused:  # 運用者が休止したものを、デプロイのたびに再開しない
+        setting = KeptSetting(plan.sample_rate, plan.filter_string, paused)
         keep_setting(experiment_id, scorer.name, setting)
     else:
-        scorer = set_sampling(scorer, experiment_id, plan.sample_rate, plan.filter_string)
+        scorer = _set_sampling(scorer, experiment_id, plan.sample_rate, plan.filter_string)
         if kept is not None:  # 前はクライアントで採点していた
             keep_setting(experiment_id, scorer.name, None)
     return ScorerStatus(
@@ -135,7 +146,7 @@ def _setup_one(plan: ScorerPlan, experiment_id: str) -> ScorerStatus:
 
 def find_status(experiment_id: str, name: str) -> ScorerStatus | None:
     """スコアラー 1 つの状態。登録されていなければ ``None``。"""
-    scorer = find_scorer(name, experiment_id)
+    scorer = _find(name, experiment_id)
     return None if scorer is None else status_of(experiment_id, scorer)
 
 
@@ -159,23 +170,20 @@ def status_of(experiment_id: str, scorer: Scorer) -> ScorerStatus:
 
 def apply_setting(experiment_id: str, status: ScorerStatus, kept: KeptSetting) -> None:
     """割合とフィルターを変える、休止する、再開する。"""
-    if status.runs == "client":
-        check_filter(experiment_id, kept.filter_string)
-        keep_setting(experiment_id, status.name, kept)
-    elif kept.paused:
+    check_filter(experiment_id, kept.filter_string)
+    if status.runs == "client" or kept.paused:
         # 止める前に覚えておく(止めると、OSS 版では割合もフィルターも消える)
         keep_setting(experiment_id, status.name, kept)
-        if status.sample_rate > 0:
+        if status.runs != "client" and status.sample_rate > 0:
             status.scorer.stop(experiment_id=experiment_id)
     else:
-        set_sampling(status.scorer, experiment_id, kept.sample_rate, kept.filter_string)
+        _set_sampling(status.scorer, experiment_id, kept.sample_rate, kept.filter_string)
         keep_setting(experiment_id, status.name, None)
 
 
 def kept_setting(experiment_id: str, name: str) -> KeptSetting | None:
     """覚えておいた割合とフィルター。なければ ``None``。"""
-    tags = MlflowClient().get_experiment(experiment_id).tags
-    text = tags.get(_tag(name))
+    text = MlflowClient().get_experiment(experiment_id).tags.get(_tag(name))
     return KeptSetting(**json.loads(text)) if text else None
 
 
@@ -187,14 +195,18 @@ def keep_setting(experiment_id: str, name: str, setting: KeptSetting | None) -> 
 
 def _tag(name: str) -> str:
     # スコアラーの名前には使えても、タグの名前には使えない文字がある
-    return SETTING_TAG + re.sub(r"[^\w.\- :/]", lambda found: f"_{ord(found[0]):x}", name)
+    return _SETTING_TAG + re.sub(r"[^\w.\- :/]", lambda found: f"_{ord(found[0]):x}", name)
 
 
 def check_filter(experiment_id: str, filter_string: str | None) -> None:
-    """フィルターの誤りを、採点を始める前に知らせる(サーバーの採点では、サーバーが調べる)。"""
-    MlflowClient().search_traces(
-        locations=[experiment_id], filter_string=filter_string, max_results=1, include_spans=False
-    )
+    """フィルターの誤りを、採点を始める前に知らせる(Databricks では、Databricks が調べる)。"""
+    if filter_string and detect_backend() != "databricks":
+        MlflowClient().search_traces(
+            locations=[experiment_id],
+            filter_string=filter_string,
+            max_results=1,
+            include_spans=False,
+        )
 
 
 def who_runs(scorer: Scorer) -> tuple[Runs, str]:
@@ -207,18 +219,18 @@ def who_runs(scorer: Scorer) -> tuple[Runs, str]:
         how = "it scores whole sessions: pass their traces to mlflow.genai.evaluate()"
     if is_custom_code(scorer):
         return "client", (
-            "custom code stays on the client: the open-source server would execute it, and one "
-            f"registered code scorer breaks list_scorers() for everyone; {how}"
+            "custom code stays on the client: an open-source server runs it only if its operator "
+            "opted in (MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS; since 3.18 in a container), and one "
+            f"registered code scorer breaks list_scorers() of clients without that flag; {how}"
         )
-    model = str(getattr(scorer, "model", None) or "")
+    model = judge_model(scorer) or ""
     if backend == "oss_http" and model.startswith("gateway:/"):
         return "server", (
             "the MLflow server scores about once a minute "
             "(its MLFLOW_SERVER_ENABLE_JOB_EXECUTION must not be false)"
         )
-    key = PROVIDER_KEYS.get(model.partition(":")[0], "")
-    missing = f"; it needs {key} to call {model}" if key and not os.environ.get(key) else ""
-    return "client", f"{how}{missing}"
+    missing = missing_for(model)
+    return "client", f"{how}; {missing}" if missing else how
 
 
 def is_custom_code(scorer: Scorer) -> bool:
@@ -226,8 +238,7 @@ def is_custom_code(scorer: Scorer) -> bool:
     return scorer.kind.value in {"decorator", "class"}
 
 
-def find_scorer(name: str, experiment_id: str) -> Scorer | None:
-    """登録済みのスコアラー。なければ ``None``。"""
+def _find(name: str, experiment_id: str) -> Scorer | None:
     try:
         return get_scorer(name=name, experiment_id=experiment_id)
     except MlflowException as error:
@@ -237,16 +248,15 @@ def find_scorer(name: str, experiment_id: str) -> Scorer | None:
 
 
 def _register(scorer: Scorer, experiment_id: str) -> Scorer:
-    found = find_scorer(scorer.name, experiment_id)
+    found = _find(scorer.name, experiment_id)
     if found is not None and definition(found) == definition(scorer):
         return found
     return scorer.register(experiment_id=experiment_id)
 
 
-def set_sampling(
+def _set_sampling(
     scorer: Scorer, experiment_id: str, sample_rate: float, filter_string: str | None
 ) -> Scorer:
-    """割合とフィルターを合わせる。止まっていれば ``start()``、動いていれば ``update()`` を使う。"""
     if (scorer.sample_rate, scorer.filter_string or None) == (sample_rate, filter_string):
         return scorer
     # 必ず両方を渡す。渡さなかったフィルターは、OSS 版では消え、Databricks では残る

@@ -1,0 +1,139 @@
+"""8.3.5 採点の権利: 2 つの実行が同じスコアラーを同時に採点して、ジャッジに二重に払わないように。
+
+エクスペリメントのタグに「誰が、どのスコアラーを、いつまで」と書き、ほかに誰もいなければ始める。書いて
+から読むので、2 つの実行がどちらも「自分だけ」と見ることはない。SQLite、PostgreSQL、サーバーで同じ。
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypedDict, TypeVar
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from .judges import ScoringError
+
+_TAG = "scoring.lease."
+_LEASE_SECONDS = 120.0  # 止まった実行の権利は、別のマシンからは、この時間だけ残って見える
+RENEW_SECONDS = 30.0
+_WITHDRAW_SECONDS = 3.0  # 同時に始めた相手が譲るのを待つ
+_held: set[str] = set()  # このプロセスが持っている権利
+T = TypeVar("T")
+
+
+class Claim(TypedDict):
+    """タグに書く、採点の権利 1 つ。"""
+
+    token: str
+    host: str
+    pid: int
+    names: list[str]
+    until: float
+
+
+class ScoringBusyError(ScoringError):
+    """同じスコアラーを、ほかの実行が採点している。"""
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        self.names = {name for claim in claims for name in claim["names"]}
+        holders = {f"process {claim['pid']} on {claim['host']}" for claim in claims}
+        busy = ", ".join(sorted(self.names))
+        super().__init__(f"{busy}: being scored by {', '.join(sorted(holders))}; wait for its end")
+
+
+class Lease:
+    """スコアラー ``names`` を採点する権利。``with`` の間だけ持つ。
+
+    Raises:
+        ScoringBusyError: ほかの実行が採点している、または(``renew()`` で)権利を失っていた。
+    """
+
+    def __init__(self, experiment_id: str, names: Sequence[str]) -> None:
+        self._experiment_id, self._names = experiment_id, list(names)
+        self._token, self._renew_at = uuid.uuid4().hex, 0.0
+
+    def __enter__(self) -> Lease:
+        _held.add(self._token)
+        try:
+            self._write()
+            deadline = time.monotonic() + _WITHDRAW_SECONDS
+            while rivals := [c for c in self._claims() if c["token"] != self._token]:
+                smallest = min(claim["token"] for claim in rivals)
+                if smallest < self._token or time.monotonic() > deadline:
+                    raise ScoringBusyError(rivals)
+                time.sleep(0.05)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _held.discard(self._token)
+        self._delete(self._token)  # 消せなくても、期限が過ぎれば無効になる
+
+    def renew(self) -> None:
+        """採点している間、ときどき呼ぶ。"""
+        if time.monotonic() >= self._renew_at:
+            claims = self._claims()
+            if self._token not in {claim["token"] for claim in claims}:
+                raise ScoringError(f"the lease of this run expired; now claimed by {claims}")
+            self._write()
+
+    def _write(self) -> None:
+        self._renew_at = time.monotonic() + RENEW_SECONDS
+        until = time.time() + _LEASE_SECONDS
+        host, pid = socket.gethostname(), os.getpid()
+        claim = Claim(token=self._token, host=host, pid=pid, names=self._names, until=until)
+        key, value = _TAG + self._token, json.dumps(claim)
+        patiently(lambda: MlflowClient().set_experiment_tag(self._experiment_id, key, value))
+
+    def _claims(self) -> list[Claim]:
+        """同じスコアラーを採点する、生きている権利。死んだものは消す。"""
+        tags = patiently(lambda: MlflowClient().get_experiment(self._experiment_id).tags)
+        claims: list[Claim] = [json.loads(v) for key, v in tags.items() if key.startswith(_TAG)]
+        dead = [claim["token"] for claim in claims if _is_dead(claim)]
+        for token in dead:
+            self._delete(token)
+        alive = [claim for claim in claims if claim["token"] not in dead]
+        return [claim for claim in alive if {*claim["names"]} & {*self._names}]
+
+    def _delete(self, token: str) -> None:
+        with suppress(MlflowException):
+            MlflowClient().delete_experiment_tag(self._experiment_id, _TAG + token)
+
+
+def _is_dead(claim: Claim) -> bool:
+    """期限が過ぎたか、持ち主のプロセスがもうない。"""
+    if claim["until"] < time.time():
+        return True
+    if claim["host"] != socket.gethostname() or sys.platform == "win32":
+        return False
+    if claim["pid"] == os.getpid():
+        return claim["token"] not in _held
+    try:
+        os.kill(claim["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # ほかの利用者のプロセス
+        pass
+    return False
+
+
+def patiently(call: Callable[[], T], *, seconds: float = 60.0) -> T:
+    """データベースがロックされていたら、``seconds`` 秒までやり直す。"""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except MlflowException as error:
+            if error.error_code != "TEMPORARILY_UNAVAILABLE" or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
