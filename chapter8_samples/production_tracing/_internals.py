@@ -167,9 +167,7 @@ def export_is_idle() -> bool:
 
 
 def before_threads_are_joined(callback: Callable[[], None]) -> None:
-    """終わりのいちばん先で呼ぶ(``atexit`` では、MLflow の送信のスレッドが止められた後になる)。
-    MLflow が読み込んだ ``concurrent.futures`` も使う CPython の名前で、後の登録ほど先に呼ばれる。
-    """
+    """終わりのいちばん先で呼ぶ(``atexit`` では、MLflow の送信のスレッドが止められた後になる)。"""
     register = getattr(threading, "_register_atexit", atexit.register)
     register(callback)
 
@@ -202,9 +200,7 @@ def otel_span_is_current(span: Span) -> Iterator[None]:
 
 @contextmanager
 def span_is_current(span: LiveSpan, inside: Span) -> Iterator[None]:
-    """``inside``(終わっていれば ``span``)を「いまのスパン」にする。``start_span_no_context`` の
-    スパンには公開 API がない。
-    """
+    """``inside``(終わっていれば ``span``)を「いまのスパン」にする。公開 API がない。"""
     # MLflow は、渡したものの _span しか読まない
     current: Any = SimpleNamespace(_span=inside) if inside.is_recording() else span
     token = mlflow_provider.set_span_in_context(current)
@@ -279,9 +275,7 @@ def raw_attributes(span: LiveSpan) -> dict[str, Any]:
 
 
 def use_pipeline(provider: Any, pipeline: Any, sampler: Sampler) -> None:
-    """processor を移し、サンプラーも替える(作成済みの tracer も)。公開の入り口は、MLflow が渡す
-    ``TracerProvider`` の引数しかない。
-    """
+    """processor とサンプラーを替える。公開の入り口は、MLflow が渡す引数しかない。"""
     for processor in processors_of(provider._active_span_processor):
         pipeline.add_span_processor(processor)
     provider._active_span_processor = pipeline
