@@ -17,7 +17,7 @@ import mlflow.tracing
 from mlflow.entities import LiveSpan
 from mlflow.exceptions import InvalidUrlException
 
-from .._internals import renew_trace_buffer
+from .._internals import TracingClient, renew_trace_buffer
 from .counts import LEDGER
 from .environment import EnvironmentPatch, check_otlp, limits_of, otlp_environment
 from .ids import use_system_random_ids
@@ -99,15 +99,16 @@ class _Session:
 
     def _set_experiment(self, name: str) -> str:
         with self._short_requests():
-            experiment_id = mlflow.set_experiment(name).experiment_id
-            # 同時に作って負けた側では、MLflow 3.17 の記録先は Default のままになる
-            if os.environ.get("MLFLOW_EXPERIMENT_ID") != experiment_id:
-                mlflow.set_experiment(experiment_id=experiment_id)
+            TracingClient().store.get_experiment_by_name(name)  # 届かなければ、ここで分かる
+        experiment_id = mlflow.set_experiment(name).experiment_id
+        # 同時に作って負けた側では、MLflow 3.17 の記録先は Default のままになる
+        if os.environ.get("MLFLOW_EXPERIMENT_ID") != experiment_id:
+            mlflow.set_experiment(experiment_id=experiment_id)
         return experiment_id
 
     @contextlib.contextmanager
     def _short_requests(self) -> Iterator[None]:
-        """サーバーへのリクエストを短く、1 回だけにする(再試行は、背後の接続し直しに任せる)。"""
+        """サーバーへのリクエストを短く、1 回だけにする(既定の再試行は、数分続く)。"""
         short = {
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(self.options.probe_timeout_seconds)),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -173,7 +174,6 @@ def open_session(options: TracingOptions, profile: Mapping[str, str]) -> Tracing
 
 
 def session_status() -> TracingStatus | None:
-    """いまの状態と件数。設定前は ``None``。"""
     return None if _session is None else _session.status()
 
 
