@@ -41,17 +41,17 @@ import mlflow
 from chapter8_samples.production_tracing.delivery.counts import start_counting
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.delivery.shutdown import (
-    Drainable,
     GracefulShutdownHandler,
     install_handler,
 )
+from chapter8_samples.production_tracing.delivery.spool import TraceSpool
 
 
 def setup_graceful_shutdown(
     timeout_seconds: float = 30.0,
     *,
     signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT),
-    spool: Drainable | None = None,
+    spool: TraceSpool | None = None,
 ) -> GracefulShutdownHandler:
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 

@@ -230,7 +230,7 @@ class _Gate(otel.SynchronousMultiSpanProcessor):
 
     def _send(self, span: ReadableSpan, to_mlflow: bool = True) -> None:
         for processor in _internals.processors_of(self):
-            if _internals.is_after_sampling(processor) is to_mlflow:
+            if _internals.is_mlflows(processor) is to_mlflow:
                 processor.on_end(span)
 
 
@@ -262,7 +262,7 @@ def _otel_id(span: ReadableSpan) -> int:
 
 def _summary(root: ReadableSpan, children: list[ReadableSpan]) -> TraceSummary:
     failed = any(span.status.status_code is StatusCode.ERROR for span in (root, *children))
-    with _internals.live_trace(_otel_id(root)) as info:
+    with _internals.live_trace(root) as info:
         return TraceSummary(
             trace_id=info.trace_id,
             name=root.name,
@@ -286,7 +286,7 @@ def _marked(root: ReadableSpan, decision: Decision) -> ReadableSpan:
         WEIGHT_KEY: repr(1.0 / probability),
         RULE_KEY: decision.rule,
     }
-    with _internals.live_trace(_otel_id(root)) as info:
+    with _internals.live_trace(root) as info:
         info.trace_metadata.update(values)
     tags = {f"mlflow.traceTag.{key}": value for key, value in values.items()}
     same: dict[str, Any] = {name: getattr(root, name) for name in _COPIED.split()}

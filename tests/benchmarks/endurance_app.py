@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from chapter8_samples.production_tracing import (
     setup_production_tracing,
     tracing_lifespan,
 )
+from chapter8_samples.production_tracing.delivery.counts import LEDGER
 from chapter8_samples.production_tracing.delivery.spool import TraceSpool
 from chapter8_samples.quality_monitoring import FeedbackOutbox, create_feedback_router
 
@@ -85,7 +85,7 @@ class SupportApp:
             "accepted": report.accepted,
             "delivered": report.delivered,
             "lost": report.lost,
-            "spool": asdict(self.spool.stats()),
+            "spool": {**self.spool.stats()._asdict(), "dropped": LEDGER.counts()[1]},
             "kept_on_disk": left,
             "feedback_kept": len(self.outbox),
         }

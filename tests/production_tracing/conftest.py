@@ -20,6 +20,7 @@ import pytest
 
 from chapter8_samples.production_tracing import reset_production_tracing
 from chapter8_samples.production_tracing import sampling as tail
+from chapter8_samples.production_tracing.delivery.counts import LEDGER
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -31,6 +32,7 @@ def start_over(clean_environment: None) -> Iterator[None]:
     if active is not None:
         active.uninstall()
     reset_production_tracing()
+    LEDGER.start_over()
 
 
 @pytest.fixture

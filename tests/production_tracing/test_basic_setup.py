@@ -31,12 +31,12 @@ from chapter8_samples.production_tracing.basic_setup import (
     setup_production_tracing,
     tracing_status,
 )
-from chapter8_samples.production_tracing.delivery.flush import flush_traces
-from chapter8_samples.production_tracing.delivery.otlp import otlp_environment
-from chapter8_samples.production_tracing.delivery.settings import (
+from chapter8_samples.production_tracing.delivery.environment import (
     EnvironmentPatch,
-    TracingSetupError,
+    otlp_environment,
 )
+from chapter8_samples.production_tracing.delivery.flush import flush_traces
+from chapter8_samples.production_tracing.delivery.settings import TracingSetupError
 from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
 from chapter8_samples.production_tracing.masking import mask_pii
 
@@ -65,7 +65,7 @@ def test_readme_quick_start_works_in_an_empty_directory(stored: Any, tmp_path: P
 
 def test_same_call_is_a_no_op_and_a_different_one_explains_itself(tracking_uri: str) -> None:
     first = setup_production_tracing("a")
-    assert setup_production_tracing("a") is first
+    assert setup_production_tracing("a") == first
     with pytest.raises(TracingSetupError, match=r"already set up for 'a'.*reset_production"):
         setup_production_tracing("b")
     reset_production_tracing()
@@ -82,7 +82,7 @@ def test_page_run_as_a_script_shares_its_state(tracking_uri: str) -> None:
         [runpy.run_path(str(folder / f"{page}.py")) for page in PAGES],
         [runpy.run_module(name + page, run_name="as-a-script") for page in PAGES],
     ):
-        assert setup["setup_production_tracing"]("a") is tracing_status()
+        assert setup["setup_production_tracing"]("a") == tracing_status()
         assert setup["setup_production_tracing"] is not setup_production_tracing
         reset_production_tracing()
         assert setup["tracing_status"]() is None
@@ -225,10 +225,8 @@ def test_otlp_carries_the_credentials_of_mlflow(
 
 def test_same_masking_twice_is_the_same_setup(tracking_uri: str) -> None:
     first = setup_production_tracing("a", span_processors=[mask_pii()])
-    assert setup_production_tracing("a", span_processors=[mask_pii()]) is first
-    with pytest.raises(
-        TracingSetupError, match=r"second, different setup \(service_name: 'llm-app'"
-    ):
+    assert setup_production_tracing("a", span_processors=[mask_pii()]) == first
+    with pytest.raises(TracingSetupError, match=r"different setup \({'service_name': 'other'}\)"):
         setup_production_tracing("a", "other", span_processors=[mask_pii()])
 
 
@@ -279,7 +277,7 @@ def test_unreachable_server_never_blocks_a_request(free_port: int) -> None:
     status = setup_production_tracing(
         "a", tracking_uri=f"http://127.0.0.1:{free_port}", probe_timeout_seconds=1
     )
-    assert not status.ready and "did not answer" in status.warnings[0]
+    assert not status.ready and "refused" in status.warnings[0]
     before = time.monotonic()
     assert [answer(number) for number in range(50)] == list(range(50))
     assert time.monotonic() - before < 1
@@ -287,7 +285,7 @@ def test_unreachable_server_never_blocks_a_request(free_port: int) -> None:
 
 
 def test_unreachable_server_is_an_error_when_strict(free_port: int) -> None:
-    with pytest.raises(TracingSetupError, match="did not answer"):
+    with pytest.raises(TracingSetupError, match="refused"):
         setup_production_tracing("a", tracking_uri=f"http://127.0.0.1:{free_port}", strict=True)
     assert tracing_status() is None
     assert not mlflow.is_tracking_uri_set()
@@ -333,7 +331,7 @@ setup_production_tracing("a", tracking_uri="http://127.0.0.1:{free_port}", retry
 setup_graceful_shutdown(5)
 if os.fork() == 0:
     names = [thread.name for thread in threading.enumerate()]
-    print("production-tracing-reconnect" in names, work(7), mlflow.get_last_active_trace_id())
+    print("trace-reconnect" in names, work(7), mlflow.get_last_active_trace_id())
     reset_production_tracing()
     sys.stdout.flush()
     os._exit(0)

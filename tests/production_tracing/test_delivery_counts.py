@@ -19,9 +19,9 @@ from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
-from chapter8_samples.production_tracing import _internals
-from chapter8_samples.production_tracing.delivery import counts, text
-from chapter8_samples.production_tracing.delivery.counts import delivery_counts
+from chapter8_samples.production_tracing import _internals, setup_production_tracing
+from chapter8_samples.production_tracing.delivery import text
+from chapter8_samples.production_tracing.delivery.counts import LEDGER, start_counting
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.delivery.spool import TraceSpool
 
@@ -46,9 +46,9 @@ def may_send(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 @pytest.fixture
 def counting(tracking_uri: str) -> Iterator[None]:
     mlflow.set_experiment("counts")
-    counts.start_counting()
+    stop = start_counting()
     yield
-    counts.stop_counting()
+    stop()
 
 
 def record(count: int) -> None:
@@ -62,11 +62,11 @@ def test_backlog_is_visible_and_a_flush_in_time_reports_nothing(
 ) -> None:
     may_send.clear()
     record(5)
-    assert delivery_counts().backlog == 5
+    assert LEDGER.counts()[0] == 5
     may_send.set()
     result = flush_traces(30)
     assert (result.ok, result.undelivered, result.error) == (True, 0, None)
-    assert delivery_counts() == counts.DeliveryCounts(0, 0, 0)
+    assert LEDGER.counts() == (0, 0, 0)
     assert len(stored("counts", include_spans=False)) == 5
 
 
@@ -99,7 +99,7 @@ def test_what_mlflow_discards_silently_is_counted(
     result = flush_traces(30)
     found = len(stored("counts", include_spans=False))
     assert 0 < found < 60 and not result.ok
-    assert found + result.undelivered == found + delivery_counts().dropped == 60
+    assert found + result.undelivered == found + LEDGER.counts()[1] == 60
     assert flush_traces(30).ok, "a loss is reported once"
     del os.environ[limit]  # 置き場の大きさは、次に作られるときに読まれる
     mlflow.tracing.trace_manager.InMemoryTraceManager.reset()
@@ -114,7 +114,7 @@ def test_failed_sends_are_counted(
     record(3)
     mlflow.flush_trace_async_logging()  # 失敗は flush_traces より前に終わっている
     result = flush_traces(30)
-    assert (result.ok, result.undelivered, delivery_counts().dropped) == (False, 3, 3)
+    assert (result.ok, result.undelivered, LEDGER.counts()[1]) == (False, 3, 3)
     assert "export failures" in str(result.error)
 
 
@@ -123,10 +123,10 @@ def test_open_children_are_backlog_and_not_lost(counting: None) -> None:
     child = mlflow.start_span_no_context("late", parent_span=root)
     root.end()
     assert flush_traces(30).ok
-    assert delivery_counts().backlog == 1
+    assert LEDGER.counts()[0] == 1
     child.end()
     assert flush_traces(30).ok
-    assert delivery_counts() == counts.DeliveryCounts(0, 0, 0)
+    assert LEDGER.counts() == (0, 0, 0)
 
 
 @pytest.mark.parametrize("dead", [False, True], ids=["up", "down"])
@@ -147,31 +147,48 @@ def test_otlp_is_counted_too(
     assert (result.ok, result.undelivered) == (not dead, 4 * dead)
 
 
-def test_mlflow_is_as_before_when_nobody_counts_any_more(tracking_uri: str) -> None:
+def test_classes_are_left_alone_and_the_provider_is_no_longer_followed(tracking_uri: str) -> None:
     classes = TracingClient, MlflowV3SpanProcessor, MlflowV3SpanExporter
     before = [dict(vars(one)) for one in classes]
+    stops = [start_counting(), start_counting()]
     mlflow.set_experiment("counts")
     record(1)
-    (processor,) = _internals.mlflow_processors()
-    exporter = dict(vars(processor.span_exporter))
-    counts.start_counting()
-    counts.start_counting()
-    counts.stop_counting()
-    assert dict(vars(processor.span_exporter)) != exporter
+    assert LEDGER.counts()[0] == 1
     assert [dict(vars(one)) for one in classes] == before
-    counts.stop_counting()
-    assert dict(vars(processor.span_exporter)) == exporter
-    mlflow.flush_trace_async_logging()
+    for stop in stops:
+        stop()
+    mlflow.set_experiment("other")
+    record(1)
+    (processor,) = _internals.mlflow_processors()
+    assert not {"on_end", "_log_trace"} & {*vars(processor), *vars(processor.span_exporter)}
+
+
+def test_a_moved_name_is_named_and_tracing_goes_on(
+    tracking_uri: str, stored: Any, caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    mlflow.set_experiment("moved")
+    mlflow.tracing.get_bridged_tracer_provider()
+    (processor,) = _internals.mlflow_processors()
+    client = processor.span_exporter.__dict__.pop("_client")
+    try:
+        with pytest.raises(RuntimeError, match=r"MLflow .* has changed: .*_client"):
+            TraceSpool(tmp_path / "spool").install()
+    finally:
+        processor.span_exporter._client = client
+        LEDGER.problem = ""
+    assert "undelivered traces are not counted" in caplog.text
+    record(1)
+    assert len(stored("moved")) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_counts_from_zero(counting: None) -> None:
-    counts.LEDGER.ended("tr-of-the-parent")
+    LEDGER.ended("tr-of-the-parent")
     child = os.fork()
     if child == 0:
-        os._exit(delivery_counts().backlog)
+        os._exit(LEDGER.counts()[0])
     assert os.waitpid(child, 0)[1] == 0
-    assert delivery_counts().backlog == 1
+    assert LEDGER.counts()[0] == 1
 
 
 def test_spool_counts_the_files_on_disk(counting: None, tmp_path: Any) -> None:
@@ -183,10 +200,10 @@ def test_spool_counts_the_files_on_disk(counting: None, tmp_path: Any) -> None:
         record(3)
         result = flush_traces(30)
         assert (result.ok, result.undelivered) == (True, 0)
-        assert delivery_counts() == counts.DeliveryCounts(0, 0, 3)
+        assert LEDGER.counts() == (0, 0, 3)
     finally:
         spool.uninstall()
-    assert delivery_counts().spooled == 0
+    assert LEDGER.counts()[2] == 0
 
 
 def _fail(span: Any) -> None:
@@ -262,30 +279,34 @@ def test_spans_that_only_otlp_still_waits_for_are_not_lost_traces(
         mlflow.set_experiment("dual")
         record(3)
         mlflow.flush_trace_async_logging()
-        counts.start_counting()
+        stop = start_counting()
         try:
-            assert delivery_counts() == counts.DeliveryCounts(0, 0, 0)
+            assert LEDGER.counts() == (0, 0, 0)
+            record(2)
+            mlflow.flush_trace_async_logging()
+            assert LEDGER.counts() == (0, 0, 0)
             assert flush_traces(30).ok
         finally:
-            counts.stop_counting()
+            stop()
 
 
-def test_a_provider_rebuilt_by_the_otlp_setup_is_counted_too(tracking_uri: str) -> None:
-    """作り直した側は、足してあった processor だけを新しいプロバイダーに移す(8.5 の設定)。"""
-    mlflow.set_experiment("before")
+def test_a_provider_that_was_rebuilt_after_the_setup_is_counted_from_its_first_trace(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8.5 の設定や ``set_experiment`` は、プロバイダーを黙って作り直す。"""
+    setup_production_tracing("before")
     record(1)
-    counts.start_counting(follow=False)
-    try:
-        pipeline: Any = mlflow.tracing.get_bridged_tracer_provider()._active_span_processor
-        processors = _internals.processors_of(pipeline)
-        (watcher,) = (one for one in processors if isinstance(one, _internals.EndedRoots))
-        mlflow.set_experiment("after")
-        mlflow.tracing.get_bridged_tracer_provider().add_span_processor(watcher)
-        record(3)
-        mlflow.flush_trace_async_logging()
-        assert flush_traces(30).ok
-        record(2)
-        assert flush_traces(30).ok
-        assert delivery_counts() == counts.DeliveryCounts(0, 0, 0)
-    finally:
-        counts.stop_counting()
+    mlflow.set_experiment("after")
+    record(3)
+    mlflow.flush_trace_async_logging()
+    assert flush_traces(30).ok and LEDGER.counts() == (0, 0, 0)
+
+    def down(*_: object) -> None:
+        raise ConnectionError("refused")
+
+    for name in ("start_trace", "log_spans"):
+        monkeypatch.setattr(TracingClient, name, down)
+    mlflow.set_experiment("down")
+    record(2)
+    mlflow.flush_trace_async_logging()
+    assert LEDGER.counts() == (0, 2, 0)

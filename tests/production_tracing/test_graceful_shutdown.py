@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,7 @@ import pytest
 from mlflow.entities.trace_location import MlflowExperimentLocation
 
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
-from chapter8_samples.production_tracing.graceful_shutdown import (
-    GracefulShutdownHandler,
-    setup_graceful_shutdown,
-)
+from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
 
 SETUP = "setup_graceful_shutdown(timeout_seconds=20)\n"
 WORK = "for number in range(15): work(number)\n"
@@ -96,7 +94,8 @@ def test_exit_code_chosen_by_the_previous_handler_wins(program: Any, stored: Any
     assert len(stored("child", include_spans=False)) == 15
 
 
-HANG = "GracefulShutdownHandler({limit}, flush=lambda: time.sleep(100)).register()\n"
+HANG = "mlflow.flush_trace_async_logging = lambda: time.sleep(100)\n"
+HANG += "setup_graceful_shutdown({limit})\n"
 
 
 def _seconds_from_the_signal(program: Any, body: str) -> tuple[int, float]:
@@ -189,7 +188,7 @@ def test_limits_that_are_no_time_are_refused(limit: float) -> None:
     with pytest.raises(ValueError, match="must be > 0 and finite"):
         flush_traces(limit)
     with pytest.raises(ValueError, match="must be > 0 and finite"):
-        GracefulShutdownHandler(limit)
+        setup_graceful_shutdown(limit)
 
 
 @pytest.mark.slow
@@ -286,16 +285,18 @@ def test_flush_bounds_reports_and_keeps_tracing(tracking_uri: str, stored: Any) 
         flush_traces(0)
 
 
-@pytest.mark.slow
-def test_flush_deadline_and_failure_are_reported() -> None:
-    slow = GracefulShutdownHandler(5, flush=lambda: time.sleep(20))
-    result = slow.flush(0.2)
+def test_flush_deadline_and_failure_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(mlflow, "flush_trace_async_logging", answered.wait)
+    result = flush_traces(0.2)
     assert not result.ok and "not finished within 0.2s" in str(result.error)
+    answered.set()
 
-    def broken() -> str | None:
+    def broken() -> None:
         raise OSError("disk")
 
-    assert GracefulShutdownHandler(5, flush=broken).flush().error == "OSError: disk"
+    monkeypatch.setattr(mlflow, "flush_trace_async_logging", broken)
+    assert "OSError: disk" in str(flush_traces(30).error)
 
 
 def test_refused_delivery_is_an_error_not_ok(tracking_uri: str, free_port: int) -> None:
@@ -358,34 +359,18 @@ def test_setup_is_idempotent_and_refuses_other_values() -> None:
         setup_graceful_shutdown(0)
 
 
-def test_setup_in_a_thread_is_completed_in_the_main_thread() -> None:
-    import threading
-
+def test_setup_in_a_thread_warns_and_is_completed_in_the_main_thread(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     thread = threading.Thread(target=setup_graceful_shutdown, args=(7,))
     thread.start()
     thread.join()
+    assert "call setup_graceful_shutdown in the main thread" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     handler = setup_graceful_shutdown(7)
     assert signal.getsignal(signal.SIGTERM) == handler._on_signal
     handler.unregister()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_registering_outside_the_main_thread_warns(caplog: pytest.LogCaptureFixture) -> None:
-    import threading
-
-    handler = GracefulShutdownHandler(5, flush=lambda: None)
-    thread = threading.Thread(target=handler.register)
-    thread.start()
-    thread.join()
-    assert "not in the main thread" in caplog.text and "call register() again" in caplog.text
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert handler.register() is handler  # メインスレッドでもう一度呼ぶと、シグナルも登録される
-    assert signal.getsignal(signal.SIGTERM) == handler._on_signal
-    handler.unregister()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == handler.register()._previous[signal.SIGTERM]
-    assert signal.getsignal(signal.SIGTERM) == handler._on_signal
-    handler.unregister()
 
 
 def test_where_uvicorn_cannot_be_held_the_setup_says_what_to_use(
@@ -399,7 +384,7 @@ def test_where_uvicorn_cannot_be_held_the_setup_says_what_to_use(
     monkeypatch.setattr(shutdown, "_CAN_HOLD", False)
     before = signal.signal(signal.SIGTERM, Server(Config("app:app")).handle_exit)
     try:
-        GracefulShutdownHandler(5, flush=lambda: None).register().unregister()
+        setup_graceful_shutdown(5).unregister()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert "use FastAPI(lifespan=tracing_lifespan)" in caplog.text
@@ -413,7 +398,7 @@ def test_a_signal_that_uvicorn_got_before_the_setup_is_held_too() -> None:
     before = signal.signal(signal.SIGTERM, server.handle_exit)
     server.should_exit = True
     try:
-        handler = GracefulShutdownHandler(5, flush=lambda: None).register()
+        handler = setup_graceful_shutdown(5)
         assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         handler.unregister()
     finally:

@@ -94,15 +94,15 @@ def test_sampling_ratio_override_is_set_while_a_span_starts(tracking_uri: str) -
 
 
 def test_in_memory_trace_manager_finds_and_forgets_a_trace(tracking_uri: str) -> None:
-    """``get_mlflow_trace_id_from_otel_id``、``get_trace``、``pop_trace``。"""
+    """``get_trace`` と ``pop_trace``。"""
     root = mlflow.start_span_no_context("root")
-    number = int(root.trace_id.removeprefix("tr-"), 16)
-    with _internals.live_trace(number) as info:
+    span: Any = root._span
+    with _internals.live_trace(span) as info:
         info.trace_metadata["key"] = "value"
-    with _internals.live_trace(number) as info:
+    with _internals.live_trace(span) as info:
         assert (info.trace_id, info.trace_metadata["key"]) == (root.trace_id, "value")
-    _internals.forget_trace(number)
-    with _internals.live_trace(number) as info:
+    _internals.forget_trace(span.context.trace_id)
+    with _internals.live_trace(span) as info:
         assert info.trace_id == root.trace_id and not info.trace_metadata
 
 
@@ -240,33 +240,44 @@ def test_info_of_an_open_trace_is_in_the_trace_manager(tracking_uri: str) -> Non
 # ---- 送信と終了 ----
 
 
-def test_hooks_see_every_root_and_every_send_and_leave_nothing(tracking_uri: str) -> None:
-    """``span_exporter._client`` を包むと送信が、processor を足すと終わりが、すべて見える。"""
-    from mlflow.tracing.client import TracingClient
+class Watcher:
+    """``watch_export`` に知らされたことを書き留める。"""
 
-    ended, sent = list[str](), list[str]()
+    def __init__(self, takes: bool = False) -> None:
+        self.ended_traces, self.sent, self.accepted = list[str](), list[str](), list[Any]()
+        self.accept: Any = self._take if takes else None
 
-    def send(name: str, call: Any, *values: Any) -> Any:
-        sent.append(name)
+    def _take(self, trace: Any) -> bool:
+        self.accepted.append(trace)
+        return True
+
+    def ended(self, trace_id: str) -> None:
+        self.ended_traces.append(trace_id)
+
+    def send(self, name: str, call: Any, *values: Any) -> Any:
+        self.sent.append(name)
         return call(*values)
 
-    with mlflow.start_span("already waiting") as waiting:
-        pass
-    hooks = _internals.ExportHooks(ended.append, send)
-    assert hooks.attach() == [waiting.trace_id] and hooks.attach() == []
-    try:
-        with mlflow.start_span("root") as root, mlflow.start_span("child"):
-            pass
-        mlflow.flush_trace_async_logging()
-    finally:
-        hooks.detach()
-    assert ended == [root.trace_id]
-    assert sent.count("start_trace") == 2 and "log_spans" in sent
-    # スパンより先にトレースが届くと、MLflow はスパンを成果物にも置く(混んだ機械で起きる)
-    assert set(sent) <= {"log_spans", "start_trace", "_upload_trace_data"}
+
+def watch(watcher: Watcher) -> Any:
+    mlflow.tracing.get_bridged_tracer_provider()
     (processor,) = _internals.mlflow_processors()
-    assert type(processor.span_exporter._client) is TracingClient
-    assert not {"_log_trace", "_export_spans_incrementally"} & set(vars(processor.span_exporter))
+    for _ in range(2):  # 2 回目は何もしない
+        _internals.watch_export(processor, watcher)
+    return processor
+
+
+def test_every_root_and_every_send_is_told(tracking_uri: str) -> None:
+    """``on_end`` と ``span_exporter._client`` を包むと、終わりと送信が、すべて見える。"""
+    watcher = Watcher()
+    watch(watcher)
+    with mlflow.start_span("root") as root, mlflow.start_span("child"):
+        pass
+    mlflow.flush_trace_async_logging()
+    assert watcher.ended_traces == [root.trace_id]
+    assert watcher.sent.count("start_trace") == 1 and "log_spans" in watcher.sent
+    # スパンより先にトレースが届くと、MLflow はスパンを成果物にも置く(混んだ機械で起きる)
+    assert set(watcher.sent) <= {"log_spans", "start_trace", "_upload_trace_data"}
 
 
 def test_the_trace_id_is_the_one_mlflow_gave_the_span(tracking_uri: str) -> None:
@@ -301,14 +312,6 @@ def test_otel_processor_registers_traces_and_shows_its_exporter() -> None:
         processor.shutdown()
 
 
-def test_a_moved_name_is_named(tracking_uri: str) -> None:
-    mlflow.tracing.get_bridged_tracer_provider()
-    (processor,) = _internals.mlflow_processors()
-    del processor.span_exporter._client
-    with pytest.raises(RuntimeError, match=r"MLflow .* has changed: .*_client"):
-        _internals.ExportHooks(lambda _: None, lambda *_: None).attach()
-
-
 def test_queues_of_the_batch_processor_and_the_task_queue(tracking_uri: str) -> None:
     """``_batch_delegate._batch_processor`` と ``_async_queue._queue`` が空かどうかで決まる。"""
     assert _internals.export_is_idle()
@@ -326,18 +329,12 @@ def test_queues_of_the_batch_processor_and_the_task_queue(tracking_uri: str) -> 
 
 
 def test_log_trace_and_export_spans_incrementally_are_diverted(tracking_uri: str) -> None:
-    taken = list[Any]()
-    hooks = _internals.ExportHooks(lambda _: None, lambda _name, call, *values: call(*values))
-    hooks.accept = taken.append
-    mlflow.tracing.get_bridged_tracer_provider()
-    hooks.attach()
-    try:
-        with mlflow.start_span("taken") as span:
-            pass
-        mlflow.flush_trace_async_logging()
-    finally:
-        hooks.detach()
-    assert [trace.info.trace_id for trace in taken] == [span.trace_id]
+    watcher = Watcher(takes=True)
+    watch(watcher)
+    with mlflow.start_span("taken") as span:
+        pass
+    mlflow.flush_trace_async_logging()
+    assert [trace.info.trace_id for trace in watcher.accepted] == [span.trace_id]
     assert mlflow.search_traces(return_type="list", locations=["0"]) == []
 
 
@@ -357,10 +354,8 @@ def test_register_atexit_of_threading_runs_before_the_workers_are_joined() -> No
     assert answer.stdout.strip() == "alive"
 
 
-def test_reset_keeps_processors_and_the_global_value_of_the_destination(
-    tracking_uri: str,
-) -> None:
-    """``reset()`` が消す ``_MLFLOW_TRACE_USER_DESTINATION._global_value`` を残す。"""
+def test_provider_reset_keeps_processors_ids_and_the_destination(tracking_uri: str) -> None:
+    """MLflow の ``provider.reset()`` が捨てるのは、プロバイダーだけ。"""
     from mlflow.entities.trace_location import MlflowExperimentLocation
     from mlflow.tracing.config import get_config
 
@@ -368,10 +363,16 @@ def test_reset_keeps_processors_and_the_global_value_of_the_destination(
 
     mlflow.tracing.configure(span_processors=[mask])
     mlflow.tracing.set_destination(MlflowExperimentLocation("0"))
-    _internals.reset_but_keep_settings()
+    before: Any = _internals.current_provider()
+    _internals.renew_provider()
+    after: Any = _internals.current_provider()
+    assert after is not before and after.id_generator is before.id_generator
     assert get_config().span_processors == [mask]
-    destination: Any = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION._global_value
+    destination: Any = mlflow_provider._MLFLOW_TRACE_USER_DESTINATION.get()
     assert destination.experiment_id == "0"
+    mlflow.tracing.disable()
+    _internals.renew_provider()
+    assert not mlflow_provider.is_tracing_enabled()
 
 
 def test_span_of_a_live_span_has_its_attributes_as_json(tracking_uri: str) -> None:

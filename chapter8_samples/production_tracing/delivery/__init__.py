@@ -2,11 +2,10 @@
 
 from .flush import FlushResult, flush_traces
 from .settings import TracingSetupError, TracingStatus
-from .shutdown import Drainable, GracefulShutdownHandler
+from .shutdown import GracefulShutdownHandler
 from .spool import SpoolStats, TraceSpool, replay
 
 __all__ = [
-    "Drainable",
     "FlushResult",
     "GracefulShutdownHandler",
     "SpoolStats",

@@ -1,0 +1,132 @@
+"""8.1.4 トレーシングの設定を、環境変数に書いて、後で元に戻す(basic_setup.py の土台)。
+
+MLflow も OpenTelemetry も、プロバイダーを作るときに環境変数を読む。利用者が先に決めた値は変えない。
+"""
+
+from __future__ import annotations
+
+import os
+from base64 import b64encode
+from collections.abc import Mapping
+from urllib.parse import quote
+
+from .settings import Backend, TracingOptions, TracingSetupError, hide_secrets
+
+_WORKERS = "MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS"
+
+
+class EnvironmentPatch:
+    """環境変数を書き、後で元に戻す。利用者が先に決めた値は変えず、``warnings`` に書く。"""
+
+    def __init__(self) -> None:
+        self.applied: dict[str, str] = {}
+        self.warnings: list[str] = []
+        self._before = dict(os.environ)
+
+    def set(self, values: Mapping[str, str]) -> None:
+        """まだない環境変数を書く。"""
+        for name, value in values.items():
+            if os.environ.setdefault(name, value) == value and name not in self._before:
+                self.applied[name] = _shown(name, value)
+            self._compare(name, os.environ[name], value)
+
+    def set_resource(self, options: TracingOptions) -> None:
+        """サービス名とリソース属性。``OTEL_RESOURCE_ATTRIBUTES`` の利用者の値が優先する。"""
+        wanted = {
+            "deployment.environment.name": options.environment,
+            "service.version": options.service_version,
+            "cloud.region": options.deployment_region,
+        }
+        items = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",")
+        pairs = [item.split("=", 1) for item in items if "=" in item]
+        given = {key.strip(): value.strip() for key, value in pairs}
+        if "service.name" in given:
+            self._compare("service.name", given["service.name"], options.service_name)
+        else:
+            self.set({"OTEL_SERVICE_NAME": options.service_name})
+        merged = {**{key: value for key, value in wanted.items() if value}, **given}
+        text = ",".join(f"{key}={value}" for key, value in merged.items())
+        self.applied["OTEL_RESOURCE_ATTRIBUTES"] = os.environ["OTEL_RESOURCE_ATTRIBUTES"] = text
+
+    def restore(self) -> None:
+        """書く前の値に戻す(``set_experiment`` などが書いたものも)。"""
+        for name in (*self.applied, "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI"):
+            os.environ.pop(name, None)
+            if name in self._before:
+                os.environ[name] = self._before[name]
+
+    def _compare(self, name: str, given: str, wanted: str) -> None:
+        if given != wanted:
+            given, wanted = _shown(name, given), _shown(name, wanted)
+            self.warnings.append(f"{name}={given} from the environment is kept (wanted {wanted})")
+
+
+def _shown(name: str, value: str) -> str:
+    """送信のヘッダーには鍵が入る。"""
+    return "(hidden)" if name.endswith("_HEADERS") else hide_secrets(value)
+
+
+def limits_of(
+    options: TracingOptions, backend: Backend, profile: Mapping[str, str]
+) -> dict[str, str]:
+    """引数と保存先による設定を、プロファイルに足したもの。"""
+    values = {**profile, "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": str(options.enable_async).lower()}
+    if options.sampling_ratio is not None:
+        values["MLFLOW_TRACE_SAMPLING_RATIO"] = str(options.sampling_ratio)
+    if backend == "sqlite" and _WORKERS in values:
+        values[_WORKERS] = "1"  # 書き手が 1 人のほうが衝突の再試行がなく、失わない
+    if backend == "server":  # 止まっているときに、1 回の送信をあきらめるまで
+        values["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(options.http_timeout_seconds)
+        values["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = str(options.http_max_retries)
+        values["MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"] = "1"
+        # 429 の Retry-After に従うと、1 時間でも眠る
+        values["MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER"] = "false"
+    return values
+
+
+# ---- MLflow サーバーの /v1/traces へ OTLP で送る(export_profile="otlp") ----
+
+# この送信は MLflow の HTTP クライアントを通らないので、同じ認証と証明書を渡す
+_CERTIFICATES = {
+    "MLFLOW_TRACKING_SERVER_CERT_PATH": "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH": "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE",
+}
+
+
+def check_otlp(tracking_uri: str, backend: Backend) -> None:
+    """OTLP で送れる接続先かを確かめる。
+
+    Raises:
+        TracingSetupError: ``/v1/traces`` がない接続先、または証明書を確かめない設定。
+    """
+    if backend != "server":
+        raise TracingSetupError(
+            "export_profile='otlp' needs an MLflow server (http://...), not "
+            f"{hide_secrets(tracking_uri)!r}; use export_profile='burst'"
+        )
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        raise TracingSetupError(
+            "export_profile='otlp' always verifies TLS, but MLFLOW_TRACKING_INSECURE_TLS is set; "
+            "set MLFLOW_TRACKING_SERVER_CERT_PATH instead or use export_profile='burst'"
+        )
+
+
+def otlp_environment(tracking_uri: str, experiment_id: str) -> dict[str, str]:
+    """OTLP の送り先・認証・証明書を表す環境変数。"""
+    headers = {"x-mlflow-experiment-id": experiment_id, **_authorization()}
+    return {
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{tracking_uri.rstrip('/')}/v1/traces",
+        "OTEL_EXPORTER_OTLP_TRACES_HEADERS": ",".join(
+            f"{name}={quote(value, safe='')}" for name, value in headers.items()
+        ),
+        **{otel: os.environ[name] for name, otel in _CERTIFICATES.items() if name in os.environ},
+    }
+
+
+def _authorization() -> dict[str, str]:
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if user and password:
+        return {"authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"}
+    return {"authorization": f"Bearer {token}"} if token else {}
