@@ -6,10 +6,10 @@ MLflow には、トレースの指標で通知するしくみがまだない。�
 実行::
 
     $ python chapter8_samples/04_alerting/alert_config.py
-    [発報] CRITICAL high_error_rate エラー率が 5% 超 (error_rate 0.35, しきい値 0.05, 標本数 20)
+    [発報] CRITICAL high_error_rate エラー率が 5% 超 (error_rate 0.52, しきい値 0.05, 標本数 25)
     [解消] CRITICAL high_error_rate 発報時の内容: エラー率が 5% 超 (error_rate 0, ...)
-    エラー率: 最小 0.00 最大 0.50
-    値をそのまま 5% と比べていたら: 通知 14 通
+    エラー率: 最小 0.00 最大 0.80
+    値をそのまま 5% と比べていたら: 通知 15 通
 
 Databricks では ``tracking_uri="databricks"`` とし、``once`` を定期ジョブにする。
 """
@@ -114,11 +114,11 @@ def main() -> None:
     rng = random.Random(7)
     start = datetime(2026, 1, 1, 9, 0, tzinfo=timezone.utc)
     with _lab.sample("ch8-alert-config", fresh_store=True):
-        for second in range(0, 45 * 60, 15):  # 45 分に 180 件。20 分から 30 分の間が障害
+        for second in range(0, 45 * 60, 12):  # 45 分に 225 件。20 分から 30 分の間が障害
             incident = 20 * 60 <= second < 30 * 60
             began = round((start.timestamp() + second) * 1e9)
             span = mlflow.start_span_no_context("answer", start_time_ns=began)
-            if rng.random() < (0.4 if incident else 0.02):
+            if rng.random() < (0.5 if incident else 0.02):
                 span.set_status("ERROR")
             span.end(end_time_ns=began + 800_000_000)
         mlflow.flush_trace_async_logging()
