@@ -11,6 +11,7 @@ Databricks とは戻り値も違う。その違いを隠し、休止しても割
     割合を変更        STARTED         20%  status = 'OK'
     休止              STOPPED          0%  status = 'OK'
     再開              STARTED         20%  status = 'OK'
+    一覧              safety_check 版 1  採点: client
     削除              UNREGISTERED
     推奨の割合で月 100 万件を採点するコスト: 約 874 USD
 
@@ -19,29 +20,25 @@ Databricks でも同じ関数を使う。割合とフィルターは毎回両方
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
-from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import delete_scorer, list_scorers
 
-from chapter8_samples.quality_monitoring.scoring import (
+from chapter8_samples.quality_monitoring.scoring.registry import (
     KeptSetting,
     ScorerNotFoundError,
     ScorerPlan,
     ScorerSetupError,
     ScorerStatus,
     apply_setting,
+    check_filter,
     check_sample_rate,
-    detect_backend,
+    existing_experiment_id,
     find_status,
     keep_setting,
     kept_setting,
@@ -50,7 +47,6 @@ from chapter8_samples.quality_monitoring.scoring import (
 )
 
 State = Literal["UNREGISTERED", "STARTED", "STOPPED"]
-_CHECKPOINT_TAG = "mlflow.latestOnlineScoring.trace.checkpoint"
 
 RECOMMENDED_SAMPLE_RATES = {
     "safety": 1.0,
@@ -62,23 +58,13 @@ RECOMMENDED_SAMPLE_RATES = {
 """本書の推奨。見逃せないものは全件、傾向が分かればよいものは一部、高価なものは少なく。"""
 
 
-@dataclass(frozen=True)
-class LifecycleStep:
-    """操作を 1 つ終えたあとの、保存先から読み直した状態。"""
-
-    operation: str
-    state: State
-    sample_rate: float = 0.0
-    filter_string: str | None = None
-
-
 def list_scorer_statuses(experiment_name: str) -> list[ScorerStatus]:
     """登録済みのスコアラー(最新版)と、誰が何割を採点しているか。休止中の割合は 0.0。
 
     別のプロセスから ``run_scoring_cycle()`` に渡せる。OSS 版では、コードのスコアラーは
     登録されないので含まれない。
     """
-    experiment_id = _experiment_id(experiment_name)
+    experiment_id = existing_experiment_id(experiment_name)
     try:
         scorers = list_scorers(experiment_id=experiment_id)
     except MlflowException as error:
@@ -91,7 +77,7 @@ def list_scorer_statuses(experiment_name: str) -> list[ScorerStatus]:
 
 def get_scorer_status(experiment_name: str, name: str) -> ScorerStatus:
     """スコアラー 1 つの状態。なければ ``ScorerNotFoundError``。"""
-    status = find_status(_experiment_id(experiment_name), name)
+    status = find_status(existing_experiment_id(experiment_name), name)
     if status is None:
         raise ScorerNotFoundError(f"no scorer {name!r} is registered in {experiment_name!r}")
     return status
@@ -120,36 +106,41 @@ def change_sample_rate(
     check_sample_rate(name, sample_rate)
     status = get_scorer_status(experiment_name, name)
     new_filter = status.filter_string if filter_string == "keep" else filter_string
-    kept = KeptSetting(sample_rate, new_filter, paused=status.sample_rate == 0)
-    try:
-        apply_setting(_experiment_id(experiment_name), status, kept)
-    except MlflowException as error:
-        raise ScorerSetupError(f"cannot change {name!r}: {error.message}") from error
-    return get_scorer_status(experiment_name, name)
+    return _apply(status, experiment_name, sample_rate, new_filter, status.sample_rate == 0)
 
 
 def pause_scorer(experiment_name: str, name: str) -> ScorerStatus:
     """採点を休止する。登録、割合、フィルターは残る。"""
     status = get_scorer_status(experiment_name, name)
-    if status.sample_rate > 0:
-        kept = KeptSetting(status.sample_rate, status.filter_string, paused=True)
-        apply_setting(_experiment_id(experiment_name), status, kept)
-    return get_scorer_status(experiment_name, name)
+    if status.sample_rate == 0:
+        return status
+    return _apply(status, experiment_name, status.sample_rate, status.filter_string, True)
 
 
 def resume_scorer(experiment_name: str, name: str) -> ScorerStatus:
     """休止した採点を、休止前の割合とフィルターで再開する。"""
     status = get_scorer_status(experiment_name, name)
+    kept = kept_setting(existing_experiment_id(experiment_name), name)
     if status.sample_rate > 0:
         return status
-    experiment_id = _experiment_id(experiment_name)
-    kept = kept_setting(experiment_id, name)
     if kept is None:
         raise ScorerSetupError(
             f"{name!r} has no remembered sample rate: call change_sample_rate() first"
         )
-    apply_setting(experiment_id, status, replace(kept, paused=False))
-    return get_scorer_status(experiment_name, name)
+    return _apply(status, experiment_name, kept.sample_rate, kept.filter_string, False)
+
+
+def _apply(
+    status: ScorerStatus, experiment_name: str, rate: float, where: str | None, paused: bool
+) -> ScorerStatus:
+    """変えてから、保存先から読み直す。"""
+    experiment_id = existing_experiment_id(experiment_name)
+    try:
+        check_filter(experiment_id, where)
+        apply_setting(experiment_id, status.scorer, KeptSetting(rate, where, paused))
+    except MlflowException as error:
+        raise ScorerSetupError(f"cannot change {status.name!r}: {error.message}") from error
+    return get_scorer_status(experiment_name, status.name)
 
 
 def stop_all_scorers(experiment_name: str) -> list[ScorerStatus]:
@@ -160,7 +151,7 @@ def stop_all_scorers(experiment_name: str) -> list[ScorerStatus]:
 def remove_scorer(experiment_name: str, name: str) -> None:
     """スコアラーを、すべての版について削除する。トレースに残る評価は消えない。"""
     get_scorer_status(experiment_name, name)
-    experiment_id = _experiment_id(experiment_name)
+    experiment_id = existing_experiment_id(experiment_name)
     # 版を省くと、Databricks では全版、OSS 版ではエラーになる
     delete_scorer(name=name, experiment_id=experiment_id, version="all")
     keep_setting(experiment_id, name, None)
@@ -176,58 +167,6 @@ def delete_all_scorers(experiment_name: str, confirm: bool = False) -> list[str]
     return names
 
 
-def server_scored_until(experiment_name: str) -> datetime | None:
-    """MLflow サーバーの自動採点が、どの時刻のトレースまで進んだか。まだなら ``None``。
-
-    ``start()`` は、サーバーのジョブ実行が無効でも成功し、何も採点されない。``None`` のまま、または
-    何分も前の時刻のままなら、``MLFLOW_SERVER_ENABLE_JOB_EXECUTION`` を確かめる。
-    """
-    tags = MlflowClient().get_experiment(_experiment_id(experiment_name)).tags
-    checkpoint = tags.get(_CHECKPOINT_TAG)
-    if not checkpoint:
-        return None
-    return datetime.fromtimestamp(json.loads(checkpoint)["timestamp_ms"] / 1000, timezone.utc)
-
-
-def set_trace_archive(experiment_name: str, table: str | None) -> None:
-    """Databricks のトレースを表 ``catalog.schema.name`` に写す。``None`` でやめる。
-
-    Raises:
-        ScorerSetupError: Databricks でない、すでに写している、写していない、など。
-    """
-    if detect_backend() != "databricks":
-        raise ScorerSetupError("trace archival needs MLFLOW_TRACKING_URI=databricks")
-    from mlflow.tracing import archival
-
-    experiment_id = _experiment_id(experiment_name)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # クライアントは結果を print する
-            if table is None:
-                archival.disable_databricks_trace_archival(experiment_id=experiment_id)
-            else:
-                archival.enable_databricks_trace_archival(
-                    delta_table_fullname=table, experiment_id=experiment_id
-                )
-    except (ImportError, OSError, MlflowException) as error:  # requests の例外は OSError
-        raise ScorerSetupError(f"trace archival of {experiment_name!r}: {error}") from error
-
-
-def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iterator[LifecycleStep]:
-    """登録から削除までを行い、操作のたびに保存先から読み直した状態を返す。"""
-    name = plan.scorer.name
-    yield _step("登録前", experiment_name, name)
-    setup_scorers(experiment_name, [plan])
-    yield _step("登録・開始", experiment_name, name)
-    change_sample_rate(experiment_name, name, 0.2)
-    yield _step("割合を変更", experiment_name, name)
-    pause_scorer(experiment_name, name)
-    yield _step("休止", experiment_name, name)
-    resume_scorer(experiment_name, name)
-    yield _step("再開", experiment_name, name)
-    remove_scorer(experiment_name, name)
-    yield _step("削除", experiment_name, name)
-
-
 def estimate_monthly_judge_cost(
     traffic: float,
     rates: Mapping[str, float],
@@ -235,17 +174,10 @@ def estimate_monthly_judge_cost(
     *,
     tokens_per_call: tuple[int, int] = (600, 60),
 ) -> float:
-    """スコアラーの割合から、1 か月のジャッジのコスト(USD)を見積もる。
+    """1 か月のトレースの数 ``traffic`` と割合から、ジャッジのコスト(USD / 月)を見積もる。
 
-    Args:
-        traffic: 1 か月のトレースの数。
-        rates: LLM ジャッジごとの割合。
-        judge_price: 入力と出力の単価(USD / 100 万トークン)。``JudgePrice`` でもよい。
-            数を 1 つだけ渡すと、ジャッジ 1 回の額(USD)とみなす。既定は gpt-4.1-mini。
-        tokens_per_call: ジャッジ 1 回の入力と出力のトークン数。評価に残る実績から決めるとよい。
-
-    Raises:
-        ScorerSetupError: 割合が範囲外、数が負。
+    ``judge_price`` は、入力と出力の単価(USD / 100 万トークン、``JudgePrice`` でもよい)か、ジャッジ
+    1 回の額(USD)。既定は gpt-4.1-mini。
     """
     prices = judge_price if isinstance(judge_price, tuple) else (judge_price,)
     if not all(math.isfinite(n) and n >= 0 for n in (traffic, *prices, *tokens_per_call)):
@@ -260,19 +192,35 @@ def estimate_monthly_judge_cost(
     return calls * sum(float(price) * tokens for price, tokens in pairs) / 1_000_000
 
 
-def _step(operation: str, experiment_name: str, name: str) -> LifecycleStep:
-    state = state_of(experiment_name, name)
-    if state == "UNREGISTERED":
-        return LifecycleStep(operation, state)
-    status = get_scorer_status(experiment_name, name)
-    return LifecycleStep(operation, state, status.sample_rate, status.filter_string)
+@dataclass(frozen=True)
+class LifecycleStep:
+    """操作を 1 つ終えたあとの、保存先から読み直した状態。"""
+
+    operation: str
+    state: State
+    sample_rate: float = 0.0
+    filter_string: str | None = None
 
 
-def _experiment_id(name: str) -> str:
-    found = MlflowClient().get_experiment_by_name(name)
-    if found is None:
-        raise ScorerNotFoundError(f"no experiment named {name!r}")
-    return found.experiment_id
+def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iterator[LifecycleStep]:
+    """登録から削除までを行い、操作のたびに保存先から読み直した状態を返す。"""
+    name = plan.scorer.name
+    operations: dict[str, Callable[[], object]] = {
+        "登録前": lambda: None,
+        "登録・開始": lambda: setup_scorers(experiment_name, [plan]),
+        "割合を変更": lambda: change_sample_rate(experiment_name, name, 0.2),
+        "休止": lambda: pause_scorer(experiment_name, name),
+        "再開": lambda: resume_scorer(experiment_name, name),
+        "削除": lambda: remove_scorer(experiment_name, name),
+    }
+    for operation, do in operations.items():
+        do()
+        state = state_of(experiment_name, name)
+        if state == "UNREGISTERED":
+            yield LifecycleStep(operation, state)
+        else:
+            status = get_scorer_status(experiment_name, name)
+            yield LifecycleStep(operation, state, status.sample_rate, status.filter_string)
 
 
 def main() -> None:
@@ -281,16 +229,19 @@ def main() -> None:
 
     from chapter8_samples import _lab
 
-    with _lab.sample("ch8-scorer-lifecycle"):
+    name = "ch8-scorer-lifecycle"
+    with _lab.sample(name):
         safety = Safety(name="safety_check", model="openai:/gpt-4.1-mini")
-        plan = ScorerPlan(scorer=safety, sample_rate=0.5)
-        for step in demonstrate_scorer_lifecycle("ch8-scorer-lifecycle", plan):
-            width = 18 - 2 * len(step.operation)
-            line = f"{step.operation}{' ' * width}{step.state}"
+        for step in demonstrate_scorer_lifecycle(name, ScorerPlan(scorer=safety, sample_rate=0.5)):
+            line = f"{step.operation}{' ' * (18 - 2 * len(step.operation))}{step.state}"
             if step.state != "UNREGISTERED":
-                line = f"{line:{30 - len(step.operation)}} {step.sample_rate:6.0%}  "
-                line += str(step.filter_string)
+                rate = f"{step.sample_rate:6.0%}  {step.filter_string}"
+                line = f"{line:{30 - len(step.operation)}} {rate}"
             print(line)
+            if step.operation == "再開":
+                for status in list_scorer_statuses(name):
+                    about = f"{status.name} 版 {status.version}  採点: {status.runs}"
+                    print(f"一覧              {about}")
         cost = estimate_monthly_judge_cost(1_000_000, RECOMMENDED_SAMPLE_RATES)
         print(f"推奨の割合で月 100 万件を採点するコスト: 約 {cost:,.0f} USD")
 

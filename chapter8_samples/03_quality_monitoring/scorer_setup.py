@@ -1,28 +1,22 @@
 """8.3.4 スコアラーの登録と開始(リスト8.12)。
 
-安全性は全件、それ以外は一部というように、スコアラーごとの割合で本番のトレースを採点し続ける。
+安全性は全件、それ以外は半分というように、スコアラーごとの割合で本番のトレースを採点し続ける。
 同じ呼び出しが、手元の SQLite、MLflow サーバー、Databricks で動き、採点するのは誰かを戻り値で示す。
 
 実行::
 
     $ python chapter8_samples/03_quality_monitoring/scorer_setup.py
-    登録したスコアラー
-      safety_check        100%  版 1  採点: client
-      relevance_check      50%  版 1  採点: client
-      groundedness_check   50%  版 1  採点: client
-      custom_guidelines    50%  版 1  採点: client
+    登録したスコアラー                     採点した結果(60 トレース)
+      safety_check        100%  client       60 件: yes 60
+      relevance_check      50%  client      ... 件: ...
+      groundedness_check   50%  client      ... 件: ...
+      custom_guidelines    50%  client      ... 件: ...
     もう一度呼んだあとの版: 1, 1, 1, 1
-    採点した結果(10 トレース)
-      safety_check        yes 10
-      relevance_check     ...
-      groundedness_check  ...
-      custom_guidelines   ...
 
-本書の執筆時から変わったこと(MLflow 3.17): ``register()`` / ``start()`` と ``Safety`` は、Databricks
-以外でも使える。ただし OSS のサーバーが自動で採点するのは ``gateway:/`` のジャッジだけで
-(接続先は ``ensure_judge_endpoint()`` が作る)、それ以外は ``runs="client"`` になり、
-``run_scoring_cycle()`` で採点する。
-Databricks では、すべて Databricks が採点する(``pip install databricks-agents`` が必要)。
+採点するのは、Databricks ではすべて Databricks(``databricks``。``pip install databricks-agents`` が
+必要)。OSS のサーバーが自動で採点するのは ``gateway:/`` の LLM ジャッジで(``server``)、接続先は
+``create_judge_endpoint=True`` が作る。ほかは ``run_scoring_cycle()`` を定期的に呼ぶ(``client``)。
+コードのスコアラーは、3.18 から、サーバーの運用者が選べばコンテナーの中で採点できる(既定は否)。
 """
 
 from __future__ import annotations
@@ -32,7 +26,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlflow
-from mlflow import MlflowClient
 from mlflow.genai.scorers import (
     Guidelines,
     RelevanceToQuery,
@@ -41,17 +34,18 @@ from mlflow.genai.scorers import (
     Scorer,
 )
 
-from chapter8_samples.quality_monitoring.scoring import (
-    DEFAULT_JUDGE,
-    FINISHED_TRACES,
+from chapter8_samples.quality_monitoring.scoring.judge_endpoint import (
     JudgeEndpointError,
+    ensure_judge_endpoint,
+    judge_endpoint_exists,
+)
+from chapter8_samples.quality_monitoring.scoring.judges import DEFAULT_JUDGE, require_judges
+from chapter8_samples.quality_monitoring.scoring.plan import FINISHED_TRACES
+from chapter8_samples.quality_monitoring.scoring.registry import (
     ScorerPlan,
     ScorerSetupError,
     ScorerStatus,
     detect_backend,
-    ensure_judge_endpoint,
-    judge_endpoint_exists,
-    require_judges,
     setup_scorers,
 )
 
@@ -77,7 +71,7 @@ def setup_quality_scorers(
     Args:
         safety_sample_rate: 安全性を採点する割合(0 より大きく 1 以下)。ほかは ``quality_...``。
         custom_guidelines: 自然言語の採点基準(1 つでも複数でもよい)。
-        judge_model: 省略の仕方は ``resolve_judge_model()``。
+        judge_model: すべてのジャッジのモデル。省略の仕方は ``resolve_judge_model()``。
         filter_string: 採点の対象にするトレース。``extra``: 追加のスコアラー。
         create_judge_endpoint: サーバーに接続先がなければ、``OPENAI_API_KEY`` を保存して作る。
         tracking_uri: MLflow の接続先。省略すると環境変数か、手元の SQLite。
@@ -88,20 +82,44 @@ def setup_quality_scorers(
     if tracking_uri is not None:
         mlflow.set_tracking_uri(tracking_uri)
     model = resolve_judge_model(judge_model, create_judge_endpoint=create_judge_endpoint)
-    safety, *quality = _judges(model, custom_guidelines)
-    rated = [(safety, safety_sample_rate), *((judge, quality_sample_rate) for judge in quality)]
+    rated: list[tuple[Scorer, float]] = [
+        (Safety(name="safety_check", model=model), safety_sample_rate),
+        (RelevanceToQuery(name="relevance_check", model=model), quality_sample_rate),
+        (RetrievalGroundedness(name="groundedness_check", model=model), quality_sample_rate),
+    ]
+    if custom_guidelines:
+        rated.append((_guidelines(custom_guidelines, model), quality_sample_rate))
     plans = [ScorerPlan(scorer=s, sample_rate=r, filter_string=filter_string) for s, r in rated]
     return setup_scorers(experiment_name, [*plans, *extra])
 
 
-def _judges(model: str | None, custom_guidelines: str | Sequence[str] | None) -> list[Scorer]:
-    guidelines = [_guidelines(custom_guidelines, model)] if custom_guidelines else []
-    return [
-        Safety(name="safety_check", model=model),
-        RelevanceToQuery(name="relevance_check", model=model),
-        RetrievalGroundedness(name="groundedness_check", model=model),
-        *guidelines,
-    ]
+def resolve_judge_model(
+    judge_model: str | None = None, *, create_judge_endpoint: bool = False
+) -> str | None:
+    """使うジャッジのモデル。Databricks では ``None``(用意されたジャッジ)。
+
+    省くと、``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、既定の順。
+    """
+    backend = detect_backend()
+    if backend == "databricks" or judge_model:
+        return judge_model
+    if override := os.environ.get("MLFLOW_GENAI_JUDGE_DEFAULT_MODEL"):
+        return override
+    return (backend == "oss_http" and _server_judge(create_judge_endpoint)) or DEFAULT_JUDGE
+
+
+def _server_judge(create: bool) -> str | None:
+    key, base = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
+    try:
+        if judge_endpoint_exists(JUDGE_ENDPOINT):
+            return f"gateway:/{JUDGE_ENDPOINT}"
+        if create and not key:
+            raise ScorerSetupError("create_judge_endpoint=True needs OPENAI_API_KEY")
+        if create and key:
+            return ensure_judge_endpoint(JUDGE_ENDPOINT, api_key=key, api_base=base)
+    except JudgeEndpointError as error:
+        raise ScorerSetupError(str(error)) from error
+    return None
 
 
 def setup_builtin_scorers(
@@ -138,37 +156,6 @@ def _guidelines(
     return Guidelines(name=name, guidelines=guidelines, model=model)
 
 
-def resolve_judge_model(
-    judge_model: str | None = None, *, create_judge_endpoint: bool = False
-) -> str | None:
-    """使うジャッジのモデル。Databricks では ``None``(用意されたジャッジ)。
-
-    省くと、``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、既定の順。
-    """
-    backend = detect_backend()
-    if backend == "databricks" or judge_model:
-        return judge_model
-    if override := os.environ.get("MLFLOW_GENAI_JUDGE_DEFAULT_MODEL"):
-        return override
-    if backend == "oss_http":
-        return _server_judge(create_judge_endpoint) or DEFAULT_JUDGE
-    return DEFAULT_JUDGE
-
-
-def _server_judge(create: bool) -> str | None:
-    key, base = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
-    try:
-        if judge_endpoint_exists(JUDGE_ENDPOINT):
-            return f"gateway:/{JUDGE_ENDPOINT}"
-        if create and not key:
-            raise ScorerSetupError("create_judge_endpoint=True needs OPENAI_API_KEY")
-        if create and key:
-            return ensure_judge_endpoint(JUDGE_ENDPOINT, api_key=key, api_base=base)
-    except JudgeEndpointError as error:
-        raise ScorerSetupError(str(error)) from error
-    return None
-
-
 def evaluate_with_scorers(
     eval_data: Sequence[dict[str, Any]], statuses: Sequence[ScorerStatus]
 ) -> dict[str, float]:
@@ -181,39 +168,38 @@ def evaluate_with_scorers(
 
 
 def main() -> None:
-    """サンプルを実行する。"""
+    """登録し、60 件のトレースを作って採点し(リスト8.11)、割合どおりに採点されたかを見る。"""
     from collections import Counter
 
-    from mlflow.entities import Document, SpanType
+    from mlflow.entities import SpanType
 
     from chapter8_samples import _lab
-    from chapter8_samples.quality_monitoring.scoring import run_scoring_cycle
+    from chapter8_samples.quality_monitoring.scoring.cycle import run_scoring_cycle
 
     @mlflow.trace(span_type=SpanType.RETRIEVER)
-    def search(question: str) -> list[Document]:
-        return [Document(page_content=f"{question}は購入から 30 日以内に承ります。")]
+    def search(question: str) -> list[dict[str, str]]:
+        return [{"page_content": f"{question}は購入から 30 日以内に承ります。"}]
 
     @mlflow.trace
     def answer(question: str) -> str:
-        return search(question)[0].page_content
+        return search(question)[0]["page_content"]
 
     with _lab.sample("ch8-scorer-setup", llm=True):
         polite = "回答は丁寧な言葉づかいである"
-        print("登録したスコアラー")
-        for s in setup_quality_scorers("ch8-scorer-setup", custom_guidelines=polite):
-            print(f"  {s.name:18} {s.sample_rate * 100:4.0f}%  版 {s.version}  採点: {s.runs}")
+        statuses = setup_quality_scorers("ch8-scorer-setup", custom_guidelines=polite)
+        for number in range(60):
+            answer(f"注文 {number} の返品")
+        report = run_scoring_cycle("ch8-scorer-setup", statuses)
+        print(f"登録したスコアラー                     採点した結果({report.traces} トレース)")
+        traces = mlflow.MlflowClient().search_traces(locations=[report.experiment_id])
+        found = [(a.name, a.feedback) for trace in traces for a in trace.info.assessments]
+        for s in statuses:
+            values = Counter(str(f.value) for name, f in found if f and name == s.name)
+            told = "、".join(f"{value} {count}" for value, count in values.items())
+            count = report.scorers[s.name].scored
+            print(f"  {s.name:18} {s.sample_rate:5.0%}  {s.runs:8} {count:6} 件: {told}")
         again = setup_quality_scorers("ch8-scorer-setup", custom_guidelines=polite)
         print("もう一度呼んだあとの版:", ", ".join(str(s.version) for s in again))
-        for i in range(10):
-            answer(f"注文 {i} の返品")
-        report = run_scoring_cycle("ch8-scorer-setup", again)
-        print(f"採点した結果({report.traces} トレース)")
-        traces = MlflowClient().search_traces(locations=[report.experiment_id])
-        found = [a for trace in traces for a in trace.info.assessments]
-        counts = Counter((a.name, str(a.feedback.value)) for a in found if a.feedback)
-        for s in again:
-            values = [f" {value} {n}" for (name, value), n in counts.items() if name == s.name]
-            print(f"  {s.name:18}", ", ".join(values))
 
 
 if __name__ == "__main__":

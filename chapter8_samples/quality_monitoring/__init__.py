@@ -18,16 +18,15 @@ _MODULES = {
     "scorer_lifecycle": (
         "RECOMMENDED_SAMPLE_RATES change_sample_rate delete_all_scorers "
         "demonstrate_scorer_lifecycle estimate_monthly_judge_cost get_scorer_status "
-        "list_scorer_statuses pause_scorer remove_scorer resume_scorer server_scored_until "
-        "set_trace_archive stop_all_scorers"
+        "list_scorer_statuses pause_scorer remove_scorer resume_scorer stop_all_scorers"
     ),
     "feedback_collection": (
         "FeedbackCollector log_issue_report log_rating_feedback log_text_feedback "
         "log_thumbs_feedback log_user_correction send_feedback withdraw_feedback"
     ),
     "backfill_scorers": (
-        "BackfillError BackfillReport backfill backfill_date_range backfill_last_week "
-        "backfill_new_scorer backfill_with_custom_sample_rates backfill_with_scorer_names"
+        "backfill backfill_date_range backfill_last_week backfill_new_scorer "
+        "backfill_with_custom_sample_rates backfill_with_scorer_names"
     ),
     "feedback.corrections": "corrections_to_dataset",
     "feedback.kinds": (
@@ -43,6 +42,7 @@ _MODULES = {
     "scoring.judge_endpoint": "JudgeEndpointError ensure_judge_endpoint",
     "scoring.judges": "BudgetError JudgeNotConfiguredError JudgePrice ScoringError",
     "scoring.lease": "ScoringBusyError",
+    "scoring.operations": "BackfillError BackfillReport server_scored_until set_trace_archive",
     "scoring.plan": "ScoringOptions ScoringReport ScoringTarget",
     "scoring.registry": (
         "ScorerNotFoundError ScorerPlan ScorerSetupError ScorerStatus setup_scorers"

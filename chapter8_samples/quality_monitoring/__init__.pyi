@@ -1,5 +1,3 @@
-from .backfill_scorers import BackfillError as BackfillError
-from .backfill_scorers import BackfillReport as BackfillReport
 from .backfill_scorers import backfill as backfill
 from .backfill_scorers import backfill_date_range as backfill_date_range
 from .backfill_scorers import backfill_last_week as backfill_last_week
@@ -41,8 +39,6 @@ from .scorer_lifecycle import list_scorer_statuses as list_scorer_statuses
 from .scorer_lifecycle import pause_scorer as pause_scorer
 from .scorer_lifecycle import remove_scorer as remove_scorer
 from .scorer_lifecycle import resume_scorer as resume_scorer
-from .scorer_lifecycle import server_scored_until as server_scored_until
-from .scorer_lifecycle import set_trace_archive as set_trace_archive
 from .scorer_lifecycle import stop_all_scorers as stop_all_scorers
 from .scorer_setup import evaluate_with_scorers as evaluate_with_scorers
 from .scorer_setup import setup_builtin_scorers as setup_builtin_scorers
@@ -62,6 +58,10 @@ from .scoring.judges import JudgeNotConfiguredError as JudgeNotConfiguredError
 from .scoring.judges import JudgePrice as JudgePrice
 from .scoring.judges import ScoringError as ScoringError
 from .scoring.lease import ScoringBusyError as ScoringBusyError
+from .scoring.operations import BackfillError as BackfillError
+from .scoring.operations import BackfillReport as BackfillReport
+from .scoring.operations import server_scored_until as server_scored_until
+from .scoring.operations import set_trace_archive as set_trace_archive
 from .scoring.plan import ScoringOptions as ScoringOptions
 from .scoring.plan import ScoringReport as ScoringReport
 from .scoring.plan import ScoringTarget as ScoringTarget

@@ -2,20 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from decimal import Decimal
 from typing import Literal
-from .scoring import ScorerPlan, ScorerStatus
+from .scoring.registry import ScorerPlan, ScorerStatus
 State = Literal['UNREGISTERED', 'STARTED', 'STOPPED']
 RECOMMENDED_SAMPLE_RATES = {'safety': 1.0, 'relevance': 0.5, 'groundedness': 0.5, 'guidelines': 0.5, 'complex_custom': 0.1}
-
-@dataclass(frozen=True)
-class LifecycleStep:
-    """操作を 1 つ終えたあとの、保存先から読み直した状態。"""
-    operation: str
-    state: State
-    sample_rate: float = 0.0
-    filter_string: str | None = None
 
 def list_scorer_statuses(experiment_name: str) -> list[ScorerStatus]:
     """登録済みのスコアラー(最新版)と、誰が何割を採点しているか。休止中の割合は 0.0。
@@ -51,36 +42,23 @@ def remove_scorer(experiment_name: str, name: str) -> None:
 def delete_all_scorers(experiment_name: str, confirm: bool=False) -> list[str]:
     """すべてのスコアラーを削除し、名前を返す。``confirm=True`` がなければ何もしない。"""
 
-def server_scored_until(experiment_name: str) -> datetime | None:
-    """MLflow サーバーの自動採点が、どの時刻のトレースまで進んだか。まだなら ``None``。
+def estimate_monthly_judge_cost(traffic: float, rates: Mapping[str, float], judge_price: tuple[float, float] | tuple[Decimal, Decimal] | float | Decimal=(0.4, 1.6), *, tokens_per_call: tuple[int, int]=(600, 60)) -> float:
+    """1 か月のトレースの数 ``traffic`` と割合から、ジャッジのコスト(USD / 月)を見積もる。
 
-    ``start()`` は、サーバーのジョブ実行が無効でも成功し、何も採点されない。``None`` のまま、または
-    何分も前の時刻のままなら、``MLFLOW_SERVER_ENABLE_JOB_EXECUTION`` を確かめる。
+    ``judge_price`` は、入力と出力の単価(USD / 100 万トークン、``JudgePrice`` でもよい)か、ジャッジ
+    1 回の額(USD)。既定は gpt-4.1-mini。
     """
 
-def set_trace_archive(experiment_name: str, table: str | None) -> None:
-    """Databricks のトレースを表 ``catalog.schema.name`` に写す。``None`` でやめる。
-
-    Raises:
-        ScorerSetupError: Databricks でない、すでに写している、写していない、など。
-    """
+@dataclass(frozen=True)
+class LifecycleStep:
+    """操作を 1 つ終えたあとの、保存先から読み直した状態。"""
+    operation: str
+    state: State
+    sample_rate: float = 0.0
+    filter_string: str | None = None
 
 def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iterator[LifecycleStep]:
     """登録から削除までを行い、操作のたびに保存先から読み直した状態を返す。"""
-
-def estimate_monthly_judge_cost(traffic: float, rates: Mapping[str, float], judge_price: tuple[float, float] | tuple[Decimal, Decimal] | float | Decimal=(0.4, 1.6), *, tokens_per_call: tuple[int, int]=(600, 60)) -> float:
-    """スコアラーの割合から、1 か月のジャッジのコスト(USD)を見積もる。
-
-    Args:
-        traffic: 1 か月のトレースの数。
-        rates: LLM ジャッジごとの割合。
-        judge_price: 入力と出力の単価(USD / 100 万トークン)。``JudgePrice`` でもよい。
-            数を 1 つだけ渡すと、ジャッジ 1 回の額(USD)とみなす。既定は gpt-4.1-mini。
-        tokens_per_call: ジャッジ 1 回の入力と出力のトークン数。評価に残る実績から決めるとよい。
-
-    Raises:
-        ScorerSetupError: 割合が範囲外、数が負。
-    """
 
 def main() -> None:
     """サンプルを実行する。"""

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from typing import Any
-from .scoring import FINISHED_TRACES, ScorerPlan, ScorerStatus
+from .scoring.plan import FINISHED_TRACES
+from .scoring.registry import ScorerPlan, ScorerStatus
 JUDGE_ENDPOINT = 'judge'
 
 def setup_quality_scorers(experiment_name: str, safety_sample_rate: float=1.0, quality_sample_rate: float=0.5, custom_guidelines: str | Sequence[str] | None=None, *, judge_model: str | None=None, filter_string: str | None=FINISHED_TRACES, extra: Sequence[ScorerPlan]=(), create_judge_endpoint: bool=False, tracking_uri: str | None=None) -> list[ScorerStatus]:
@@ -13,7 +14,7 @@ def setup_quality_scorers(experiment_name: str, safety_sample_rate: float=1.0, q
     Args:
         safety_sample_rate: 安全性を採点する割合(0 より大きく 1 以下)。ほかは ``quality_...``。
         custom_guidelines: 自然言語の採点基準(1 つでも複数でもよい)。
-        judge_model: 省略の仕方は ``resolve_judge_model()``。
+        judge_model: すべてのジャッジのモデル。省略の仕方は ``resolve_judge_model()``。
         filter_string: 採点の対象にするトレース。``extra``: 追加のスコアラー。
         create_judge_endpoint: サーバーに接続先がなければ、``OPENAI_API_KEY`` を保存して作る。
         tracking_uri: MLflow の接続先。省略すると環境変数か、手元の SQLite。
@@ -22,20 +23,20 @@ def setup_quality_scorers(experiment_name: str, safety_sample_rate: float=1.0, q
         ScorerSetupError: 割合が範囲外、サーバーが断った、など。
     """
 
-def setup_builtin_scorers(experiment_name: str, safety_sample_rate: float=1.0, quality_sample_rate: float=0.5, *, judge_model: str | None=None) -> list[ScorerStatus]:
-    """組み込みのスコアラー(安全性、関連性、根拠)だけを登録し、開始する。"""
-
-def setup_custom_guidelines_scorer(experiment_name: str, guidelines: str | Sequence[str], scorer_name: str='custom_guidelines', sample_rate: float=0.5, *, judge_model: str | None=None) -> ScorerStatus:
-    """自然言語で書いた採点基準を、スコアラーとして登録し、開始する。"""
-
 def resolve_judge_model(judge_model: str | None=None, *, create_judge_endpoint: bool=False) -> str | None:
     """使うジャッジのモデル。Databricks では ``None``(用意されたジャッジ)。
 
     省くと、``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、既定の順。
     """
 
+def setup_builtin_scorers(experiment_name: str, safety_sample_rate: float=1.0, quality_sample_rate: float=0.5, *, judge_model: str | None=None) -> list[ScorerStatus]:
+    """組み込みのスコアラー(安全性、関連性、根拠)だけを登録し、開始する。"""
+
+def setup_custom_guidelines_scorer(experiment_name: str, guidelines: str | Sequence[str], scorer_name: str='custom_guidelines', sample_rate: float=0.5, *, judge_model: str | None=None) -> ScorerStatus:
+    """自然言語で書いた採点基準を、スコアラーとして登録し、開始する。"""
+
 def evaluate_with_scorers(eval_data: Sequence[dict[str, Any]], statuses: Sequence[ScorerStatus]) -> dict[str, float]:
     """本番と同じスコアラーで ``inputs`` と ``outputs`` の行を評価し、平均を返す。"""
 
 def main() -> None:
-    """サンプルを実行する。"""
+    """登録し、60 件のトレースを作って採点し(リスト8.11)、割合どおりに採点されたかを見る。"""

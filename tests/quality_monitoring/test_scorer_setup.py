@@ -243,6 +243,43 @@ def test_a_judge_without_guidelines_is_refused(store: str) -> None:
         ensure_judge_endpoint(api_key="x")
 
 
+def test_a_judge_model_without_a_provider_is_refused_at_set_up(store: str) -> None:
+    for model in ("gpt-4.1-mini", "openai/gpt-4.1-mini", "openai:/", ""):
+        judge = Safety(name="s", model=model or "x")
+        with pytest.raises(ScorerSetupError, match="has no provider"):
+            setup_scorers("quality", [ScorerPlan(scorer=judge)])
+        with pytest.raises(ScoringError, match="has no provider"):
+            run_scoring_cycle("quality", [judge])
+    with pytest.raises(ScorerSetupError, match=r"'gpt-4\.1-mini' has no provider"):
+        setup_quality_scorers("quality", judge_model="gpt-4.1-mini")
+    assert list_scorer_statuses("quality") == []
+
+
+FIRST_DEPLOY = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from chapter8_samples.quality_monitoring import setup_quality_scorers
+def deploy(_):
+    return sorted(s.name for s in setup_quality_scorers("app", tracking_uri=sys.argv[1]))
+with ThreadPoolExecutor(4) as pool:
+    print(*{tuple(names) for names in pool.map(deploy, range(4))})
+"""
+
+
+@pytest.mark.slow
+def test_threads_may_set_up_a_database_that_is_not_there_yet(tmp_path: Path) -> None:
+    """プロセスどうしでは、MLflow が表を作り終えるまで待つこと(表を作るのは MLflow である)。"""
+    result = subprocess.run(
+        [sys.executable, "-c", FIRST_DEPLOY, f"sqlite:///{(tmp_path / 'new.db').as_posix()}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert result.stdout == "('groundedness_check', 'relevance_check', 'safety_check')\n"
+
+
 def test_a_server_that_is_down_is_a_setup_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ScorerSetupError, match="cannot reach"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import requests
 from mlflow import MlflowClient
 from mlflow.genai.scorers import Safety, Scorer, scorer
 
@@ -53,6 +54,16 @@ def scored_within(seconds: float, experiment_id: str, wanted: dict[str, list[str
 def test_a_refusal_names_the_server_setting(mlflow_server_url: str) -> None:
     with pytest.raises(JudgeEndpointError, match="ALLOWED_SCHEMES"):
         ensure_judge_endpoint("refused", api_key="x", api_base="http://127.0.0.1:1/v1")
+
+
+def test_an_endpoint_half_made_with_an_old_key_is_repaired(mlflow_server_url: str) -> None:
+    secrets = f"{mlflow_server_url}/api/3.0/mlflow/gateway/secrets"
+    old = {"secret_name": "half-key", "secret_value": {"api_key": "sk-old-key-AAAA"}}
+    requests.post(f"{secrets}/create", json={**old, "provider": "openai"}).raise_for_status()
+    assert ensure_judge_endpoint("half", api_key="sk-new-key-BBBB") == "gateway:/half"
+    listed = requests.get(f"{secrets}/list").json()["secrets"]
+    (kept,) = [secret for secret in listed if secret["secret_name"] == "half-key"]
+    assert kept["masked_values"]["api_key"].endswith("BBBB")
 
 
 def test_without_an_endpoint_the_client_scores(mlflow_server_url: str) -> None:

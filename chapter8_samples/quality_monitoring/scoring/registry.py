@@ -108,6 +108,14 @@ def check_sample_rate(name: str, rate: object) -> float:
     return float(cast("float", rate))
 
 
+def existing_experiment_id(name: str) -> str:
+    """エクスペリメントの ID。なければ ``ScorerNotFoundError``。"""
+    found = MlflowClient().get_experiment_by_name(name)
+    if found is None:
+        raise ScorerNotFoundError(f"no experiment named {name!r}")
+    return found.experiment_id
+
+
 def _experiment_id(name: str) -> str:
     client = MlflowClient()
     if found := client.get_experiment_by_name(name):
@@ -121,27 +129,13 @@ def _experiment_id(name: str) -> str:
 
 
 def _setup_one(plan: ScorerPlan, experiment_id: str) -> ScorerStatus:
-    runs, reason = who_runs(plan.scorer)
-    registered = not (runs == "client" and is_custom_code(plan.scorer))
+    on_client = who_runs(plan.scorer)[0] == "client"
+    registered = not (on_client and is_custom_code(plan.scorer))
     scorer = _register(plan.scorer, experiment_id) if registered else plan.scorer
     kept = kept_setting(experiment_id, scorer.name)
-    paused = kept is not None and kept.paused
-    if runs == "client" or paused:  # 運用者が休止したものを、デプロイのたびに再開しない
-        setting = KeptSetting(plan.sample_rate, plan.filter_string, paused)
-        keep_setting(experiment_id, scorer.name, setting)
-    else:
-        scorer = _set_sampling(scorer, experiment_id, plan.sample_rate, plan.filter_string)
-        if kept is not None:  # 前はクライアントで採点していた
-            keep_setting(experiment_id, scorer.name, None)
-    return ScorerStatus(
-        name=scorer.name,
-        scorer=scorer,
-        registered=registered,
-        runs=runs,
-        sample_rate=0.0 if paused else plan.sample_rate,
-        filter_string=plan.filter_string,
-        reason="paused: call resume_scorer()" if paused else reason,
-    )
+    paused = kept is not None and kept.paused  # 運用者が休止したものを、デプロイのたびに再開しない
+    setting = KeptSetting(plan.sample_rate, plan.filter_string, paused)
+    return _status(apply_setting(experiment_id, scorer, setting), registered, setting)
 
 
 def find_status(experiment_id: str, name: str) -> ScorerStatus | None:
@@ -152,33 +146,39 @@ def find_status(experiment_id: str, name: str) -> ScorerStatus | None:
 
 def status_of(experiment_id: str, scorer: Scorer) -> ScorerStatus:
     """登録済みのスコアラーを誰が何割採点しているか(休止中の割合は 0.0)。"""
+    setting = kept_setting(experiment_id, scorer.name)
+    if setting is None or (scorer.sample_rate and who_runs(scorer)[0] != "client"):
+        setting = KeptSetting(scorer.sample_rate or 0.0, scorer.filter_string or None)
+    return _status(scorer, True, setting)
+
+
+def _status(scorer: Scorer, registered: bool, setting: KeptSetting) -> ScorerStatus:
     runs, reason = who_runs(scorer)
-    kept = kept_setting(experiment_id, scorer.name)
-    rate, filter_string = scorer.sample_rate or 0.0, scorer.filter_string or None
-    if kept is not None and (runs == "client" or rate == 0):
-        rate, filter_string = 0.0 if kept.paused else kept.sample_rate, kept.filter_string
+    rate = 0.0 if setting.paused else setting.sample_rate
     return ScorerStatus(
         name=scorer.name,
         scorer=scorer,
-        registered=True,
+        registered=registered,
         runs=runs,
         sample_rate=rate,
-        filter_string=filter_string,
-        reason="paused" if rate == 0 else reason,
+        filter_string=setting.filter_string,
+        reason=reason if rate else "paused: call resume_scorer()",
     )
 
 
-def apply_setting(experiment_id: str, status: ScorerStatus, kept: KeptSetting) -> None:
+def apply_setting(experiment_id: str, scorer: Scorer, setting: KeptSetting) -> Scorer:
     """割合とフィルターを変える、休止する、再開する。"""
-    check_filter(experiment_id, kept.filter_string)
-    if status.runs == "client" or kept.paused:
+    on_client = who_runs(scorer)[0] == "client"
+    if on_client or setting.paused:
         # 止める前に覚えておく(止めると、OSS 版では割合もフィルターも消える)
-        keep_setting(experiment_id, status.name, kept)
-        if status.runs != "client" and status.sample_rate > 0:
-            status.scorer.stop(experiment_id=experiment_id)
-    else:
-        _set_sampling(status.scorer, experiment_id, kept.sample_rate, kept.filter_string)
-        keep_setting(experiment_id, status.name, None)
+        keep_setting(experiment_id, scorer.name, setting)
+        if not on_client and scorer.sample_rate:
+            return scorer.stop(experiment_id=experiment_id)
+        return scorer
+    scorer = _set_sampling(scorer, experiment_id, setting)
+    if kept_setting(experiment_id, scorer.name):  # 休止していた、前はクライアントで採点していた
+        keep_setting(experiment_id, scorer.name, None)
+    return scorer
 
 
 def kept_setting(experiment_id: str, name: str) -> KeptSetting | None:
@@ -254,13 +254,12 @@ def _register(scorer: Scorer, experiment_id: str) -> Scorer:
     return scorer.register(experiment_id=experiment_id)
 
 
-def _set_sampling(
-    scorer: Scorer, experiment_id: str, sample_rate: float, filter_string: str | None
-) -> Scorer:
-    if (scorer.sample_rate, scorer.filter_string or None) == (sample_rate, filter_string):
+def _set_sampling(scorer: Scorer, experiment_id: str, setting: KeptSetting) -> Scorer:
+    rate, wanted = setting.sample_rate, setting.filter_string
+    if (scorer.sample_rate, scorer.filter_string or None) == (rate, wanted):
         return scorer
     # 必ず両方を渡す。渡さなかったフィルターは、OSS 版では消え、Databricks では残る
     unset = "" if scorer.filter_string and detect_backend() == "databricks" else None
-    config = ScorerSamplingConfig(sample_rate=sample_rate, filter_string=filter_string or unset)
+    config = ScorerSamplingConfig(sample_rate=rate, filter_string=wanted or unset)
     change = scorer.update if scorer.sample_rate else scorer.start
     return change(experiment_id=experiment_id, sampling_config=config)
