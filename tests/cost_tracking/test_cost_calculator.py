@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import subprocess
+import sys
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -168,6 +170,178 @@ def test_dates_outside_the_rows_are_not_guessed(model: str, day: date) -> None:
 def test_a_time_that_could_mean_two_days_is_refused(model: str, at: Any, named: str) -> None:
     with pytest.raises(CostError, match=named):
         CALCULATOR.calculate(model, 1, 1, at=at)
+
+
+@pytest.mark.parametrize(
+    ("tier", "usage", "want"),
+    [
+        (None, (1_000_000, 100_000), "3.5"),
+        ("default", (1_000_000, 100_000), "3.5"),
+        ("batch", (1_000_000, 100_000), "1.75"),
+        ("priority", (1_000_000, 100_000), "5.95"),
+        (" Priority ", (1_000_000, 0, 1_000_000), "2.125"),
+    ],
+)
+def test_service_tiers(tier: str | None, usage: tuple[int, ...], want: str) -> None:
+    item = CALCULATOR.price("gpt-4o", *usage, service_tier=tier)
+    assert item.total_usd == Decimal(want)
+    assert item.service_tier == ("" if tier in (None, "default") else str(tier).strip().lower())
+
+
+@pytest.mark.parametrize("tier", ["flex", "scale", "priority "])
+def test_a_tier_without_a_price_is_never_the_standard_price(tier: str) -> None:
+    with pytest.raises(NoPriceError, match=f"no {tier.strip()} price"):
+        CALCULATOR.calculate("o1", 1000, 100, service_tier=tier)
+    item = CostCalculator(on_unknown="unpriced").price("o1", 1000, 100, service_tier=tier)
+    assert (item.status, item.service_tier, item.total_usd.is_nan()) == (
+        "unpriced", tier.strip(), True,
+    )  # fmt: skip
+    with pytest.raises(InvalidUsageError, match="contradict"):
+        CALCULATOR.calculate("gpt-4o", 1, 1, service_tier=tier, batch=True)
+
+
+def test_what_a_table_cannot_express_is_unpriced() -> None:
+    units = {"input_audio_tokens": 90, "web_searches": 0}
+    with pytest.raises(NoPriceError, match=r"no price for input_audio_tokens$"):
+        CALCULATOR.calculate("gpt-4o", 100, 1, other_units=units)
+    assert CALCULATOR.calculate("gpt-4o", 100, 1, other_units={"web_searches": 0}) > 0
+
+
+def test_one_hour_cache_writes() -> None:
+    """1 時間の書き込みは、単価がなければ 5 分の 1.6 倍(Anthropic の規則)。"""
+    usage: dict[str, Any] = {"cache_write_tokens": 10**6, "cache_write_1h_tokens": 10**6}
+    assert CALCULATOR.price("claude-3-5-sonnet", 10**6, 0, **usage).total_usd == 6
+    row = {"input": 10, "output": 0, "cache_write": "12.50"}
+    calculator = CostCalculator({"models": {"m": row}})
+    assert calculator.calculate("m", 10**6, 0, **usage) == 20.0
+    batch = calculator.table.with_overrides({"models": {"m": {**row, "batch_input": 5,
+        "batch_output": 0, "batch_cache_write": "6.25"}}})  # fmt: skip
+    assert CostCalculator(batch).calculate("m", 10**6, 0, batch=True, **usage) == 10.0
+
+
+def test_every_price_of_a_row_can_be_said() -> None:
+    """長い入力の段の書き込み、バッチのキャッシュ、段ごとの優先の単価。"""
+    rates = {"input": 4, "output": 16, "cached_input": 2, "cache_write": 5, "cache_write_1h": 8}
+    tier = {**rates, "above_input_tokens": 200_000, "batch_input": 2, "batch_output": 8,
+            "service_tiers": {"priority": {**rates, "cache_write": 7}}}  # fmt: skip
+    row = {"input": 2, "output": 8, "batch_input": 1, "batch_output": 4, "batch_cached_input": 0.1}
+    calculator = CostCalculator({"models": {"m": {**row, "tiers": [tier]}}})
+    cases: list[tuple[int, dict[str, Any], str]] = [
+        (200_001, {"cache_write_tokens": 200_001}, "1.000005"),
+        (200_001, {"cache_write_tokens": 200_001, "cache_write_1h_tokens": 200_001}, "1.600008"),
+        (200_001, {"cache_write_tokens": 200_001, "service_tier": "priority"}, "1.400007"),
+        (200_001, {"cached_input_tokens": 200_001}, "0.400002"),
+        (1000, {"cached_input_tokens": 1000, "batch": True}, "0.0001"),
+        (200_001, {"batch": True}, "0.400002"),
+    ]
+    for tokens, options, want in cases:
+        assert calculator.price("m", tokens, 0, **options).total_usd == Decimal(want)
+
+
+def test_the_most_specific_row_wins_at_every_step_of_the_name() -> None:
+    rows = {
+        "vendor.model-v1:0": {"input": 3, "output": 3},
+        "us.vendor.model-v1:0": {"input": 3.3, "output": 3},
+        "claude-x": {"input": 5, "output": 5},
+        "anthropic.claude-x": {"input": 6, "output": 6},
+    }
+    calculator = CostCalculator({"models": rows})
+    arn = "arn:aws:bedrock:us-east-1:1:inference-profile/"
+    for name, usd in {
+        "vendor.model-v1:0": 3.0,
+        "us.vendor.model-v1:0": 3.3,
+        "bedrock/us.vendor.model-v1:0": 3.3,
+        "bedrock/converse/us.vendor.model-v1:0": 3.3,
+        f"{arn}us.vendor.model-v1:0": 3.3,
+        f"{arn}eu.vendor.model-v1:0": 3.0,
+        "us.anthropic.claude-x-v1:0": 6.0,
+        "anthropic/claude-x": 5.0,
+    }.items():
+        assert calculator.calculate(name, 10**6, 0) == usd, name
+
+
+@pytest.mark.parametrize("model", ["gpt-5", "claude-3-7-sonnet", "gemini-2.0-flash", "o3-mini"])
+def test_an_unknown_model_names_the_tables_date_and_the_command(model: str) -> None:
+    with pytest.raises(UnknownModelError, match=r"2024-12 \(as of 2024-12-31\)") as error:
+        CALCULATOR.calculate(model, 1, 1)
+    assert "chapter8_samples.cost_tracking prices import genai-prices -o" in str(error.value)
+    assert error.value.suggestions == ()  # 世代の違うモデルを勧めない
+
+
+def test_no_suggestion_for_a_fine_tuned_model() -> None:
+    for name in ("ft:gpt-4o-mini-2024-07-18:acme::abc", "openai/ft:gpt-4o-mini", "ft:gpt-4o-mini"):
+        with pytest.raises(UnknownModelError) as error:
+            CALCULATOR.calculate(name, 1, 1)
+        assert error.value.suggestions == ()
+
+
+def test_numpy_integers() -> None:
+    import numpy as np
+
+    one = np.int64(1)
+    item = CALCULATOR.price("gpt-4o", np.int64(1000), np.uint8(50), np.int32(800))  # pyright: ignore
+    assert item == CALCULATOR.price("gpt-4o", 1000, 50, 800)
+    assert type(item.input_tokens) is int
+    for wrong in (-one, np.float64(1), np.bool_(True)):
+        with pytest.raises(InvalidUsageError, match="must be an integer >= 0"):
+            CALCULATOR.calculate("gpt-4o", wrong, 1)  # pyright: ignore
+
+
+def test_pricing_adds_to_the_default_table() -> None:
+    calculator = CostCalculator(pricing={"models": {"gpt-5": {"input": 1.25, "output": 10}}})
+    assert calculator.calculate("gpt-5", 10**6, 0) == 1.25
+    assert calculator.calculate("gpt-4o", 10**6, 0) == 2.5
+    assert calculator.table.as_of == date(2024, 12, 31)
+
+
+@pytest.mark.parametrize(
+    "pricing",
+    [
+        {"gpt-5": {"input": 1.25, "output": 10}},  # 料金ページの 100 万トークンあたりの単価
+        {"gpt-5-mini": {"input": 0.25, "output": 2}},
+        {"gpt-4o-mini": {"input": 0.15, "output": 0.6}},
+        {"models": {"gpt-4o": {"input": 0.0025, "output": 0.01}}},  # 本書の 1,000 トークンあたり
+        {"models": {"gpt-4o": {"input": 2.5e-06, "output": 1e-05}}},  # litellm の 1 トークンあたり
+        {"models": {"gpt-5": {"input": 1.25e-06, "output": 1e-05}}},
+    ],
+)
+def test_a_unit_that_gives_an_absurd_price_is_refused(pricing: dict[str, Any]) -> None:
+    with pytest.raises(PriceTableError, match=r"per 1M tokens.*check the .*unit"):
+        CostCalculator(pricing=pricing)
+
+
+def test_history_is_kept_by_an_override_from_a_date() -> None:
+    """新しい単価の行だけを足しても、5 月の呼び出しは元の行で計算できる。"""
+    cut = {"input": 2, "output": 8, "effective_from": "2025-06-01"}
+    table = TABLE.with_overrides({"models": {"gpt-4o": cut, "claude-3-5-haiku": cut}})
+    calculator = CostCalculator(table)
+    for model, day, usd in (
+        ("gpt-4o", date(2025, 5, 31), 2.5),
+        ("gpt-4o-2024-08-06", date(2025, 6, 1), 2.0),
+        ("claude-3-5-haiku", date(2024, 12, 2), 1.0),
+        ("claude-3-5-haiku", date(2025, 5, 31), 0.8),
+        ("claude-3-5-haiku", None, 2.0),
+    ):
+        assert calculator.calculate(model, 10**6, 0, at=day) == usd
+    later = table.with_overrides({"models": {"gpt-4o": {**cut, "effective_from": "2999-01-01"}}})
+    assert CostCalculator(later).calculate("gpt-4o", 10**6, 0) == 2.0  # まだ始まっていない
+
+
+def test_the_calculator_needs_neither_pydantic_nor_mlflow() -> None:
+    code = (
+        "import sys; from chapter8_samples.cost_tracking import CostCalculator;"
+        "CostCalculator().calculate('gpt-4o', 1, 1);"
+        "print({'pydantic', 'mlflow', 'yaml', 'numpy'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@given(st.text(st.characters(codec="ascii"), max_size=60))
+def test_the_spellings_of_any_name_get_no_longer(name: str) -> None:
+    found = spellings(name)
+    assert found[0] == name.strip().lower()
+    assert [len(form) for form in found] == sorted((len(form) for form in found), reverse=True)
 
 
 def test_batch() -> None:

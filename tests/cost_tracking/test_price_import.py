@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import date, datetime, timedelta, timezone
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def litellm(tmp_path_factory: pytest.TempPathFactory) -> CostCalculator:
     return CostCalculator(pricing_file=path)
 
 
-def random_usage(dice: random.Random) -> dict[str, int]:
+def random_usage(dice: random.Random) -> dict[str, Any]:
     """ありうる使用量。長さの段の境目と、1 時間の書き込みも混ぜる。"""
     total = dice.choice((*LENGTHS, dice.randrange(5000), dice.randrange(2_000_000)))
     read = dice.choice((0, dice.randrange(total + 1)))
@@ -163,9 +164,10 @@ def test_every_model_of_litellm_costs_the_same(
     import_prices("litellm").write(tmp_path / "prices.json")
     calculator = CostCalculator(pricing_file=tmp_path / "prices.json", on_unknown="unpriced")
     dice, compared, differ = random.Random(14), 0, dict[str, Any]()
-    for name, row in them.model_cost.items():
+    costs: dict[str, dict[str, Any]] = them.model_cost
+    for tier, (name, row) in product(("", "flex"), costs.items()):
         usage = random_usage(dice)
-        ours = calculator.price(name, **usage, service_tier=(tier := dice.choice(("", "flex"))))
+        ours = calculator.price(name, **usage, service_tier=tier)
         if name.lower() not in calculator.table.rows or not ours.priced:
             continue
         total, output, read, write, hour = usage.values()

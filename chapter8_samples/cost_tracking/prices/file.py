@@ -140,6 +140,8 @@ def _with_batch(entry: Any) -> Any:
     if not isinstance(entry, Mapping):
         return entry
     row = dict(cast(Mapping[str, Any], entry))
+    if isinstance(row.get("tiers"), list):
+        row["tiers"] = [_with_batch(tier) for tier in row["tiers"]]
     batch = {key: row.pop(f"batch_{key}") for key in AMOUNTS if f"batch_{key}" in row}
     services = row.get("service_tiers", {})
     return {**row, "service_tiers": {**services, "batch": batch}} if batch else row
