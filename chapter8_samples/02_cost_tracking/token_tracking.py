@@ -13,7 +13,6 @@
     2. 同じ質問を 20 件。1 件ずつ読む書き方(N+1)と比べる
        1 件ずつ: 問い合わせ 21 回  2580 トークン(129 x 20)
        まとめて: 問い合わせ 1 回   2580 トークン
-       保存先で: 読むのは 0 件     2580 トークン(server_metrics)
        gpt-4o-mini-2024-07-18  報告のあった 40 回  $0.000798
        gpt-4o-2024-08-06       報告のあった 20 回  $0.006650
        合計  $0.007448
@@ -33,27 +32,23 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import mlflow
 from mlflow.entities import Trace
 
 from chapter8_samples.cost_tracking import CostCalculator
-from chapter8_samples.cost_tracking.archive.parquet import (
-    export_traces_to_parquet as export_traces_to_parquet,
-)
+from chapter8_samples.cost_tracking.archive import parquet
 from chapter8_samples.cost_tracking.tracker import BaseCostTracker, Calculator
 from chapter8_samples.cost_tracking.usage import reader
 from chapter8_samples.cost_tracking.usage.calls import TokenUsage, llm_calls
 from chapter8_samples.cost_tracking.usage.pricing import TraceCost, price_spans, trace_cost
 from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
-from chapter8_samples.cost_tracking.usage.summary import (
-    TokenUsageSummary,
-    summary_of,
-    without_cost,
-)
+from chapter8_samples.cost_tracking.usage.summary import TokenUsageSummary
 
 logger = logging.getLogger(__name__)
+export_traces_to_parquet = parquet.export_traces_to_parquet  # 書き出しも、読者はここで探す
 
 # これらのスパンは OpenTelemetry が直接作り、MLflow のスパンの処理(コストの記録)を通らない
 OTEL_NATIVE = ("haystack", "semantic_kernel", "strands")
@@ -61,10 +56,7 @@ OTEL_NATIVE = ("haystack", "semantic_kernel", "strands")
 
 @dataclass(frozen=True, slots=True)
 class TokenTracking:
-    """``setup_token_tracking`` の結果。``costs`` は、コストも記録するときの ``CostTracking``。
-
-    ``unseen`` のスパンのコストは記録されない。読むときに ``price_trace`` で計算する。
-    """
+    """``setup_token_tracking`` の結果。``unseen`` のコストは ``price_trace`` で計算する。"""
 
     providers: tuple[str, ...]
     costs: CostTracking | None
@@ -85,11 +77,8 @@ def setup_token_tracking(
 
     Args:
         providers: ``mlflow.<名前>.autolog`` のある名前("openai"、"anthropic"、"langchain" など)。
+            知らない名前は ``ValueError``、SDK が入っていなければ ``ImportError``。
         include_cost: ``setup_cost_tracking(calculator, tracker=tracker)`` も行うか。
-
-    Raises:
-        ValueError: 知らないプロバイダー名。
-        ImportError: そのプロバイダーの SDK が入っていない。
     """
     for provider in providers:
         _autolog(provider)
@@ -130,18 +119,13 @@ def setup_cost_tracking(
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
-        tracker: 渡すと、同じコストを ``CostTracker`` にも足す。
-        current_user: いまのユーザーを返す関数。ユーザー別の合計に使う。
+        tracker: 同じコストを足す ``CostTracker``。ユーザー別の合計には ``current_user`` を使う。
     """
     return CostTracking(calculator or CostCalculator(), tracker, current_user).install()
 
 
 def get_token_usage_from_trace(trace: Trace | str) -> TokenUsage | None:
-    """トレース 1 件のトークン数。使用量がどこにも報告されていなければ ``None``(0 ではない)。
-
-    Raises:
-        TraceNotFoundError: ID のトレースがない。
-    """
+    """トレース 1 件のトークン数。使用量がどこにも報告されていなければ ``None``(0 ではない)。"""
     trace = reader.load_trace(trace)
     data = trace.info.token_usage
     if data and any(data.values()):  # MLflow は、報告がなくても 0 の合計を書くことがある
@@ -174,11 +158,7 @@ def usage_by_model(trace: Trace | str) -> list[ModelUsage]:
 def price_trace(
     trace: Trace | str, calculator: Calculator | None = None, *, at: datetime | None = None
 ) -> TraceCost:
-    """保存済みのトレースを計算し直す。``at`` がなければ、それぞれの呼び出しが始まった日の料金。
-
-    Raises:
-        TraceNotFoundError: ID のトレースがない。
-    """
+    """保存済みのトレースを計算し直す。``at`` がなければ、それぞれの呼び出しが始まった日の料金。"""
     spans = reader.load_trace(trace).data.spans
     return trace_cost(price_spans(spans, calculator or CostCalculator(), at))
 
@@ -196,23 +176,16 @@ def aggregate_token_usage_from_traces(
     """エクスペリメントのトークン数とコストを、タイムゾーン付きの [start, end) について合計する。
 
     スパンを読まずにページをめくる。件数で黙って打ち切らず、メモリーは 1 ページ分しか使わない。
-    金額が要らず、絞り込みも間引きもなければ、1 件も読まずに保存先の集計 API に足してもらう。
-    集計 API の金額はスパンの合計しかなく、親子を二重に数えるので使わない(MLflow 3.17)。
-
-    Args:
-        filter_string: 追加の検索条件。``"tag.environment = 'production'"`` など。
-        max_traces: この件数で止める。止めたときは ``truncated=True`` を返す。
-        include_cost: 偽ならトークン数だけ。どちらで数えたかは、結果の ``source`` にある。
-
-    Raises:
-        ExperimentNotFoundError: エクスペリメントがない。
-        ValueError: ``start`` か ``end`` にタイムゾーンがない。
+    金額が要らず、絞り込みも間引きもなければ、1 件も読まずに保存先の集計 API に足してもらう
+    (``include_cost=False``、``source`` が ``server_metrics``)。金額は親子を二重に数えるので頼まない
+    (MLflow 3.17)。``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。
+    ``max_traces`` で止めたら ``truncated=True`` を返す。
     """
     experiment_id = reader.find_experiment_id(experiment_name)
     if not (include_cost or filter_string or max_traces is not None):
         found = reader.totals_from_store(experiment_id, start, end)
         if found is not None:
-            return summary_of(experiment_id, found)
+            return TokenUsageSummary.of_store(experiment_id, found)
     summary = TokenUsageSummary(experiment_id=experiment_id)
     options: dict[str, Any] = {"filter_string": filter_string, "page_size": page_size}
     for trace in reader.iter_traces(experiment_id, start, end, **options):
@@ -220,10 +193,7 @@ def aggregate_token_usage_from_traces(
             summary.truncated = True
             break
         summary.add(trace.info)
-    return summary if include_cost else without_cost(summary)
-
-
-QUESTION = "返品の送料は誰が払いますか?"
+    return summary if include_cost else summary.without_cost()
 
 
 def main() -> None:
@@ -233,10 +203,9 @@ def main() -> None:
 
     with _lab.sample("ch8-token-tracking", llm=True):
         setup_token_tracking(providers=("openai",))
-        client = openai.OpenAI()
-
+        client, question = openai.OpenAI(), "返品の送料は誰が払いますか?"
         print("1. 1 件のトレースで 4 回呼ぶ。設定のないストリーム 1 回は、使用量の報告がない")
-        answer_with_two_models(client, QUESTION)
+        answer_with_two_models(client, question)
         mlflow.flush_trace_async_logging()
         trace_id = mlflow.get_last_active_trace_id() or ""
         for item in usage_by_model(trace_id):
@@ -245,17 +214,14 @@ def main() -> None:
             print(f"   {item.model:<24}{item.calls} 回のうち報告 {reported} 回  {tokens}")
         usage = get_token_usage_from_trace(trace_id) or TokenUsage()
         print(f"   合計 {usage.total_tokens} トークン  ${price_trace(trace_id).total_usd:.6f}")
-
         print("2. 同じ質問を 20 件。1 件ずつ読む書き方(N+1)と比べる")
         for _ in range(19):
-            answer_with_two_models(client, QUESTION)
+            answer_with_two_models(client, question)
         mlflow.flush_trace_async_logging()
         total = aggregate_token_usage_from_traces("ch8-token-tracking")
-        quick = aggregate_token_usage_from_traces("ch8-token-tracking", include_cost=False)
         slow = sum_one_by_one(total.experiment_id)
         print(f"   1 件ずつ: 問い合わせ 21 回  {slow} トークン({usage.total_tokens} x 20)")
         print(f"   まとめて: 問い合わせ 1 回   {total.total_tokens} トークン")
-        print(f"   保存先で: 読むのは 0 件     {quick.total_tokens} トークン({quick.source})")
         for model, item in total.by_model.items():
             print(f"   {model:<24}報告のあった {item.calls} 回  ${item.cost_usd:.6f}")
         print(f"   合計  ${total.cost_usd:.6f}")
@@ -266,15 +232,12 @@ def main() -> None:
 def answer_with_two_models(client: Any, question: str) -> str:
     """小さいモデルで言い換えてから、大きいモデルで答える。ストリームは 2 通りの書き方で読む。"""
     messages = [{"role": "user", "content": question}]
-    client.chat.completions.create(model="gpt-4o-mini", messages=messages)
+    ask = partial(client.chat.completions.create, messages=messages)
+    ask(model="gpt-4o-mini")
     for options in ({"stream_options": {"include_usage": True}}, {}):
-        stream = client.chat.completions.create(
-            model="gpt-4o-mini", messages=messages, stream=True, **options
-        )
-        for _ in stream:
+        for _ in ask(model="gpt-4o-mini", stream=True, **options):
             pass
-    answer = client.chat.completions.create(model="gpt-4o", messages=messages)
-    return answer.choices[0].message.content
+    return ask(model="gpt-4o").choices[0].message.content
 
 
 def sum_one_by_one(experiment_id: str) -> int:

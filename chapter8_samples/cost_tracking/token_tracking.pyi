@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 import mlflow
 from mlflow.entities import Trace
-from .archive.parquet import export_traces_to_parquet as export_traces_to_parquet
+from .archive import parquet
 from .tracker import BaseCostTracker, Calculator
 from .usage import reader
 from .usage.calls import TokenUsage
@@ -15,14 +15,12 @@ from .usage.pricing import TraceCost
 from .usage.span_costs import CostTracking
 from .usage.summary import TokenUsageSummary
 logger = logging.getLogger(__name__)
+export_traces_to_parquet = parquet.export_traces_to_parquet
 OTEL_NATIVE = ('haystack', 'semantic_kernel', 'strands')
 
 @dataclass(frozen=True, slots=True)
 class TokenTracking:
-    """``setup_token_tracking`` の結果。``costs`` は、コストも記録するときの ``CostTracking``。
-
-    ``unseen`` のスパンのコストは記録されない。読むときに ``price_trace`` で計算する。
-    """
+    """``setup_token_tracking`` の結果。``unseen`` のコストは ``price_trace`` で計算する。"""
     providers: tuple[str, ...]
     costs: CostTracking | None
     unseen: tuple[str, ...] = ()
@@ -35,11 +33,8 @@ def setup_token_tracking(providers: Sequence[str]=('openai',), *, include_cost: 
 
     Args:
         providers: ``mlflow.<名前>.autolog`` のある名前("openai"、"anthropic"、"langchain" など)。
+            知らない名前は ``ValueError``、SDK が入っていなければ ``ImportError``。
         include_cost: ``setup_cost_tracking(calculator, tracker=tracker)`` も行うか。
-
-    Raises:
-        ValueError: 知らないプロバイダー名。
-        ImportError: そのプロバイダーの SDK が入っていない。
     """
 
 def setup_cost_tracking(calculator: Calculator | None=None, *, tracker: BaseCostTracker | None=None, current_user: Callable[[], str | None] | None=None) -> CostTracking:
@@ -52,16 +47,11 @@ def setup_cost_tracking(calculator: Calculator | None=None, *, tracker: BaseCost
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
-        tracker: 渡すと、同じコストを ``CostTracker`` にも足す。
-        current_user: いまのユーザーを返す関数。ユーザー別の合計に使う。
+        tracker: 同じコストを足す ``CostTracker``。ユーザー別の合計には ``current_user`` を使う。
     """
 
 def get_token_usage_from_trace(trace: Trace | str) -> TokenUsage | None:
-    """トレース 1 件のトークン数。使用量がどこにも報告されていなければ ``None``(0 ではない)。
-
-    Raises:
-        TraceNotFoundError: ID のトレースがない。
-    """
+    """トレース 1 件のトークン数。使用量がどこにも報告されていなければ ``None``(0 ではない)。"""
 
 @dataclass(slots=True)
 class ModelUsage:
@@ -75,29 +65,17 @@ def usage_by_model(trace: Trace | str) -> list[ModelUsage]:
     """トレース 1 件の使用量をモデル別に。トークンの多い順。数え方は ``llm_calls``。"""
 
 def price_trace(trace: Trace | str, calculator: Calculator | None=None, *, at: datetime | None=None) -> TraceCost:
-    """保存済みのトレースを計算し直す。``at`` がなければ、それぞれの呼び出しが始まった日の料金。
-
-    Raises:
-        TraceNotFoundError: ID のトレースがない。
-    """
+    """保存済みのトレースを計算し直す。``at`` がなければ、それぞれの呼び出しが始まった日の料金。"""
 
 def aggregate_token_usage_from_traces(experiment_name: str, start: datetime | None=None, end: datetime | None=None, *, filter_string: str | None=None, max_traces: int | None=None, page_size: int=reader.PAGE_SIZE, include_cost: bool=True) -> TokenUsageSummary:
     """エクスペリメントのトークン数とコストを、タイムゾーン付きの [start, end) について合計する。
 
     スパンを読まずにページをめくる。件数で黙って打ち切らず、メモリーは 1 ページ分しか使わない。
-    金額が要らず、絞り込みも間引きもなければ、1 件も読まずに保存先の集計 API に足してもらう。
-    集計 API の金額はスパンの合計しかなく、親子を二重に数えるので使わない(MLflow 3.17)。
-
-    Args:
-        filter_string: 追加の検索条件。``"tag.environment = 'production'"`` など。
-        max_traces: この件数で止める。止めたときは ``truncated=True`` を返す。
-        include_cost: 偽ならトークン数だけ。どちらで数えたかは、結果の ``source`` にある。
-
-    Raises:
-        ExperimentNotFoundError: エクスペリメントがない。
-        ValueError: ``start`` か ``end`` にタイムゾーンがない。
+    金額が要らず、絞り込みも間引きもなければ、1 件も読まずに保存先の集計 API に足してもらう
+    (``include_cost=False``、``source`` が ``server_metrics``)。金額は親子を二重に数えるので頼まない
+    (MLflow 3.17)。``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。
+    ``max_traces`` で止めたら ``truncated=True`` を返す。
     """
-QUESTION = '返品の送料は誰が払いますか?'
 
 def main() -> None:
     ...

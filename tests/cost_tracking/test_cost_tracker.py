@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import pytest
 
-from chapter8_samples.cost_tracking import BudgetAlert, CostTracker
+from chapter8_samples.cost_tracking import BudgetAlert, CostCalculator, CostTracker
 from chapter8_samples.cost_tracking.tracker import OTHER
 
 
@@ -115,3 +116,42 @@ def test_a_threshold_that_never_alerts_is_refused(threshold: float) -> None:
 def test_an_impossible_budget_is_refused(budget: float) -> None:
     with pytest.raises(ValueError, match="budget_usd"):
         CostTracker(budget_usd=budget)
+
+
+def test_the_arguments_are_those_of_the_calculator() -> None:
+    priced, recorded = (
+        {name: item.default for name, item in inspect.signature(method).parameters.items()}
+        for method in (CostCalculator.price, CostTracker.record)
+    )
+    assert recorded == {**priced, "user": None}
+
+
+def test_every_kind_of_token_is_recorded_at_its_price() -> None:
+    tracker = CostTracker()
+    hour = tracker.record(
+        "claude-3-5-sonnet", 10**6, 0, cache_write_tokens=10**6, cache_write_1h_tokens=10**6
+    )
+    batch = tracker.record("gpt-4o", 10**6, 0, service_tier="batch")
+    assert (hour.total_usd, batch.total_usd) == (6, Decimal("1.25"))
+    assert tracker.snapshot().total.cost_usd == Decimal("7.25")
+
+
+def test_a_budget_says_what_it_cannot_see(caplog: pytest.LogCaptureFixture) -> None:
+    """料金表にないモデルを 1,000 回呼んでも 0 円。黙らずに、同じ通知先とログで知らせる。"""
+    alerts: list[BudgetAlert] = []
+    tracker = CostTracker(budget_usd=1, on_budget=alerts.append)
+    for _ in range(1000):
+        tracker.record("my-model", 1000, 500)
+    assert [alert.threshold for alert in alerts] == [0.0] * 4
+    assert [alert.unpriced_requests for alert in alerts] == [1, 10, 100, 1000]
+    assert caplog.text.count("budget blind to 'my-model'") == 4
+    tracker.record("gpt-4o", 10**6, 0)
+    assert [(alert.threshold, alert.unpriced_requests) for alert in alerts[4:]] == [
+        (0.5, 1000), (0.8, 1000), (1.0, 1000),
+    ]  # fmt: skip
+    assert "budget threshold 1.0 reached" in caplog.text
+
+
+def test_without_a_budget_nothing_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    CostTracker().record("my-model", 1000, 500)
+    assert "budget" not in caplog.text

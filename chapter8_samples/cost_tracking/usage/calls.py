@@ -253,9 +253,12 @@ def _is_langchain_hit(span: Span, parent: Span) -> bool:
 
 
 def _dig(data: Any, *path: str | int) -> Any:
+    """辞書とリストをたどる。途中になければ ``None``(例外より速い)。"""
     for key in path:
-        try:
-            data = data[key]
-        except (TypeError, LookupError):
+        if isinstance(data, dict):
+            data = cast("dict[Any, Any]", data).get(key)
+        elif isinstance(data, list) and data and key == 0:
+            data = cast("list[Any]", data)[0]
+        else:
             return None
     return data

@@ -131,20 +131,25 @@ class CostTracking:
         self._expected = False
 
     def _on_end(self, span: LiveSpan) -> None:
-        for step in (self._price, self._settle):
+        with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
+            family = trace.span_dict if trace else {span.span_id: span}  # 始まった順に並ぶ
+            root = next(iter(family.values()))
+        steps = [self._price]
+        if root.parent_id is None and (root is span or root.end_time_ns is not None):
+            steps.append(self._settle)
+        for step in steps:
             try:
-                step(span)
+                step(span, family)
             except Exception:  # コストの計算で、アプリの応答やトレースの保存を止めない
                 self._count("failed", span.name)
                 logger.exception("cost tracking failed for span %s", span.name)
                 if span.get_attribute(STATUS_KEY) is None:
                     span.set_attribute(STATUS_KEY, "unpriced")
 
-    def _price(self, span: LiveSpan) -> None:
+    def _price(self, span: LiveSpan, family: Mapping[str, LiveSpan]) -> None:
         call = read_call(span)
         if call is None:
             return
-        family = _family(span)
         self._mark_ancestors(span, family)
         if span not in self._parents:
             self._write_call(span, price_call(call, self._calculator))
@@ -189,21 +194,18 @@ class CostTracking:
             self._counts[status, name] += 1
             return self._counts[status, name]
 
-    def _settle(self, span: LiveSpan) -> None:
+    def _settle(self, span: LiveSpan, family: Mapping[str, LiveSpan]) -> None:
         """ルートが終わったとき、またはその後でスパンが終わるたびに、トレースの合計を書く。"""
         with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
-            root = next(iter(trace.span_dict.values()), None) if trace else None
-            if trace is None or root is None or root.parent_id is not None:
+            if trace is None:
                 return
-            if root is not span and root.end_time_ns is None:
-                return
-            spans = list(trace.span_dict.values())
+            spans = list(family.values())
             calls = price_spans(spans, self._calculator)
             for key in (STATUS_KEY, REASON_KEY, BY_MODEL_TAG):  # 前に書いた合計は残さない
                 trace.info.tags.pop(key, None)
             trace.info.tags.update(_tags(calls))
             metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, calls)}
-            if root is not span:  # ルートが終わったときの分は、このあと MLflow が書く
+            if span.parent_id is not None:  # ルートが終わったときの分は、このあと MLflow が書く
                 metadata[TRACE_USAGE_KEY] = aggregate_usage_from_spans(spans)
             for key, value in metadata.items():
                 if value:
@@ -255,12 +257,6 @@ def _usd(item: LlmCall | TraceCost) -> dict[str, float]:
         "output_cost": float(item.output_usd),
         "total_cost": float(item.total_usd),
     }
-
-
-def _family(span: LiveSpan) -> Mapping[str, LiveSpan]:
-    """まだメモリーにある、同じトレースのスパン。始まった順に並ぶ。"""
-    with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
-        return trace.span_dict if trace else {}
 
 
 def _subtree(span: LiveSpan, family: Mapping[str, LiveSpan]) -> list[LiveSpan]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Literal
 
 from mlflow.entities import TraceInfo
 
 from .calls import STATUS_KEY, TokenUsage
 from .reader import sampling_weight
 from .span_costs import BY_MODEL_TAG
+
+_NAN, _FLOAT_NAN = Decimal("NaN"), float("nan")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -53,6 +55,28 @@ class TokenUsageSummary:
     truncated: bool = False
     source: Literal["server_metrics", "paged"] = "paged"
 
+    @classmethod
+    def of_store(cls, experiment_id: str, found: Mapping[str, int]) -> TokenUsageSummary:
+        """保存先の集計 API が足した合計。"""
+        return cls(
+            experiment_id=experiment_id,
+            trace_count=found["trace_count"],
+            traces_without_usage=found["traces_without_usage"],
+            input_tokens=found["input_tokens"],
+            output_tokens=found["output_tokens"],
+            total_tokens=found["total_tokens"],
+            weighted_trace_count=float(found["trace_count"]),
+            weighted_total_tokens=float(found["total_tokens"]),
+            source="server_metrics",
+        ).without_cost()
+
+    def without_cost(self) -> TokenUsageSummary:
+        """聞いていない金額を、0 と見せない。"""
+        self.traces_without_cost = self.traces_partly_priced = None
+        self.cost_usd, self.weighted_cost_usd = _NAN, _FLOAT_NAN
+        self.by_model = {}
+        return self
+
     def add(self, info: TraceInfo) -> None:
         """トレース 1 件を足す。"""
         usage = TokenUsage.from_mlflow(info.token_usage or {})
@@ -90,28 +114,3 @@ def _breakdown(tag: str | None) -> dict[str, tuple[int, int, int, Decimal | None
         }
     except (ValueError, TypeError, AttributeError, ArithmeticError):  # 途中で切られたタグなど
         return {}
-
-
-_NO_COST: dict[str, Any] = {
-    "traces_without_cost": None,
-    "traces_partly_priced": None,
-    "cost_usd": Decimal("NaN"),
-    "weighted_cost_usd": float("nan"),
-    "by_model": {},
-}
-
-
-def without_cost(summary: TokenUsageSummary) -> TokenUsageSummary:
-    """金額を聞いていない合計。聞いていない金額を 0 と見せない。"""
-    return replace(summary, **_NO_COST)
-
-
-def summary_of(experiment_id: str, found: Mapping[str, int]) -> TokenUsageSummary:
-    """保存先の集計 API が足した合計。"""
-    options: dict[str, Any] = {**found, **_NO_COST, "source": "server_metrics"}
-    return TokenUsageSummary(
-        experiment_id=experiment_id,
-        weighted_trace_count=float(found["trace_count"]),
-        weighted_total_tokens=float(found["total_tokens"]),
-        **options,
-    )
