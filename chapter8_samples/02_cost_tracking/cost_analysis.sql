@@ -30,7 +30,8 @@ WITH t AS (
   SELECT CAST(convert_timezone(:tz, request_time) AS DATE) AS day,
          trace_metadata['mlflow.trace.tokenUsage'] AS tokens,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
+         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage')
            OR (usd IS NULL AND COALESCE(tokens, trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced,
@@ -91,7 +92,8 @@ FROM leaf GROUP BY model ORDER BY cost_usd DESC NULLS LAST, model;
 WITH t AS (
   SELECT COALESCE(trace_metadata['mlflow.trace.user'], '(unknown)') AS user_id,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
+         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
@@ -106,7 +108,8 @@ FROM t GROUP BY user_id ORDER BY cost_usd DESC NULLS LAST, user_id LIMIT 10;
 WITH t AS (
   SELECT HOUR(convert_timezone(:tz, request_time)) AS hour_of_day,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
+         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
@@ -125,7 +128,8 @@ FROM t GROUP BY hour_of_day ORDER BY hour_of_day;
 WITH t AS (
   SELECT trace_id, convert_timezone(:tz, request_time) AS local_time, trace_metadata['mlflow.trace.user'] AS user_id,
          COALESCE(tags['mlflow.traceName'], '(unnamed)') AS trace_name,
-         CAST(TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS DOUBLE) AS usd
+         CAST(COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                       TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS DOUBLE) AS usd
   FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
 ), q AS (
   SELECT trace_name, percentile_cont(0.5) WITHIN GROUP (ORDER BY usd) AS p50,
@@ -142,7 +146,8 @@ WHERE t.usd > q.p95 * 3 ORDER BY t.usd DESC, t.trace_id LIMIT 50;
 WITH t AS (
   SELECT CAST(DATE_TRUNC('WEEK', convert_timezone(:tz, request_time)) AS DATE) AS week_start,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
+         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
@@ -163,7 +168,8 @@ FROM l ORDER BY week_start DESC;
 -- 保存された 1 件ずつの会話を見る問いなので、重みは掛けない(間引くと、会話は途中が欠ける)。
 WITH t AS (
   SELECT trace_metadata['mlflow.trace.session'] AS session_id, trace_metadata['mlflow.trace.user'] AS user_id, request_time,
-         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
+         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
   FROM IDENTIFIER(:trace_table) WHERE request_time >= CAST(:start_time AS TIMESTAMP) AND request_time < CAST(:end_time AS TIMESTAMP)
@@ -179,7 +185,8 @@ FROM t GROUP BY session_id HAVING COUNT(*) > 1 ORDER BY cost_usd DESC NULLS LAST
 WITH t AS (
   SELECT CAST(convert_timezone(:tz, request_time) AS DATE) AS day, state,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
+         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
@@ -197,7 +204,8 @@ WITH p AS (
   SELECT convert_timezone(:tz, CAST(:as_of AS TIMESTAMP)) AS now_local, CAST(:monthly_budget_usd AS DECIMAL(18,4)) AS budget
 ), t AS (
   SELECT COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
+         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage') OR (usd IS NULL
            AND COALESCE(trace_metadata['mlflow.trace.tokenUsage'], trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced
@@ -224,7 +232,8 @@ WITH t AS (
   SELECT COALESCE(tags['mlflow.traceName'], '(unnamed)') AS trace_name,
          trace_metadata['mlflow.trace.tokenUsage'] AS tokens,
          COALESCE(NULLIF(GREATEST(TRY_CAST(trace_metadata['sampling.weight'] AS DECIMAL(23,16)), 0), 0), 1) AS weight,
-         TRY_CAST(COALESCE(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost'), tags['cost.total_usd']) AS DECIMAL(22,15)) AS usd,
+         COALESCE(TRY_CAST(get_json_object(trace_metadata['mlflow.trace.cost'], '$.total_cost') AS DECIMAL(22,15)),
+                  TRY_CAST(tags['cost.total_usd'] AS DECIMAL(22,15))) AS usd,
          usd * FLOOR(weight) + CAST(usd * (weight % 1) AS DECIMAL(35,15)) AS cost,
          tags['cost.status'] IN ('unpriced', 'partial', 'missing_usage')
            OR (usd IS NULL AND COALESCE(tokens, trace_metadata['mlflow.trace.cost']) IS NOT NULL) AS unpriced,

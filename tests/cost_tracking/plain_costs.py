@@ -52,7 +52,7 @@ class Trace:
     def __init__(self, row: Record, tz: ZoneInfo) -> None:
         metadata, tags = dict(row.get("trace_metadata") or ()), dict(row.get("tags") or ())
         cost, usage = metadata.get("mlflow.trace.cost"), metadata.get("mlflow.trace.tokenUsage")
-        usd = field(cost, "total_cost")
+        usd = number(field(cost, "total_cost"), 1e7)
         self.id = row["trace_id"]
         self.at = row["request_time"]
         self.local = self.at.astimezone(tz).replace(tzinfo=None)
@@ -61,7 +61,7 @@ class Trace:
         self.user = metadata.get("mlflow.trace.user")
         self.session = metadata.get("mlflow.trace.session")
         self.weight = weight_of(metadata)
-        self.usd = number(tags.get("cost.total_usd") if usd is None else usd, 1e7)
+        self.usd = number(tags.get("cost.total_usd"), 1e7) if usd is None else usd
         self.input, self.output = tokens(usage, "input_tokens"), tokens(usage, "output_tokens")
         self.cached = tokens(usage, "cache_read_input_tokens")
         called = usage is not None or cost is not None

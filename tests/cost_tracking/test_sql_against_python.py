@@ -153,6 +153,7 @@ def free() -> list[dict[str, Any]]:
 ARCHIVES: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "edge": edge_rows,
     "hard": lambda: hard_rows(600, seed=14),
+    "harder": lambda: hard_rows(600, seed=15),
     "outliers": outliers,
     "expensive": most_expensive,
     "free": free,
