@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -76,6 +77,10 @@ class TailSampler:
         self._policy = policy
         self._max_open = max_open_traces
         self._attached: dict[otel.TracerProvider, sampling.Sampler] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """預かったスパンと件数を忘れる(フォークした子が持つのは、親のもの)。"""
         self._lock = threading.Lock()
         self._open: OrderedDict[int, list[tuple[Send, ReadableSpan]]] = OrderedDict()
         self._decided: OrderedDict[int, bool] = OrderedDict()
@@ -211,6 +216,16 @@ class TailSampler:
 
 
 _active: TailSampler | None = None
+
+
+def _renew_after_fork() -> None:
+    # フォークの瞬間に別のスレッドが持っていたロックは、子では永久に解かれない
+    if _active is not None:
+        _active.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 class _Gate(otel.SynchronousMultiSpanProcessor):

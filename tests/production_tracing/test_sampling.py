@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import itertools
 import math
+import os
 import random
+import signal
 import statistics
 import threading
 from collections.abc import Callable
@@ -686,3 +688,22 @@ def test_adaptive_sampler_end_to_end(collected: Any, monkeypatch: pytest.MonkeyP
     assert abs(found.count - 100) < 4 * found.count_se
     with pytest.raises(ValueError, match="must be > 0"):
         AdaptiveRate(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only on POSIX: fork")
+def test_a_fork_while_another_thread_decides_leaves_the_child_working(tracking_uri: str) -> None:
+    mlflow.set_experiment("tail")
+    sampler = TailSampler(half).install()
+    llm(1)
+    with sampler._lock:  # 別のスレッドが判断している間のフォーク
+        child = os.fork()
+        if child == 0:
+            os._exit(sampler.stats().kept + sampler.stats().dropped)
+    code: list[int] = []
+    waiting = threading.Thread(target=lambda: code.append(os.waitpid(child, 0)[1]), daemon=True)
+    waiting.start()
+    waiting.join(20)
+    if not code:
+        os.kill(child, signal.SIGKILL)
+    assert code == [0]  # 子は、親の件数を自分のものとして数えない
+    assert sum(sampler.stats().by_rule["rest"]) == 1
