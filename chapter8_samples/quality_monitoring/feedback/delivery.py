@@ -1,7 +1,6 @@
 """8.3.3 フィードバックを 1 回だけ試みる: 二重に記録せず、置き換え、取り下げ、期限を守る。
 
-トレースが保存されるまで待つのは呼ぶ側の仕事。本書の関数は眠って待ち、HTTP の受け口は await で待ち、
-送信箱は後で送り直す。Databricks でも同じコードで動く。
+トレースが保存されるまで待つのは呼ぶ側の仕事(本書の関数は眠り、受け口は await し、送信箱は後で)。
 """
 
 from __future__ import annotations
@@ -73,10 +72,8 @@ def is_superseded(request: FeedbackRequest, stored: Assessment | None) -> bool:
 
 
 def hurry_export() -> None:
-    """自分のプロセスのトレースなら、保存の順番(最大 5 秒)を待たずに書き出しを始める。
-
-    ``mlflow.flush_trace_async_logging()`` は、何もなくても終わるまで約 2 秒かかるので使わない。
-    """
+    """自分のプロセスのトレースなら、保存の順番(最大 5 秒)を待たずに書き出しを始める。"""
+    # mlflow.flush_trace_async_logging() は、何もなくても終わるまで約 2 秒かかる
     flush = get_bridged_tracer_provider().force_flush
     threading.Thread(target=flush, daemon=True, name="hurry-export").start()
 

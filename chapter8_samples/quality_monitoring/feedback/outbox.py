@@ -81,10 +81,7 @@ class FeedbackOutbox:
     def submit(
         self, request: FeedbackRequest, *, timeout_seconds: float = 3.0
     ) -> Assessment | None:
-        """送る。期限(秒)までに届かなければ手元に残して ``None`` を返す。
-
-        サーバーが内容を拒否すれば ``FeedbackError``、届かず残せもしなければ ``OSError``。
-        """
+        """送る。届かなければ残して ``None`` を返す。残すこともできなければ ``OSError``。"""
         if request.withdraws:
             self.drop(request)
         try:
@@ -114,10 +111,7 @@ class FeedbackOutbox:
         self._run("DELETE FROM feedback WHERE reason IS NOT NULL")
 
     def replay(self, *, timeout_seconds: float = 15.0) -> ReplayReport:
-        """残っているものを 1 回ずつ、全部で ``timeout_seconds`` 秒まで送り直す。
-
-        トレースのない 1 件が全体を止めないよう、後ろに回す。サーバーに届かなければ、そこでやめる。
-        """
+        """残りを 1 回ずつ、全部で ``timeout_seconds`` 秒まで送る。届かないものは後ろに回す。"""
         started, deadline = time.time(), time.monotonic() + timeout_seconds
         sent = rejected = unreached = 0
         while unreached < _UNREACHED and (left := deadline - time.monotonic()) > 0:

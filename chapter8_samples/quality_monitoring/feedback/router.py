@@ -45,8 +45,8 @@ from .kinds import FeedbackDeliveryError, FeedbackRequest
 from .outbox import FeedbackOutbox
 
 logger = logging.getLogger(__name__)
+PAUSE_SECONDS = 0.02  # でたらめなトレース ID がいくら来ても、調べるのに CPU を使い切らない
 Kind = Literal["thumbs", "rating", "comment", "issue", "correction"]
-MAX_WAITING = 16  # トレースを待つリクエストの上限。これを超えたら、1 回だけ試みる
 KINDS = dict(zip(get_args(Kind), kinds.FeedbackType, strict=True))
 
 
@@ -149,8 +149,7 @@ class _Desk:
     timeout_seconds: float
     max_pending: int
     # アプリのほかの処理のスレッドは使わない
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "feedback"))
-    waiting: int = 0
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "feedback"))
 
     async def take(
         self, http: Request, response: Response, make: Callable[[str], FeedbackRequest]
@@ -189,25 +188,27 @@ class _Desk:
         def allowed(info: TraceInfo) -> bool:
             return self.authorize is None or self.authorize(http, Trace(info, TraceData([])))
 
+        def attempt() -> Assessment | None:
+            try:
+                return store_feedback(request, timeout_seconds=left, authorize=allowed)
+            except kinds.TraceNotFoundError:
+                time.sleep(PAUSE_SECONDS)
+                raise
+
         deadline, delay = time.monotonic() + self.timeout_seconds, 0.1
         while True:
             left = deadline - time.monotonic()
-            call = partial(store_feedback, request, timeout_seconds=left, authorize=allowed)
             loop = asyncio.get_running_loop()
             try:
-                job = loop.run_in_executor(self.threads, copy_context().run, call)
+                job = loop.run_in_executor(self.threads, copy_context().run, attempt)
                 return await asyncio.wait_for(job, left)
             except asyncio.TimeoutError as late:  # サーバーが止まり、スレッドが空かない
                 raise FeedbackDeliveryError("no thread was free", request) from late
             except FeedbackDeliveryError:
-                if self.waiting >= MAX_WAITING or time.monotonic() + delay >= deadline:
+                if time.monotonic() + delay >= deadline:
                     raise
             hurry_export()
-            self.waiting += 1
-            try:
-                await asyncio.sleep(delay)
-            finally:
-                self.waiting -= 1
+            await asyncio.sleep(delay)
             delay *= 2
 
     def keep(self, error: FeedbackDeliveryError) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from statistics import NormalDist, fmean
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 from zoneinfo import ZoneInfo
 
 import mlflow
@@ -51,14 +51,11 @@ class Rate:
         return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """ジャッジとユーザーの一致。``kappa`` は 1 なら完全な一致、0 なら偶然と同じ。"""
+class Agreement(NamedTuple):
+    """ジャッジとユーザーの一致。Cohen のカッパ係数(1 は完全な一致、0 は偶然と同じ)と 95% 区間。"""
 
-    kappa: float | None
-    """Cohen のカッパ係数。どちらもいつも同じ答えなら、決まらないので ``None``。"""
+    kappa: float | None  # どちらもいつも同じ答えなら、決まらない
     interval: tuple[float, float]
-    """95% 信頼区間(一致した割合の Wilson の区間から求める)。"""
     pairs: int
 
 
@@ -106,11 +103,8 @@ def summarize_feedback(
 ) -> FeedbackSummary:
     """期間 ``[start, end)`` に始まったトレースの、有効なフィードバックを集計する。
 
-    ``experiment`` は名前か ID。``start`` を省くと終了の 7 日前、``end`` を省くと現在。``tz`` は
-    ``by_day`` の日の区切り。
-
-    Raises:
-        ValueError: エクスペリメントがない、時刻にタイムゾーンがない、期間が逆。
+    ``experiment`` は名前か ID(なければ ``ValueError``)。時刻はタイムゾーン付きで、``start`` を
+    省くと終了の 7 日前、``end`` を省くと現在。``tz`` は ``by_day`` の日の区切り。
     """
     end = end or datetime.now(timezone.utc)
     infos = trace_infos(experiment, start or end - timedelta(days=7), end)
@@ -119,12 +113,7 @@ def summarize_feedback(
     votes = [(info, a, v) for info, a, v in told if a.name == THUMBS and isinstance(v, bool)]
     ratings = [v for _, a, v in told if a.name == RATING and not isinstance(v, bool)]
     names = Counter(a.name for _, a, _ in told)
-    judged = (
-        (a.name, (verdict, good))
-        for info, _, good in votes
-        for a in _latest(info, human=False)
-        if (verdict := _VERDICTS.get(str(_value(a)).lower())) is not None
-    )
+    judged = [(name, (ok, good)) for info, _, good in votes for name, ok in _verdicts(info)]
     return FeedbackSummary(
         traces=len(infos),
         rated_traces=len({info.trace_id for info, _, _ in told}),
@@ -175,6 +164,11 @@ def _latest(info: TraceInfo, *, human: bool) -> Iterable[Assessment]:
 
 def _local(info: TraceInfo, tz: str) -> datetime:
     return datetime.fromtimestamp(info.request_time / 1000, ZoneInfo(tz))
+
+
+def _verdicts(info: TraceInfo) -> Iterable[tuple[str, bool]]:
+    told = ((a.name, str(_value(a)).lower()) for a in _latest(info, human=False))
+    return ((name, _VERDICTS[value]) for name, value in told if value in _VERDICTS)
 
 
 def _value(assessment: Assessment) -> Any:
