@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -24,6 +25,7 @@ from chapter8_samples.cost_tracking import (
     setup_token_tracking,
     usage_by_model,
 )
+from chapter8_samples.cost_tracking.token_tracking import OTEL_NATIVE
 from chapter8_samples.cost_tracking.usage.calls import llm_calls
 from chapter8_samples.cost_tracking.usage.pricing import price_spans, trace_cost
 
@@ -189,6 +191,17 @@ def test_spans_that_the_processor_never_sees(
     trace = end(call("gpt-4o", 1000, 500))
     assert price_trace(trace).total_usd == Decimal("0.0075")
     assert aggregate_token_usage_from_traces("unseen").traces_partly_priced == 1
+
+
+def test_the_otel_native_integrations_of_this_mlflow_are_known() -> None:
+    """MLflow 3.17.2 で、スパンを OpenTelemetry のプロセッサーから作る計装。"""
+    flavors = Path(mlflow.__file__).parent.glob("*/autolog.py")
+    native = {
+        flavor.parent.name
+        for flavor in flavors
+        if "(SimpleSpanProcessor)" in flavor.read_text(encoding="utf-8")
+    }
+    assert native == set(OTEL_NATIVE)
 
 
 def test_a_call_that_the_processor_never_saw_is_in_the_sums_of_its_trace(
