@@ -154,7 +154,7 @@ class CostCalculator:
                 raise NoPriceError(f"{model!r}: a price table has no price for {', '.join(odd)}")
             match = self.table.resolve(model)
             row = self.table.price_at(match.name, at)
-            amounts = _amounts(row.rates(usage[0], tier), usage)
+            amounts = _amounts(row.rates(usage[0], tier, match.name), usage)
         except NoPriceError as error:
             if self.on_unknown == "raise":
                 raise

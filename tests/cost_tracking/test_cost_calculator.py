@@ -190,7 +190,7 @@ def test_service_tiers(tier: str | None, usage: tuple[int, ...], want: str) -> N
 
 @pytest.mark.parametrize("tier", ["flex", "scale", "priority "])
 def test_a_tier_without_a_price_is_never_the_standard_price(tier: str) -> None:
-    with pytest.raises(NoPriceError, match=f"no {tier.strip()} price"):
+    with pytest.raises(NoPriceError, match=f"no {tier.strip()} price in the row of 'o1'"):
         CALCULATOR.calculate("o1", 1000, 100, service_tier=tier)
     item = CostCalculator(on_unknown="unpriced").price("o1", 1000, 100, service_tier=tier)
     assert (item.status, item.service_tier, item.total_usd.is_nan()) == (

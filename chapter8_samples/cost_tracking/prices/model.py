@@ -98,7 +98,7 @@ class ModelPrice(Level):
         """その日に有効か。"""
         return (self.effective_from or date.min) <= day < (self.effective_to or date.max)
 
-    def rates(self, input_tokens: int, service_tier: str = "") -> Rates:
+    def rates(self, input_tokens: int, service_tier: str = "", model: str = "") -> Rates:
         """入力の長さと処理の段(``""`` は標準)に応じた単価。段の単価がなければ例外。"""
         level: Level = self
         if reached := [tier for tier in self.tiers if input_tokens > tier.above_input_tokens]:
@@ -107,7 +107,8 @@ class ModelPrice(Level):
             return level
         if service_tier not in level.service_tiers:
             long = "" if level is self else " for inputs this long"
-            raise NoPriceError(f"no {service_tier} price{long} in the row of {self.period}")
+            row = f"the row of {model!r} ({self.period}); add it to service_tiers with pricing="
+            raise NoPriceError(f"no {service_tier} price{long} in {row}")
         return level.service_tiers[service_tier]
 
 
