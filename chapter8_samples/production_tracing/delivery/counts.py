@@ -32,6 +32,7 @@ class Ledger:
         self.accept: Callable[[Trace], bool] | None = None  # TraceSpool(書けなければ False)
         self.spooled: Callable[[], int] = lambda: 0
         self.problem = ""  # 数えられないときの理由
+        self._provider: Any = None
         self.start_over()
 
     def start_over(self) -> None:
@@ -43,10 +44,16 @@ class Ledger:
         self._slowest = self._paused_until = 0.0
         self.closed = False
 
+    def attach_if_rebuilt(self) -> None:
+        """MLflow がプロバイダーを作り直していたら、立ち会い直す(スパンごとに呼べる軽さ)。"""
+        if _internals.current_provider() is not self._provider:
+            self.attach()
+
     def attach(self) -> None:
-        """いまの送信処理に、まだなら立ち会う(MLflow は送信処理を作り直すことがある)。"""
+        """いまの送信処理に、まだなら立ち会う。"""
         try:
             with self._changed:
+                self._provider = _internals.current_provider()
                 for processor in [] if self.problem else _internals.mlflow_processors():
                     _internals.watch_export(processor, self)
         except AttributeError as error:  # 数えられなくても、記録は続ける

@@ -144,7 +144,7 @@ class _Session:
 
 
 def _before_end(span: LiveSpan) -> None:
-    LEDGER.attach()  # MLflow がプロバイダーを作り直していても、この 1 件から数える
+    LEDGER.attach_if_rebuilt()
     replace_surrogates(span)
 
 
