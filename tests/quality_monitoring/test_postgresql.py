@@ -17,6 +17,7 @@ import pytest
 from mlflow.entities import AssessmentSource
 from mlflow.exceptions import MlflowException
 from ports import free_port
+from quality_monitoring.two_runs import judge_once_in_two_runs
 
 from chapter8_samples.quality_monitoring import (
     FeedbackRequest,
@@ -105,3 +106,11 @@ def test_limits_and_filters(experiment: str, ask: Any) -> None:
     now = datetime.now(timezone.utc)
     summary = summarize_feedback("postgresql", now - timedelta(hours=1), now + timedelta(hours=1))
     assert summary.thumbs.total == 1
+
+
+def test_two_backfills_at_once_judge_each_pair_once(postgresql: str, ask: Any) -> None:
+    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"
+    mlflow.set_tracking_uri(postgresql)
+    experiment_id = mlflow.set_experiment("two-runs").experiment_id
+    ask(6)
+    judge_once_in_two_runs(experiment_id, 6)

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from mlflow.genai.scorers import (
     UserFrustration,
     scorer,
 )
+from quality_monitoring.two_runs import judge_once_in_two_runs
 
 from chapter8_samples.quality_monitoring import (
     ScorerPlan,
@@ -271,34 +271,9 @@ def test_unreadable_answers_use_up_the_budget(store: str, ask: Any, judge_says: 
 # 2 つの実行
 
 
-def test_two_backfills_at_once_judge_each_pair_once(store: str, ask: Any, infos: Any) -> None:
+def test_two_backfills_at_once_judge_each_pair_once(store: str, ask: Any) -> None:
     ask(6)
-    calls: Counter[str] = Counter()
-    together = threading.Barrier(2)
-
-    def run(_: int) -> Any:
-        @scorer(name="one")
-        def one(trace) -> bool:  # type: ignore[no-untyped-def]
-            calls[trace.info.trace_id] += 1
-            time.sleep(0.05)
-            return True
-
-        together.wait(30)
-        try:
-            return backfill(store, [ScoringTarget(scorer=one)]).scored
-        except ScoringBusyError as busy:
-            return str(busy)
-
-    with ThreadPoolExecutor(2) as pool:
-        first, second = sorted(pool.map(run, range(2)), key=str)
-    # 待っている間に終われば、することがない。終わらなければ、持ち主を示して断る
-    assert (first, second) == (0, 6) or (
-        first == 6 and f"process {os.getpid()} on {socket.gethostname()}" in second
-    )
-    assert set(calls.values()) == {1} and len(calls) == 6
-    assert [len(info.assessments) for info in infos().values()] == [1] * 6
-    tags = MlflowClient().get_experiment(store).tags
-    assert not [tag for tag in tags if tag.startswith(LEASE_TAG)]  # 終わったら残さない
+    judge_once_in_two_runs(store, 6)
 
 
 def claim(experiment_id: str, name: str, **fields: Any) -> None:

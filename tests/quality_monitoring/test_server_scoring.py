@@ -13,6 +13,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 from mlflow.genai.scorers import Safety, Scorer, scorer
+from quality_monitoring.two_runs import judge_once_in_two_runs
 
 from chapter8_samples._lab.servers.mlflow_server import MlflowServer
 from chapter8_samples.quality_monitoring import (
@@ -69,6 +70,13 @@ def test_an_endpoint_half_made_with_an_old_key_is_repaired(mlflow_server_url: st
 def test_without_an_endpoint_the_client_scores(mlflow_server_url: str) -> None:
     statuses = setup_quality_scorers("server-without-endpoint")
     assert {s.runs for s in statuses} == {"client"}
+
+
+def test_two_backfills_at_once_judge_each_pair_once(mlflow_server_url: str, ask: Any) -> None:
+    os.environ["MLFLOW_ENABLE_ASYNC_TRACE_LOGGING"] = "false"
+    experiment_id = mlflow.set_experiment("two-runs").experiment_id
+    ask(6)
+    judge_once_in_two_runs(experiment_id, 6)
 
 
 def test_a_value_the_server_cannot_take_is_a_failure_not_a_stop(

@@ -362,7 +362,8 @@ def _identity(report: ScoringReport, scorer: Scorer) -> Identity:
 
 def call_scorer(scorer: Scorer, trace: Trace) -> list[Feedback]:
     """スコアラーを 1 回呼ぶ。例外はエラーの付いた評価として返す。トレースは残さない。"""
-    if isinstance(scorer, _NEED_RETRIEVER) and not trace.search_spans(entities.SpanType.RETRIEVER):
+    retriever: Any = entities.SpanType.RETRIEVER
+    if isinstance(scorer, _NEED_RETRIEVER) and not trace.search_spans(span_type=retriever):
         return []  # 採点するものがない。失敗ではない
     # スコアラーの中で traced な関数が呼ばれても、監視対象のトレースに混ざらないようにする
     run: Callable[..., Any] = mlflow.trace(scorer.run, sampling_ratio_override=0.0)  # pyright: ignore

@@ -76,8 +76,8 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _held.discard(self._token)
         self._delete(self._token)  # 消せなくても、期限が過ぎれば無効になる
+        _held.discard(self._token)
 
     def renew(self) -> None:
         """採点している間、ときどき呼ぶ。"""
