@@ -262,6 +262,31 @@ def test_a_healthy_send_needs_no_disk(store: str, ask: Any, tmp_path: Path) -> N
         FeedbackOutbox(tmp_path / "file" / "box.db", send=offline).submit(request("tr-1"))
 
 
+def test_a_disk_that_fills_up_is_told_and_refuses_no_healthy_vote(
+    store: str, ask: Any, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource", reason="Windows cannot limit the size of a file")
+    (trace_id,), outbox = ask(), FeedbackOutbox(tmp_path / "box.db")
+    outbox.keep(request("tr-1"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sent: list[str] = []
+
+    def healthy(request: FeedbackRequest, *, timeout_seconds: float) -> Any:
+        sent.append(request.trace_id)
+
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # 何も書き足せない
+        status = outbox.status()
+        FeedbackOutbox(tmp_path / "box.db", send=healthy).submit(request(trace_id))
+        with pytest.raises(OSError, match="cannot be used"):
+            outbox.keep(request("tr-2"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (status.pending, status.rejected, sent) == (1, 0, [trace_id])
+    assert "cannot be used" in str(status.error)
+    assert outbox.status() == OutboxStatus(1, 0)
+
+
 def test_a_withdrawal_reaches_what_still_waits(store: str, ask: Any, tmp_path: Path) -> None:
     (trace_id,) = ask()
     outbox = FeedbackOutbox(tmp_path / "box.db")

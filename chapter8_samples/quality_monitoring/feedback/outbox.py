@@ -47,8 +47,8 @@ class ReplayReport(NamedTuple):
 class OutboxStatus(NamedTuple):
     """送信箱のいま。``error`` は書けない理由(届く評価は、それでも記録できる)。"""
 
-    pending: int = 0
-    rejected: int = 0
+    pending: int | None  # 読めなければ None
+    rejected: int | None
     error: str | None = None
 
 
@@ -72,11 +72,13 @@ class FeedbackOutbox:
 
     def status(self) -> OutboxStatus:
         """件数と、書けるかどうか。"""
+        counts = None, None
         try:
+            counts = len(self), len(self.rejected())
             self._run("PRAGMA user_version = 1")  # 本当に書いてみる
-            return OutboxStatus(len(self), len(self.rejected()))
+            return OutboxStatus(*counts)
         except OSError as error:
-            return OutboxStatus(error=str(error))
+            return OutboxStatus(*counts, str(error))
 
     def submit(
         self, request: FeedbackRequest, *, timeout_seconds: float = 3.0
