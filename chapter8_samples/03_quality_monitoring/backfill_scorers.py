@@ -158,26 +158,24 @@ def backfill(
     options = options or ScoringOptions()
     options = replace(options, dry_run=dry_run or options.dry_run)  # どちらで頼まれてもよい
     start, end = check_window(start_time, end_time)
-    names = [target.name for target in targets]
-    if not names or len(set(names)) != len(names):
-        raise BackfillError(f"need at least one scorer, with unique names, got {names}")
+    rates = {target.name: target.sample_rate for target in targets}
+    if not targets or len(rates) != len(targets):
+        raise BackfillError(f"need at least one scorer, with unique names, got {list(rates)}")
     experiment_id = _experiment(experiment_id).experiment_id
-    on_databricks = mlflow.get_tracking_uri().startswith("databricks")
+    runs = "databricks" if mlflow.get_tracking_uri().startswith("databricks") else "client"
     report = BackfillReport(
         job_id=uuid.uuid4().hex[:12],
-        runs="databricks" if on_databricks else "client",
+        runs=runs,
         start=start,
         end=end,
-        sample_rates={target.name: target.sample_rate for target in targets},
+        sample_rates=rates,
         dry_run=options.dry_run,
     )
-    if on_databricks and not options.dry_run:
+    if runs == "databricks" and not options.dry_run:
         return replace(report, job_id=submit_backfill(experiment_id, targets, start, end))
-    notify = on_progress or show_progress
-    scoring = score_traces(
-        experiment_id, targets, start=start, end=end, options=options, on_progress=notify
-    )
-    notify(scoring)  # 終わったことも知らせる
+    run: dict[str, Any] = {"options": options, "on_progress": on_progress or show_progress}
+    scoring = score_traces(experiment_id, targets, start=start, end=end, **run)
+    run["on_progress"](scoring)  # 終わったことも知らせる
     calls, cost, unpriced = judge_bill(scoring, targets, options)
     return replace(report, scoring=scoring, judge_calls=calls, cost_usd=cost, unpriced=unpriced)
 

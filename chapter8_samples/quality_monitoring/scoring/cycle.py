@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -58,34 +59,41 @@ def run_scoring_cycle(
     if end.tzinfo is not None:
         end = end.astimezone(timezone.utc)  # 夏時間の変わり目でも、lookback の長さを変えない
     start, experiment_id = end - lookback, _experiment_id(experiment_name_or_id)
+    here = [scorer for scorer in scorers if _runs_here(scorer)]
     elsewhere = tuple(scorer.name for scorer in scorers if not _runs_here(scorer))
-    targets: list[ScoringTarget] = []
-    refused: dict[str, ScoringError] = {}
-    for scorer in filter(_runs_here, scorers):
-        try:
-            targets.append(as_target(scorer))
-            if not options.dry_run:
-                require_judges([targets[-1].scorer])
-        except ScoringError as error:
-            refused[scorer.name] = error
-    targets = [target for target in targets if target.name not in refused]
+    targets, refused = _runnable(here, options)
+    if not targets and not elsewhere:
+        raise next(iter(refused.values()), ScoringError("no scorers to run: pass at least one"))
     report = ScoringReport(experiment_id=experiment_id, start=start, end=end)
-    if refused and not targets and not elsewhere:
-        raise next(iter(refused.values()))
-    while targets or not scorers:
+    window: dict[str, Any] = {"start": start, "end": end, "on_progress": on_progress}
+    while targets:
         try:
-            report = score_traces(
-                experiment_id, targets, start=start, end=end, options=options,
-                on_progress=on_progress,
-            )  # fmt: skip
+            report = score_traces(experiment_id, targets, options=options, **window)
             break
-        except ScoringBusyError as busy:
-            refused |= {t.name: busy for t in targets if t.name in busy.names}
+        except ScoringBusyError as busy:  # 空いているスコアラーだけで、やり直す
+            refused |= {target.name: busy for target in targets if target.name in busy.names}
             targets = [target for target in targets if target.name not in refused]
     report.elsewhere, report.not_run = elsewhere, {name: str(e) for name, e in refused.items()}
     if refused:
         logger.warning("not scored: %s", report.not_run)
     return report
+
+
+def _runnable(
+    scorers: Sequence[Scorable], options: ScoringOptions
+) -> tuple[list[ScoringTarget], dict[str, ScoringError]]:
+    """採点できるものと、できないもの(名前 -> 理由)。"""
+    targets: list[ScoringTarget] = []
+    refused: dict[str, ScoringError] = {}
+    for scorer in scorers:
+        try:
+            target = as_target(scorer)
+            if not options.dry_run:
+                require_judges([target.scorer])
+            targets.append(target)
+        except ScoringError as error:
+            refused[scorer.name] = error
+    return targets, refused
 
 
 def _experiment_id(name_or_id: str) -> str:
