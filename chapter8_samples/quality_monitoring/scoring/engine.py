@@ -122,21 +122,18 @@ def _run_apart(run: _Run) -> None:
         raise run.error
 
 
-class _Job(NamedTuple):
-    """1 件のトレースに、1 つのスコアラー。"""
+class _Outcome(NamedTuple):
+    """1 件のトレースに、1 つのスコアラーを使った結果。"""
 
     target: ScoringTarget
-    stale: Sequence[str] = ()  # 書く前に消す、前のエラーと途中までの評価
-
-
-class _Outcome(NamedTuple):
-    job: _Job
     kind: Literal["scored", "failed", "empty", "not_started"]
     feedbacks: Sequence[Feedback] = ()
     cost_usd: Decimal | None = Decimal(0)
+    stale: Sequence[str] = ()  # 書く前に消す、前のエラーと途中までの評価
 
 
 _Scored = tuple[str, list[_Outcome]]
+_Todo = tuple[str, list[ScoringTarget]]
 
 
 class _Interrupted(Exception):
@@ -184,8 +181,8 @@ class _Run:
     def run(self) -> None:
         self.identities = {t.name: _identity(self.report, t.scorer) for t in self.targets}
         if self.options.dry_run:
-            for job in (job for _, jobs in self.todo() for job in jobs):
-                self.report.scorers[job.target.name].scored += 1
+            for target in (target for _, targets in self.todo() for target in targets):
+                self.report.scorers[target.name].scored += 1
         else:
             with self.lease:
                 self.score(self.todo())
@@ -196,9 +193,9 @@ class _Run:
         if not self.options.dry_run:
             self.lease.renew()
 
-    def todo(self) -> list[tuple[str, list[_Job]]]:
+    def todo(self) -> list[_Todo]:
         """失敗したことのない仕事、失敗した仕事(古い順)。それぞれの中は、時期の偏らない順。"""
-        found: dict[tuple[int, str, str], list[_Job]] = defaultdict(list)
+        found: dict[tuple[int, str, str], list[ScoringTarget]] = defaultdict(list)
         seen: set[str] = set()
         for filter_string in dict.fromkeys(target.filter_string for target in self.targets):
             group = [t for t in self.targets if t.filter_string == filter_string]
@@ -207,8 +204,8 @@ class _Run:
                 seen.add(info.trace_id)
                 self.report.traces = len(seen)
                 spread = hashlib.sha256(info.trace_id.encode()).hexdigest()
-                for failed_at, job in self.jobs(info, group):
-                    found[failed_at, spread, info.trace_id].append(job)
+                for failed_at, target in self.unscored(info, group):
+                    found[failed_at, spread, info.trace_id].append(target)
         return [(key[-1], found[key]) for key in sorted(found)]
 
     def trace_infos(self, filter_string: str | None) -> Iterator[TraceInfo]:
@@ -229,7 +226,9 @@ class _Run:
             page = patiently(partial(search, page_token=page.token))
             yield from (trace.info for trace in page)
 
-    def jobs(self, info: TraceInfo, group: list[ScoringTarget]) -> Iterator[tuple[int, _Job]]:
+    def unscored(
+        self, info: TraceInfo, group: list[ScoringTarget]
+    ) -> Iterator[tuple[int, ScoringTarget]]:
         chosen = {target.name for target in sample(info.trace_id, group)}
         for target in group:
             counts, identity = self.report.scorers[target.name], self.identities[target.name]
@@ -241,14 +240,13 @@ class _Run:
                 counts.seen_calls += cost is not None
                 counts.seen_cost_usd += cost or 0
             else:
-                stale = [str(a.assessment_id) for a in identity.stale(info.assessments)]
-                yield identity.failed_at_ms(info.assessments), _Job(target, stale)
+                yield identity.failed_at_ms(info.assessments), target
 
-    def score(self, todo: Sequence[tuple[str, list[_Job]]]) -> None:
+    def score(self, todo: Sequence[_Todo]) -> None:
         pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="scoring")
         try:
-            for trace_id, jobs in todo:
-                self.pending.add(pool.submit(self.judge, trace_id, jobs))
+            for trace_id, targets in todo:
+                self.pending.add(pool.submit(self.judge, trace_id, targets))
                 if len(self.pending) >= self.options.concurrency:
                     self.collect()
             while self.pending:
@@ -263,7 +261,7 @@ class _Run:
         finally:
             pool.shutdown()
 
-    def judge(self, trace_id: str, jobs: list[_Job]) -> _Scored:
+    def judge(self, trace_id: str, targets: list[ScoringTarget]) -> _Scored:
         try:
             trace = patiently(lambda: TracingClient().get_trace(trace_id))
         except MlflowException as error:
@@ -271,25 +269,26 @@ class _Run:
                 raise
             # 読めない 1 件のために、残りのトレースを何度やり直しても採点できない、とはしない
             logger.warning("trace %s cannot be scored: %s", trace_id, error.message)
-            return trace_id, [_Outcome(_Job(job.target), "failed") for job in jobs]
-        return trace_id, [self.judge_one(trace, job) for job in jobs]
+            return trace_id, [_Outcome(target, "failed") for target in targets]
+        return trace_id, [self.judge_one(trace, target) for target in targets]
 
-    def judge_one(self, trace: Trace, job: _Job) -> _Outcome:
-        name, scorer = job.target.name, job.target.scorer
-        if self.failures[name] >= self.options.max_consecutive_failures:
-            return _Outcome(_Job(job.target), "not_started")
-        expected = self.budget.reserve(name)
+    def judge_one(self, trace: Trace, target: ScoringTarget) -> _Outcome:
+        if self.failures[target.name] >= self.options.max_consecutive_failures:
+            return _Outcome(target, "not_started")
+        expected = self.budget.reserve(target.name)
         if expected is None:
             self.report.stopped_by = "budget"
-            return _Outcome(_Job(job.target), "not_started")
+            return _Outcome(target, "not_started")
         self.throttle.wait()
-        feedbacks = call_scorer(scorer, trace)
-        cost = self.cost(scorer, feedbacks)
-        self.budget.settle(name, expected, cost or Decimal(0))
+        feedbacks = call_scorer(target.scorer, trace)
+        cost = self.cost(target.scorer, feedbacks)
+        self.budget.settle(target.name, expected, cost or Decimal(0))
+        old = self.identities[target.name].stale(trace.info.assessments)
+        stale = [str(assessment.assessment_id) for assessment in old]
         # 一部だけ失敗したら、成功した分も次に採点し直す(残すと、採点済みとして飛ばされる)
         if errors := [feedback for feedback in feedbacks if is_error(feedback)]:
-            return _Outcome(job, "failed", errors[:1], cost)
-        return _Outcome(job, "scored" if feedbacks else "empty", feedbacks, cost)
+            return _Outcome(target, "failed", errors[:1], cost, stale)
+        return _Outcome(target, "scored" if feedbacks else "empty", feedbacks, cost, stale)
 
     def cost(self, scorer: Scorer, feedbacks: Sequence[Feedback]) -> Decimal | None:
         """ジャッジのコスト(USD)。答えを読めなかった呼び出しにも、プロバイダーは課金する。"""
@@ -309,37 +308,38 @@ class _Run:
         self.checkpoint()
 
     def write(self, trace_id: str, outcomes: Sequence[_Outcome]) -> None:
-        for job, kind, feedbacks, cost in outcomes:
-            counts = self.report.scorers[job.target.name]
-            if not self.stored(trace_id, job, feedbacks):
-                kind = "failed"
+        for outcome in outcomes:
+            name, cost = outcome.target.name, outcome.cost_usd
+            kind = outcome.kind if self.stored(trace_id, outcome) else "failed"
+            counts = self.report.scorers[name]
             setattr(counts, kind, getattr(counts, kind) + 1)
             if kind == "scored":
-                self.failures[job.target.name] = 0
-            elif kind == "failed" and feedbacks:
-                self.fail(job.target.name)
+                self.failures[name] = 0
+            elif kind == "failed" and outcome.feedbacks:
+                self.fail(name)
             counts.cost_usd += cost or 0
             counts.unpriced += cost is None
             if cost is None and self.options.budget_usd is not None:
                 raise BudgetError(
-                    f"the cost of {job.target.name!r} is unknown, so budget_usd="
-                    f"{self.options.budget_usd} cannot be kept: pass judge_price=JudgePrice(...)"
+                    f"the cost of {name!r} is unknown, so budget_usd={self.options.budget_usd} "
+                    "cannot be kept: pass judge_price=JudgePrice(...)"
                 )
 
-    def stored(self, trace_id: str, job: _Job, feedbacks: Sequence[Feedback]) -> bool:
+    def stored(self, trace_id: str, outcome: _Outcome) -> bool:
         """評価を書く。書けない 1 件のために、残りの採点を止めない。"""
+        name = outcome.target.name
         try:
-            for old in job.stale:
+            for old in outcome.stale:
                 patiently(partial(mlflow.delete_assessment, trace_id, old))
-            for part, feedback in enumerate(feedbacks, 1):
-                stamp = self.identities[job.target.name].stamp(part, len(feedbacks))
+            for part, feedback in enumerate(outcome.feedbacks, 1):
+                stamp = self.identities[name].stamp(part, len(outcome.feedbacks))
                 feedback.metadata = {**(feedback.metadata or {}), **stamp}
                 if not mlflow.get_tracking_uri().startswith("databricks"):
                     told = repr((trace_id, sorted(stamp.items()), is_error(feedback)))
                     feedback.assessment_id = f"a-{hashlib.sha256(told.encode()).hexdigest()[:32]}"
                 patiently(partial(_log_once, trace_id, feedback))
         except MlflowException as error:
-            logger.warning("%r of %s is not stored: %s", job.target.name, trace_id, error.message)
+            logger.warning("%r of %s is not stored: %s", name, trace_id, error.message)
             return False
         return True
 
