@@ -28,6 +28,7 @@ _MODULES = {
     "export.session": "disable_otlp_export otlp_status",
     "genai.semconv": "GENAI_SEMANTIC_CONVENTIONS find_semconv_gaps print_semantic_conventions",
     "genai.metrics": "GenAIMetrics setup_genai_metrics",
+    "native": "setup_native_tracing traced annotate_span NativeStatus NativeTracing",
     "web": "trace_http_requests use_unified_tracer_provider",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
