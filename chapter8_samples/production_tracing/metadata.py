@@ -37,7 +37,7 @@ def _check_text(name: str, value: object, max_chars: int) -> None:
         raise ValueError(f"{name}={value!r} must be a non-empty string")
     if len(value) > max_chars:
         raise ValueError(f"{name} has {len(value)} characters; MLflow keeps at most {max_chars}")
-    if re.search("[\ud800-\udfff]", value):
+    if re.search(r"[\ud800-\udfff]", value):
         raise ValueError(f"{name}={value!r} cannot be stored: half a surrogate pair")
 
 
