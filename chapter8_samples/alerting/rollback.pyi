@@ -1,76 +1,21 @@
 """8.4.5 ロールバック(リスト8.13)。"""
 
-import logging
 from collections.abc import Callable
 from typing import Any
-from .releases import AliasTarget, Change, Journal, Options
-logger = logging.getLogger(__name__)
-SmokeCheck = Callable[[str], object]
-Gate = Callable[[str], object]
-Pick = Callable[[list[Change]], tuple[str, str | None]]
+from .releases import AliasRollback, AliasTarget, Change
 
-class AliasRollback:
-    """一つのエイリアスの、昇格、ロールバック、取り消し。モデルとプロンプトで同じ。
+def quick_rollback(model_name: str, target_version: str | int | None=None, alias: str='champion', reason: str='', **options: Any) -> Change:
+    """エイリアスを 1 行で戻す(リスト8.13)。版を省略すると、記録にある一つ前に戻る。
+
+    付け替えだけなら ``client.set_registered_model_alias(model_name, alias, "1")`` で済む。ここでは
+    さらに、戻る先を確かめ、記録を残し、同時の変更を断る。
 
     Args:
-        gate: 昇格の前にだけ呼ぶ。最初の版と、戻すとき、取り消すときは呼ばない。
-        cooldown_seconds: 前のロールバックから、次のロールバックまでの最短の秒数。
-        journal: ``Journal`` の引数(``settle_seconds`` など)。
+        options: ``dry_run``、``force``、``expected``、``request_id``(``releases/switch.py``)。
+
+    Raises:
+        RollbackError: 断る理由ごとの子クラス(``releases/errors.py``)。
     """
-
-    def __init__(self, target: AliasTarget, *, smoke_check: SmokeCheck | None=None, gate: Gate | None=None, cooldown_seconds: float=600.0, **journal: Any) -> None:
-        self.journal: Journal
-
-    def history(self) -> list[Change]:
-        """残っている記録を、古い順に。"""
-
-    def promote(self, version: str | int, reason: str='', **options: Any) -> Change:
-        """新しいバージョンに切り替える。``gate`` が認めなければ ``GateRefusedError``。"""
-
-    def rollback(self, target_version: str | int | None=None, reason: str='', **options: Any) -> Change:
-        """戻す。省略すると、記録にある一つ前の、退けられていないバージョンへ戻る。"""
-
-    def undo(self, reason: str='', **options: Any) -> Change:
-        """最後のロールバックを取り消す。プロセスを再起動した後でもできる。"""
-
-    def previous(self, history: list[Change] | None=None) -> str:
-        """いまのバージョンの一つ前。なければ ``NoHistoryError``。"""
-
-    def recover(self) -> Change | None:
-        """途中で落ちた変更があれば、結果を確かめて記録を閉じる。なければ ``None``。"""
-
-    def _to_undo(self, history: list[Change]) -> tuple[str, str | None]:
-        ...
-
-    def _ask_gate(self, gate: Gate, version: str, options: Options) -> str | int | None:
-        """検査し、比べたバージョンを返す(検査の間に変わったら、切り替えない)。"""
-
-    def _change(self, action: str, pick: Pick, reason: str, options: Options) -> Change:
-        ...
-
-    def _plan(self, action: str, pick: Pick, reason: str, options: Options, history: list[Change]) -> Change:
-        ...
-
-    def _refuse(self, action: str, version: str, history: list[Change]) -> None:
-        ...
-
-    def _switch(self, change: Change) -> Change:
-        ...
-
-    def _verify(self, change: Change) -> None:
-        ...
-
-    def _restore(self, change: Change) -> bool:
-        ...
-
-    def _moved_by_someone_else(self, change: Change) -> bool:
-        ...
-
-    def _smoke(self, version: str) -> None:
-        ...
-
-    def _recover(self, history: list[Change]) -> Change | None:
-        ...
 
 class _Manager:
     """本の API。エイリアスごとに ``AliasRollback`` を用意する。"""
@@ -89,7 +34,7 @@ class _Manager:
         """``alias`` を前の(または指定の)バージョンへ戻す。
 
         Raises:
-            RollbackError: 断る理由ごとの子クラス(``alerting/releases/journal.py``)。
+            RollbackError: 断る理由ごとの子クラス(``releases/errors.py``)。
         """
 
     def undo_rollback(self, alias: str | None=None, reason: str='', **options: Any) -> Change:
@@ -130,11 +75,8 @@ class PromptRollbackManager(_Manager):
     def __init__(self, prompt_name: str, client: Any=None, **options: Any) -> None:
         ...
 
-def quick_rollback(model_name: str, target_version: str | int | None=None, alias: str='champion', reason: str='', **options: Any) -> Change:
-    """一行で戻す。``options`` は ``Options`` の項目。"""
-
 def get_champion_version(model_name: str) -> str | None:
     """``champion`` の指すバージョン。"""
 
 def main() -> None:
-    """プロンプトを昇格し、戻し、プロセスを替えて取り消す。壊れた版は自動で元に戻る。"""
+    """モデルを 1 行で戻し、プロンプトを昇格し、戻し、プロセスを替えて取り消す。"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
@@ -13,24 +14,22 @@ from typing import Any
 import pytest
 
 from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
-from chapter8_samples.alerting.releases.journal import (
-    Change,
+from chapter8_samples.alerting.releases import (
+    AliasRollback,
     ConcurrentChangeError,
     CooldownError,
     GateRefusedError,
-    Journal,
     KnownBadVersionError,
+    ModelAlias,
     NoHistoryError,
     RollbackError,
     SameVersionError,
     UnknownVersionError,
     VerificationError,
-    known_bad,
+    auto_rollback,
 )
-from chapter8_samples.alerting.releases.on_alert import auto_rollback
-from chapter8_samples.alerting.releases.targets import ModelAlias
+from chapter8_samples.alerting.releases.journal import Change, Journal, known_bad
 from chapter8_samples.alerting.rollback import (
-    AliasRollback,
     ModelRollbackManager,
     PromptRollbackManager,
     get_champion_version,
@@ -660,3 +659,145 @@ def test_a_request_that_was_carried_out_does_not_ask_the_gate_again() -> None:
     rollback.promote(1)
     first = rollback.promote(2, request_id="r")
     assert rollback.promote(2, request_id="r") == first and len(asked) == 1
+
+
+def on_errors(rollback: AliasRollback, mode: Any = "apply") -> Any:
+    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
+    return auto_rollback(Alert(name="errors", action="rollback"), manager, mode=mode)
+
+
+@pytest.mark.parametrize("moved_to", ["2", "4", None])
+@pytest.mark.parametrize("mode", ["suggest", "apply"])
+def test_an_alias_somebody_moved_after_the_promotion_is_left_alone(
+    moved_to: str | None, mode: str
+) -> None:
+    registry, rollback = three_versions()
+    registry.alias_version = moved_to  # 記録に残らない、手での変更
+    decision = on_errors(rollback, mode)
+    assert (decision.outcome, registry.alias_version) == ("none", moved_to)
+    assert f"points at version {moved_to}, no longer at the promoted 3" in decision.reason
+
+
+def test_an_alias_moved_while_the_alert_is_judged_is_left_alone() -> None:
+    registry, rollback = three_versions()
+    put_tag = registry.put_tag
+
+    def put_and_move(key: str, value: str) -> None:
+        put_tag(key, value)
+        registry.alias_version = "4"  # ロックを取る間に、誰かが動かした
+
+    registry.put_tag = put_and_move  # type: ignore[method-assign]
+    with pytest.raises(ConcurrentChangeError, match="at version 3, found 4"):
+        on_errors(rollback)
+    assert registry.alias_version == "4"
+
+
+def test_a_promotion_that_crashed_after_the_switch_can_still_be_rolled_back() -> None:
+    registry, rollback = three_versions()
+
+    def cut() -> None:
+        registry.fuse = registry.calls + 1
+
+    registry.before_point = cut
+    with pytest.raises(Power):
+        rollback.promote(4)
+    registry.fuse, registry.before_point = 10**9, lambda: None
+    later = Clock()
+    later.now += timedelta(hours=1)
+    assert (registry.alias_version, on_errors(engine(registry, later)).outcome) == ("4", "applied")
+    assert registry.alias_version == "3"
+
+
+def test_a_deleted_predecessor_is_skipped_and_the_result_says_so() -> None:
+    registry, rollback = three_versions()
+    registry.versions.remove("2")
+    decision = on_errors(rollback)
+    assert (decision.outcome, registry.alias_version) == ("applied", "1")
+    assert "skipped 2: m has no version 2" in decision.reason
+    assert rollback.history()[-1].reason == "skipped 2: m has no version 2; alert errors"
+
+
+def test_when_the_current_version_was_deleted_the_last_good_one_comes_back() -> None:
+    for ask in (on_errors, lambda rollback: rollback.rollback()):
+        registry, rollback = three_versions()
+        registry.versions.remove("3")
+        registry.alias_version = None  # MLflow は、版と一緒にエイリアスも消す
+        ask(rollback)
+        assert (registry.alias_version, rollback.history()[-1].to_version) == ("2", "2")
+
+
+def test_when_every_older_version_is_gone_the_refusal_names_them() -> None:
+    registry, rollback = three_versions()
+    registry.versions -= {"1", "2"}
+    with pytest.raises(
+        NoHistoryError, match=r"no recorded predecessor.*no version 2.*no version 1"
+    ):
+        rollback.rollback()
+    assert on_errors(rollback).outcome == "none"
+
+
+def test_a_version_moved_to_by_hand_is_the_predecessor_of_the_next_promotion() -> None:
+    registry, rollback = three_versions()
+    registry.alias_version = "1"
+    rollback.promote(4)
+    registry.versions.remove("1")
+    assert rollback.rollback().to_version == "3"
+
+
+def exited_process() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot ask without a signal")
+def test_the_lock_of_a_dead_process_is_taken_at_once_and_only_on_the_same_machine() -> None:
+    registry, rollback = three_versions()
+    tag = "rollback_champion_lock"
+    lock = rollback.journal.locked()
+    lock.__enter__()
+    held = json.loads(registry.stored[tag])
+    with pytest.raises(ConcurrentChangeError, match=r"expires at 2026-01-01 00:\d\d:\d\d UTC"):
+        rollback.rollback(force=True)  # 持ち主は生きている
+    registry.stored[tag] = json.dumps({**held, "machine": "elsewhere", "pid": exited_process()})
+    with pytest.raises(ConcurrentChangeError, match="expires at"):
+        rollback.recover()
+    registry.stored[tag] = json.dumps({**held, "pid": exited_process()})
+    assert rollback.recover() is None
+    registry.stored[tag] = json.dumps({**held, "pid": exited_process()})
+    assert rollback.rollback(force=True).to_version == "2"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_a_killed_promotion_is_recovered_without_waiting(tracking_uri: str) -> None:
+    name = model(2)
+    manager = ModelRollbackManager(name, settle_seconds=0)
+    manager.promote(1)
+    code = (
+        "import mlflow, os, signal\n"
+        "from chapter8_samples.alerting import ModelRollbackManager\n"
+        f"mlflow.set_tracking_uri({tracking_uri!r})\n"
+        "def kill(uri):\n    if '@' in uri: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"ModelRollbackManager({name!r}, smoke_check=kill, settle_seconds=0).promote(2)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+    recovered = manager.recover()
+    assert recovered is not None and (recovered.state, manager.current_version()) == ("done", "2")
+
+
+@pytest.mark.slow
+def test_a_real_deleted_version_takes_its_alias_along_and_is_skipped(tracking_uri: str) -> None:
+    import mlflow
+
+    name = model(4)
+    manager = ModelRollbackManager(name, settle_seconds=0, cooldown_seconds=0)
+    for version in (1, 2, 3, 4):
+        manager.promote(version)
+    client: Any = mlflow.MlflowClient()
+    for version in ("4", "3"):
+        client.delete_model_version(name, version)
+    assert manager.current_version() is None
+    change = manager.rollback(reason="retention")
+    assert (change.to_version, manager.current_version()) == ("2", "2")
+    assert change.reason == f"skipped 3: {name} has no version 3; retention"

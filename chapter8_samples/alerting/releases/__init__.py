@@ -1,29 +1,25 @@
 """モデルとプロンプトの版: 変更の記録、エイリアス、ロールバックの判断。"""
 
 from .aliased import AliasedModel, AliasedPrompt, AliasUnavailableError
-from .journal import (
-    AliasTarget,
-    Change,
+from .errors import (
     ConcurrentChangeError,
     CooldownError,
     GateRefusedError,
-    Journal,
     KnownBadVersionError,
     NoHistoryError,
-    Options,
     RollbackError,
     SameVersionError,
     UnknownVersionError,
     VerificationError,
-    done_changes,
-    find_request,
-    known_bad,
 )
+from .journal import Change
 from .on_alert import RollbackDecision, auto_rollback
-from .targets import ModelAlias, PromptAlias
+from .switch import AliasRollback
+from .targets import AliasTarget, ModelAlias, PromptAlias
 from .traffic import ServingTrafficError, shift_serving_traffic
 
 __all__ = [
+    "AliasRollback",
     "AliasTarget",
     "AliasUnavailableError",
     "AliasedModel",
@@ -32,11 +28,9 @@ __all__ = [
     "ConcurrentChangeError",
     "CooldownError",
     "GateRefusedError",
-    "Journal",
     "KnownBadVersionError",
     "ModelAlias",
     "NoHistoryError",
-    "Options",
     "PromptAlias",
     "RollbackDecision",
     "RollbackError",
@@ -45,8 +39,5 @@ __all__ = [
     "UnknownVersionError",
     "VerificationError",
     "auto_rollback",
-    "done_changes",
-    "find_request",
-    "known_bad",
     "shift_serving_traffic",
 ]

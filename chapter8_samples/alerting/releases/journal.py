@@ -14,13 +14,18 @@ import logging
 import os
 import re
 import socket
+import sys
 import time
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import ConcurrentChangeError
+from .targets import AliasTarget
 
 logger = logging.getLogger(__name__)
 
@@ -30,46 +35,6 @@ SLOTS = 8
 """残す記録の数。Unity Catalog のタグは 50 個まで。"""
 MAX_TAG_CHARS = 1000
 """Unity Catalog のタグの値の上限(OSS の MLflow は 100,000 文字)。"""
-
-
-class RollbackError(RuntimeError):
-    """ロールバックまわりの失敗の親。"""
-
-
-class UnknownVersionError(RollbackError):
-    """そのバージョンがない、または使える状態でない。"""
-
-
-class SameVersionError(RollbackError):
-    """エイリアスはすでにそのバージョンを指している。"""
-
-
-class NoHistoryError(RollbackError):
-    """戻る先、または取り消す対象の記録がない。"""
-
-
-class CooldownError(RollbackError):
-    """前のロールバックから間がない。"""
-
-
-class KnownBadVersionError(RollbackError):
-    """一度ロールバックで退けたバージョンに切り替えようとした。"""
-
-
-class ConcurrentChangeError(RollbackError):
-    """ほかの誰かが同時に変更している、または変更した。"""
-
-
-class GateRefusedError(RollbackError):
-    """昇格前の検査が、いまのバージョンより悪くないと認めなかった。"""
-
-
-class VerificationError(RollbackError):
-    """確認に失敗した。``restored`` は、エイリアスが元のバージョンを指しているか。"""
-
-    def __init__(self, message: str, *, restored: bool) -> None:
-        super().__init__(message)
-        self.restored = restored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +60,11 @@ class Change:
 
     def to_json(self) -> str:
         """タグの値(1,000 文字以内)。長すぎる理由は切る。"""
-        data = {**asdict(self), "at": self.at.timestamp()}
-        text = _compact(data)
-        if (extra := len(text) - MAX_TAG_CHARS) > 0:
-            text = _compact({**data, "reason": self.reason[: max(0, len(self.reason) - extra - 8)]})
-        return text
+        fields = {**asdict(self), "at": self.at.timestamp()}
+        kept = {key: value for key, value in fields.items() if value not in (None, "", False)}
+        if (extra := len(_json(kept)) - MAX_TAG_CHARS) > 0:
+            kept["reason"] = self.reason[: max(0, len(self.reason) - extra - 8)]
+        return _json(kept)
 
     @classmethod
     def from_json(cls, text: str) -> Change:
@@ -110,40 +75,13 @@ class Change:
         return cls(**data)
 
 
-def _compact(data: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in data.items() if value not in (None, "", False)}
-    return json.dumps(kept, ensure_ascii=False, separators=(",", ":"))
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
 
-def _read_lock(text: str) -> dict[str, Any]:
-    lock: dict[str, Any] = json.loads(text)
-    return {"id": str(lock["id"]), "until": float(lock["until"]), "by": lock["by"]}
-
-
-def default_actor() -> str:
-    """誰が変えたか(ユーザー@ホスト:プロセス番号)。"""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}:{os.getpid()}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """変更のしかた。
-
-    Attributes:
-        expected: いまのバージョンがこれでなければ ``ConcurrentChangeError``。
-        dry_run: 検査だけして、何も変えない。
-        force: 待ち時間と、退けたバージョンの拒否を無視する。
-        request_id: 同じ ID の変更が済んでいれば、その記録を返すだけにする。
-    """
-
-    expected: str | int | None = None
-    dry_run: bool = False
-    force: bool = False
-    request_id: str | None = None
+def done_changes(history: list[Change]) -> list[Change]:
+    """済んだ変更だけ。"""
+    return [change for change in history if change.state == "done"]
 
 
 def known_bad(history: list[Change]) -> set[str]:
@@ -156,50 +94,55 @@ def known_bad(history: list[Change]) -> set[str]:
     return bad
 
 
-def done_changes(history: list[Change]) -> list[Change]:
-    """済んだ変更だけ。"""
-    return [change for change in history if change.state == "done"]
-
-
 def find_request(history: list[Change], request_id: str | None) -> Change | None:
     """同じ ``request_id`` の済んだ変更。なければ ``None``。"""
     found = [c for c in done_changes(history) if request_id and c.request_id == request_id]
     return found[-1] if found else None
 
 
-class AliasTarget(Protocol):
-    """エイリアスとタグを持つもの。モデルとプロンプトの違いはここだけに閉じ込める。"""
+def default_actor() -> str:
+    """誰が変えたか(ユーザー@ホスト:プロセス番号)。"""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}:{os.getpid()}"
 
-    name: str
-    alias: str
 
-    def current(self) -> str | None:
-        """エイリアスの指すバージョン。なければ ``None``。"""
-        ...
+def _machine() -> str:
+    """プロセス番号が通じる範囲。Linux では起動ごと、PID 名前空間(コンテナー)ごとに違う。"""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return socket.gethostname()
 
-    def check(self, version: str) -> None:
-        """使えるバージョンでなければ ``UnknownVersionError``。"""
-        ...
 
-    def point(self, version: str | None) -> None:
-        """エイリアスを付け替える。``None`` は外す。"""
-        ...
+@dataclass(frozen=True)
+class _Lock:
+    id: str
+    until: float
+    by: str
+    machine: str = ""
+    pid: int = 0
 
-    def tags(self) -> Mapping[str, str]:
-        """登録済みモデル(プロンプト)のタグ。"""
-        ...
+    @classmethod
+    def from_json(cls, text: str) -> _Lock:
+        raw: dict[str, Any] = json.loads(text)
+        pid = int(raw.get("pid", 0))
+        return cls(raw["id"], float(raw["until"]), raw["by"], raw.get("machine", ""), pid)
 
-    def put_tag(self, key: str, value: str) -> None:
-        """タグを書く。"""
-        ...
-
-    def drop_tag(self, key: str) -> None:
-        """タグを消す。なくてもよい。"""
-        ...
-
-    def uri(self, version: str | None = None) -> str:
-        """確認に使う URI。省略するとエイリアスの URI。"""
-        ...
+    def owner_died(self) -> bool:
+        """持ち主が同じマシンの、もういないプロセスか。"""
+        if self.machine != _machine() or self.pid <= 0 or sys.platform == "win32":
+            return False  # Windows の os.kill(pid, 0) は、確かめるのではなくシグナルを送る
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):  # ほかの利用者のプロセスなど
+            return False
+        return False
 
 
 class Journal:
@@ -207,6 +150,7 @@ class Journal:
 
     Fischer の方式: 自分のロックを書き、``settle_seconds`` 待ち、まだ自分のものなら取れた。タグの
     書き込みが ``settle_seconds`` より速いと仮定する。完全な排他には、変更を一つのジョブに集める。
+    落ちた持ち主のロックは、同じマシンならすぐに、ほかのマシンなら ``lease_seconds`` の後に外れる。
     """
 
     def __init__(
@@ -219,12 +163,9 @@ class Journal:
         sleep: Callable[[float], None] = time.sleep,
         actor: str = "",
     ) -> None:
-        self.target, self.lease, self.settle = (
-            target,
-            timedelta(seconds=lease_seconds),
-            settle_seconds,
-        )
-        self.clock, self._sleep, self.actor = clock, sleep, actor or default_actor()
+        self.target, self.clock, self.actor = target, clock, actor or default_actor()
+        self._lease, self._settle = timedelta(seconds=lease_seconds), settle_seconds
+        self._sleep, self._label = sleep, f"{target.name}@{target.alias}"
         # Unity Catalog のタグのキーは . , - = / : を含めない。a-b と a_b の記録は混ぜない
         alias = re.sub(r"[^A-Za-z0-9_]", lambda found: f"_{ord(found[0]):x}_", target.alias)
         self._prefix = f"rollback_{alias}_"
@@ -232,12 +173,10 @@ class Journal:
 
     def history(self) -> list[Change]:
         """残っている記録を、古い順に。"""
-        tags = self.target.tags()
-        slots = re.compile(re.escape(self._prefix) + r"\d+")
-        changes = [
-            self._read(k, v, Change.from_json) for k, v in tags.items() if slots.fullmatch(k)
-        ]
-        return sorted(filter(None, changes), key=lambda change: change.seq)
+        slot = re.compile(re.escape(self._prefix) + r"\d+")
+        tags = self.target.tags().items()
+        found = [self._read(k, v, Change.from_json) for k, v in tags if slot.fullmatch(k)]
+        return sorted(filter(None, found), key=lambda change: change.seq)
 
     def _read(self, key: str, text: str, parse: Callable[[str], T]) -> T | None:
         """タグを読む。手で書き換えられて読めないものは、ないものとする。"""
@@ -252,12 +191,6 @@ class Journal:
         self.target.put_tag(f"{self._prefix}{change.seq % SLOTS}", change.to_json())
         return change
 
-    def next(self, history: list[Change], **fields: Any) -> Change:
-        """次の番号の記録を作る(まだ書かない)。"""
-        seq = history[-1].seq + 1 if history else 1
-        at, by = self.clock(), self.actor
-        return Change(id=uuid.uuid4().hex[:8], seq=seq, at=at, by=by, **fields)
-
     @contextmanager
     def locked(self) -> Generator[Callable[[], None]]:
         """変更の間だけロックを持つ。渡す関数は、まだ自分のものかを確かめて期限を延ばす。
@@ -265,42 +198,37 @@ class Journal:
         Raises:
             ConcurrentChangeError: ほかの誰かが変更中。
         """
-        me = uuid.uuid4().hex
-        held = self._holder()
-        if held and held["until"] > self.clock().timestamp():
-            raise ConcurrentChangeError(f"{self._label} is being changed by {held['by']}")
+        me, held = uuid.uuid4().hex, self._lock()
+        if held and held.until > self.clock().timestamp() and not held.owner_died():
+            until = f"{datetime.fromtimestamp(held.until, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+            raise ConcurrentChangeError(
+                f"{self._label} is being changed by {held.by}; its lock expires at {until}"
+            )
         self._write_lock(me)
-        self._sleep(self.settle)
-        self._must_hold(me)
+        self._sleep(self._settle)
+        self._keep(me)
         try:
-            yield lambda: self._renew(me)
+            yield lambda: self._keep(me)
         finally:
             self._release(me)
 
+    def _lock(self) -> _Lock | None:
+        text = self.target.tags().get(self._lock_key)
+        return self._read(self._lock_key, text, _Lock.from_json) if text else None
+
+    def _write_lock(self, me: str) -> None:
+        until = (self.clock() + self._lease).timestamp()
+        lock = _Lock(me, until, self.actor, _machine(), os.getpid())
+        self.target.put_tag(self._lock_key, _json(asdict(lock)))
+
+    def _keep(self, me: str) -> None:
+        if (lock := self._lock()) is None or lock.id != me:
+            raise ConcurrentChangeError(f"another process won the lock on {self._label}")
+        self._write_lock(me)
+
     def _release(self, me: str) -> None:
         try:
-            if (self._holder() or {}).get("id") == me:
+            if (lock := self._lock()) and lock.id == me:
                 self.target.drop_tag(self._lock_key)
         except Exception as error:  # 変更の結果(成功か失敗か)を、後始末の失敗で隠さない
             logger.warning("lock on %s is left to expire: %s", self._label, error)
-
-    @property
-    def _label(self) -> str:
-        return f"{self.target.name}@{self.target.alias}"
-
-    def _holder(self) -> dict[str, Any] | None:
-        text = self.target.tags().get(self._lock_key)
-        return self._read(self._lock_key, text, _read_lock) if text else None
-
-    def _write_lock(self, me: str) -> None:
-        until = (self.clock() + self.lease).timestamp()
-        value = json.dumps({"id": me, "until": until, "by": self.actor})
-        self.target.put_tag(self._lock_key, value)
-
-    def _must_hold(self, me: str) -> None:
-        if (self._holder() or {}).get("id") != me:
-            raise ConcurrentChangeError(f"another process won the lock on {self._label}")
-
-    def _renew(self, me: str) -> None:
-        self._must_hold(me)
-        self._write_lock(me)

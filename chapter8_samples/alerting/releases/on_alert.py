@@ -1,7 +1,7 @@
 """8.4.5 アラートからの自動ロールバック。
 
-アラートの原因がいつもリリースとは限らない。直近に昇格の記録があるときだけロールバックを提案し、任された
-ときだけ実行する。同じ発報に対しては、何度呼んでも一度しか戻さない。
+アラートの原因がいつもリリースとは限らない。直近に昇格の記録があり、エイリアスがまだその版を指すときだけ
+ロールバックを提案し、任されたときだけ実行する。同じ発報に対しては、何度呼んでも一度しか戻さない。
 
 Databricks でもそのまま使う(``mlflow`` 本体が要る)。
 """
@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from .journal import Change, CooldownError, Journal, KnownBadVersionError, NoHistoryError
+from .errors import CooldownError, KnownBadVersionError, NoHistoryError, UnknownVersionError
+from .journal import Change, find_request
+from .switch import AliasRollback
 
 CLOCK_SKEW = timedelta(minutes=1)
 """評価するプロセスと昇格するプロセスの、時計のずれとして許す長さ。"""
@@ -33,21 +35,10 @@ class AlertLike(Protocol):
     def starts_at(self) -> datetime: ...
 
 
-class AliasHistory(Protocol):
-    """一つのエイリアスの記録とロールバック(``AliasRollback``)。"""
-
-    @property
-    def journal(self) -> Journal: ...
-    def history(self) -> list[Change]: ...
-    def rollback(
-        self, target_version: str | int | None = None, reason: str = "", **options: Any
-    ) -> Change: ...
-
-
 class RollbackManager(Protocol):
     """``ModelRollbackManager`` と ``PromptRollbackManager`` の、ここで使う部分。"""
 
-    def for_alias(self, alias: str | None = None) -> AliasHistory: ...
+    def for_alias(self, alias: str | None = None) -> AliasRollback: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +60,9 @@ def auto_rollback(
 ) -> RollbackDecision:
     """アラートの原因が直近の昇格らしいときだけ、ロールバックを提案する(または実行する)。
 
-    昇格より前から続く発報では何もしない(直すための昇格を戻さない)。
+    昇格より前から続く発報と、昇格の後で誰かが動かしたエイリアスには、何もしない。
     同じ発報で何度呼んでも、実行は一度だけになる(``request_id``)。戻る先がない、間がないときは
-    ``outcome="none"`` と理由を返す。同時の変更と確認の失敗は、``RollbackError`` のまま上げる。
+    ``outcome="none"`` と理由を返す。
 
     Raises:
         ValueError: ``mode`` の書き誤り(提案だけで済んだと思い込まないように断る)。
@@ -83,26 +74,37 @@ def auto_rollback(
         return RollbackDecision(outcome="none", reason="the alert does not ask for a rollback")
     engine = manager.for_alias(alias)
     request_id = f"{alert.fingerprint[:16]}:{int(alert.starts_at.timestamp())}"
-    done = [change for change in engine.history() if change.state == "done"]
-    if before := [change for change in done if change.request_id == request_id]:
-        return RollbackDecision(outcome="applied", reason="already rolled back", change=before[-1])
-    last = done[-1:]
-    if not last or last[0].action != "promote":
+    history = engine.history()
+    if before := find_request(history, request_id):
+        return RollbackDecision(outcome="applied", reason="already rolled back", change=before)
+    # prepared は、切り替えの途中で落ちた昇格。rollback() が先に片付ける
+    last = next((c for c in reversed(history) if c.state in ("done", "prepared")), None)
+    if last is None or last.action != "promote":
         return RollbackDecision(outcome="none", reason="the last recorded change is no promotion")
-    age = engine.journal.clock() - last[0].at
+    now, age = engine.target.current(), engine.journal.clock() - last.at
+    if now != last.to_version and (now or _exists(engine, last.to_version)):
+        reason = f"the alias points at version {now}, no longer at the promoted {last.to_version}"
+        return RollbackDecision(outcome="none", reason=reason)
     if age > max_change_age:
         return RollbackDecision(outcome="none", reason=f"the last promotion is {age} old")
-    if alert.starts_at < last[0].at - CLOCK_SKEW:
+    if alert.starts_at < last.at - CLOCK_SKEW:
         # 昇格の前からの発報。いまの版は、それを直すために出したものかもしれない
         return RollbackDecision(outcome="none", reason="the alert fired before the last promotion")
-    dry_run = mode != "apply"
-    reason = f"alert {alert.name}"
+    wanted = {"request_id": request_id, "dry_run": mode != "apply", "expected": now or ""}
     try:
-        change = engine.rollback(reason=reason, request_id=request_id, dry_run=dry_run)
+        change = engine.rollback(reason=f"alert {alert.name}", **wanted)
     except (NoHistoryError, CooldownError, KnownBadVersionError) as refusal:
         return RollbackDecision(outcome="none", reason=str(refusal))
     return RollbackDecision(
-        outcome="suggested" if dry_run else "applied",
-        reason=f"{reason}; version {last[0].to_version} was promoted {age} ago",
+        outcome="applied" if mode == "apply" else "suggested",
+        reason=f"{change.reason}; version {last.to_version} was promoted {age} ago",
         change=change,
     )
+
+
+def _exists(engine: AliasRollback, version: str) -> bool:
+    try:
+        engine.target.check(version)
+    except UnknownVersionError:  # 版を消すと、それを指すエイリアスも消える
+        return False
+    return True

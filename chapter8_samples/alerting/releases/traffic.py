@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from databricks.sdk import WorkspaceClient
-    from databricks.sdk.service.serving import ServingEndpointDetailed, TrafficConfig
-
-Shares = dict[str, int]
-"""配信中の名前 -> トラフィックの割合(%)。"""
+    from databricks.sdk.service.serving import ServingEndpointDetailed
 
 
 class ServingTrafficError(RuntimeError):
@@ -53,12 +50,12 @@ def shift_serving_traffic(
         client = workspace or WorkspaceClient()
         found = client.serving_endpoints.get(endpoint)
         before = _shares(found)
-        _refuse(found, endpoint, to_entity, list(before))
+        if refusal := _refusal(found, endpoint, to_entity, list(before)):
+            raise ServingTrafficError(refusal)
         after = {name: 100 * (name == to_entity) for name in before}
-        result = {"endpoint": endpoint, "changed": after != before, "before": before}
         if after != before:
-            _update(client, endpoint, _traffic(found, after), timeout_seconds if wait else None)
-        return {**result, "after": after}
+            _update(client, found, after, timedelta(seconds=timeout_seconds) if wait else None)
+        return {"endpoint": endpoint, "changed": after != before, "before": before, "after": after}
     except (DatabricksError, OperationFailed, TimeoutError) as error:
         raise ServingTrafficError(
             f"endpoint {endpoint!r} was not shifted to {to_entity!r}: {error}"
@@ -70,59 +67,48 @@ def _entities(found: ServingEndpointDetailed) -> list[Any]:
     return list((config.served_entities or config.served_models or []) if config else [])
 
 
-def _routes(found: ServingEndpointDetailed) -> list[Any]:
+def _routes(found: ServingEndpointDetailed) -> dict[str, Any]:
     traffic = found.config.traffic_config if found.config else None
-    return list((traffic.routes or []) if traffic else [])
+    routes = (traffic.routes or []) if traffic else []
+    return {str(route.served_entity_name or route.served_model_name): route for route in routes}
 
 
-def _shares(found: ServingEndpointDetailed) -> Shares:
-    routed = {r.served_entity_name or r.served_model_name: r for r in _routes(found)}
-    names = [str(entity.name) for entity in _entities(found)]
-    return {name: routed[name].traffic_percentage if name in routed else 0 for name in names}
+def _shares(found: ServingEndpointDetailed) -> dict[str, int]:
+    routes, names = _routes(found), [str(entity.name) for entity in _entities(found)]
+    return {name: routes[name].traffic_percentage if name in routes else 0 for name in names}
 
 
-def _refuse(
+def _refusal(
     found: ServingEndpointDetailed, endpoint: str, to_entity: str, served: list[str]
-) -> None:
+) -> str:
+    where = f"endpoint {endpoint!r}"
     if to_entity not in served:
-        raise ServingTrafficError(
-            f"{to_entity!r} is not served by endpoint {endpoint!r}; served: {', '.join(served)}"
-        )
+        return f"{to_entity!r} is not served by {where}; served: {', '.join(served)}"
     update = found.state.config_update if found.state else None
     if found.pending_config or (update and update.value == "IN_PROGRESS"):
-        raise ServingTrafficError(
-            f"endpoint {endpoint!r} is being updated; wait until it is NOT_UPDATING and try again"
-        )
-    target = next(entity for entity in _entities(found) if entity.name == to_entity)
-    deployment = target.state.deployment.value if target.state and target.state.deployment else ""
-    if deployment not in ("", "DEPLOYMENT_READY"):
-        raise ServingTrafficError(
-            f"{to_entity!r} of endpoint {endpoint!r} is {deployment}, not DEPLOYMENT_READY"
-        )
-
-
-def _traffic(found: ServingEndpointDetailed, shares: Shares) -> TrafficConfig:
-    from databricks.sdk.service.serving import Route, TrafficConfig
-
-    # 古いエンドポイントは served_model_name で経路を持つ。相手が使っている呼び名に合わせる
-    legacy = any(r.served_entity_name is None for r in _routes(found))
-    key = "served_model_name" if legacy else "served_entity_name"
-    routes = [
-        Route.from_dict({key: name, "traffic_percentage": share}) for name, share in shares.items()
-    ]
-    return TrafficConfig(routes=routes)
+        return f"{where} is being updated; wait until it is NOT_UPDATING and try again"
+    state = next(entity for entity in _entities(found) if entity.name == to_entity).state
+    deployment = state.deployment.value if state and state.deployment else "DEPLOYMENT_READY"
+    ready = deployment == "DEPLOYMENT_READY"
+    return "" if ready else f"{to_entity!r} of {where} is {deployment}, not DEPLOYMENT_READY"
 
 
 def _update(
-    client: WorkspaceClient, endpoint: str, traffic: TrafficConfig, timeout_seconds: float | None
+    client: WorkspaceClient,
+    found: ServingEndpointDetailed,
+    shares: dict[str, int],
+    timeout: timedelta | None,
 ) -> None:
-    api = client.serving_endpoints
-    if timeout_seconds is None:
-        api.update_config(endpoint, traffic_config=traffic)
+    from databricks.sdk.service.serving import Route, TrafficConfig
+
+    # 古いエンドポイントは served_model_name で経路を持つ。相手が使っている呼び名に合わせる
+    legacy = any(route.served_entity_name is None for route in _routes(found).values())
+    key = "served_model_name" if legacy else "served_entity_name"
+    routes = [Route.from_dict({key: name, "traffic_percentage": n}) for name, n in shares.items()]
+    api, name, traffic = client.serving_endpoints, str(found.name), TrafficConfig(routes=routes)
+    if timeout is None:
+        api.update_config(name, traffic_config=traffic)
         return
-    timeout = timedelta(seconds=timeout_seconds)
-    updated = api.update_config_and_wait(endpoint, traffic_config=traffic, timeout=timeout)
-    wanted = {r.served_entity_name or r.served_model_name: r for r in traffic.routes or []}
-    now = _shares(updated)
-    if now != {name: route.traffic_percentage for name, route in wanted.items()}:
-        raise ServingTrafficError(f"endpoint {endpoint!r} routes {now} after the update")
+    now = _shares(api.update_config_and_wait(name, traffic_config=traffic, timeout=timeout))
+    if now != shares:
+        raise ServingTrafficError(f"endpoint {name!r} routes {now} after the update")

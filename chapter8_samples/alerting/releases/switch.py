@@ -1,0 +1,277 @@
+"""8.4.5 昇格、ロールバック、取り消し: 確かめてから切り替え、使えなければ戻す。
+
+順序は、ロック、前の変更の後始末、検査、記録(prepared)、付け替え、確認、記録(done)。どこで落ちても、
+エイリアスは前か後の版を指し、次の変更か ``recover`` が記録を閉じる。
+
+Databricks でもそのまま使う(``mlflow`` 本体が要る)。
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+from .errors import (
+    ConcurrentChangeError,
+    CooldownError,
+    GateRefusedError,
+    KnownBadVersionError,
+    NoHistoryError,
+    SameVersionError,
+    UnknownVersionError,
+    VerificationError,
+)
+from .journal import Change, Journal, done_changes, find_request, known_bad
+from .targets import AliasTarget
+
+logger = logging.getLogger(__name__)
+
+Check = Callable[[str], object]
+Pick = Callable[[list[Change]], dict[str, Any]]
+"""記録から、変更の項目(``to_version``、``reason``、``undoes``)を決める関数。"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """変更のしかた。
+
+    Attributes:
+        expected: いまのバージョン(空は、エイリアスがない)。違えば ``ConcurrentChangeError``。
+        dry_run: 検査だけして、何も変えない。
+        force: 待ち時間と、退けたバージョンの拒否を無視する。
+        request_id: 同じ ID の変更が済んでいれば、その記録を返すだけにする。
+    """
+
+    expected: str | int | None = None
+    dry_run: bool = False
+    force: bool = False
+    request_id: str | None = None
+
+
+class AliasRollback:
+    """一つのエイリアスの、昇格、ロールバック、取り消し。モデルとプロンプトで同じ。
+
+    Args:
+        smoke_check: URI を受け取り、使えなければ例外を出す。切り替えの前(バージョン)と後
+            (エイリアス)に呼ぶ。
+        gate: 候補の URI を受け取り、いまの版より悪ければ、偽を返すか例外を出す(8.3 の
+            ``compare_releases`` の結果を返せる)。昇格の前にだけ呼び、最初の版では呼ばない。
+        cooldown_seconds: 前のロールバックから、次のロールバックまでの最短の秒数。
+        journal: ``Journal`` の引数(``settle_seconds`` など)。
+    """
+
+    def __init__(
+        self,
+        target: AliasTarget,
+        *,
+        smoke_check: Check | None = None,
+        gate: Check | None = None,
+        cooldown_seconds: float = 600.0,
+        **journal: Any,
+    ) -> None:
+        self.target, self.smoke_check, self.gate = target, smoke_check, gate
+        self.cooldown = timedelta(seconds=cooldown_seconds)
+        self.journal = Journal(target, **journal)
+
+    def history(self) -> list[Change]:
+        """残っている記録を、古い順に。"""
+        return self.journal.history()
+
+    def promote(self, version: str | int, reason: str = "", **options: Any) -> Change:
+        """新しいバージョンに切り替える。``gate`` が認めなければ ``GateRefusedError``。"""
+        wanted = Options(**options)
+        if self.gate and not find_request(self.history(), wanted.request_id):
+            wanted = replace(wanted, expected=self._ask_gate(self.gate, str(version), wanted))
+        fields = {"to_version": str(version), "reason": reason}
+        return self._change("promote", lambda _: fields, wanted)
+
+    def rollback(
+        self, target_version: str | int | None = None, reason: str = "", **options: Any
+    ) -> Change:
+        """戻す。省略すると、記録にある一つ前の、退けられていないバージョンへ戻る。
+
+        一つ前が消されていたら、その前の版へ戻る。飛ばした版は ``reason`` の始めに残る。
+        """
+
+        def pick(history: list[Change]) -> dict[str, Any]:
+            if target_version is not None:
+                return {"to_version": str(target_version), "reason": reason}
+            version, skipped = self._previous(history)
+            return {"to_version": version, "reason": "; ".join(filter(None, [*skipped, reason]))}
+
+        return self._change("rollback", pick, Options(**options))
+
+    def undo(self, reason: str = "", **options: Any) -> Change:
+        """最後のロールバックを取り消す。プロセスを再起動した後でもできる。"""
+
+        def pick(history: list[Change]) -> dict[str, Any]:
+            last = self._last_rollback(history)
+            return {"to_version": last.from_version, "undoes": last.id, "reason": reason}
+
+        return self._change("undo", pick, replace(Options(**options), force=True))
+
+    def recover(self) -> Change | None:
+        """途中で落ちた変更があれば、結果を確かめて記録を閉じる。なければ ``None``。"""
+        with self.journal.locked():
+            return self._recover(self.history())
+
+    def _previous(self, history: list[Change]) -> tuple[str, list[str]]:
+        """(戻る先, 飛ばした版の理由)。いまの版より前に使った版を、新しいものから確かめる。"""
+        current, bad, done = self.target.current(), known_bad(history), done_changes(history)
+        # 版を消すと、それを指すエイリアスも消える
+        live = done[-1].to_version if current is None and done else current
+        while done and done[-1].to_version != live:
+            done.pop()
+        used = [v for change in reversed(done) for v in (change.to_version, change.from_version)]
+        skipped = list[str]()
+        for version in dict.fromkeys(used):
+            if version is None or version == live or version in bad:
+                continue
+            try:
+                self.target.check(version)
+                return version, skipped
+            except UnknownVersionError as error:
+                skipped.append(f"skipped {version}: {error}")
+        now = "; ".join([f"now version {current}", *skipped])
+        raise NoHistoryError(
+            f"no recorded predecessor for {self.target.uri()} ({now}); pass target_version"
+        )
+
+    def _last_rollback(self, history: list[Change]) -> Change:
+        undone = {change.undoes for change in done_changes(history)}
+        last = [c for c in done_changes(history) if c.action == "rollback" and c.id not in undone]
+        if not last or last[-1].from_version is None:
+            raise NoHistoryError(f"no rollback to undo for {self.target.uri()}")
+        if self.target.current() != last[-1].to_version:
+            raise ConcurrentChangeError(
+                f"{self.target.uri()} was moved after rollback {last[-1].id}; use promote()"
+            )
+        return last[-1]
+
+    def _ask_gate(self, gate: Check, version: str, options: Options) -> str | int | None:
+        """検査し、比べたバージョンを返す(検査の間に変わったら、切り替えない)。"""
+        self.target.check(version)
+        current = self.target.current()
+        if current in (None, version):
+            return options.expected  # 比べる相手がない
+        candidate = self.target.uri(version)
+        try:
+            answer = gate(candidate)
+        except Exception as error:
+            raise GateRefusedError(f"the gate refused {candidate}: {error}") from error
+        if answer is not None and not answer:
+            raise GateRefusedError(f"the gate refused {candidate}: {answer}")
+        return current if options.expected is None else options.expected
+
+    def _change(self, action: str, pick: Pick, options: Options) -> Change:
+        if options.dry_run:
+            return self._plan(action, pick, options, self.history())
+        with self.journal.locked() as still_mine:
+            self._recover(self.history())
+            history = self.history()
+            if done := find_request(history, options.request_id):
+                return done
+            change = self._plan(action, pick, options, history)
+            change = self.journal.write(replace(change, state="prepared"))
+            still_mine()
+            return self._switch(change)
+
+    def _plan(self, action: str, pick: Pick, options: Options, history: list[Change]) -> Change:
+        current, uri = self.target.current(), self.target.uri()
+        if options.expected is not None and (current or "") != str(options.expected):
+            raise ConcurrentChangeError(
+                f"expected {uri} at version {options.expected or None}, found {current}"
+            )
+        fields = pick(history)
+        version = fields["to_version"]
+        self.target.check(version)
+        if version == current:
+            raise SameVersionError(f"{uri} already points at version {version}")
+        if not options.force:
+            self._refuse(action, version, history)
+        self._smoke(version)
+        return Change(
+            id=uuid.uuid4().hex[:8],
+            seq=history[-1].seq + 1 if history else 1,
+            action=action,
+            at=self.journal.clock(),
+            by=self.journal.actor,
+            from_version=current,
+            request_id=options.request_id,
+            state="dry-run",
+            **fields,
+        )
+
+    def _refuse(self, action: str, version: str, history: list[Change]) -> None:
+        if version in known_bad(history):
+            raise KnownBadVersionError(
+                f"version {version} was rolled back before; pass force=True to use it anyway"
+            )
+        rollbacks = [c for c in done_changes(history) if c.action == "rollback"]
+        if action == "rollback" and rollbacks:
+            waited = self.journal.clock() - rollbacks[-1].at
+            if waited < self.cooldown:
+                raise CooldownError(
+                    f"last rollback {waited.total_seconds():.0f} s ago, cooldown is "
+                    f"{self.cooldown.total_seconds():.0f} s; pass force=True to override"
+                )
+
+    def _smoke(self, version: str) -> None:
+        try:
+            if self.smoke_check:
+                self.smoke_check(self.target.uri(version))
+        except Exception as error:
+            problem = f"version {version} failed the smoke check before the switch: {error}"
+            raise VerificationError(problem, restored=True) from error
+
+    def _switch(self, change: Change) -> Change:
+        self.target.point(change.to_version)
+        try:
+            self._verify(change)
+        except Exception as error:  # 何であれ、確認できないものを本番に残さない
+            restored = self._restore(change)
+            note = f"{'restored' if restored else 'NOT restored'} version {change.from_version}"
+            problem = f"version {change.to_version} failed after the switch ({note}): {error}"
+            raise VerificationError(problem, restored=restored) from error
+        return self.journal.write(replace(change, state="done", verified=True))
+
+    def _verify(self, change: Change) -> None:
+        if (now := self.target.current()) != change.to_version:
+            raise ConcurrentChangeError(f"{self.target.uri()} points at version {now}")
+        if self.smoke_check:
+            self.smoke_check(self.target.uri())
+
+    def _restore(self, change: Change) -> bool:
+        """元に戻せたか。ほかの誰かが動かした後なら、触らない。"""
+        try:
+            moved = self.target.current() != change.to_version
+        except Exception:  # 読めないなら、付け替えた本人として戻しにいく
+            moved = False
+        try:
+            if not moved:
+                self.target.point(change.from_version)
+            self.journal.write(replace(change, state="superseded" if moved else "restored"))
+        except Exception:  # サーバーが落ちている: 記録は prepared のまま残り、recover() が閉じる
+            logger.exception("could not restore %s", self.target.uri())
+            return False
+        return not moved
+
+    def _recover(self, history: list[Change]) -> Change | None:
+        if not history or history[-1].state != "prepared":
+            return None
+        change, current = history[-1], self.target.current()
+        logger.warning("recovering %s %s of %s", change.action, change.id, self.target.uri())
+        if current != change.to_version:
+            state = "aborted" if current == change.from_version else "superseded"
+            return self.journal.write(replace(change, state=state))
+        try:
+            self._verify(change)
+        except Exception:  # 切り替え後の確認が済んでいなかった: 使えないなら戻す
+            logger.exception("recovered %s does not work", self.target.uri())
+            self.target.point(change.from_version)
+            return self.journal.write(replace(change, state="restored"))
+        return self.journal.write(replace(change, state="done", verified=bool(self.smoke_check)))
