@@ -259,6 +259,33 @@ def test_an_answer_without_a_verdict_is_an_error_that_costs_and_is_retried(
     assert [a.feedback.value for a in infos()[trace_id].assessments] == ["yes"]
 
 
+def test_a_judge_of_your_own_may_answer_unknown(store: str, ask: Any) -> None:
+    """組み込みのジャッジが答えを読めなかったときの値も、文字列としては ``unknown`` である。"""
+    ask(1)
+
+    @scorer
+    def undecided(outputs) -> str:  # type: ignore[no-untyped-def]
+        return "unknown"
+
+    assert cycle(undecided).scored == 1
+
+
+def test_a_list_or_a_number_of_a_scorer_class_is_its_content() -> None:
+    class Words(Scorer):
+        name: str = "words"
+        words: list[str]
+        limit: float = 0.5
+        seen: Any = None
+
+        def __call__(self, *, outputs: Any) -> bool:  # pyright: ignore
+            return len(outputs) > self.limit
+
+    same = {definition(Words(words=["a"], seen=object())) for _ in range(3)}
+    assert len(same) == 1
+    others = [Words(words=["b"], seen=object()), Words(words=["a"], limit=0.0, seen=object())]
+    assert len(same | {definition(other) for other in others}) == 3
+
+
 def test_unreadable_answers_use_up_the_budget(store: str, ask: Any, judge_says: list[str]) -> None:
     ask(6)
     judge_says[-1] = "It is fine."

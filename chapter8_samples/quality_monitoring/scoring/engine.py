@@ -388,9 +388,10 @@ def call_scorer(scorer: Scorer, trace: Trace) -> list[Feedback]:
 def _checked(feedback: Feedback) -> Feedback:
     """判定がない、または HTTP で送れない評価(NaN、対になっていないサロゲート)は、失敗にする。"""
     try:
-        if not feedback.error and feedback.value in (None, CategoricalRating.UNKNOWN):
+        value: Any = feedback.value
+        if not feedback.error and (value is None or value is CategoricalRating.UNKNOWN):
             raise ValueError("the judge gave no verdict")
-        told = [feedback.value, feedback.rationale]
+        told = [value, feedback.rationale]
         json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
         told = f"{feedback.name} = {feedback.value!r} cannot be stored: {error}"

@@ -174,7 +174,7 @@ def sample(trace_id: str, targets: Sequence[ScoringTarget]) -> list[ScoringTarge
 
 def definition(scorer: Scorer) -> str:
     """スコアラーの定義の中身のハッシュ。MLflow の版、登録の有無、プロセスによらず同じになる。"""
-    text = json.dumps(_content(_fields(scorer)), sort_keys=True, default=lambda v: str(type(v)))
+    text = json.dumps(_content(_fields(scorer)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -194,12 +194,16 @@ def _fields(scorer: Scorer) -> dict[str, Any]:
 
 def _content(value: Any) -> Any:
     """空の項目を除く(新しい版の MLflow が増やした項目は、使わなければ空である)。"""
-    if isinstance(value, list):
+    if isinstance(value, dict):
+        items = cast("dict[str, Any]", value).items()
+        kept = {str(key): _content(item) for key, item in items if key not in _VARYING}
+        return {key: item for key, item in kept.items() if item or item in (False, 0)}
+    if isinstance(value, set | frozenset):
+        return sorted(str(item) for item in cast("set[Any]", value))
+    if isinstance(value, list | tuple):
         return [_content(item) for item in cast("list[Any]", value)]
-    if not isinstance(value, dict):
-        return value
-    items = cast("dict[str, Any]", value).items()
-    return {k: _content(v) for k, v in items if k not in _VARYING and v not in (None, [], {})}
+    # ほかのオブジェクトは、プロセスごとに変わる文字列にしかならないので、型だけを見る
+    return value if isinstance(value, str | int | float | None) else str(type(value))
 
 
 def given(trace: Trace) -> dict[str, Any]:
