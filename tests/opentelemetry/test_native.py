@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_the_experiment_is_made_once_and_a_deleted_one_is_named(
     (experiment_id,) = ids
     assert mlflow.get_experiment(str(experiment_id)).name == "native made"
     mlflow.delete_experiment(str(experiment_id))
-    with pytest.raises(ValueError, match="'native made' is deleted; restore it or"):
+    with pytest.raises(ConnectionError, match=r"'native made' .*restore it if deleted"):
         setup(mlflow_server_url, "native made")
 
 
@@ -372,7 +373,10 @@ def test_a_stream_is_one_span_and_does_not_leak_to_its_reader(
     spans = by_name(otlp)
     assert spans["stream"].parent_span_id == spans["request"].span_id
     assert spans["llm"].parent_span_id == spans["stream"].span_id
-    assert (inputs(spans["stream"]), outputs(spans["stream"])) == ({"parts": ["あ", "い"]}, "あい")
+    assert (inputs(spans["stream"]), outputs(spans["stream"])) == (
+        {"parts": ["あ", "い"]},
+        ["あ", "い"],
+    )
     assert spans["llm"].attributes["gen_ai.usage.output_tokens"] == 2
     assert {span.status_code for span in otlp.spans} == {1}
 
@@ -390,7 +394,7 @@ def test_an_async_stream_too(otlp: OtlpReceiver, setup: Setup) -> None:
     assert asyncio.run(read()) == ["a", "b"] and only(tracing).delivered == 3
     spans = by_name(otlp)
     assert spans["llm"].parent_span_id == spans["astream"].span_id
-    assert outputs(spans["astream"]) == "ab"
+    assert outputs(spans["astream"]) == ["a", "b"]
     assert spans["llm"].attributes["gen_ai.response.model"] == "gpt-4o-mini"
 
 
@@ -411,7 +415,7 @@ def test_an_abandoned_generator_ends_its_span(otlp: OtlpReceiver, setup: Setup) 
     for name, first in (("stream", "あ"), ("astream", "a")):
         span = by_name(otlp)[name]
         assert (span.attributes["stream.aborted"], span.status_code) == (True, 1)
-        assert outputs(span) == first
+        assert outputs(span) == [first]
     assert trace.get_current_span() is trace.INVALID_SPAN
 
 
@@ -588,10 +592,10 @@ def test_masking_reaches_every_text_and_runs_on_the_sending_thread(
 
 @given(st.recursive(st.text() | st.integers() | st.none() | st.booleans(), st.lists))
 def test_masking_of_json_stays_json_and_an_idle_mask_changes_nothing(value: Any) -> None:
-    text = native._to_json(value)
-    assert json.loads(native._hidden(text, lambda one: one)) == json.loads(text)
-    hidden = json.loads(native._hidden(native._to_json([value, "x"]), lambda _: "#"))
-    assert set(re.findall(r"[^\[\], ]+", json.dumps(hidden))) <= {'"#"', "null", "true", "false"}
+    text = json.dumps([value, "x"], ensure_ascii=False)
+    assert json.loads(native._hidden(text, lambda one: one)) == [value, "x"]
+    hidden = native._hidden(text, lambda _: "#")
+    assert set(re.findall(r"[^\[\], ]+", hidden)) <= {'"#"', "null", "true", "false"}
 
 
 def test_a_mask_that_fails_sends_nothing_and_is_counted(
@@ -758,12 +762,16 @@ print([one.delivered for one in tracing.shutdown().values()])
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("http://h", None, ""), {}, "service_name '' is empty; write the name of the service"),
-        (("http://h", None, "s"), {"sampling_ratio": 1.5}, "sampling_ratio 1.5 or"),
-        (("http://h", None, "s"), {"max_queue_spans": 0}, "max_queue_spans 0 is wrong; write"),
-        (("h:4318", None, "s"), {}, "endpoint 'h:4318' is not a URL; write http://HOST:PORT"),
-        (("databricks", "e", "s"), {}, "endpoint 'databricks' is not a URL"),
-        (("http://h", None, "s"), {"collector": "h"}, "endpoint 'h' is not a URL"),
+        (("http://h", None, ""), {}, "service_name='', sampling"),
+        (
+            ("http://h", None, "s"),
+            {"sampling_ratio": 1.5},
+            "sampling_ratio=1.5, max_queue_spans=4096: write a name, a",
+        ),
+        (("http://h", None, "s"), {"max_queue_spans": 0}, "max_queue_spans=0: write"),
+        (("h:4318", None, "s"), {}, "endpoint 'h:4318' is wrong; write http://HOST:PORT"),
+        (("databricks", "e", "s"), {}, "endpoint 'databricks' is wrong"),
+        (("http://h", None, "s"), {"collector": "h"}, "endpoint 'h' is wrong"),
     ],
 )
 def test_a_wrong_value_is_one_clear_error(arguments: Any, options: Any, message: str) -> None:
@@ -771,16 +779,11 @@ def test_a_wrong_value_is_one_clear_error(arguments: Any, options: Any, message:
         setup_native_tracing(*arguments, **options)
 
 
-def test_an_unknown_annotation_is_named(otlp: OtlpReceiver, setup: Setup) -> None:
-    with pytest.raises(ValueError, match=r"no {'modle'}; write .*'model'"):
-        annotate_span(modle="gpt-4o")
-
-
 @pytest.mark.parametrize(
     "url", ["http://user:sk-secret@h", "http://h/v1/traces?key=sk-secret", "http://h#sk-secret"]
 )
 def test_keys_in_the_endpoint_are_refused_and_not_printed(url: str) -> None:
-    with pytest.raises(ValueError, match="pass keys in headers") as raised:
+    with pytest.raises(ValueError, match="is wrong; write http://HOST:PORT, and keys in") as raised:
         setup_native_tracing(url, None, "bot")
     assert "sk-secret" not in str(raised.value)
 
@@ -790,8 +793,8 @@ def test_a_server_that_cannot_be_asked_is_named_without_the_key(headers: Any) ->
     server = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ConnectionError) as raised:
         setup_native_tracing(server, "shop", "bot", headers=headers)
-    assert f"experiment 'shop' cannot be read at {server}" in str(raised.value)
-    assert "sk-secret" not in str(raised.value) and raised.value.__suppress_context__
+    assert f"experiment 'shop' cannot be used at {server}" in str(raised.value)
+    assert "sk-secret" not in "".join(traceback.format_exception(raised.value))
 
 
 def test_a_collector_given_as_a_server_is_told(otlp: OtlpReceiver) -> None:
