@@ -45,7 +45,7 @@ from .kinds import FeedbackDeliveryError, FeedbackRequest
 from .outbox import FeedbackOutbox
 
 logger = logging.getLogger(__name__)
-PAUSE_SECONDS = 0.02  # でたらめなトレース ID がいくら来ても、調べるのに CPU を使い切らない
+PAUSE_SECONDS = 0.01  # でたらめなトレース ID がいくら来ても、調べるのに CPU を使い切らない
 Kind = Literal["thumbs", "rating", "comment", "issue", "correction"]
 KINDS = dict(zip(get_args(Kind), kinds.FeedbackType, strict=True))
 
@@ -148,8 +148,8 @@ class _Desk:
     outbox: FeedbackOutbox | None
     timeout_seconds: float
     max_pending: int
-    # アプリのほかの処理のスレッドは使わない
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "feedback"))
+    # アプリのスレッドは使わず、1 件ずつ試みる(並べて走らせると、ほかの応答が GIL を待つ)
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "feedback"))
 
     async def take(
         self, http: Request, response: Response, make: Callable[[str], FeedbackRequest]
