@@ -105,7 +105,8 @@ def setup_native_tracing(
     if not service_name or not 0 <= sampling_ratio <= 1 or max_queue_spans < 1:
         given = f"{service_name=}, {sampling_ratio=}, {max_queue_spans=}"
         raise ValueError(f"{given}: write a name, a ratio from 0 to 1, and a limit of 1 or more")
-    url, keys, experiment_id = _base_url(endpoint_or_server), dict(headers or {}), None
+    keys = {name: value.strip() for name, value in (headers or {}).items()}
+    url, experiment_id = _base_url(endpoint_or_server), None
     if experiment is not None:
         experiment_id = keys["x-mlflow-experiment-id"] = _experiment_id(url, experiment, keys)
     receivers = {url: keys} if collector is None else {url: keys, _base_url(collector): {}}
@@ -175,15 +176,13 @@ class _Destination(BatchSpanProcessor):
 class _Sender(OTLPSpanExporter):
     """標準のエクスポーターに、マスキングと、結果を数えることを足したもの(送信スレッドで動く)。"""
 
-    def __init__(
-        self, url: str, headers: dict[str, str], masking: Callable[[str], str] | None
-    ) -> None:
-        self.status, self._masking = NativeStatus(), masking
-        self.start_again = functools.partial(self.__init__, url, headers, masking)
-        super().__init__(f"{url}/v1/traces", headers=headers)
+    def __init__(self, url: str, keys: dict[str, str], mask: Callable[[str], str] | None) -> None:
+        self.status, self._mask = NativeStatus(), mask
+        self.start_again = functools.partial(self.__init__, url, keys, mask)
+        super().__init__(f"{url}/v1/traces", headers=keys)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self.status.sent, mask = self.status.sent + len(spans), self._masking
+        self.status.sent, mask = self.status.sent + len(spans), self._mask
         result = SpanExportResult.FAILURE
         try:
             result = super().export([_hidden_copy(s, mask) for s in spans] if mask else spans)
@@ -243,10 +242,11 @@ class traced:
         def start(args: Any, kwargs: Any) -> traced:
             running = traced(span_type=self._span_type, name=name)
             if running._start().is_recording():
-                bound = signature.bind(*args, **kwargs)
-                bound.apply_defaults()
-                given = {k: v for k, v in bound.arguments.items() if k not in ("self", "cls")}
-                _write(running._span, _INPUTS, given)
+                with suppress(TypeError):  # 引数の誤りは、呼ばれた関数が知らせる
+                    bound = signature.bind(*args, **kwargs)
+                    bound.apply_defaults()
+                    given = {k: v for k, v in bound.arguments.items() if k not in ("self", "cls")}
+                    _write(running._span, _INPUTS, given)
             return running
 
         is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
@@ -370,11 +370,10 @@ _encoder = json.JSONEncoder(
 
 
 def _write(span: trace.Span, name: str, value: Any) -> Any:
-    """JSON にして書く。片割れの文字は、1 回分のスパンを送れなくするので替える。"""
     if value is not None and span.is_recording():
         try:
             text = _encoder.encode(value)
         except Exception as error:  # 循環、文字列でないキー、例外になる __str__
             text = json.dumps(f"<{type(value).__name__} is not JSON: {type(error).__name__}>")
-        span.set_attribute(name, text.encode(errors="replace").decode())
+        span.set_attribute(name, text.encode(errors="replace").decode())  # 片割れの文字は送れない
     return value

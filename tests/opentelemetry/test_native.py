@@ -331,6 +331,13 @@ def test_an_exception_is_an_error_with_its_event_and_still_raised(
     assert (handled.status_code, handled.status_message) == (2, "handled here")
 
 
+def test_a_wrong_call_is_told_as_without_traced(otlp: OtlpReceiver, setup: Setup) -> None:
+    tracing = setup(otlp.http_endpoint)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'question'"):
+        answer()  # type: ignore[call-arg]
+    assert only(tracing).delivered == 1 and otlp.spans[0].status_code == 2
+
+
 def test_before_the_setup_nothing_is_recorded() -> None:
     program = """
 from opentelemetry import trace
@@ -788,7 +795,7 @@ def test_keys_in_the_endpoint_are_refused_and_not_printed(url: str) -> None:
     assert "sk-secret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer sk-secret\n"}])
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer\nsk-secret"}])
 def test_a_server_that_cannot_be_asked_is_named_without_the_key(headers: Any) -> None:
     server = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ConnectionError) as raised:
@@ -807,8 +814,9 @@ def test_the_settings_of_the_platform_are_kept(
 ) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=prod")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "x-collector-key=abc")
-    tracing = setup(otlp.http_endpoint)
+    tracing = setup(otlp.http_endpoint, headers={"x-key": "sk-1\n"})  # ファイルから読んだ鍵
     answer("q")
     assert only(tracing).delivered == 3
-    assert otlp.requests[0].headers["x-collector-key"] == "abc"
+    sent = otlp.requests[0].headers
+    assert (sent["x-key"], sent.get("x-collector-key", "abc")) == ("sk-1", "abc")
     assert otlp.spans[0].resource["deployment.environment.name"] == "prod"
