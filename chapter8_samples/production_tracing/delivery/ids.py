@@ -8,7 +8,6 @@ OpenTelemetry の既定は ``random`` で ID を作るので、アプリが ``ra
 from __future__ import annotations
 
 import os
-import random
 
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
@@ -18,15 +17,13 @@ from .._internals import use_id_generator
 class SystemRandomIds(IdGenerator):
     """OS の乱数による ID。``random.seed()`` も fork も影響しない。"""
 
-    _random = random.SystemRandom()
-
     def generate_span_id(self) -> int:
         """0 でない 64 ビットの値。"""
-        return self._random.randrange(1, 2**64)
+        return int.from_bytes(os.urandom(8), "big") or 1
 
     def generate_trace_id(self) -> int:
         """0 でない 128 ビットの値。"""
-        return self._random.randrange(1, 2**128)
+        return int.from_bytes(os.urandom(16), "big") or 1
 
     def is_trace_id_random(self) -> bool:
         """W3C の random フラグを立てる。"""
