@@ -8,6 +8,8 @@ import logging
 import random
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -39,13 +41,12 @@ from chapter8_samples.alerting.delivery.posting import (
     json_bytes,
     retry_after_seconds,
 )
+from chapter8_samples.alerting.delivery.texts import slack_escape, slack_message
 from chapter8_samples.alerting.notification_handlers import (
     ConsoleNotificationHandler,
     MultiChannelNotifier,
     PagerDutyNotificationHandler,
     SlackNotificationHandler,
-    slack_escape,
-    slack_message,
 )
 
 SECRET = "/services/T0SECRET/B0SECRET/XyZsecret"
@@ -633,3 +634,142 @@ def test_a_change_event_takes_the_record_of_a_rollback_as_it_is(
     assert pagerduty(webhooks, clock).change_event("v3 -> v2", details={"at": at}).ok
     details = webhooks.received[0].json["payload"]["custom_details"]
     assert details == {"at": "2026-01-01 00:00:00+00:00"}
+
+
+class Slow(NotificationHandler):
+    """許されるまで返らない通知先。"""
+
+    def __init__(self) -> None:
+        self.go, self.sent = threading.Event(), list[str]()
+
+    def deliver(self, alert: Alert) -> Delivery:
+        assert self.go.wait(30)
+        self.sent.append(f"{alert.name} {alert.status.value}")
+        return self.result(alert, ok=True)
+
+
+def six() -> list[Alert]:
+    return [replace(ALERT, name=f"a{i}", fingerprint=f"f{i}") for i in range(6)]
+
+
+@pytest.fixture
+def slow() -> Iterator[Slow]:
+    handler = Slow()
+    yield handler
+    handler.go.set()  # 送り終えないと、プロセスが終わらない
+
+
+def slow_and_fast(slow: Slow, wait_seconds: float = 0.2) -> tuple[MultiChannelNotifier, list[str]]:
+    notifier, lines = MultiChannelNotifier(wait_seconds=wait_seconds), list[str]()
+    notifier.add_handler("slow", slow)
+    notifier.add_handler("page", ConsoleNotificationHandler(lines.append))
+    return notifier, lines
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_a_hanging_channel_delays_neither_the_others_nor_the_caller(
+    slow: Slow, one_by_one: bool
+) -> None:
+    notifier, lines = slow_and_fast(slow)
+    started = time.monotonic()
+    batches = [[alert] for alert in six()] if one_by_one else [six()]
+    results = [d for batch in batches for d in notifier.notify(batch)]
+    assert time.monotonic() - started < 20  # 返らない通知先を待ち続けない
+    assert len(lines) == 6 and slow.sent == []
+    assert [d.ok for d in results if d.handler == "page"] == [True] * 6
+    waiting = [d for d in results if d.handler == "slow"]
+    assert [(d.ok, d.retryable, d.pending) for d in waiting] == [(False, True, True)] * 6
+    assert notifier.failures == 0
+
+
+def test_what_was_pending_is_sent_once_in_order_and_its_result_can_be_asked_for(
+    slow: Slow, caplog: pytest.LogCaptureFixture
+) -> None:
+    notifier, _ = slow_and_fast(slow)
+    fired = six()
+    ended = [replace(alert, status=AlertStatus.RESOLVED) for alert in fired]
+    for batch in (fired, ended):
+        notifier.notify(batch)
+    for _ in range(2):  # 送り直しても、列にあるものは増えない
+        assert all(d.pending for d in notifier.notify(fired, only=["slow"]))
+    slow.go.set()
+    notifier.wait_seconds = 30.0
+    wanted = [f"a{i} {status}" for status in ("firing", "resolved") for i in range(6)]
+    give_up = time.monotonic() + 30
+    while len(slow.sent) < 12 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    results = notifier.notify([*fired, *ended], only=["slow"])
+    assert slow.sent == wanted
+    assert [d.ok for d in results] == [True] * 12
+    assert "high_error_rate" not in caplog.text  # 送っている途中のものを、失われたとは言わない
+
+
+def test_a_reminder_is_sent_even_if_the_first_result_was_never_asked_for(slow: Slow) -> None:
+    notifier, _ = slow_and_fast(slow)
+    notifier.notify(ALERT)
+    slow.go.set()
+    notifier.wait_seconds = 30.0
+    notifier.notify(replace(ALERT, name="next", fingerprint="next"))
+    give_up = time.monotonic() + 30
+    while len(slow.sent) < 2 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    notifier.notify(ALERT)
+    assert slow.sent.count("high_error_rate firing") == 2
+
+
+def test_a_handler_whose_send_raises_does_not_block_its_queue() -> None:
+    class Rude(Broken):
+        def send(self, alert: Alert) -> Delivery:
+            raise RuntimeError(f"cannot post to {SECRET}")
+
+    notifier = MultiChannelNotifier().add_handler("rude", Rude())
+    results = [d for _ in range(2) for d in notifier.notify(ALERT)]
+    assert [(d.ok, d.error) for d in results] == [(False, "raised RuntimeError"), (True, "")] * 2
+
+
+def test_queued_alerts_are_sent_before_the_process_ends(webhooks: WebhookReceiver) -> None:
+    webhooks.script(Answer(delay_seconds=0.5))
+    code = (
+        "from chapter8_samples.alerting import *\n"
+        "notifier = MultiChannelNotifier(wait_seconds=0.0)\n"
+        f"notifier.add_handler('s', SlackNotificationHandler({webhooks.url!r} + '/a/b'))\n"
+        "notifier.notify([Alert(name=f'a{i}') for i in range(3)])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert [r.json["text"].split()[-1] for r in webhooks.received] == ["a0", "a1", "a2"]
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+LOOP: dict[str, Any] = {}
+LOOP["self"] = LOOP
+ODD = st.floats() | st.integers() | st.text() | st.binary() | st.tuples(st.integers()) | st.none()
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {"diff": "x" * 2_000_000},
+        {f"{i}" * 400: ["\x01" * 5000] * 500 for i in range(500)},
+        {"rate": float("nan"), "limit": float("inf")},
+        {("support", 3): {"a", "b"}, 7: b"bytes", None: 10**5000},
+        {"odd": Unprintable(), "severity": AlertSeverity.ERROR, "loop": LOOP},
+    ],
+)
+def test_any_details_of_a_change_are_limited_and_valid(
+    webhooks: WebhookReceiver, clock: Clock, details: Any
+) -> None:
+    assert pagerduty(webhooks, clock).change_event("v3 -> v2", details=details).ok
+    (request,) = webhooks.received
+    event = json.loads(request.body, parse_constant=lambda name: pytest.fail(name))
+    assert len(request.body) < 512_000 and event["payload"]["custom_details"]
+
+
+@unhurried
+@given(st.recursive(ODD, lambda inner: st.dictionaries(ODD, inner) | st.lists(inner)))
+def test_every_value_becomes_valid_json(value: Any) -> None:
+    body = json_bytes({"value": value})
+    assert json.loads(body, parse_constant=lambda name: pytest.fail(name))

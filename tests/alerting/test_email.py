@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socketserver
+import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from email import message_from_bytes, policy
 from email.message import EmailMessage
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chapter8_samples.alerting import (
+    AlertConfig,
+    NotificationConfigError,
+    notifier_from_config,
+)
 from chapter8_samples.alerting.delivery.channels import EmailNotificationHandler
 from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
 
@@ -71,7 +80,7 @@ def smtp(monkeypatch: pytest.MonkeyPatch) -> Iterator[SmtpServer]:
 
 
 def handler(smtp: SmtpServer, **more: Any) -> EmailNotificationHandler:
-    options: dict[str, Any] = {"sender": "bot@example.com", "to": TO, "tls": False, **more}
+    options: dict[str, Any] = {"sender": "bot@example.com", "to": TO, "tls": "none", **more}
     return EmailNotificationHandler("127.0.0.1", port=smtp.server_address[1], **options)
 
 
@@ -131,7 +140,7 @@ def test_a_bad_password_is_permanent_and_is_not_repeated_in_the_error(smtp: Smtp
 
 
 def test_a_server_without_tls_gets_neither_the_password_nor_the_mail(smtp: SmtpServer) -> None:
-    delivery = handler(smtp, tls=True, user="bot", password="s3cret-word").send(ALERT)
+    delivery = handler(smtp, tls="starttls", user="bot", password="s3cret-word").send(ALERT)
     assert (delivery.ok, delivery.retryable) == (False, False)
     assert smtp.mails == []
 
@@ -148,3 +157,84 @@ def test_one_refused_address_does_not_stop_the_other(smtp: SmtpServer) -> None:
     delivery = handler(smtp).send(ALERT)
     assert delivery.ok and len(smtp.mails) == 1
     assert TO[0] in delivery.error  # 届かなかった宛先は、結果に残る
+
+
+def test_every_mail_has_its_own_message_id_and_a_date(smtp: SmtpServer) -> None:
+    now = datetime(2026, 1, 1, 9, tzinfo=timezone.utc)
+    sender = handler(smtp, clock=lambda: now)
+    for _ in range(2):
+        assert sender.send(ALERT).ok
+    mails = [mail for _, mail in smtp.mails]
+    assert [mail["Date"] for mail in mails] == ["Thu, 01 Jan 2026 09:00:00 +0000"] * 2
+    ids = {mail["Message-ID"] for mail in mails}
+    assert len(ids) == 2 and all(i.endswith("@example.com>") for i in ids)
+
+
+def certificate(folder: Path) -> Path:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
+    now = datetime.now(timezone.utc)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    made = builder.add_extension(address, False)
+    signed = made.sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    private = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path = folder / "loopback.pem"
+    path.write_bytes(key.private_bytes(pem, *private) + signed.public_bytes(pem))
+    return path
+
+
+def test_implicit_tls_speaks_tls_from_the_first_byte(
+    smtp: SmtpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pem = certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    smtp.socket = context.wrap_socket(smtp.socket, server_side=True)
+    unknown = handler(smtp, tls="implicit").send(ALERT)
+    assert (unknown.ok, unknown.retryable) == (
+        False,
+        False,
+    )  # 知らない証明書は、送り直しても通らない
+    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    assert handler(smtp, tls="implicit").send(ALERT).ok
+    assert len(smtp.mails) == 1
+
+
+@pytest.mark.parametrize(("port", "spoken"), [(465, "SMTP_SSL"), (587, "SMTP"), (25, "SMTP")])
+def test_port_465_means_implicit_tls(
+    port: int, spoken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []  # 465 番を本当に開くには特権が要るので、どちらで話すかだけを見る
+    for name in ("SMTP", "SMTP_SSL"):
+
+        def refuse(*_: Any, name: str = name, **__: Any) -> Any:
+            used.append(name)
+            raise OSError("not in a test")
+
+        monkeypatch.setattr(f"smtplib.{name}", refuse)
+    EmailNotificationHandler("h", sender="a@b.example", to=TO, port=port).send(ALERT)
+    assert used == [spoken]
+
+
+def test_a_relay_without_tls_can_be_named_in_the_configuration(smtp: SmtpServer) -> None:
+    receiver = {
+        "type": "email",
+        "host": "127.0.0.1",
+        "port": smtp.server_address[1],
+        "sender": "bot@example.com",
+        "to": TO,
+        "tls": "none",
+    }
+    notifier = notifier_from_config(AlertConfig(receivers={"mail": receiver}))
+    assert [d.ok for d in notifier.notify(ALERT)] == [True]
+    with pytest.raises(NotificationConfigError, match="tls"):
+        notifier_from_config(AlertConfig(receivers={"mail": {**receiver, "tls": "off"}}))
+    with pytest.raises(NotificationConfigError, match="starttls, implicit or none, got 'off'"):
+        handler(smtp, tls="off")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +239,69 @@ def test_the_ids_of_what_never_arrives_do_not_pile_up(monkeypatch: pytest.Monkey
     for i in range(20):
         assert not handler.send(Alert(name=f"a{i}")).ok
     assert len(handler._unsettled) == 5
+
+
+def test_an_id_counts_as_seen_only_when_the_work_is_done() -> None:
+    guard, done = ReplayGuard(), list[int]()
+
+    def receive(fails: bool) -> None:
+        message_id = verify_signature("s", signed("s", b"{}", 1000), b"{}", now=1000)
+        with guard.once(message_id):
+            if fails:
+                raise RuntimeError("500")
+            done.append(1)
+
+    with pytest.raises(RuntimeError):
+        receive(fails=True)
+    receive(fails=False)  # 相手が、同じ ID で送り直した
+    with pytest.raises(WebhookRefusedError) as caught:
+        receive(fails=False)
+    assert (caught.value.reason, done) == ("replay", [1])
+
+
+def test_a_forgotten_id_is_accepted_again() -> None:
+    guard, headers = ReplayGuard(), signed("s", b"{}", 1000)
+    for _ in range(2):
+        guard.forget(verify_signature("s", headers, b"{}", seen=guard, now=1000))
+
+
+def test_a_second_worker_and_a_restart_know_what_was_done(tmp_path: Path) -> None:
+    path = tmp_path / "seen.db"
+    workers = [ReplayGuard(path) for _ in range(2)]
+    with (
+        workers[0].once("m1"),
+        pytest.raises(WebhookRefusedError, match="replay"),
+        workers[1].once("m1"),
+    ):
+        pytest.fail("two workers on one delivery")
+    for guard in (workers[1], ReplayGuard(path)):
+        with pytest.raises(WebhookRefusedError, match="replay"), guard.once("m1"):
+            pytest.fail("done twice")
+
+
+def test_the_work_of_a_crashed_worker_is_taken_over_after_its_lease(tmp_path: Path) -> None:
+    now = [1000.0]
+    path = tmp_path / "seen.db"
+    crashed = ReplayGuard(path, clock=lambda: now[0]).once("m1", lease_seconds=60)
+    crashed.__enter__()
+    now[0] += 61
+    with ReplayGuard(path, clock=lambda: now[0]).once("m1"):
+        pass
+    now[0] += 599
+    with (
+        pytest.raises(WebhookRefusedError, match="replay"),
+        ReplayGuard(path, clock=lambda: now[0]).once("m1"),
+    ):
+        pytest.fail("done twice")
+
+
+def test_of_many_racing_workers_one_does_the_work(tmp_path: Path) -> None:
+    path, done = tmp_path / "seen.db", list[int]()
+
+    def work(number: int) -> None:
+        with contextlib.suppress(WebhookRefusedError), ReplayGuard(path).once("m1"):
+            done.append(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert len(done) == 1

@@ -7,6 +7,7 @@ from .channels import (
     handlers_from_config,
     label_name,
 )
+from .fanout import Fanout, unreached
 from .posting import (
     Alert,
     AlertSeverity,
@@ -28,6 +29,7 @@ from .signature import (
     alert_from_mlflow_webhook,
     verify_signature,
 )
+from .texts import one_line, pagerduty_event, pagerduty_payload, slack_message
 
 __all__ = [
     "Alert",
@@ -36,6 +38,7 @@ __all__ = [
     "AlertmanagerNotificationHandler",
     "Delivery",
     "EmailNotificationHandler",
+    "Fanout",
     "HttpHandler",
     "HttpPoster",
     "NotificationConfigError",
@@ -51,5 +54,10 @@ __all__ = [
     "handlers_from_config",
     "json_bytes",
     "label_name",
+    "one_line",
+    "pagerduty_event",
+    "pagerduty_payload",
+    "slack_message",
+    "unreached",
     "verify_signature",
 ]

@@ -12,10 +12,11 @@ import os
 import re
 import smtplib
 import ssl
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from email.message import EmailMessage
+from email.utils import make_msgid, parseaddr
+from itertools import islice
 from typing import Any
 
 from ..rules import AlertConfig, delivery_problems
@@ -32,25 +33,10 @@ from .posting import (
     json_bytes,
 )
 from .signature import SignedWebhookNotificationHandler
+from .texts import facts, links, title
 
 TEAMS_MAX_BYTES = 21_000
 """Teams の上限は 28 KB だが、実際にはこのあたりから断られる。"""
-
-
-def details(alert: Alert) -> list[tuple[str, str]]:
-    """表示する(見出し, 値)の列。"""
-    rows = [("重大度", alert.severity.value), ("開始", alert.starts_at.isoformat())]
-    if alert.value is not None:
-        rows.append((alert.metric or "value", f"{alert.value:.6g}"))
-    if alert.threshold is not None:
-        rows.append(("しきい値", f"{alert.threshold:.6g}"))
-    return rows + sorted(alert.labels.items())
-
-
-def title(alert: Alert) -> str:
-    """1 行の見出し。"""
-    word = "発報" if alert.status is AlertStatus.FIRING else "解消"
-    return f"[{word}] {alert.name}"
 
 
 class TeamsNotificationHandler(HttpHandler):
@@ -71,11 +57,12 @@ class TeamsNotificationHandler(HttpHandler):
         return self._card(alert, 20)
 
     def _card(self, alert: Alert, limit: int) -> dict[str, Any]:
-        facts = [{"title": k[:100], "value": v[:limit]} for k, v in details(alert)[:20]]
+        rows = islice([("重大度", alert.severity.value), *facts(alert)], 20)
+        table = [{"title": k[:100], "value": v[:limit]} for k, v in rows]
         body: list[dict[str, Any]] = [
             {"type": "TextBlock", "text": title(alert)[:200], "weight": "Bolder", "wrap": True},
             {"type": "TextBlock", "text": alert.summary[:limit] or "-", "wrap": True},
-            {"type": "FactSet", "facts": facts},
+            {"type": "FactSet", "facts": table},
         ]
         if (notes := _markdown_links(alert)) and limit > 20:
             body.append({"type": "TextBlock", "text": notes, "wrap": True})
@@ -88,9 +75,9 @@ class TeamsNotificationHandler(HttpHandler):
 
 def _markdown_links(alert: Alert) -> str:
     """手順書と例のトレースへのリンク。URL の分からないトレースは ID だけになる。"""
-    runbook = {"runbook": alert.runbook_url} if alert.runbook_url else {}
-    found = {**runbook, **{trace: alert.links.get(trace, "") for trace in alert.examples}}
-    pairs = list({**found, **alert.links}.items())[:6]
+    found = dict(links(alert)[:1] if alert.runbook_url else [])
+    found |= {trace: alert.links.get(trace, "") for trace in alert.examples} | dict(alert.links)
+    pairs = islice(found.items(), 6)
     return " / ".join(f"[{k[:100]}]({url})" if 0 < len(url) <= 900 else k[:100] for k, url in pairs)
 
 
@@ -148,7 +135,12 @@ def label_name(key: str) -> str:
 
 
 class EmailNotificationHandler(NotificationHandler):
-    """SMTP で送る。``tls=True``(既定)なら STARTTLS で証明書も確かめる。"""
+    """SMTP で送る。
+
+    Args:
+        tls: ``starttls``(証明書も確かめる)、``implicit``(始めから TLS)、``none``。省略すると、
+            ポート 465 は ``implicit``、ほかは ``starttls``。
+    """
 
     name = "email"
 
@@ -161,14 +153,17 @@ class EmailNotificationHandler(NotificationHandler):
         port: int = 587,
         user: str = "",
         password: str = "",
-        tls: bool = True,
+        tls: str = "",
         timeout_seconds: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
     ) -> None:
         if not to:
             raise NotificationConfigError("to must name at least one address")
+        if tls not in ("", "starttls", "implicit", "none"):
+            raise NotificationConfigError(f"tls must be starttls, implicit or none, got {tls!r}")
         self.host, self.port, self.sender, self.to = host, port, sender, tuple(to)
-        self._user, self._password, self._tls = user, password, tls
+        self._tls = tls or ("implicit" if port == 465 else "starttls")
+        self._user, self._password = user, password
         self._timeout, self._clock = timeout_seconds, clock
 
     def __repr__(self) -> str:
@@ -178,12 +173,13 @@ class EmailNotificationHandler(NotificationHandler):
         """送る文面。同じアラートのメールは一つのスレッドにまとまる。"""
         mail = EmailMessage()
         mail["Subject"] = encodable(" ".join(f"{title(alert)} {alert.summary}".split())[:200])
-        mail["From"], mail["To"] = self.sender, ", ".join(self.to)
+        mail["From"], mail["To"], mail["Date"] = self.sender, ", ".join(self.to), self._clock()
+        domain = parseaddr(self.sender)[1].rpartition("@")[2]
+        mail["Message-ID"] = make_msgid(domain=domain or "alerts.invalid")
         mail["References"] = f"<{alert.fingerprint}@alerts.invalid>"
-        lines = [f"{key}: {value}" for key, value in details(alert)]
-        lines += [f"runbook: {alert.runbook_url}"] if alert.runbook_url else []
-        lines += [f"トレース: {trace}" for trace in alert.examples]
-        lines += [f"{key}: {url}" for key, url in alert.links.items()]
+        rows = [("重大度", alert.severity.value), *facts(alert)]
+        rows += [("トレース", trace) for trace in alert.examples] + links(alert)
+        lines = [f"{key}: {value}" for key, value in rows]
         mail.set_content(encodable("\n".join([alert.summary, "", *lines])))
         return mail
 
@@ -192,9 +188,7 @@ class EmailNotificationHandler(NotificationHandler):
         started = self._clock()
         refused: dict[str, Any] | None = None
         try:
-            with smtplib.SMTP(self.host, self.port, timeout=self._timeout) as server:
-                if self._tls:
-                    server.starttls(context=ssl.create_default_context())
+            with self._connect() as server:
                 if self._user:
                     server.login(self._user, self._password)
                 refused = server.send_message(self.message(alert))
@@ -204,7 +198,21 @@ class EmailNotificationHandler(NotificationHandler):
                 return self.result(alert, ok=False, error=reason, retryable=_may_retry(error))
         # 一部の宛先だけが断られた: 送り直すと、届いた宛先に二重に届く
         note = f"refused: {', '.join(sorted(refused))}" if refused else ""
-        return self.result(alert, ok=True, error=note, elapsed_seconds=self._clock() - started)
+        seconds = (self._clock() - started).total_seconds()
+        return self.result(alert, ok=True, error=note, elapsed_seconds=seconds)
+
+    def _connect(self) -> smtplib.SMTP:
+        if self._tls == "implicit":
+            context = ssl.create_default_context()
+            return smtplib.SMTP_SSL(self.host, self.port, timeout=self._timeout, context=context)
+        server = smtplib.SMTP(self.host, self.port, timeout=self._timeout)
+        try:
+            if self._tls == "starttls":
+                server.starttls(context=ssl.create_default_context())
+        except BaseException:
+            server.close()
+            raise
+        return server
 
 
 def _may_retry(error: Exception) -> bool:

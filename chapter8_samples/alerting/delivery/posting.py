@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from enum import Enum
-from typing import Any
+from itertools import islice
+from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 import requests
@@ -126,6 +127,8 @@ class Delivery:
     skipped: str = ""
     """送らなかった理由。送ったときは空。"""
     elapsed_seconds: float = 0.0
+    pending: bool = False
+    """待つのをやめたが、まだ送っている。"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,9 +392,39 @@ def encodable(text: str, encoding: str = "utf-8") -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def json_bytes(data: Any) -> bytes:
-    """UTF-8 の JSON。UTF-8 にできない文字(対になっていないサロゲート)は「?」になる。"""
-    return json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+def json_bytes(data: Any, *, ascii_only: bool = False) -> bytes:
+    """UTF-8 の JSON。JSON や UTF-8 にできない値も、失敗させずに近い文字列にする。
+
+    >>> json_bytes({1: float("nan")})
+    b'{"1": "nan"}'
+    """
+    return json.dumps(json_ready(data), ensure_ascii=ascii_only).encode("utf-8", "replace")
+
+
+def json_ready(
+    value: Any, chars: int | None = None, items: int | None = None, depth: int = 20
+) -> Any:
+    """必ず JSON になる値。``chars`` は文字列の、``items`` は列の長さの上限。"""
+    value = value.value if isinstance(value, Enum) else value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and abs(value) < 1e300:  # nan と inf は、比べると偽になる
+        return value
+    if depth and isinstance(value, Mapping):
+        pairs = islice(cast("Mapping[Any, Any]", value).items(), items)
+        return {_text(k, chars): json_ready(v, chars, items, depth - 1) for k, v in pairs}
+    if depth and isinstance(value, list | tuple | set | frozenset):
+        found = islice(cast("Iterable[Any]", value), items)
+        return [json_ready(item, chars, items, depth - 1) for item in found]
+    return _text(value, chars)
+
+
+def _text(value: Any, chars: int | None) -> str:
+    try:
+        text = str(value)
+    except Exception:  # 桁の多すぎる整数、壊れた __str__
+        text = f"<{type(value).__name__}>"
+    return text if chars is None or len(text) <= chars else text[: chars - 1] + "…"
 
 
 class HttpHandler(NotificationHandler):

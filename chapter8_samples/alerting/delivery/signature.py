@@ -13,11 +13,14 @@ import base64
 import binascii
 import hashlib
 import hmac
+import os
+import sqlite3
 import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from .posting import (
@@ -69,26 +72,57 @@ def sign(
 
 
 class ReplayGuard:
-    """見た配送 ID を、許す時刻のずれの分だけ覚えておく。"""
+    """見た配送 ID を、許す時刻のずれの分だけ覚えておく。
 
-    def __init__(self, limit: int = 100_000) -> None:
-        self._seen: OrderedDict[str, float] = OrderedDict()
-        self._limit, self._lock = limit, threading.Lock()
+    ID は、処理が済んで初めて「見た」ことになる。処理に失敗したら忘れ、相手の送り直しを受け付ける::
 
-    def first_time(self, message_id: str, now: float) -> bool:
-        """初めて見た ID か。どのスレッドから呼んでもよい。"""
+        message_id = verify_signature(secret, headers, body)
+        with guard.once(message_id):
+            handle(body)
+
+    Args:
+        path: SQLite のファイル。ワーカーの間で分け合い、再起動しても残る。省略すると、
+            このプロセスの中だけで覚え、再起動で忘れる。
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] = ":memory:", clock: Callable[[], float] = time.time
+    ) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+        self._run("CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, until REAL NOT NULL)")
+
+    def first_time(
+        self, message_id: str, now: float, keep_seconds: float = 2 * TOLERANCE_SECONDS
+    ) -> bool:
+        """初めて見た ID か(``keep_seconds`` 秒の間)。どのスレッドから呼んでもよい。"""
+        self._run("DELETE FROM seen WHERE until < ?", now)
+        return self._run("INSERT OR IGNORE INTO seen VALUES (?, ?)", message_id, now + keep_seconds)
+
+    def forget(self, message_id: str) -> None:
+        """処理に失敗した ID を、まだ見ていないことにする。"""
+        self._run("DELETE FROM seen WHERE id = ?", message_id)
+
+    @contextmanager
+    def once(self, message_id: str, *, lease_seconds: float = 60.0) -> Generator[None]:
+        """この ID の処理を一度だけ行う。例外ならすぐに、落ちたら ``lease_seconds`` 秒で忘れる。
+
+        Raises:
+            WebhookRefusedError: 理由は replay(済んだ、またはほかの誰かが処理している)。
+        """
+        if not self.first_time(message_id, self._clock(), lease_seconds):
+            raise WebhookRefusedError("replay")
+        try:
+            yield
+        except BaseException:
+            self.forget(message_id)
+            raise
+        until = self._clock() + 2 * TOLERANCE_SECONDS
+        self._run("INSERT OR REPLACE INTO seen VALUES (?, ?)", message_id, until)
+
+    def _run(self, statement: str, *values: object) -> bool:
         with self._lock:
-            return self._remember(message_id, now)
-
-    def _remember(self, message_id: str, now: float) -> bool:
-        while self._seen and next(iter(self._seen.values())) < now - 2 * TOLERANCE_SECONDS:
-            self._seen.popitem(last=False)
-        if message_id in self._seen:
-            return False
-        self._seen[message_id] = now
-        if len(self._seen) > self._limit:
-            self._seen.popitem(last=False)
-        return True
+            return self._db.execute(statement, values).rowcount == 1
 
 
 def verify_signature(
@@ -104,7 +138,8 @@ def verify_signature(
 
     Args:
         body: 受け取ったままのバイト列。JSON に直してから戻したものでは署名が合わない。
-        seen: 渡すと、同じ配送 ID を二度目から断る。
+        seen: 渡すと、同じ配送 ID を二度目から断る。処理に失敗しうるなら、渡さずに ``seen.once`` を
+            使うか、失敗したときに ``seen.forget`` を呼ぶ。
 
     Raises:
         NotificationConfigError: ``secret`` が空、または ``whsec_`` の後が base64 でない。

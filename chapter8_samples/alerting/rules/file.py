@@ -179,6 +179,7 @@ RECEIVERS: Mapping[str, tuple[Schema, tuple[str, ...]]] = {
             **dict.fromkeys(("host", "sender"), _text),
             **dict.fromkeys(("user_env", "password_env"), _variable),
             "port": _whole,
+            "tls": _one_of("starttls", "implicit", "none"),
             "to": _some_names,
         },
         ("host", "sender", "to"),

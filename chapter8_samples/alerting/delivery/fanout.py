@@ -1,0 +1,159 @@
+"""8.4.2 複数の通知先へ並行して送る。通知先ごとの順序は守り、遅い通知先は他を待たせない。"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
+
+from .posting import (
+    Alert,
+    AlertStatus,
+    Delivery,
+    NotificationConfigError,
+    NotificationHandler,
+    json_bytes,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_UNCLAIMED = 1000
+"""受け取られるのを待つ、結果の数の上限。"""
+
+Route = tuple[Mapping[str, str], Sequence[str]]
+"""(条件, 通知先の名前)。"""
+
+
+class ChannelQueue:
+    """一つの通知先の列。送るスレッドは、列が空になれば終わる(プロセスは、送り終えてから終わる)。"""
+
+    def __init__(self, handler: NotificationHandler) -> None:
+        self.handler, self.failures = handler, 0
+        self._waiting: deque[tuple[Alert, Future[Delivery]]] = deque()
+        self._jobs: dict[bytes, Future[Delivery]] = {}
+        self._lock, self._running = threading.Lock(), False
+
+    @property
+    def busy(self) -> bool:
+        """前に渡されたものを、まだ送っているか。"""
+        with self._lock:
+            return self._running
+
+    def put(self, alert: Alert, *, again: bool = False) -> Future[Delivery]:
+        """列に加える。同じ通知がまだ列にあれば加えない(二重に届く)。
+
+        Args:
+            again: 送り直しか。待つのをやめた間に済んでいれば、送らずにその結果を返す。
+        """
+        key = json_bytes(alert.to_dict())
+        with self._lock:
+            job = self._jobs.get(key)
+            if job and (again or not job.done()):
+                return job
+            if len(self._jobs) >= MAX_UNCLAIMED:
+                self._jobs = {k: kept for k, kept in self._jobs.items() if not kept.done()}
+            job = self._jobs[key] = Future[Delivery]()
+            self._waiting.append((alert, job))
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._work, name=f"notify-{self.handler.name}").start()
+            return job
+
+    def take(self, alert: Alert, job: Future[Delivery]) -> Delivery:
+        """結果。まだなら ``pending`` で、後で ``put(again=True)`` から受け取れる。"""
+        if not job.done():
+            note = "still being sent; the channel is slow"
+            return self.handler.result(
+                alert, ok=False, attempts=0, error=note, retryable=True, pending=True
+            )
+        with self._lock:
+            self._jobs = {k: kept for k, kept in self._jobs.items() if kept is not job}
+        return job.result()
+
+    def send(self, alert: Alert) -> Delivery:
+        """列を通さずに送る。"""
+        try:
+            delivery = self.handler.send(alert)
+        except Exception as error:  # 一つのハンドラーの誤りで他を止めない
+            delivery = self.handler.result(alert, ok=False, error=f"raised {type(error).__name__}")
+        if not delivery.ok:
+            self.failures += 1
+            name, reason = self.handler.name, delivery.error
+            logger.warning("alert %s not sent by %s: %s", alert.name, name, reason)
+        return delivery
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running = False
+                    return
+                alert, job = self._waiting.popleft()
+            job.set_result(self.send(alert))
+
+
+class Fanout:
+    """名前の付いた通知先と、どのアラートをどこへ送るかの経路。"""
+
+    def __init__(self, fallback: NotificationHandler) -> None:
+        self.fallback = ChannelQueue(fallback)
+        self.queues: dict[str, ChannelQueue] = {}
+        self._routes: list[Route] = []
+
+    def add(self, name: str, handler: NotificationHandler) -> None:
+        """通知先を加える。"""
+        if name in self.queues:
+            raise NotificationConfigError(f"handler {name!r} is already registered")
+        handler.name = name
+        self.queues[name] = ChannelQueue(handler)
+
+    @property
+    def failures(self) -> int:
+        """これまでに失敗した配送の数。"""
+        return sum(queue.failures for queue in [*self.queues.values(), self.fallback])
+
+    def set_routes(self, routes: Iterable[Route], *, complete: bool = True) -> None:
+        """(条件, 通知先の名前) の列。``complete`` なら、最後は無条件(``{}``)にする。"""
+        table = [(dict(match), tuple(names)) for match, names in routes]
+        if unknown := sorted({n for _, names in table for n in names} - self.queues.keys()):
+            known = ", ".join(sorted(self.queues)) or "none"
+            raise NotificationConfigError(f"unknown handlers {unknown}; registered: {known}")
+        if complete and (not table or table[-1][0]):
+            raise NotificationConfigError("the last route must match everything: ({}, [...])")
+        self._routes = [*table]
+
+    def route(self, alert: Alert) -> Sequence[str]:
+        """最初に合った経路の、通知先の名前。どれにも合わなければ全部。"""
+        matching = (names for match, names in self._routes if alert.matches(match))
+        return next(matching, tuple(self.queues))
+
+    def send_to(
+        self, alerts: Iterable[Alert], names: set[str], wait_seconds: float, *, again: bool = False
+    ) -> list[Delivery]:
+        """``names`` の通知先へ送り、``wait_seconds`` 秒までの結果を返す。
+
+        前の分をまだ送っている通知先は待たない。
+        """
+        queues = {name: queue for name, queue in self.queues.items() if name in names}
+        behind = {name for name, queue in queues.items() if queue.busy}
+        pairs = [(n, a) for n in queues for a in alerts if n in self.route(a)]
+        jobs = [(name, alert, queues[name].put(alert, again=again)) for name, alert in pairs]
+        wait([job for name, _, job in jobs if name not in behind], timeout=wait_seconds)
+        return [queues[name].take(alert, job) for name, alert, job in jobs]
+
+
+def unreached(alerts: Sequence[Alert], deliveries: Sequence[Delivery]) -> list[Alert]:
+    """どの通知先にも届かず、送っている途中でもないもの。
+
+    解消を送らない設定の通知先は、解消が届いたとみなす。
+    """
+    reached = {d.fingerprint for d in deliveries if d.pending or (d.ok and not d.skipped)}
+    skipped = {d.fingerprint for d in deliveries if d.skipped}
+    return [
+        alert
+        for alert in alerts
+        if alert.fingerprint not in reached
+        and (alert.status is AlertStatus.FIRING or alert.fingerprint not in skipped)
+    ]

@@ -1,0 +1,139 @@
+"""8.4.2 通知の文: 見出し、値の列、リンク。どの通知先でも同じ言葉になる。"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import timezone
+from itertools import islice
+from typing import Any
+
+from .posting import Alert, AlertStatus, encodable, json_bytes, json_ready
+
+PAGERDUTY_MAX_BYTES = 300_000
+"""イベントの上限は 512 KB。リンクの分を残す。"""
+_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def slack_escape(text: str, limit: int) -> str:
+    """Slack の制御文字を無害にし、エスケープ後の長さを ``limit`` 文字以内にする。
+
+    >>> slack_escape("<!channel> a & b", 100)
+    '&lt;!channel&gt; a &amp; b'
+    >>> slack_escape("<<<<", 9)
+    '&lt;&lt;…'
+    """
+    pieces = [_ENTITIES.get(ch, ch) for ch in text[: limit + 1]]
+    if sum(map(len, pieces)) <= limit:
+        return "".join(pieces)
+    kept, room = list[str](), limit - 1
+    for piece in pieces:  # 実体参照の途中では切らない
+        if (room := room - len(piece)) < 0:
+            break
+        kept.append(piece)
+    return "".join(kept) + "…"
+
+
+def clip(text: str, limit: int) -> str:
+    """``limit`` 文字を超えたら切って「…」を付ける。"""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def title(alert: Alert) -> str:
+    """発報か解消かと、名前。"""
+    return f"[{'発報' if alert.status is AlertStatus.FIRING else '解消'}] {alert.name}"
+
+
+def headline(alert: Alert) -> str:
+    """1 行の見出し。
+
+    >>> headline(Alert(name="slow_p95", severity="critical"))
+    '[発報] CRITICAL slow_p95'
+    """
+    return title(alert).replace("] ", f"] {alert.severity.value.upper()} ", 1)
+
+
+def summary(alert: Alert) -> str:
+    """本文の 1 文。解消では、書かれているのが発報したときの内容だと分かるようにする。"""
+    resolved = alert.status is AlertStatus.RESOLVED and alert.summary
+    return f"発報時の内容: {alert.summary}" if resolved else alert.summary
+
+
+def facts(alert: Alert) -> Iterator[tuple[str, str]]:
+    """表示する(見出し, 値)の列。値のない項目は省く。"""
+    if alert.value is not None:
+        yield alert.metric or "value", f"{alert.value:.6g}"
+    if alert.threshold is not None:
+        yield "しきい値", f"{alert.threshold:.6g}"
+    if alert.n is not None:
+        yield "標本数", str(alert.n)
+    if alert.window_seconds is not None:
+        yield "窓", f"{alert.window_seconds:g} 秒"
+    yield "開始", alert.starts_at.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    yield from alert.labels.items()
+
+
+def links(alert: Alert) -> list[tuple[str, str]]:
+    """手順書とトレースへのリンク(表示名, URL)。"""
+    runbook = [("runbook", alert.runbook_url)] if alert.runbook_url else []
+    return runbook + list(alert.links.items())
+
+
+def one_line(alert: Alert) -> str:
+    """端末やログの 1 行。"""
+    parts = ", ".join(f"{key} {value}" for key, value in islice(facts(alert), 3))
+    return encodable(" ".join(f"{headline(alert)} {summary(alert)} ({parts})".split()))
+
+
+def slack_message(alert: Alert) -> dict[str, Any]:
+    """Incoming Webhook の本文。Slack の文字数とブロック数の上限を守る。"""
+    fields = [
+        {"type": "mrkdwn", "verbatim": True, "text": slack_escape(f"*{k}*\n{v}", 2000)}
+        for k, v in facts(alert)
+    ]
+    notes = [_slack_link(name, url) for name, url in links(alert)[:5]]
+    notes += ["トレース " + slack_escape(trace, 60) for trace in alert.examples[:5]]
+    blocks: list[dict[str, Any]] = [
+        {"type": "header", "text": {"type": "plain_text", "text": clip(headline(alert), 150)}},
+        {"type": "section", "fields": fields[:10]},
+    ]
+    if alert.summary:
+        text = {"type": "mrkdwn", "verbatim": True, "text": slack_escape(summary(alert), 3000)}
+        blocks.insert(1, {"type": "section", "text": text})
+    if notes:
+        elements = [{"type": "mrkdwn", "verbatim": True, "text": note} for note in notes]
+        blocks.append({"type": "context", "elements": elements})
+    text = slack_escape(f"{headline(alert)} {summary(alert)}".strip(), 3000)
+    return {"text": text, "blocks": blocks}
+
+
+def _slack_link(name: str, url: str) -> str:
+    """リンク。長すぎる URL は、切ると別の場所を指すので、名前だけにする。"""
+    target, label = slack_escape(url.replace("|", "%7C"), 900), slack_escape(name, 60)
+    return f"<{target}|{label}>" if target and not target.endswith("…") else label
+
+
+def pagerduty_event(alert: Alert, source: str) -> dict[str, Any]:
+    """Events API v2 の trigger または resolve(``routing_key`` を除く)。"""
+    key = alert.fingerprint[:255]
+    if alert.status is AlertStatus.RESOLVED:
+        return {"event_action": "resolve", "dedup_key": key}
+    fields = {
+        "source": clip(alert.labels.get("service") or source, 255),
+        "severity": alert.severity.value,
+        "timestamp": alert.starts_at.isoformat(),
+    }
+    title = f"{alert.name}: {alert.summary or alert.metric}"
+    details = dict(facts(alert)) | {"examples": alert.examples[:10]}
+    short = [{"text": clip(k, 255), "href": u} for k, u in links(alert)[:10] if len(u) <= 2000]
+    payload = pagerduty_payload(title, fields, details)
+    return {"event_action": "trigger", "dedup_key": key, "payload": payload, "links": short}
+
+
+def pagerduty_payload(title: str, fields: Mapping[str, str], details: object) -> dict[str, Any]:
+    """イベントの上限(512 KB)に収まるまで ``details`` を短くした、イベントの中身。"""
+    payload: dict[str, Any] = {"summary": clip(title, 1024), **fields}
+    for chars, items in ((1024, 50), (100, 50), (50, 5)):
+        payload["custom_details"] = json_ready(details, chars, items, depth=5)
+        if len(json_bytes(payload, ascii_only=True)) <= PAGERDUTY_MAX_BYTES:
+            break
+    return payload
