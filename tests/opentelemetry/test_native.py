@@ -702,6 +702,10 @@ def test_a_fork_neither_loses_nor_doubles_spans(
 ) -> None:
     """待っているもの、開いているもの、つながったままの接続があるときに fork する。"""
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
+    connections, accept = list[Any](), otlp._http.process_request  # type: ignore[union-attr]
+    monkeypatch.setattr(
+        otlp._http, "process_request", lambda *of: (connections.append(of), accept(*of))
+    )
     tracing = setup(otlp.http_endpoint)
     answer("first")
     assert only(tracing).delivered == 3
@@ -718,6 +722,7 @@ def test_a_fork_neither_loses_nor_doubles_spans(
         os._exit(0 if process else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert only(tracing).delivered == 7
+    assert len(connections) == 2  # 親と子で、別の接続
     ids = [span.span_id for span in otlp.spans]
     assert len(ids) == len(set(ids)) == 8
     spans = by_name(otlp)
