@@ -78,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     for made in (once, watch):
         made.add_argument("--state", default="alert_state.json", help="状態ファイル")
         made.add_argument("--dry-run", action="store_true", help="送らずに標準出力へ書く")
+    # すぐに終わる once は、送り終えるまで待つ。途中で終わると、次の回が同じものを送り直す
+    once.set_defaults(wait_seconds=120.0)
+    watch.set_defaults(wait_seconds=5.0)
     watch.add_argument("--interval", type=_positive, default=30.0, help="評価の間隔(秒)")
     watch.add_argument("--heartbeat", type=Path, help="評価のたびに時刻を書くファイル")
     past.add_argument("--hours", type=_positive, default=24.0, help="遡る時間")
@@ -133,6 +136,7 @@ def _engine(options: argparse.Namespace) -> AlertEngine:
         if options.dry_run
         else notifier_from_config(config)
     )
+    notifier.wait_seconds = options.wait_seconds
     return setup_alerting(
         _experiment(options, config),
         config,
