@@ -14,6 +14,7 @@ OFFLINE_DEFAULTS = {
     "DO_NOT_TRACK": "true",
     # 空でないと、最初の LLM スパンで価格カタログを取りに行き、つながらないまま数秒待つ
     "MLFLOW_MODEL_CATALOG_URI": "",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # 入っていれば、import のたびに料金を取りに行く
     # 既定の 10 では、トレースの送信と合わせて SQLite の接続(15 本)を使い切り、30 秒待つことがある
     "MLFLOW_GENAI_EVAL_MAX_WORKERS": "4",
 }

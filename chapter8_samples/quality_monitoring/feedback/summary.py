@@ -86,7 +86,7 @@ class FeedbackSummary:
     by_user: Mapping[str, Rate]
     by_day: Mapping[str, Rate]
     judge_agreement: Mapping[str, Agreement]
-    """はい・いいえで答えるジャッジの名前 -> ユーザーの 👍/👎 との一致。"""
+    """はい・いいえで答えるジャッジの名前 -> ユーザーの良い / 悪いとの一致。"""
 
     @property
     def mean_rating(self) -> float | None:
