@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, LookupError, ImportError) as error:
+    except (ValueError, LookupError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -221,6 +221,13 @@ def test_bare_names_as_mlflow_records_them(genai: CostCalculator) -> None:
         "us.anthropic.claude-sonnet-4-5-20250929-v1:0": (
             "aws/regional.anthropic.claude-sonnet-4-5-20250929-v1:0"
         ),
+        "bedrock/us.anthropic.claude-sonnet-4-5-20250929-v1:0": (
+            "aws/regional.anthropic.claude-sonnet-4-5-20250929-v1:0"
+        ),
+        "arn:aws:bedrock:::x/eu.anthropic.claude-haiku-4-5-20251001-v1:0": (
+            "aws/regional.anthropic.claude-haiku-4-5-20251001-v1:0"
+        ),
+        "bedrock/converse/us.amazon.nova-pro-v1:0": "aws/amazon.nova-pro-v1:0",
     }
     assert {name: genai.table.resolve(name).name for name in names} == names
     for unknown in ("gpt-5-2099-01-01", "gpt-5o", "ft:gpt-4o-2024-08-06:acme::x", "claude-sonnet"):
@@ -236,6 +243,9 @@ def test_a_bare_name_with_two_prices_is_not_guessed() -> None:
     table = PriceTable.from_mapping({"models": {**rows, "meta/llama-x": {"input": 3, "output": 3}}})
     assert table.resolve("llama-x").name == "meta/llama-x"
     assert table.resolve("fast/llama-x").name == "fast/llama-x"
+    table = PriceTable.from_mapping({"models": {"perplexity/openai/x": {"input": 3, "output": 3}}})
+    with pytest.raises(UnknownModelError):  # よその提供元が売る値段
+        table.resolve("openrouter/openai/x")
 
 
 def test_history_is_carried(genai: CostCalculator) -> None:
@@ -284,7 +294,10 @@ def test_the_command(
     assert CostCalculator(pricing_file="prices.json").calculate("gpt-5", 10**6, 0) == 1.25
     (finding,) = checks.prices()
     assert finding.detail.startswith("genai-prices ")
-    assert main(["prices", "import", str(LITELLM), "-o", "own.json"]) == 0
+    assert main(["prices", "import", "genai-prices", "-o", "none/prices.json"]) == 1
+    assert "none/prices.json" in capsys.readouterr().err
+    Path("bom.json").write_text(LITELLM.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert main(["prices", "import", "bom.json", "-o", "own.json"]) == 0
     assert CostCalculator(pricing_file="own.json").calculate("gpt-5", 10**6, 0) == 1.25
 
 
@@ -354,7 +367,11 @@ def test_a_path_to_the_json_of_either(tmp_path: Path) -> None:
     [
         ("nope.json", None, "no such file; give genai-prices, litellm or a path"),
         ("odd.json", '{"a": 1}', "neither the prices of genai-prices nor of litellm"),
-        ("broken.json", "{", "Expecting property name"),
+        ("broken.json", "{", "broken.json: neither the prices of genai-prices nor of litellm"),
+        ("none.json", "[]", "none.json: neither the prices of genai-prices nor of litellm"),
+        ("list.json", '[{"id": "x"}]', "list.json: neither the prices of genai-prices nor of"),
+        ("row.json", '{"a": {"litellm_provider": "x"}, "b": 3}', "row.json: neither the prices"),
+        ("odd.py", "x = 1", "odd.py: neither the prices of genai-prices nor of litellm"),
         ("litellm", None, "python -m pip install litellm"),
     ],
 )

@@ -72,6 +72,27 @@ def test_what_is_neither_input_nor_output_is_partial(
     assert (total.cost_usd, total.unpriced_requests) == (known, 1)
 
 
+@pytest.mark.parametrize(
+    ("details", "reason"),
+    [
+        ({"completion_tokens_details": {"audio_tokens": 400}}, "400 audio output tokens"),
+        ({"prompt_tokens_details": {"audio_tokens": 900}}, "900 audio input tokens"),
+        ({"server_tool_use": {"web_search_requests": 3}}, "3 web searches"),
+        ({"server_tool_use": None, "prompt_tokens_details": {"audio_tokens": 0}}, ""),
+    ],
+)
+def test_what_a_price_table_cannot_say_is_partial(
+    costs: CostTracking, details: dict[str, Any], reason: str
+) -> None:
+    span = call("gpt-4o", 1000, 500)
+    span.set_outputs({"usage": details})
+    trace = end(span)
+    cost = price_trace(trace)
+    assert (cost.total_usd, cost.complete) == (Decimal("0.0075"), not reason)
+    assert reason in trace.info.tags.get("cost.reason", "")
+    assert trace.info.tags["cost.status"] == ("partial" if reason else "priced")
+
+
 TIERS = CostCalculator(
     PriceTable.default().with_overrides(
         {"models": {"gpt-4o": {"input": "2.50", "output": "10", "service_tiers": {

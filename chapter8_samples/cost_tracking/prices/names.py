@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-MAKERS = (  # 自社のモデルを売る提供元。再販の行と単価が違えば、こちらの行を使う
+MAKERS = (  # 自社のモデルを売る提供元と、Bedrock の aws。再販の行と単価が違えば、こちらの行を使う
     "openai", "anthropic", "google", "gemini", "mistral", "cohere", "deepseek", "xai", "x-ai",
     "meta", "moonshot", "moonshotai", "minimax", "zai", "zhipuai", "perplexity", "voyage",
-    "voyageai", "databricks",
+    "voyageai", "databricks", "aws",
 )  # fmt: skip
 _PREFIX = re.compile(  # bedrock/us-east-1/ のような AWS のリージョンと、MLflow の openai:/ も
     r"^(?:bedrock/[a-z]{2}(?:-[a-z]+)+-\d|azure|azure_ai|bedrock|converse|models|vertex_ai"

@@ -28,6 +28,7 @@ _FILES = {
     "litellm": ("litellm", "model_prices_and_context_window_backup.json"),
 }
 _KINDS = ("audio", "image", "video", "search", "reasoning")
+_NEITHER = "neither the prices of genai-prices nor of litellm"
 NO_TOKENS, FEE = "it has no price per token", "it has a fee per request"
 TIME = "its price depends on the time of day"
 
@@ -85,23 +86,22 @@ def import_prices(source: str) -> Imported:
         raise LookupError(f"{path}: no such file; give genai-prices, litellm or a path")
     changed = date.fromtimestamp(path.stat().st_mtime)
     found = Imported(name, changed if changed.year > 1980 else date.today())  # 1980 は zip の既定
-    data = _read(path)
-    rows: Iterable[Any] = data.values() if isinstance(data, dict) else ()
-    if isinstance(data, list):
-        _from_genai(cast(list[Any], data), found)
-    elif any("litellm_provider" in row for row in rows if isinstance(row, dict)):
-        _from_litellm(cast(dict[str, Entry], data), found)
-    else:
-        raise ValueError(f"{path}: neither the prices of genai-prices nor of litellm")
+    try:
+        data = _read(path)
+        (_from_genai if isinstance(data, list) else _from_litellm)(cast(Any, data), found)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {_NEITHER} ({type(error).__name__}: {error})") from error
+    if not found.models:
+        raise ValueError(f"{path}: {_NEITHER}")
     return found
 
 
 def _read(path: Path) -> object:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if path.suffix != ".py":
         return json.loads(text, parse_float=Decimal)
     body = ast.parse(text).body
-    return next(_literal(line.value) for line in body if isinstance(line, ast.AnnAssign))
+    return next((_literal(one.value) for one in body if isinstance(one, ast.AnnAssign)), None)
 
 
 def _literal(node: ast.AST | None) -> Any:

@@ -175,7 +175,9 @@ class PriceTable:
             forms = (name, undated(name))
             if match := self._exact(forms) or self._of_maker(forms):
                 return match
-            resold = [full for form in forms for full in self._tails.get(form, ())]
+            resold = list(
+                dict.fromkeys(full for form in forms for full in self._tails.get(form, ()))
+            )
             if resold and "/" not in model:  # 接頭辞が違えば、よその提供元の単価は使わない
                 prices = [self.rows.get(full, full) for full in resold]
                 same = prices.count(prices[0]) == len(prices)
@@ -193,7 +195,7 @@ class PriceTable:
     def _of_maker(self, names: Iterable[str]) -> Match | None:
         """接頭辞のない名前を、そのモデルを作った会社の行から探す。"""
         for maker in MAKERS:
-            found = self._exact(f"{maker}/{name}" for name in names)
+            found = self._exact(f"{maker}/{name}" for name in names if "/" not in name)
             if found and found.name.startswith(f"{maker}/"):
                 return Match(found.name, "alias")
         return None

@@ -35,6 +35,12 @@ _OTEL_CACHE = {  # MLflow は、Strands の子のスパンのこの属性を読�
     "cache_creation_input_tokens": "gen_ai.usage.cache_write_input_tokens",
 }
 
+_OTHER_UNITS = {  # 応答の usage の中の、料金表で表せない単位(OpenAI の音声、Anthropic の検索)
+    "audio input tokens": ("prompt_tokens_details", "audio_tokens"),
+    "audio output tokens": ("completion_tokens_details", "audio_tokens"),
+    "web searches": ("server_tool_use", "web_search_requests"),
+}
+
 
 @dataclass(slots=True, kw_only=True)
 class TokenUsage:
@@ -211,7 +217,16 @@ def _usage(span: Span, data: Any, outputs: Any, model: str) -> tuple[TokenUsage 
         usage = TokenUsage.from_mlflow(counts)
     except (TypeError, ValueError, OverflowError):
         return None, ""
-    return _repair(usage, outputs, "claude" in model)
+    usage, reason = _repair(usage, outputs, "claude" in model)
+    return usage, reason or _other_units(outputs)
+
+
+def _other_units(outputs: Any) -> str:
+    """文字のトークンの単価では計算しきれないもの。"""
+    details = _dig(outputs, "usage")
+    counts = {name: details and _dig(details, *path) for name, path in _OTHER_UNITS.items()}
+    found = [f"{count} {name}" for name, count in counts.items() if count]
+    return f"{', '.join(found)} have no price in a price table" if found else ""
 
 
 def _repair(usage: TokenUsage, outputs: Any, claude: bool) -> tuple[TokenUsage, str]:
