@@ -1,4 +1,7 @@
-"""今の料金の取り込み: genai-prices と litellm との一致、名前、運べない単価、コマンド。"""
+"""今の料金の取り込み: genai-prices と litellm との一致、名前、運べない単価、コマンド。
+
+genai-prices と litellm は ``pip install -e ".[ci]"`` で入る。これらの要るテストは slow に置く。
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ def random_usage(dice: random.Random) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_every_model_of_genai_prices_costs_the_same(genai: CostCalculator) -> None:
     """2 年分の日付、処理の段、2,000 件より多い使用量で、最後の桁まで一致する。
 
@@ -206,6 +210,7 @@ def test_every_model_of_litellm_costs_the_same(
     assert not differ, [(n, d[2:]) for n, d in differ.items()]
 
 
+@pytest.mark.slow
 def test_bare_names_as_mlflow_records_them(genai: CostCalculator) -> None:
     """接頭辞付きの行が、裸の名前で引ける。再販の行と単価が違えば、作った会社の行になる。"""
     names = {
@@ -248,6 +253,7 @@ def test_a_bare_name_with_two_prices_is_not_guessed() -> None:
         table.resolve("openrouter/openai/x")
 
 
+@pytest.mark.slow
 def test_history_is_carried(genai: CostCalculator) -> None:
     for day, usd in ((date(2025, 6, 9), 10.0), (date(2025, 6, 10), 2.0)):
         assert genai.calculate("o3", 10**6, 0, at=day) == usd
@@ -255,6 +261,7 @@ def test_history_is_carried(genai: CostCalculator) -> None:
         assert genai.calculate("claude-opus-4-6", 10**6, 0, at=day) == usd
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "why"),
     [
@@ -281,6 +288,7 @@ def test_what_litellm_cannot_say(litellm: CostCalculator) -> None:
     assert litellm.table.resolve("claude-opus-latest").name == "azure_ai/claude-opus-5-5"
 
 
+@pytest.mark.slow
 def test_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +327,7 @@ def test_the_doctor_shows_the_age_of_the_table(
     assert finding.level == "error"
 
 
+@pytest.mark.slow
 def test_the_package_is_read_but_not_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from chapter8_samples.cost_tracking.__main__ import main;"
