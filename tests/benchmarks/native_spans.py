@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench_report import Headline, print_table
+from bench_report import print_table
 from caller_cost import QUIET
 from tracing_overhead import langfuse, phoenix
 
@@ -182,17 +182,6 @@ def show(found: dict[str, Variant | None], rounds: int, calls: int) -> None:
     print_table(title, ("作り方", "CPU の p50", "経過の p50", "経過の p99"), rows)
     ratios = [(*pair, ratio(found, *pair), ratio(found, *pair, clock=1)) for pair in PAIRS]
     print_table("比(周ごとの中央値の比の中央値)", ("測るもの", "比べる相手", "CPU", "経過"), ratios)
-
-
-def headline(quick: bool) -> list[Headline]:
-    """呼び出し側の時間の、SDK と MLflow に対する比。"""
-    rounds, calls = (1, 20) if quick else (9, 400)
-    found = measure(rounds, calls)
-    show(found, rounds, calls)
-    shown = {name: found[name] for name in (OURS, SDK, MLFLOW)}
-    times = [f"{n} {statistics.median(v.medians(0)):.0f} us" for n, v in shown.items() if v]
-    ratios = [f"{mine}は {other} の {ratio(found, mine, other)} 倍" for mine, other in PAIRS[:3]]
-    return [Headline("軽いスパン 1 つの CPU 時間(p50)", "、".join(times), "、".join(ratios))]
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def run_job(
 def traces_of_the_bot(directory: Path) -> Counter[str]:
     """エクスペリメントごとの、シナリオのトレースの数。"""
     client = mlflow.MlflowClient(f"sqlite:///{(directory / '.chapter8/mlflow.db').as_posix()}")
-    experiments = client.search_experiments(filter_string=f"name LIKE '{EXPERIMENT}%'")
+    experiments = client.search_experiments(filter_string=f"name = '{EXPERIMENT}'")
     return Counter(
         trace.info.experiment_id
         for experiment in experiments
