@@ -286,7 +286,8 @@ def test_all_pages_are_read(tmp_path: Path) -> None:
     from report_speed import NAME, seed
 
     seed(tmp_path / "many.db", 1501)
-    rules = tmp_path / "alerts.yaml"  # 標準のルールは、1 分に 1 件の通信では 30% の失敗を障害と言わない
+    # 標準のルールは、1 分に 1 件の通信では、30% の失敗を障害と言わない
+    rules = tmp_path / "alerts.yaml"
     rules.write_text(
         "rules: [{name: errors, metric: error_rate, window: 30m, threshold: 0.15}]\n",
         encoding="utf-8",
