@@ -130,8 +130,10 @@ def _watch_mlflow_exporter(exporter: Any, ledger: Any) -> None:
     send_trace, send_spans = exporter._log_trace, exporter._export_spans_incrementally
 
     def log_trace(trace: Trace, *rest: Any, **named: Any) -> None:
-        if ledger.accept is None or not ledger.accept(trace):
+        if ledger.accept is None:
             send_trace(trace, *rest, **named)
+        else:
+            ledger.accept(trace)
 
     def log_spans(spans: Sequence[ReadableSpan]) -> None:
         # 呼び出し元のトレースに加わったスパンは、ここではトレースとして完成しない

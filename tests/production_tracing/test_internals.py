@@ -247,9 +247,8 @@ class Watcher:
         self.ended_traces, self.sent, self.accepted = list[str](), list[str](), list[Any]()
         self.accept: Any = self._take if takes else None
 
-    def _take(self, trace: Any) -> bool:
+    def _take(self, trace: Any) -> None:
         self.accepted.append(trace)
-        return True
 
     def ended(self, trace_id: str) -> None:
         self.ended_traces.append(trace_id)

@@ -137,15 +137,18 @@ def test_rejected_and_unreadable_traces_are_set_aside(
     assert (spool.stats().dead, spool.stats().delivered, len(stored())) == (1, 2, 2)
 
 
-def test_a_full_spool_lets_mlflow_send(server: Server, tmp_path: Path, stored: Any) -> None:
+def test_full_spool_sends_directly_and_counts_real_loss(
+    server: Server, tmp_path: Path, stored: Any
+) -> None:
     server.error = ConnectionError("refused")
     spool = TraceSpool(tmp_path / "s", deliver=server, max_traces=2, cooldown_seconds=60).install()
     record("a", "b", "c")
-    assert spool.stats().pending == 2 and LEDGER.counts() == (0, 0, 2)
-    (direct,) = stored()
-    assert [span.name for span in direct.data.spans] == ["c", "child"]
+    assert spool.stats().pending == 2 and LEDGER.counts() == (0, 1, 2)
     server.error = None
-    assert spool.drain(30) == 0
+    record("d")
+    (direct,) = stored()
+    assert {span.name for span in direct.data.spans} == {"d", "child"}
+    assert spool.drain(30) == 0 and LEDGER.counts() == (0, 1, 0)
     spool.uninstall()
     assert len(stored()) == 3
 

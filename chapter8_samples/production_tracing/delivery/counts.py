@@ -29,7 +29,7 @@ class Ledger:
     """終わったトレースと、その行き先の帳簿(プロセスに 1 つ)。"""
 
     def __init__(self) -> None:
-        self.accept: Callable[[Trace], bool] | None = None  # TraceSpool(書けなければ False)
+        self.accept: Callable[[Trace], None] | None = None  # TraceSpool
         self.spooled: Callable[[], int] = lambda: 0
         self.problem = ""  # 数えられないときの理由
         self._provider: Any = None

@@ -99,20 +99,30 @@ class TraceSpool:
             self._sender = None
             self._changed.notify_all()
 
-    def accept(self, trace: Trace) -> bool:
-        """トレースを書いて、送信を頼む。書けなければ ``False``(MLflow がその場で送る)。"""
+    def accept(self, trace: Trace) -> None:
+        """トレースを書いて、送信を頼む。書けなければ、その場で送る。"""
         self._start_sending()
+        try:
+            if not self._keep(trace):
+                self._deliver([trace])
+                self._delivered += 1
+        except Exception as error:
+            LEDGER.lost([trace.info.trace_id], f"{type(error).__name__}: {error}")
+            logger.error("a trace could neither be kept nor sent: %s", error)
+        else:
+            LEDGER.arrived([trace.info.trace_id])
+
+    def _keep(self, trace: Trace) -> bool:
         try:
             with self._changed:
                 if len(self._pending) >= self._max:
                     return False
                 self._pending[self._write(trace)] = None
                 self._changed.notify_all()
+                return True
         except OSError as error:
             logger.error("cannot write to spool %s: %s", self.directory, error)
             return False
-        LEDGER.arrived([trace.info.trace_id])
-        return True
 
     def drain(self, timeout_seconds: float = 10.0) -> int:
         """送り終えるまで最大 ``timeout_seconds`` 秒待ち、ディスクに残った件数を返す。"""
