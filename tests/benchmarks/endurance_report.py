@@ -93,6 +93,7 @@ class Outcome:
         yield "SIGTERM のとき処理中だった要求", f"{self.mid_request}(全部に応答)"
         yield "トレース", f"{len(made)} 件、うち保存 {len(made & set(self.stored))} 件"
         yield "失ったと報告されたトレース", self.total("spool", "dropped") + self.left
+        yield "ディスクに書けなかった回数", self.total("spool", "write_errors")
         yield "評価", f"{len(self.traffic.feedback)} 件、うち保存 {len(self.assessments())} 件"
         yield "送信箱に残った評価", len(self.feedback_left)
         sent, lost = self.total("delivered"), self.total("accepted") - self.total("delivered")

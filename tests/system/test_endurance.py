@@ -23,7 +23,7 @@ def test_what_comes_in_is_stored_or_reported(
     import endurance
 
     outcome = endurance.run(
-        0.4, tmp_path, think_seconds=0.3, error_rate=0.08, otlp_timeout_seconds=1
+        0.5, tmp_path, think_seconds=0.15, error_rate=0.08, otlp_timeout_seconds=1
     )
     counts = outcome.traffic.counts
     assert list(outcome.problems()) == []
@@ -31,6 +31,6 @@ def test_what_comes_in_is_stored_or_reported(
     assert len(outcome.traffic.traces) > 100 and counts["ask 502"] > 0
     assert outcome.mid_request > 0 and counts["refused"] > 0
     assert counts["feedback 202"] > 0
-    assert "cannot write to spool" in (tmp_path / "app.log").read_text("utf-8")
+    assert outcome.total("spool", "write_errors") > 0
     assert outcome.total("accepted") > outcome.total("delivered") > 0
     assert len(outcome.reports) == 3

@@ -28,11 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class SpoolStats(NamedTuple):
-    """``TraceSpool`` の件数(``dead`` は、読めないか拒否されて ``dead/`` に移したもの)。"""
+    """``TraceSpool`` の件数。``dead`` は、読めないか拒否されて ``dead/`` に移したもの。"""
 
     delivered: int
     pending: int
     dead: int
+    write_errors: int
+    """ディスクに書けず、その場で送った回数。"""
 
 
 def deliver(traces: Sequence[Trace]) -> None:
@@ -65,7 +67,7 @@ class TraceSpool:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._max, self._cooldown = max_traces, cooldown_seconds
         self._deliver = deliver
-        self._delivered = self._dead = 0
+        self._delivered = self._dead = self._write_errors = 0
         self._start_over(self.directory.glob("*.json"))
 
     def _start_over(self, pending: Iterable[Path]) -> None:
@@ -121,6 +123,7 @@ class TraceSpool:
                 self._changed.notify_all()
                 return True
         except OSError as error:
+            self._write_errors += 1
             logger.error("cannot write to spool %s: %s", self.directory, error)
             return False
 
@@ -134,7 +137,7 @@ class TraceSpool:
             return len(self._pending)
 
     def stats(self) -> SpoolStats:
-        return SpoolStats(self._delivered, len(self._pending), self._dead)
+        return SpoolStats(self._delivered, len(self._pending), self._dead, self._write_errors)
 
     def _start_sending(self) -> None:
         if self._pid != os.getpid():  # fork した子では、親の残りは親が送る
