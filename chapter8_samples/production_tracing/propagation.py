@@ -147,8 +147,11 @@ class AsgiMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        pairs = scope.get("headers", ())
-        with self._scope({key.decode("latin-1"): value.decode("latin-1") for key, value in pairs}):
+        headers: dict[str, str] = {}
+        for pair in scope.get("headers", ()):
+            name, value = (text.decode("latin-1") for text in pair)
+            headers[name] = f"{headers[name]},{value}" if name in headers else value
+        with self._scope(headers):
             await self._app(scope, receive, send)
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import mlflow
 from mlflow.entities import LiveSpan, SpanEvent
@@ -132,6 +133,10 @@ async def _aread(stream: _Stream, chunks: AsyncIterable[T]) -> AsyncGenerator[T,
 _STREAMING: ContextVar[str | None] = ContextVar("streaming_trace_id", default=None)
 
 
+# 読まれている途中のストリーム(スパンの ID ごと)。外側が切断されると、内側も一緒に終える
+_OPEN: WeakValueDictionary[str, _Stream] = WeakValueDictionary()
+
+
 class _Stream:
     """ストリーミング 1 回分のスパン。"""
 
@@ -146,6 +151,7 @@ class _Stream:
         """最初の断片を求められたときに始め、どう終わっても、スパンを終える。"""
         in_trace = _internals.current_span().is_recording()
         self._span = self._start_span() if in_trace else self._made_in.run(self._start_span)
+        _OPEN[self._span.span_id] = self
         self._inside = INVALID_SPAN  # 中で開いたままのスパンは、次の断片のときも開いている
         around = (_STREAMING.get(), self._made_in.get(_STREAMING))
         self._is_inner = self._span.trace_id in around
@@ -193,7 +199,9 @@ class _Stream:
             return
         for child in _internals.open_spans_below(span):
             # 読みかけの LLM のスパンは、自分では終わらない。残すと、MLflow はトレースを送らない
-            if error is not None or _internals.is_half_read_stream(child):
+            if inner := _OPEN.get(child.span_id):
+                inner._end(GeneratorExit())
+            elif error is not None or _internals.is_half_read_stream(child):
                 child.set_attribute("stream.aborted", True)
                 child.end()
         is_cut = isinstance(error, GeneratorExit | asyncio.CancelledError)

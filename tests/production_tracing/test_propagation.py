@@ -128,6 +128,17 @@ def test_every_request_has_its_own_trace(collected: Any, make_app: Any, join_cal
         assert kept == ((TRACE, SPAN) if value in VALID.values() else (None, None)), value
 
 
+def test_two_traceparent_headers_are_none(collected: Any) -> None:
+
+    async def endpoint(scope: Any, receive: Any, send: Any) -> None:
+        step()
+
+    pair = (b"traceparent", VALID["sampled"].encode())
+    asgi_get(RequestContextMiddleware(endpoint, join_caller=True), [pair, pair])
+    (trace,) = collected()
+    assert CALLER_TRACE_ID not in trace.info.trace_metadata
+
+
 @settings(max_examples=50)
 @given(st.text(max_size=80), st.booleans())
 def test_no_header_can_break_a_request(value: str, join_caller: bool) -> None:
