@@ -82,14 +82,10 @@ def auto_rollback(
     if last is None or last.action != "promote":
         return RollbackDecision(outcome="none", reason="the last recorded change is no promotion")
     now, age = engine.target.current(), engine.journal.clock() - last.at
-    if now != last.to_version and (now or _exists(engine, last.to_version)):
-        reason = f"the alias points at version {now}, no longer at the promoted {last.to_version}"
-        return RollbackDecision(outcome="none", reason=reason)
     if age > max_change_age:
         return RollbackDecision(outcome="none", reason=f"the last promotion is {age} old")
-    if alert.starts_at < last.at - CLOCK_SKEW:
-        # 昇格の前からの発報。いまの版は、それを直すために出したものかもしれない
-        return RollbackDecision(outcome="none", reason="the alert fired before the last promotion")
+    if reason := _unrelated(alert, last, engine, now):
+        return RollbackDecision(outcome="none", reason=reason)
     wanted = {"request_id": request_id, "dry_run": mode != "apply", "expected": now or ""}
     try:
         change = engine.rollback(reason=f"alert {alert.name}", **wanted)
@@ -100,6 +96,16 @@ def auto_rollback(
         reason=f"{change.reason}; version {last.to_version} was promoted {age} ago",
         change=change,
     )
+
+
+def _unrelated(alert: AlertLike, last: Change, engine: AliasRollback, now: str | None) -> str:
+    """直近の昇格 ``last`` が、この発報の原因ではない理由。原因らしければ空。"""
+    if now != last.to_version and (now or _exists(engine, last.to_version)):
+        return f"the alias points at version {now}, no longer at the promoted {last.to_version}"
+    if alert.starts_at < last.at - CLOCK_SKEW:
+        # 昇格の前からの発報。いまの版は、それを直すために出したものかもしれない
+        return "the alert fired before the last promotion"
+    return ""
 
 
 def _exists(engine: AliasRollback, version: str) -> bool:
