@@ -15,7 +15,7 @@
     4. 2024-12-03 に値下げされた Claude 3.5 Haiku、入力 100 万トークン
        2024-12-02: $1.00
        2024-12-03: $0.80
-    5. 同じ gpt-4o でも、処理の段で単価が違う。入力 100 万、出力 10 万トークン
+    5. 同じ gpt-4o でも、サービスティアで単価が違う。入力 100 万、出力 10 万トークン
        default: $3.50
        batch: $1.75
        priority: $5.95
@@ -135,7 +135,7 @@ class CostCalculator:
             cached_input_tokens: 入力のうち、キャッシュから読んだ数。
             cache_write_tokens: 入力のうち、キャッシュに書いた数(1 時間分を含む)。
             cache_write_1h_tokens: 書き込みのうち、1 時間保持の数。
-            service_tier: 提供元が返した処理の段(``"priority"``、``"flex"`` など)。
+            service_tier: 提供元が返したサービスティア(``"priority"``、``"flex"`` など)。
             batch: バッチ API の料金か。``service_tier="batch"`` と同じ。
             other_units: 料金表で表せないものの数(音声トークン、検索など)。あれば料金は決まらない。
             at: いつの料金か。日付か、タイムゾーン付きの時刻。``None`` は最新の行。
@@ -234,7 +234,7 @@ def main() -> None:
     for day in (date(2024, 12, 2), date(2024, 12, 3)):
         usd = calculator.calculate("claude-3-5-haiku-20241022", 1_000_000, 0, at=day)
         print(f"   {day}: ${usd:.2f}")
-    print("5. 同じ gpt-4o でも、処理の段で単価が違う。入力 100 万、出力 10 万トークン")
+    print("5. 同じ gpt-4o でも、サービスティアで単価が違う。入力 100 万、出力 10 万トークン")
     for tier in ("default", "batch", "priority"):
         usd = calculator.calculate("gpt-4o", 1_000_000, 100_000, service_tier=tier)
         print(f"   {tier}: ${usd:.2f}")

@@ -152,7 +152,7 @@ def backfill(
     ``dry_run`` では、件数とコストを見積もるだけ。``options`` は Databricks のジョブには効かない。
 
     Raises:
-        BackfillError: 期間やスコアラーが正しくない、Databricks が断った、など。
+        BackfillError: 期間やスコアラーが正しくない、Databricks が拒否した、など。
         ScoringBusyError: ほかの実行が、同じスコアラーで採点している。
     """
     options = options or ScoringOptions()

@@ -77,7 +77,7 @@ def setup_quality_scorers(
         tracking_uri: MLflow の接続先。省略すると環境変数か、手元の SQLite。
 
     Raises:
-        ScorerSetupError: 割合が範囲外、サーバーが断った、など。
+        ScorerSetupError: 割合が範囲外、サーバーが拒否した、など。
     """
     if tracking_uri is not None:
         mlflow.set_tracking_uri(tracking_uri)

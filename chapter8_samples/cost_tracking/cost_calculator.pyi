@@ -46,7 +46,7 @@ class CostCalculator:
             cached_input_tokens: 入力のうち、キャッシュから読んだ数。
             cache_write_tokens: 入力のうち、キャッシュに書いた数(1 時間分を含む)。
             cache_write_1h_tokens: 書き込みのうち、1 時間保持の数。
-            service_tier: 提供元が返した処理の段(``"priority"``、``"flex"`` など)。
+            service_tier: 提供元が返したサービスティア(``"priority"``、``"flex"`` など)。
             batch: バッチ API の料金か。``service_tier="batch"`` と同じ。
             other_units: 料金表で表せないものの数(音声トークン、検索など)。あれば料金は決まらない。
             at: いつの料金か。日付か、タイムゾーン付きの時刻。``None`` は最新の行。

@@ -20,7 +20,7 @@ def setup_quality_scorers(experiment_name: str, safety_sample_rate: float=1.0, q
         tracking_uri: MLflow の接続先。省略すると環境変数か、手元の SQLite。
 
     Raises:
-        ScorerSetupError: 割合が範囲外、サーバーが断った、など。
+        ScorerSetupError: 割合が範囲外、サーバーが拒否した、など。
     """
 
 def resolve_judge_model(judge_model: str | None=None, *, create_judge_endpoint: bool=False) -> str | None:

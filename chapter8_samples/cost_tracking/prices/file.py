@@ -136,7 +136,7 @@ def _rows(name: str, value: Any, per_1k: bool, problems: list[str]) -> Rows:
 
 
 def _with_batch(entry: Any) -> Any:
-    """``batch_input`` の形で書かれたバッチの単価を、処理の段に直す。"""
+    """``batch_input`` の形で書かれたバッチの単価を、サービスティアに直す。"""
     if not isinstance(entry, Mapping):
         return entry
     row = dict(cast(Mapping[str, Any], entry))

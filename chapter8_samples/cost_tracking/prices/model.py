@@ -66,7 +66,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level(Rates):
-    """標準の単価と、処理の段(``batch``、``priority``、``flex`` など)ごとの単価。"""
+    """標準の単価と、サービスティア(``batch``、``priority``、``flex`` など)ごとの単価。"""
 
     service_tiers: Mapping[str, Rates] = field(default_factory=dict[str, Rates])
 
@@ -99,7 +99,7 @@ class ModelPrice(Level):
         return (self.effective_from or date.min) <= day < (self.effective_to or date.max)
 
     def rates(self, input_tokens: int, service_tier: str = "", model: str = "") -> Rates:
-        """入力の長さと処理の段(``""`` は標準)に応じた単価。段の単価がなければ例外。"""
+        """入力の長さとサービスティア(``""`` は標準)に応じた単価。その単価がなければ例外。"""
         level: Level = self
         if reached := [tier for tier in self.tiers if input_tokens > tier.above_input_tokens]:
             level = max(reached, key=lambda tier: tier.above_input_tokens)

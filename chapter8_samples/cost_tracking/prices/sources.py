@@ -166,7 +166,7 @@ def _genai_names(model: Entry) -> Iterator[str]:
 
 
 def _genai_rows(steps: list[Entry], variants: list[Entry]) -> list[Entry]:
-    """料金の変わった日ごとの行。処理の段の単価は、段の始まった日からの行だけが持つ。"""
+    """料金の変わった日ごとの行。サービスティアの単価は、その始まった日からの行だけが持つ。"""
     rows: list[Entry] = []
     days = sorted({_start(item) for item in (*steps, *variants)})
     for day, until in zip(days, [*days[1:], ""], strict=True):
@@ -252,7 +252,7 @@ def _litellm_row(row: Entry) -> Entry:
 
 
 def _litellm_level(row: Entry, above: str, shorter: Entry) -> Entry:
-    """長い入力の処理の段は、その長さの単価があるときだけ運ぶ。短い入力の単価では計算しない。"""
+    """長い入力のサービスティアは、その長さの単価があるときだけ運ぶ。短い入力の単価では計算しない。"""
     own, services = _present(row, above), dict[str, Entry]()
     standard = {"output": 0, **shorter, **own, "service_tiers": services}
     for suffix in re.findall(rf"\binput_cost_per_token{above}_([a-z]+)\b", " ".join(row)):

@@ -49,7 +49,7 @@ def store_feedback(
 
     Raises:
         FeedbackDeliveryError: 届かなかった。トレースがまだなければ ``TraceNotFoundError``。
-        FeedbackNotAllowedError: ``authorize`` が断ったか、別のエクスペリメントのトレース。
+        FeedbackNotAllowedError: ``authorize`` が拒否したか、別のエクスペリメントのトレース。
         FeedbackError: サーバーが内容を拒否した(送り直しても成功しない)。
     """
     turn = _TURNS[hash((request.trace_id, request.name, request.user_id)) % len(_TURNS)]
