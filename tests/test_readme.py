@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from samples import PARTS, ROOT, SAMPLES, run_as_reader
+from samples import ROOT, SAMPLES, SECTIONS, run_as_reader
 
 from chapter8_samples.__main__ import parser
 
-READMES = [ROOT / "README.md", ROOT / "chapter8_samples/README.md", ROOT / "tests/README.md"]
+READMES = [
+    ROOT / "README.md",
+    ROOT / "chapter8_samples/README.md",
+    ROOT / "tests/README.md",
+    ROOT / "tests/benchmarks/README.md",
+]
 
 
 def text_of(readme: Path) -> str:
@@ -38,11 +43,25 @@ def test_links_and_files_exist() -> None:
                 assert (readme.parent / target).exists(), f"{readme}: {target}"
 
 
+def test_first_success_is_on_the_first_screen() -> None:
+    lines = text_of(READMES[0]).splitlines()
+    assert lines[4] == "pip install -r requirements.txt && python -m chapter8_samples"
+    assert lines[7].startswith("![")
+    assert len(text_of(READMES[0])) <= 9_000
+    assert len(text_of(READMES[1])) <= 12_000
+
+
 def test_every_page_and_every_part_is_listed() -> None:
+    """部品は、モジュールかサブパッケージごとに 1 行。"""
     top, guide = text_of(READMES[0]), text_of(READMES[1])
     assert [p.name for p in SAMPLES if p.name not in top or p.name not in guide] == []
-    parts = [path.relative_to(ROOT / "chapter8_samples").as_posix() for path in PARTS]
-    assert [part for part in parts if f"]({part})" not in guide] == []
+    package = ROOT / "chapter8_samples"
+    parts = [
+        path for name in SECTIONS for path in (package / name).iterdir() if path.name[0] != "_"
+    ]
+    subjects = [path for path in parts if path.suffix == ".py" or (path / "__init__.py").exists()]
+    names = [f"]({path.relative_to(package).as_posix()}{'/' * path.is_dir()})" for path in subjects]
+    assert [name for name in names if name not in guide] == []
 
 
 def test_requirement_files_are_bounded_and_end_with_the_project() -> None:

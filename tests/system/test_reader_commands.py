@@ -30,7 +30,12 @@ pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(sys.platform == "win32", reason="only on POSIX: a shell"),
 ]
-READMES = ("README.md", "chapter8_samples/README.md", "tests/README.md")
+READMES = (
+    "README.md",
+    "chapter8_samples/README.md",
+    "tests/README.md",
+    "tests/benchmarks/README.md",
+)
 PROGRAMS = "python3?|pip|pytest|source|mlflow|uvicorn|otelcol-contrib"
 STORY = ["-m", "chapter8_samples"]
 # 終わらないコマンド -> 開いたときの答えにあるはずの言葉
