@@ -255,19 +255,20 @@ def handlers_from_config(
         missing = [v for k, v in settings.items() if k.endswith("_env") and not environ.get(v)]
         unset += [f"{variable} (receiver {name})" for variable in missing]
         if not missing:
-            found[name] = _handler({**MAKERS, **makers}, settings, environ)
+            found[name] = _handler({**MAKERS, **makers}, settings, environ, config)
     if unset:
         raise NotificationConfigError(f"environment variables are not set: {', '.join(unset)}")
     return found
 
 
 def _handler(
-    makers: Makers, settings: Mapping[str, Any], environ: Mapping[str, str]
+    makers: Makers, settings: Mapping[str, Any], environ: Mapping[str, str], config: AlertConfig
 ) -> NotificationHandler:
     common = ("type", "send_resolved", "min_severity")
     plain = {k: v for k, v in settings.items() if k not in common and not k.endswith("_env")}
     secret = {k.removesuffix("_env"): environ[v] for k, v in settings.items() if k.endswith("_env")}
-    handler = makers[settings["type"]](**plain, **secret)
+    hold = {"hold": config.hold} if settings["type"] == "alertmanager" else {}
+    handler = makers[settings["type"]](**plain, **secret, **hold)
     if "min_severity" in settings:
         handler.min_severity = AlertSeverity(settings["min_severity"])
     handler.send_resolved = settings.get("send_resolved", handler.send_resolved)

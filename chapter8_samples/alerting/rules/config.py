@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Any, Protocol
 
+from .defaults import DEFAULT_RULES
 from .model import (
     DAYS,
     AlertConfigError,
@@ -94,47 +95,6 @@ class MuteWindow:
         return DAYS[day.weekday()] in self.days  # strftime("%a") は、ロケールによって「金」になる
 
 
-DEFAULT_RULES: tuple[Rule, ...] = (
-    AlertRule(
-        name="high_error_rate",
-        metric="error_rate",
-        window="5m",
-        threshold=0.05,
-        clear_threshold=0.03,
-        # 1 秒に 0.01 から 20 件、エラー率 0.2 から 2% の平穏な 360 日で、誤報は平均 0.7 件、
-        # 多くて 2 件(tests/benchmarks/alert_traffic.py --seeds 12)
-        confidence=0.995,
-        low_traffic_confidence=0.9999999,
-        for_="30s",
-        keep_firing_for="5m",
-        severity="critical",
-        action="rollback",
-        summary="エラー率が 5% 超",
-    ),
-    AlertRule(
-        name="slow_p95",
-        metric="latency_p95_ms",
-        window="10m",
-        threshold=10_000,
-        clear_threshold=8_000,
-        for_="2m",
-        keep_firing_for="5m",
-        min_samples=30,
-        summary="遅延の p95 が 10 秒超",
-    ),
-    AlertRule(name="cost_per_hour", metric="cost_usd_per_hour", window="1h", threshold=10),
-    AlertRule(
-        name="no_traffic",
-        metric="trace_count",
-        window="10m",
-        op="<",
-        threshold=1,
-        for_="10m",
-        summary="10 分間トレースなし",
-    ),
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class AlertConfig:
     """ルールの集まりと、評価のしかた。
@@ -145,6 +105,8 @@ class AlertConfig:
         repeat: 発報中の通知を繰り返す間隔。省略すると繰り返さない。経路(``routes``)ごとの
             ``repeat`` が先に使われる。
         evaluation_failure_for: ルールの評価の失敗がこれだけ続いたら知らせる。
+        watchdog_severity: その知らせの重大度。
+        interval: 評価の間隔。Alertmanager は、これを過ぎても送られてこないアラートを解消とみなす。
     """
 
     experiment: str = ""
@@ -152,6 +114,8 @@ class AlertConfig:
     offset: Duration = "30s"
     repeat: Duration | None = None
     evaluation_failure_for: Duration = "1m"
+    watchdog_severity: str = "critical"
+    interval: Duration | None = None
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     inhibit: tuple[Inhibit, ...] = ()
     mute: tuple[MuteWindow, ...] = ()
@@ -164,7 +128,7 @@ class AlertConfig:
             f"rules: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1})
         ]
         found += [f"rules: {WATCHDOG!r} is a built-in alert; rename the rule"] * (WATCHDOG in names)
-        durations = ("offset", "evaluation_failure_for", "repeat")
+        durations = ("offset", "evaluation_failure_for", "repeat", "interval")
         found += refusals((key, parse_duration, getattr(self, key) or "0s") for key in durations)
         repeats = ((f"routes[{i}].repeat", r.get("repeat")) for i, r in enumerate(self.routes))
         found += refusals((key, parse_duration, value or "0s") for key, value in repeats)
@@ -176,6 +140,11 @@ class AlertConfig:
         """``offset`` の長さ。"""
         return parse_duration(self.offset)
 
+    @property
+    def hold(self) -> timedelta:
+        """発報中のアラートを、次の評価まで保つ長さ(Alertmanager の ``endsAt``)。"""
+        return max(timedelta(minutes=5), 3 * parse_duration(self.interval or "0s"))
+
     def repeat_for(self, alert: Selectable) -> timedelta:
         """このアラートの通知を繰り返す間隔。0 は繰り返さない。"""
         matching = (route for route in self.routes if alert.matches(route.get("match", {})))
@@ -186,7 +155,10 @@ class AlertConfig:
     def watchdog(self) -> AlertRule:
         """評価の失敗を知らせる、組み込みのルール。"""
         return AlertRule(
-            name=WATCHDOG, for_=self.evaluation_failure_for, summary="alert rules could not be read"
+            name=WATCHDOG,
+            for_=self.evaluation_failure_for,
+            severity=self.watchdog_severity,
+            summary="alert rules could not be read",
         )
 
     def hold_and_keep(self, rule: Rule) -> tuple[timedelta, timedelta]:

@@ -150,6 +150,8 @@ RULE: Schema = {
     "clear_threshold": _number,
     "confidence": _number,
     "low_traffic_confidence": _number,
+    "compare": _duration,
+    "by": _text,
 }
 BURN_RATE: Schema = {
     **COMMON,
@@ -194,6 +196,8 @@ TOP: Schema = {
     "repeat": _duration,
     "evaluation_failure_for": _duration,
     "labels": _labels,
+    "watchdog_severity": SEVERITY,
+    "interval": _duration,
 }
 LISTS = ("rules", "burn_rates", "inhibit", "mute", "routes")
 

@@ -142,6 +142,11 @@ class Sample(Protocol):
     def successes(self) -> float | None: ...
 
 
+def ratio(now: Sample, earlier: Sample) -> float | None:
+    """前の窓の値に対する、今の値の比。前の値がないか 0 なら ``None``。"""
+    return now.value / earlier.value if now.value is not None and earlier.value else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseRule:
     """二種類のルールに共通の項目。"""
@@ -211,6 +216,10 @@ class AlertRule(BaseRule):
             確率でしか起きない偏りのときに「越えた」とする。
         low_traffic_confidence: 標本が 200 件に満たない窓で、代わりに使う。エラーは固まって起きる
             ので、少ない標本は、独立とみなした確率よりずっと偏りやすい。
+        compare: これだけ前の同じ長さの窓と比べる。しきい値は、前の値に対する比になる
+            (``trace_count``、``compare="1w"``、``op="<"``、``threshold=0.05`` は、先週の 5% 未満)。
+        by: ラベルの値ごとに判定する。``model``、``prompt_version``、``tag:名前`` のどれか。
+            ラベルの値ごとに 1 件のアラートになり、そのラベルが付く。
     """
 
     window: Duration = "5m"
@@ -219,10 +228,13 @@ class AlertRule(BaseRule):
     clear_threshold: float | None = None
     confidence: float | None = None
     low_traffic_confidence: float | None = None
+    compare: Duration | None = None
+    by: str | None = None
 
     def durations(self) -> tuple[str, ...]:
         """期間の項目の名前。"""
-        return ("window", *super().durations())
+        compare = ("compare",) if self.compare is not None else ()
+        return ("window", *compare, *super().durations())
 
     def problems(self) -> list[str]:
         """項目の誤り(空なら正しい)。"""
@@ -249,17 +261,24 @@ class AlertRule(BaseRule):
         """判定に要る(指標, 窓)。"""
         return [(self.metric, parse_duration(self.window))]
 
+    @property
+    def ago(self) -> timedelta | None:
+        """どれだけ前の窓と比べるか。比べないルールでは ``None``。"""
+        return None if self.compare is None else parse_duration(self.compare)
+
     def judge(self, samples: Sequence[Sample], firing: bool) -> bool | None:
-        """越えているか。標本が足りなければ ``None``。"""
+        """越えているか。標本が足りなければ ``None``。``compare`` では、今と前の二つを渡す。"""
         sample = samples[0]
-        if sample.value is None:
+        value = sample.value if self.compare is None else ratio(sample, samples[1])
+        if value is None:
             return self.no_data_verdict()
-        if sample.n < self.min_samples:
+        # 前の窓と比べるときは、前の窓の標本数で決める(今の件数が減ったことを見つけたい)
+        if samples[-1].n < self.min_samples:
             return None
         if not firing:
-            return self._beyond(sample.value) and self._is_no_chance(sample)
+            return self._beyond(value) and self._is_no_chance(sample)
         clear = self.threshold if self.clear_threshold is None else self.clear_threshold
-        return self._beyond(sample.value, clear)
+        return self._beyond(value, clear)
 
     def _beyond(self, value: float, threshold: float | None = None) -> bool:
         limit = self.threshold if threshold is None else threshold
