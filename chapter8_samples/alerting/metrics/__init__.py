@@ -9,7 +9,7 @@ from .measures import (
     measure,
     metric_problem,
 )
-from .source import TraceSearch, metric_source, to_ms
+from .source import TraceSearch, metric_source, sample_of, split_samples, to_ms
 
 __all__ = [
     "MetricSample",
@@ -21,5 +21,7 @@ __all__ = [
     "measure",
     "metric_problem",
     "metric_source",
+    "sample_of",
+    "split_samples",
     "to_ms",
 ]

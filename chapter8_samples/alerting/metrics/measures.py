@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -17,7 +18,11 @@ from typing import Any, NamedTuple, Protocol
 
 PASS_VALUES = frozenset({"yes", "true", "pass", "passed", "correct", "1", "1.0"})
 FAIL_VALUES = frozenset({"no", "false", "fail", "failed", "incorrect", "0", "0.0"})
-NAMED_METRICS = ("pass_rate", "fail_rate", "thumbs_down_rate", "scorer_error_rate", "feedback_rate")
+JUDGED_RATES = ("pass_rate", "fail_rate", "thumbs_down_rate", "scorer_error_rate", "feedback_rate")
+NAMED_METRICS = (*JUDGED_RATES, "assessment_count")
+"""``pass_rate:groundedness`` のように、評価の名前を続ける指標。"""
+SLOW_RATE = "slow_rate"
+"""``slow_rate:3s`` のように、応答時間の上限を続ける指標。それより遅いリクエストの割合。"""
 PLAIN_METRICS = (
     "trace_count",
     "request_rate",
@@ -26,6 +31,7 @@ PLAIN_METRICS = (
     "latency_p95_ms",
     "latency_p99_ms",
     "latency_avg_ms",
+    "time_to_first_chunk_p95_ms",
     "cost_usd",
     "cost_usd_per_hour",
     "cost_usd_per_request",
@@ -34,7 +40,7 @@ PLAIN_METRICS = (
     "total_tokens",
     "total_tokens_per_request",
 )
-RATE_METRICS = ("error_rate", *NAMED_METRICS)
+RATE_METRICS = ("error_rate", SLOW_RATE, *JUDGED_RATES)
 """割合の指標。分子と分母があるので、信頼区間(``confidence``)を使える。"""
 
 
@@ -55,6 +61,8 @@ class MetricSample:
     end: datetime
     successes: float | None = None
     """割合の分子。割合でない指標では ``None``。"""
+    label: str = ""
+    """``split`` で分けたラベルの値。分けていなければ空。"""
 
 
 class MetricSource(Protocol):
@@ -62,6 +70,10 @@ class MetricSource(Protocol):
 
     def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
         """``(at - window, at]`` の値。求められなければ ``MetricSourceError``。"""
+        ...
+
+    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
+        """``by``(model、prompt_version、tag:名前)の値ごとの、``(at - window, at]`` の値。"""
         ...
 
     def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
@@ -77,12 +89,16 @@ class TraceRow:
     at_ms: int
     state: str = "OK"
     latency_ms: float | None = None
+    first_chunk_ms: float | None = None
+    """ストリーミングの、最初の断片までの時間。"""
     tokens: Mapping[str, float] = field(default_factory=dict[str, float])
     cost_usd: float | None = None
     weight: float = 1.0
     """間引いて残したトレース 1 件が代表する件数(``sampling.weight``)。"""
     assessments: tuple[tuple[str, str], ...] = ()
     """(名前, 値)。失敗したスコアラーの値は ``error``。"""
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
+    """タグとメタデータ。"""
 
 
 def percentile(values: Iterable[tuple[float, float]], q: float) -> float | None:
@@ -129,6 +145,14 @@ class Numbers(Protocol):
         """``p95`` のような分位点か ``avg``。"""
         ...
 
+    def slower_than(self, milliseconds: float) -> Tally:
+        """応答時間がこれを超えたトレース。"""
+        ...
+
+    def first_chunks(self) -> Sequence[tuple[float, float]]:
+        """最初の断片までの(ミリ秒, 重み)。ストリーミングのトレースだけ。"""
+        ...
+
     def tokens(self, kind: str) -> float:
         """``input_tokens`` などの合計。"""
         ...
@@ -150,10 +174,16 @@ def measure(metric: str, window_seconds: float, numbers: Numbers) -> Value:
     check_metric(metric)
     kind, _, name = metric.partition(":")
     states = numbers.states()
+    finished = [states.get("OK"), states.get("ERROR")]
+    if kind == "error_rate":
+        return _ratio([states.get("ERROR")], finished)
+    if kind == SLOW_RATE:
+        return _ratio([numbers.slower_than(limit_ms(name))], finished)
     if name:
         return _judged(kind, name, numbers.verdicts(name), states)
-    if kind == "error_rate":
-        return _ratio([states.get("ERROR")], [states.get("OK"), states.get("ERROR")])
+    if kind.startswith("time_to_first_chunk_"):
+        chunks = numbers.first_chunks()
+        return percentile(chunks, 95), len(chunks), None
     total = _add(states.values())
     if kind.startswith("latency_"):
         what = kind.removeprefix("latency_").removesuffix("_ms")
@@ -161,9 +191,20 @@ def measure(metric: str, window_seconds: float, numbers: Numbers) -> Value:
     return _amount(kind, window_seconds, total, numbers), total.seen, None
 
 
+def limit_ms(text: str) -> float:
+    """``slow_rate`` の上限。``3s`` か ``1500ms``。"""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", text)
+    if not found:
+        raise MetricSourceError(f"{text!r} is not a limit; write slow_rate:3s or slow_rate:1500ms")
+    return float(found[1]) * (1000 if found[2] == "s" else 1)
+
+
 def check_metric(metric: str) -> None:
     """知っている指標の名前でなければ ``MetricSourceError``。"""
     kind, colon, name = metric.partition(":")
+    if kind == SLOW_RATE:
+        limit_ms(name)
+        return
     if (colon and name and kind in NAMED_METRICS) or (not colon and kind in PLAIN_METRICS):
         return
     hint = f"write {kind}:<assessment name>" if kind in NAMED_METRICS else _closest(kind)
@@ -182,7 +223,7 @@ def metric_problem(metric: str, *, rate_for: str = "") -> str:
 
 
 def _closest(kind: str) -> str:
-    near = difflib.get_close_matches(kind, PLAIN_METRICS + NAMED_METRICS, 1)
+    near = difflib.get_close_matches(kind, (*PLAIN_METRICS, *NAMED_METRICS, SLOW_RATE), 1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PLAIN_METRICS)}"
 
 
@@ -216,6 +257,9 @@ def _judged(
     kind: str, name: str, verdicts: Mapping[str, Tally], states: Mapping[str, Tally]
 ) -> Value:
     everything = list(verdicts.values())
+    if kind == "assessment_count":
+        total = _add(everything)
+        return total.weight, total.seen, None
     if kind == "feedback_rate":
         return _ratio(everything, states.values())
     if kind == "scorer_error_rate":
@@ -263,6 +307,15 @@ class RowNumbers:
             return sum(v * w for v, w in pairs) / whole if whole else None
         return percentile(pairs, float(what.removeprefix("p")))
 
+    def slower_than(self, milliseconds: float) -> Tally:
+        """応答時間がこれを超えたトレース。"""
+        weights = [r.weight for r in self.rows if (r.latency_ms or 0) > milliseconds]
+        return Tally(sum(weights), len(weights))
+
+    def first_chunks(self) -> list[tuple[float, float]]:
+        """最初の断片までの(ミリ秒, 重み)。"""
+        return [(r.first_chunk_ms, r.weight) for r in self.rows if r.first_chunk_ms is not None]
+
     def tokens(self, kind: str) -> float:
         """トークンの合計。"""
         return sum(row.tokens.get(kind, 0) * row.weight for row in self.rows)
@@ -281,9 +334,11 @@ class RowNumbers:
         kind, _, name = metric.partition(":")
         if kind == "error_rate":
             return [row for row in self.rows if row.state == "ERROR"]
-        if name:
+        if name and kind != SLOW_RATE:
             bad = {"error"} if kind == "scorer_error_rate" else FAIL_VALUES
             return [r for r in self.rows if any(n == name and v in bad for n, v in r.assessments)]
         if kind.startswith("cost_usd"):
             return sorted(self.rows, key=lambda row: -(row.cost_usd or 0.0))
+        if kind.startswith("time_to_first_chunk_"):
+            return sorted(self.rows, key=lambda row: -(row.first_chunk_ms or 0.0))
         return sorted(self.rows, key=lambda row: -(row.latency_ms or 0.0))

@@ -14,8 +14,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
+from .labels import split_rows
 from .measures import (
     MetricSample,
     MetricSource,
@@ -30,12 +31,19 @@ from .measures import (
 
 logger = logging.getLogger(__name__)
 
+Key = TypeVar("Key")
+Kept = TypeVar("Kept")
+
 MAX_TRACES = 50_000
 """一つの窓で集めるトレースの上限。"""
 PAGE_SIZE = 500
 """``search_traces`` の 1 ページの上限。"""
 WEIGHT_KEY = "sampling.weight"
 """間引いたトレースが代表する件数を書いたメタデータ(8.1 のサンプリング)。"""
+FIRST_CHUNK_KEY = "stream.time_to_first_chunk_ms"
+"""最初の断片までの時間を書いたメタデータ(8.1 の ``traced_stream``)。"""
+KEPT_READS, KEPT_WINDOWS = 4, 64
+"""前に読んだものを、いくつまで覚えておくか。"""
 ENDPOINT = "/api/3.0/mlflow/traces/metrics"
 COUNT = {"aggregation_type": "COUNT"}
 SUM = {"aggregation_type": "SUM"}
@@ -52,20 +60,22 @@ def to_row(info: Any) -> TraceRow:
         at_ms=info.request_time,
         state=str(getattr(info.state, "value", info.state)),
         latency_ms=info.execution_duration,
+        first_chunk_ms=_number(info.trace_metadata.get(FIRST_CHUNK_KEY)),
         tokens=info.token_usage or {},
         cost_usd=cost.get("total_cost"),
-        weight=_weight(info.trace_metadata.get(WEIGHT_KEY)),
+        weight=_number(info.trace_metadata.get(WEIGHT_KEY)) or 1.0,
         assessments=tuple((a.name, verdict(a.feedback.value)) for a in feedback),
+        tags={**info.trace_metadata, **info.tags},
     )
 
 
-def _weight(text: str | None) -> float:
-    """代表する件数。書かれていないものと壊れたものは 1 件分(8.2 の SQL と同じ扱い)。"""
+def _number(text: str | None) -> float | None:
+    """正の数。書かれていないものと壊れたものは ``None``(重みなら 1 件分とする)。"""
     try:
-        weight = float(text or 1)
+        number = float(text or 0)
     except ValueError:
-        return 1.0
-    return weight if 0 < weight < float("inf") else 1.0
+        return None
+    return number if 0 < number < float("inf") else None
 
 
 class TraceSearch:
@@ -152,24 +162,41 @@ class SearchTracesMetricSource:
 
     def __init__(self, search: TraceSearch) -> None:
         self.search = search
-        self._end_ms, self._start_ms, self._rows = 0, 0, list[TraceRow]()
+        self._reads: dict[int, tuple[int, list[TraceRow]]] = {}
+        """窓の終わり -> (始まり, 行)。"""
 
     def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
         """窓の中の行。"""
-        end = to_ms(at)
-        start = end - round(window.total_seconds() * 1000)
-        if end != self._end_ms or start < self._start_ms:
-            self._rows = self.search.rows(start, end)
-            self._start_ms, self._end_ms = start, end
-        return RowNumbers([row for row in self._rows if start < row.at_ms <= end])
+        start, end = bounds(window, at)
+        if end not in self._reads or start < self._reads[end][0]:
+            self._reads.pop(end, None)
+            _keep(self._reads, end, (start, self.search.rows(start, end)), KEPT_READS)
+        return RowNumbers([row for row in self._reads[end][1] if start < row.at_ms <= end])
 
     def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
         """``(at - window, at]`` の値。"""
-        return _sample(metric, window, at, self.numbers(window, at))
+        return sample_of(metric, window, at, self.numbers(window, at))
+
+    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
+        """``by`` の値ごとの、``(at - window, at]`` の値。"""
+        return split_samples(metric, window, at, self.numbers(window, at), by)
 
     def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
         """その指標を悪くしているトレースの ID。"""
         return [row.trace_id for row in self.numbers(window, at).worst(metric)[:limit]]
+
+
+def _keep(cache: dict[Key, Kept], key: Key, value: Kept, limit: int) -> None:
+    """``limit`` を超えたら、古いものから忘れる。"""
+    cache[key] = value
+    while len(cache) > limit:
+        del cache[next(iter(cache))]
+
+
+def bounds(window: timedelta, at: datetime) -> tuple[int, int]:
+    """窓の(始まり, 終わり)。"""
+    end = to_ms(at)
+    return end - round(window.total_seconds() * 1000), end
 
 
 def to_ms(at: datetime) -> int:
@@ -186,15 +213,16 @@ class EndpointMissingError(MetricSourceError):
 class ServerNumbers:
     """``/traces/metrics`` の答えを、行から数えたときと同じ形にする。"""
 
-    def __init__(self, tracking_uri: str, experiment_id: str, start_ms: int, end_ms: int) -> None:
-        self._tracking_uri = tracking_uri
+    def __init__(self, search: TraceSearch, start_ms: int, end_ms: int) -> None:
+        self._search, self._start_ms, self._end_ms = search, start_ms, end_ms
         # サーバーの窓は両端を含むので、始まりを 1 ミリ秒だけ後ろにして (start, end] に合わせる
         self._body = {
-            "experiment_ids": [experiment_id],
+            "experiment_ids": [search.experiment_id],
             "start_time_ms": start_ms + 1,
             "end_time_ms": end_ms,
         }
         self._answers: dict[str, list[dict[str, Any]]] = {}
+        self._found: dict[str, list[TraceRow]] = {}
 
     def states(self) -> dict[str, Tally]:
         """状態ごとの件数。"""
@@ -208,6 +236,20 @@ class ServerNumbers:
             q = float(what.removeprefix("p"))
             aggregation = {"aggregation_type": "PERCENTILE", "percentile_value": q}
         return self._number("TRACES", "latency", aggregation)
+
+    def slower_than(self, milliseconds: float) -> Tally:
+        """応答時間がこれを超えたトレース。集計の API では絞れないので、それだけを検索する。"""
+        rows = self._rows(f"attributes.execution_time_ms > {milliseconds:.0f}")
+        return Tally(len(rows), len(rows))
+
+    def first_chunks(self) -> list[tuple[float, float]]:
+        """最初の断片までの(ミリ秒, 重み)。集計の API にはないので、検索する。"""
+        return RowNumbers(self._rows(f"metadata.`{FIRST_CHUNK_KEY}` IS NOT NULL")).first_chunks()
+
+    def _rows(self, where: str) -> list[TraceRow]:
+        if where not in self._found:
+            self._found[where] = self._search.rows(self._start_ms, self._end_ms, where=where)
+        return self._found[where]
 
     def tokens(self, kind: str) -> float:
         """トークンの合計。"""
@@ -240,7 +282,7 @@ class ServerNumbers:
         query = {"view_type": view, "metric_name": metric, "aggregations": [aggregation], **more}
         key = json.dumps(query, sort_keys=True)
         if key not in self._answers:
-            self._answers[key] = query_metrics(self._tracking_uri, {**self._body, **query})
+            self._answers[key] = query_metrics(self._search.tracking_uri, {**self._body, **query})
         return self._answers[key]
 
 
@@ -302,37 +344,61 @@ class ServerMetricSource:
         try:
             numbers = None if self.falls_back else self._numbers(window, at)
             if numbers is not None:
-                return _sample(metric, window, at, numbers)
+                return sample_of(metric, window, at, numbers)
         except EndpointMissingError as missing:
             logger.warning("%s; counting traces with search_traces instead", missing)
             self.falls_back = True
         return self._fallback.sample(metric, window, at)
+
+    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
+        """``by`` の値ごとの値。集計の API では分けられないので、検索して数える。"""
+        return self._fallback.split(metric, window, at, by)
 
     def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
         """その指標を悪くしているトレースの ID。"""
         return self._fallback.examples(metric, window, at, limit)
 
     def _numbers(self, window: timedelta, at: datetime) -> ServerNumbers | None:
-        end = to_ms(at)
-        start = end - round(window.total_seconds() * 1000)
+        start, end = bounds(window, at)
         if (start, end) not in self._windows:
-            if not any(known_end == end for _, known_end in self._windows):
-                self._windows.clear()
-            uri, experiment_id = self._search.tracking_uri, self._search.experiment_id
-            numbers = ServerNumbers(uri, experiment_id, start, end)
+            numbers = ServerNumbers(self._search, start, end)
             numbers.states()  # 検索より先に聞く: 落ちたサーバーなら、ここですぐに分かる
-            weighted = self._search.rows(
-                start, end, where=f"metadata.`{WEIGHT_KEY}` IS NOT NULL", limit=1
-            )
-            self._windows[start, end] = None if weighted else numbers
+            found = None if self._has_weights(start, end) else numbers
+            _keep(self._windows, (start, end), found, KEPT_WINDOWS)
         return self._windows[start, end]
 
+    def _has_weights(self, start: int, end: int) -> bool:
+        wider = ((s, e) for (s, e), found in self._windows.items() if found is not None)
+        if any(s <= start and end <= e for s, e in wider):
+            return False
+        where = f"metadata.`{WEIGHT_KEY}` IS NOT NULL"
+        return bool(self._search.rows(start, end, where=where, limit=1))
 
-def _sample(metric: str, window: timedelta, at: datetime, numbers: Numbers) -> MetricSample:
+
+def sample_of(
+    metric: str, window: timedelta, at: datetime, numbers: Numbers, label: str = ""
+) -> MetricSample:
+    """集計値から求めた、一つの窓の指標。"""
     value, n, successes = measure(metric, window.total_seconds(), numbers)
     return MetricSample(
-        metric=metric, value=value, n=n, start=at - window, end=at, successes=successes
+        metric=metric,
+        value=value,
+        n=n,
+        start=at - window,
+        end=at,
+        successes=successes,
+        label=label,
     )
+
+
+def split_samples(
+    metric: str, window: timedelta, at: datetime, numbers: RowNumbers, by: str
+) -> list[MetricSample]:
+    """``by`` の値ごとに求めた、一つの窓の指標。"""
+    groups = split_rows(numbers.rows, by)
+    return [
+        sample_of(metric, window, at, RowNumbers(rows), label) for label, rows in groups.items()
+    ]
 
 
 def metric_source(experiment: str | TraceSearch, tracking_uri: str | None = None) -> MetricSource:

@@ -19,7 +19,7 @@ from datetime import datetime, timedelta, timezone
 
 from ..delivery import Alert, AlertStatus
 from ..engine import AlertEngine
-from ..metrics import MetricSample, RowNumbers, TraceRow, measure
+from ..metrics import MetricSample, RowNumbers, TraceRow, sample_of, split_samples
 from ..rules import AlertConfig, Rule
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ class RecordedTraces:
 
     def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
         """``(at - window, at]`` の値。"""
-        numbers = self._numbers(window, at)
-        value, n, successes = measure(metric, window.total_seconds(), numbers)
-        return MetricSample(
-            metric=metric, value=value, n=n, start=at - window, end=at, successes=successes
-        )
+        return sample_of(metric, window, at, self._numbers(window, at))
+
+    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
+        """``by`` の値ごとの、``(at - window, at]`` の値。"""
+        return split_samples(metric, window, at, self._numbers(window, at), by)
 
     def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
         """その指標を悪くしているトレースの ID。"""
