@@ -97,7 +97,7 @@ class CostCalculator:
             table = pricing
         elif pricing is not None:
             table = table.with_overrides(pricing) if pricing else PriceTable({})
-        self.table: PriceTable = table.with_aliases(aliases or {})
+        self.table: PriceTable = table.with_aliases(aliases) if aliases else table
         self.on_unknown = on_unknown
 
     def calculate(
@@ -150,7 +150,7 @@ class CostCalculator:
         )  # fmt: skip
         tier = _tier(service_tier, batch) if service_tier or batch else ""
         try:
-            if odd := [name for name, count in (other_units or {}).items() if count]:
+            if other_units and (odd := [name for name, count in other_units.items() if count]):
                 raise NoPriceError(f"{model!r}: a price table has no price for {', '.join(odd)}")
             match = self.table.resolve(model)
             row = self.table.price_at(match.name, at)

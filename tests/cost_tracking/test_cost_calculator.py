@@ -327,6 +327,17 @@ def test_history_is_kept_by_an_override_from_a_date() -> None:
     assert CostCalculator(later).calculate("gpt-4o", 10**6, 0) == 2.0  # まだ始まっていない
 
 
+def test_a_price_that_has_not_begun_is_not_todays() -> None:
+    row = {"input": 1, "output": 1}
+    two = [
+        {**row, "effective_from": "2998-01-01", "effective_to": "2999-01-01"},
+        {**row, "effective_from": "2999-01-01"},
+    ]
+    for rows in (two, two[:1]):
+        with pytest.raises(PriceNotEffectiveError, match="2998-01-01 to 2999-01-01"):
+            CostCalculator({"models": {"m": rows}}).calculate("m", 1, 1)
+
+
 def test_the_calculator_needs_neither_pydantic_nor_mlflow() -> None:
     code = (
         "import sys; from chapter8_samples.cost_tracking import CostCalculator;"

@@ -61,7 +61,9 @@ def checked_usage(*counts: int) -> Usage:
     Raises:
         InvalidUsageError: 整数でないか負の数、または入力より多いキャッシュ。
     """
-    total, output, read, write, write_1h = map(_count, counts, _NAMES)
+    if {*map(type, counts)} != {int} or min(counts) < 0:
+        counts = tuple(map(_count, counts, _NAMES))
+    total, output, read, write, write_1h = counts
     if read + write > total:
         raise InvalidUsageError(
             f"cached_input_tokens + cache_write_tokens ({read} + {write}) exceeds input_tokens "
@@ -75,8 +77,6 @@ def checked_usage(*counts: int) -> Usage:
 
 
 def _count(value: int, name: str) -> int:
-    if type(value) is int and value >= 0:
-        return value
     whole = hasattr(value, "__index__") and not isinstance(value, bool)
     if not whole or index(value) < 0:
         raise InvalidUsageError(f"{name}_tokens must be an integer >= 0, got {value!r}")

@@ -15,7 +15,6 @@ Decimal('1')
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -157,12 +156,10 @@ class PriceTable:
         rows = self.rows.get(name)
         if rows is None:
             raise NoPriceError(f"{name!r} in {self.name}: {self.not_carried[name]}")
-        if at is None:
-            today = date.max if len(rows) == 1 else datetime.now(timezone.utc).date()
-            return [row for row in rows if (row.effective_from or date.min) <= today][-1]
-        day = _utc_day(at)
+        day = datetime.now(timezone.utc).date() if at is None else _utc_day(at)
         for row in reversed(rows):
-            if row.covers(day):
+            started = row.effective_from is None or row.effective_from <= day
+            if started and (at is None or row.covers(day)):
                 return row
         periods = ", ".join(row.period for row in rows)
         raise PriceNotEffectiveError(f"no price row of {name!r} covers {day} (rows: {periods})")
@@ -213,6 +210,8 @@ class PriceTable:
 
     def _near_names(self, name: str) -> list[str]:
         """打ち間違いと思われる名前。世代の違うモデルや、微調整したモデルの元は挙げない。"""
+        import difflib  # 起動のたびには待たない
+
         words, alike = family(name), range(len(name) * 3 // 4, len(name) * 4 // 3 + 1)
         known = dict.fromkeys((*self.rows, *self.aliases, *self._tails))
         near = [other for other in known if len(other) in alike and family(other) == words]
