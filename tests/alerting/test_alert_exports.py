@@ -96,23 +96,31 @@ def test_promtool_accepts_the_rules_and_their_behaviour(tmp_path: Path) -> None:
         "eval_time": moment, "alertname": name, "exp_alerts": alerts
     }  # fmt: skip
     high = [
-        series('error_rate{window="5m"}', "0.01x9 0.2x9 0.01x30"),
-        series('trace_count{window="5m"}', "100x60"),
-        series('trace_count{window="10m"}', "100x60"),
+        series('error_ratio{window="5m"}', "0.01x9 0.2x9 0.01x30"),
+        series('error_ratio_samples{window="5m"}', "100x60"),
+        series('traces{window="10m"}', "100x60"),
+        series("read_failures_total", "0x9 1x50"),
     ]
-    few = [series('error_rate{window="5m"}', "0.5x40"), series('trace_count{window="5m"}', "3x40")]
+    few = [
+        series('error_ratio{window="5m"}', "0.5x40"),
+        series('error_ratio_samples{window="5m"}', "3x40"),
+    ]
     burn = [
-        series('error_rate{window="1h"}', "0.2x40"),
-        series('error_rate{window="5m"}', "0.2x20 0.0x20"),
-        series('trace_count{window="5m"}', "3x40"),
+        series('error_ratio{window="1h"}', "0.2x40"),
+        series('error_ratio{window="5m"}', "0.2x20 0.0x20"),
     ]
     budget = firing("critical", "1h", summary="LLMBudget", value="0.2")
     traffic = firing("warning", "10m", summary="LLMNoTraffic", value="1")
+    labels = {"severity": "critical", "service": "bot"}
+    watchdog = {"summary": "alert rules could not be read"}
+    blind = [{"exp_labels": labels, "exp_annotations": watchdog | {"value": "1"}}]
     cases = [
         (high, [at("6m", "LLMHighErrorRate", []), at("8m", "LLMHighErrorRate", errors),
                 at("14m", "LLMHighErrorRate", errors), at("16m", "LLMHighErrorRate", []),
-                at("16m", "LLMNoTraffic", [])]),
-        (few, [at("10m", "LLMHighErrorRate", []), at("15m", "LLMNoTraffic", traffic)]),
+                at("16m", "LLMNoTraffic", []), at("4m", "alert_evaluation_failed", []),
+                at("8m", "alert_evaluation_failed", blind)]),
+        (few, [at("10m", "LLMHighErrorRate", []), at("15m", "LLMNoTraffic", traffic),
+               at("15m", "alert_evaluation_failed", blind)]),
         (burn, [at("5m", "LLMBudget", budget), at("12m", "LLMBudget", [])]),
     ]  # fmt: skip
     tests = [{"interval": "30s", "input_series": s, "alert_rule_test": c} for s, c in cases]
@@ -138,13 +146,15 @@ def test_amtool_accepts_the_config(tmp_path: Path) -> None:
 
 
 def test_the_default_rules_become_these_expressions() -> None:
-    assert {rule.name: expression(rule) for rule in AlertConfig.default().rules} == {
-        "high_error_rate": 'llm_app_error_rate{window="5m"} > 0.05',
-        "slow_p95": '(llm_app_latency_p95_ms{window="10m"} > 10000) '
-        'and (llm_app_trace_count{window="10m"} >= 30)',
+    expressions = {rule.name: expression(rule) for rule in AlertConfig.default().rules}
+    wanted = {
+        "high_error_rate": 'llm_app_error_ratio{window="5m"} > 0.05',
+        "slow_p95": '(llm_app_latency_p95_seconds{window="10m"} > 10) '
+        'and (llm_app_latency_p95_seconds_samples{window="10m"} >= 30)',
         "cost_per_hour": 'llm_app_cost_usd_per_hour{window="1h"} > 10',
-        "no_traffic": 'llm_app_trace_count{window="10m"} < 1',
+        "no_traffic": 'llm_app_traces{window="10m"} < 1',
     }
+    assert {name: expressions[name] for name in wanted} == wanted
 
 
 def test_a_receiver_without_a_url_is_an_error() -> None:
@@ -228,16 +238,17 @@ def test_a_rule_becomes_a_databricks_alert() -> None:
 
 def test_a_tricky_assessment_name_stays_one_label() -> None:
     assert expression(CONFIG.rules[2]).startswith(
-        '(llm_app_pass_rate{window="1h",assessment="a \\"b\\""} < 0.8)'
+        '(llm_app_pass_ratio{window="1h",assessment="a \\"b\\""} < 0.8)'
     )
 
 
 def test_a_burn_rate_keeps_its_minimum_and_its_absence() -> None:
     burn = BurnRateRule(name="b", min_samples=30, no_data="alert")
     assert expression(burn) == (
-        '(((llm_app_error_rate{window="1h"} > 0.144) and on() '
-        '(llm_app_error_rate{window="5m"} > 0.144)) and (llm_app_trace_count{window="1h"} >= 30)) '
-        'or absent(llm_app_error_rate{window="1h"})'
+        '(((llm_app_error_ratio{window="1h"} > 0.144) and on() '
+        '(llm_app_error_ratio{window="5m"} > 0.144)) '
+        'and (llm_app_error_ratio_samples{window="1h"} >= 30)) '
+        'or absent(llm_app_error_ratio{window="1h"})'
     )
 
 
@@ -260,7 +271,7 @@ def test_labels_and_texts_prometheus_would_refuse_are_made_acceptable() -> None:
     rule = AlertRule(name="a", labels={"team-name": "{{ ml }}"}, runbook_url="https://x/{{y}}")
     inhibit = Inhibit(when={"team-name": "a"}, mute={"name": "b"}, equal=("1st team",))
     config = AlertConfig(rules=[rule], inhibit=(inhibit,), labels={"環境": "prod"})
-    (exported,) = to_prometheus_rules(config)["groups"][0]["rules"]
+    exported, _ = to_prometheus_rules(config)["groups"][0]["rules"]
     assert exported["labels"] == {"__": "prod", "team_name": "{ { ml }}", "severity": "warning"}
     assert exported["annotations"]["runbook_url"] == "https://x/{ {y}}"
     (rules,) = to_alertmanager_config(config, {"ops": "http://relay"})["inhibit_rules"]

@@ -1,7 +1,12 @@
 """ルールを試す道具と、ほかの監視基盤への書き出し。"""
 
 from .backtest import RecordedTraces, Replay, RuleReplay, SyntheticTraffic, replay
-from .exports import to_alertmanager_config, to_databricks_alert, to_prometheus_rules
+from .exports import (
+    to_alertmanager_config,
+    to_databricks_alert,
+    to_prometheus_rules,
+    watched_series,
+)
 
 __all__ = [
     "RecordedTraces",
@@ -12,4 +17,5 @@ __all__ = [
     "to_alertmanager_config",
     "to_databricks_alert",
     "to_prometheus_rules",
+    "watched_series",
 ]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..delivery import label_name
+from ..metrics.exporter import FAILURES, Series
 from ..rules import (
     AlertConfig,
     AlertConfigError,
@@ -20,54 +22,63 @@ from ..rules import (
     BurnRateRule,
     Rule,
     format_duration,
+    parse_duration,
 )
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "llm_app_"
-"""Prometheus の指標の接頭辞。``llm_app_error_rate{window="5m"}`` を公開しているものとする。"""
+
+def watched_series(config: AlertConfig) -> list[Series]:
+    """書き出したルールが見る系列。``MetricsCollector`` に渡すと、それだけを公開する。"""
+    return list(dict.fromkeys(series for rule in config.rules for series in series_of(rule)))
 
 
-def selector(metric: str, window: str) -> str:
-    """指標の名前と窓を、Prometheus のセレクターにする。
-
-    >>> selector("pass_rate:relevance", "1h")
-    'llm_app_pass_rate{window="1h",assessment="relevance"}'
-    """
-    base, _, assessment = metric.partition(":")
-    escaped = assessment.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    label = f',assessment="{escaped}"' if assessment else ""
-    return f'{PREFIX}{base}{{window="{window}"{label}}}'
+def series_of(rule: Rule) -> list[Series]:
+    """一つのルールが見る系列。長い窓が先で、``min_samples`` があれば、その標本数が最後。"""
+    compare = rule.compare if isinstance(rule, AlertRule) else None
+    found = [
+        Series(
+            metric=metric,
+            window=window,
+            window_label=format_duration(window),
+            ago=None if compare is None else parse_duration(compare),
+            compare_label="" if compare is None else format_duration(compare),
+            by=rule.by if isinstance(rule, AlertRule) else None,
+        )
+        for metric, window in rule.queries()
+    ]
+    return found + [replace(found[0], counts=True)] * (rule.min_samples > 0)
 
 
 def expression(rule: Rule) -> str:
     """PromQL の条件式。信頼区間は式にできないので、件数の下限だけを移す。"""
-    window = format_duration(rule.window)
+    series = series_of(rule)
+    limit = f"{rule.threshold * series[0].scale:g}"
     if isinstance(rule, BurnRateRule):
-        windows = (window, format_duration(rule.short))
-        long, short = (f"({selector(rule.metric, w)} > {rule.threshold:g})" for w in windows)
+        long, short = (f"({one.selector()} > {limit})" for one in series[:2])
         found = f"{long} and on() {short}"
     else:
-        found = f"{selector(rule.metric, window)} {rule.op} {rule.threshold:g}"
+        found = f"{series[0].selector()} {rule.op} {limit}"
     if rule.min_samples:
-        assessment = rule.metric.partition(":")[2]
-        base = f"assessment_count:{assessment}" if assessment else "trace_count"
-        found = f"({found}) and ({selector(base, window)} >= {rule.min_samples})"
+        found = f"({found}) and ({series[-1].selector()} >= {rule.min_samples})"
     if rule.no_data == "alert":
-        found = f"({found}) or absent({selector(rule.metric, window)})"
+        found = f"({found}) or absent({series[0].selector()})"
     return found
 
 
 def to_prometheus_rules(config: AlertConfig, *, interval: str = "30s") -> dict[str, Any]:
     """Prometheus のルールファイル。
 
+    指標を読めないことと、公開が止まったことも見張る。
     Prometheus にない ``clear_threshold`` と ``confidence`` などは、アノテーションに残して知らせる。
     """
-    rules = [_prometheus_rule(rule, config.labels) for rule in config.rules]
+    rules = [_prometheus_rule(rule, expression(rule), config.labels) for rule in config.rules]
+    broken = f"increase({FAILURES}[5m]) > 0 or absent({FAILURES})"
+    rules.append(_prometheus_rule(config.watchdog, broken, config.labels))
     return {"groups": [{"name": "llm-app", "interval": interval, "rules": rules}]}
 
 
-def _prometheus_rule(rule: Rule, labels: Mapping[str, str]) -> dict[str, Any]:
+def _prometheus_rule(rule: Rule, expr: str, labels: Mapping[str, str]) -> dict[str, Any]:
     annotations = {"summary": _plain(rule.summary or rule.name)}
     annotations["value"] = "{{ $value }}"
     if rule.runbook_url:
@@ -78,7 +89,7 @@ def _prometheus_rule(rule: Rule, labels: Mapping[str, str]) -> dict[str, Any]:
         annotations["not_exported"] = ", ".join(lost)
     made: dict[str, Any] = {
         "alert": rule.name,
-        "expr": expression(rule),
+        "expr": expr,
         "for": format_duration(rule.for_),
         "labels": {
             **{label_name(k): _plain(v) for k, v in {**labels, **rule.labels}.items()},
