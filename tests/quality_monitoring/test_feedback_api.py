@@ -232,6 +232,23 @@ def test_a_broken_disk_does_not_refuse_a_good_vote(store: str, ask: Any, tmp_pat
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
 
 
+def test_only_true_authorizes(store: str, ask: Any) -> None:
+    (trace_id,) = ask()
+
+    async def deny(*_: Any) -> bool:
+        return False
+
+    with pytest.raises(TypeError, match=r"deny.*is async: pass a plain function"):
+        client(authorize=deny)
+    for answer in (lambda *_: "no", lambda *_: object(), lambda *_: None):
+        app = client(authorize=answer)
+        assert (
+            app.post("/feedback", json={"trace_id": trace_id, "is_positive": True}).status_code
+            == 403
+        )
+    assert stored(trace_id) == {}
+
+
 BODIES: list[dict[str, Any]] = [
     {"type": "correction", "expected_response": "嘘の正解"},
     {"type": "thumbs", "is_positive": True},

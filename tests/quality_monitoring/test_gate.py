@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+from typing import Any
 
 import mlflow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mlflow.genai.scorers import scorer
+from mlflow.entities import Feedback
+from mlflow.genai.scorers import Safety, scorer
 
-from chapter8_samples.quality_monitoring import compare_releases, compare_verdicts
+from chapter8_samples.quality_monitoring import (
+    JudgeNotConfiguredError,
+    compare_releases,
+    compare_verdicts,
+)
+
+
+@pytest.fixture(autouse=True)
+def _few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_GENAI_EVAL_MAX_WORKERS", "2")
 
 
 def verdicts(source: random.Random, questions: int, *rates: float) -> list[list[bool | None]]:
@@ -73,16 +85,37 @@ def test_few_questions_prove_nothing() -> None:
     assert compare_verdicts([True] * 60, [True] * 60).verdict == "not worse"
 
 
+def test_what_the_judge_of_one_release_could_not_read_proves_nothing() -> None:
+    """採点できない答えばかりの候補が、残りの答えだけで昇格してはならない。"""
+    judged: list[bool | None] = [True] * 60
+    found = compare_verdicts(judged + [True] * 40, judged + [None] * 40)
+    assert (found.verdict, found.pairs, found.unjudged) == ("not enough data", 60, 40)
+    assert found.lower < -0.4 and found.upper > 0.4
+    assert compare_verdicts(judged + [None] * 40, judged + [True] * 40).verdict != "not worse"
+    assert compare_verdicts(judged + [None] * 40, judged + [None] * 40).verdict == "not worse"
+
+
 def test_bad_arguments_name_the_value() -> None:
-    for margin in (0, 1, 10, -0.1, math.nan):
+    for margin in (0, 1, 10, -0.1, math.nan, "0.1", True):
         with pytest.raises(ValueError, match=f"margin.*{margin}"):
             compare_verdicts([], [], margin=margin)
     with pytest.raises(ValueError, match="got 1 of the baseline and 0 of the candidate"):
         compare_verdicts([True], [])
     with pytest.raises(ValueError, match="no question"):
         compare_releases([], good, good, [says_good])
-    with pytest.raises(ValueError, match="at least one scorer"):
-        compare_releases(["a"], good, good, [])
+    scorers: list[Any] = [[], [says_good, says_good], says_good, [lambda outputs: True]]
+    for wrong in scorers:
+        with pytest.raises(ValueError, match="list of at least one scorer, with unique names, got"):
+            compare_releases(["a"], good, good, wrong)
+    for row in (1, None, ["a"], {"question": "a"}, {"inputs": "a"}):
+        with pytest.raises(ValueError, match="a question is a string or"):
+            compare_releases(["a", row], good, good, [says_good])
+    releases: list[Any] = [None, "prompts:/answer/2"]
+    for release in releases:
+        with pytest.raises(ValueError, match=r"candidate must be a function.*got"):
+            compare_releases(["a"], good, release, [says_good])
+    with pytest.raises(JudgeNotConfiguredError, match="OPENAI_API_KEY"):
+        compare_releases(["a"], good, good, [Safety(model="openai:/gpt-4.1-mini")])
 
 
 @scorer
@@ -100,14 +133,55 @@ def bad(question: str) -> str:
     return "bad"
 
 
-QUESTIONS = [f"q{number}" for number in range(10)]
+QUESTIONS = [f"q{number}" for number in range(6)]
+
+
+def unable(question: str) -> str:
+    raise RuntimeError("no key")
+
+
+def test_a_candidate_that_cannot_answer_at_all_is_worse(store: str) -> None:
+    """MLflow は、1 件目に答えられない版を評価せず、例外にする。"""
+    result = compare_releases(QUESTIONS, good, unable, [says_good])
+    assert (result.verdict, result.candidate.failed) == ("worse", 6)
+    with pytest.raises(ValueError, match="the baseline answered none of the questions: see run"):
+        compare_releases(QUESTIONS, unable, unable, [says_good])
+    assert "MLFLOW_GENAI_EVAL_SKIP_TRACE_VALIDATION" not in os.environ
+
+
+def test_every_question_is_asked_once(store: str, caplog: pytest.LogCaptureFixture) -> None:
+    """同じ質問を 60 回答えても、1 問分の証拠にしかならない。"""
+    asked: list[str] = []
+
+    def counting(question: str) -> str:
+        asked.append(question)
+        return "good"
+
+    result = compare_releases(["a", "a", "b"], counting, good, [says_good])
+    assert (sorted(asked), result.baseline.questions) == (["a", "b"], 2)
+    assert "1 repeated questions are asked once" in caplog.text
+
+
+def test_a_scorer_without_a_verdict_says_why(store: str, caplog: pytest.LogCaptureFixture) -> None:
+    @scorer
+    def elsewhere(outputs: object) -> Feedback:
+        return Feedback(name="other", value="yes")
+
+    @scorer
+    def down(outputs: object) -> bool:
+        raise ValueError("judge is down")
+
+    result = compare_releases(["a"], good, good, [elsewhere, down])
+    assert result.verdict == "not enough data" and "no pair was judged" in str(result)
+    assert "'elsewhere' judged no answer: it returns nothing named 'elsewhere'" in caplog.text
+    assert "'down' judged no answer: judge is down" in caplog.text
 
 
 def test_both_releases_answer_every_question_apart_from_production(store: str) -> None:
     mlflow.set_experiment("production")
     result = compare_releases(QUESTIONS, good, bad, [says_good], experiment_name="evaluation")
     assert result.verdict == "worse" and not result
-    assert "says_good: worse (100% -> 0% on 10 questions" in str(result)
+    assert "says_good: worse (100% -> 0% on 6 questions" in str(result)
     assert (result.baseline.failed, result.candidate.failed) == (0, 1)
     assert result.candidate.cost_usd is None and "unknown" in str(result)
     production, evaluation = (
@@ -140,7 +214,7 @@ def test_every_scorer_has_to_be_not_worse(store: str) -> None:
         [{"inputs": {"question": q}} for q in QUESTIONS], bad_but_short, good, [short, broken]
     )
     found = {scorer.scorer: scorer for scorer in result.scorers}
-    assert found["short"].verdict == "worse" and found["broken"].unjudged == 10
+    assert found["short"].verdict == "worse" and found["broken"].unjudged == 6
     assert result.verdict == "worse"
 
 

@@ -23,6 +23,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -102,12 +103,18 @@ def create_feedback_router(
 
     Args:
         user_of: リクエストから、評価した人の ID を求める関数。
-        authorize: このトレース(スパンは入っていない)に書かせるかを決める関数。省くと、アプリの
-            エクスペリメントだけに書かせる。渡すと、トレースを確かめられない評価は残さない。
+        authorize: このトレース(スパンは入っていない)に書かせるなら ``True`` を返す関数。省くと、
+            アプリのエクスペリメントだけに書かせる。渡すと、トレースを確かめられない評価は残さない。
         outbox: 届かないときの送信箱と、``max_pending``: その上限(件)。
         timeout_seconds: トレースが保存されるまで待つ秒数。待つ間、スレッドは使わない。
         max_body_bytes: 本文の上限。既定値には、10,000 文字のどんな文章も収まる。
+
+    Raises:
+        TypeError: ``user_of`` か ``authorize`` が ``async def`` の関数である。
     """
+    for given in (user_of, authorize):
+        if inspect.iscoroutinefunction(given):  # 待たずに真とみなすと、誰にでも書かせてしまう
+            raise TypeError(f"{given} is async: pass a plain function (it runs in a thread)")
     desk = _Desk(user_of, authorize, outbox, timeout_seconds, max_pending)
 
     async def vote(request: Request, response: Response) -> dict[str, bool]:
@@ -186,7 +193,9 @@ class _Desk:
         """期限まで繰り返す。"""
 
         def allowed(info: TraceInfo) -> bool:
-            return self.authorize is None or self.authorize(http, Trace(info, TraceData([])))
+            return (
+                self.authorize is None or self.authorize(http, Trace(info, TraceData([]))) is True
+            )
 
         def attempt() -> Assessment | None:
             try:

@@ -14,10 +14,8 @@ from __future__ import annotations
 import ast
 import builtins
 import dis
-import os
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from types import CodeType
 from typing import Any, cast
 
@@ -25,6 +23,7 @@ from mlflow.entities import Feedback, Trace
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer
 
+from .environment import switched_on
 from .plan import FINISHED_TRACES, given
 from .registry import ScorerPlan, ScorerSetupError, ScorerStatus, setup_scorers
 
@@ -89,7 +88,7 @@ def validate_custom_scorer(
     expected = _value_on(scorer, sample, "fails on the sample")
     if expected is None:
         raise CustomScorerError(f"{name}: returns None on the sample, so nothing is stored")
-    with _code_allowed():
+    with switched_on(_ENABLE_CODE):  # 自分で書いたコードなので、安全装置を外してよい
         try:
             rebuilt = Scorer.model_validate(dump)
         except MlflowException as error:
@@ -153,16 +152,3 @@ def _value(result: object) -> object:
     if isinstance(result, list):
         return [_value(item) for item in cast("list[object]", result)]
     return result.value if isinstance(result, Feedback) else result
-
-
-@contextmanager
-def _code_allowed() -> Iterator[None]:
-    """自分で書いたコードを組み立て直す間だけ、MLflow の安全装置を外す。"""
-    before = os.environ.get(_ENABLE_CODE)
-    os.environ[_ENABLE_CODE] = "true"
-    try:
-        yield
-    finally:
-        os.environ.pop(_ENABLE_CODE)
-        if before is not None:
-            os.environ[_ENABLE_CODE] = before

@@ -23,16 +23,20 @@ import logging
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlflow
 import mlflow.genai
 from mlflow.entities import Trace
+from mlflow.genai.scorers import Scorer
 
+from .environment import switched_on
+from .judges import require_judges
 from .verdicts import VerdictComparison, compare_verdicts
 
 logger = logging.getLogger(__name__)
 
+_NO_REHEARSAL = "MLFLOW_GENAI_EVAL_SKIP_TRACE_VALIDATION"
 Answer = Callable[..., Any]
 """質問(``inputs`` の項目)をキーワード引数で受け取り、答えを返す関数。"""
 
@@ -44,6 +48,7 @@ class ReleaseRun:
     run_id: str
     verdicts: dict[str, list[bool | None]]
     """スコアラーの名前 -> 質問ごとの合否。答えられなければ不合格、採点できなければ ``None``。"""
+    questions: int
     failed: int
     """答えられなかった(例外になった)質問の数。"""
     latency_p50_ms: float
@@ -106,15 +111,17 @@ def compare_releases(
         quality_criteria: MLflow 3.18 以降の ``evaluate`` に渡す、候補が満たすべき下限。
 
     Raises:
-        ValueError: 質問かスコアラーがない、合否にできない値をスコアラーが返した、など。
+        ValueError: 質問かスコアラーがない、基準の版がどの質問にも答えられない、合否にできない値を
+            スコアラーが返した、など。
+        JudgeNotConfiguredError: ジャッジの API キーなどがない。
     """
     questions = _questions(dataset)
-    if not scorers:
-        raise ValueError("pass at least one scorer, for example mlflow.genai.scorers.Safety()")
-    compare_verdicts([], [], margin=margin)  # 評価に費用を使う前に、margin を確かめる
+    _check(baseline, candidate, scorers, margin)  # 評価に費用を使う前に
     criteria = _criteria(quality_criteria)
     run = {"experiment_id": _experiment_id(experiment_name)}
     old = _evaluate({**run, "run_name": "baseline"}, questions, baseline, scorers, {})
+    if old.failed == old.questions:
+        raise ValueError(f"the baseline answered none of the questions: see run {old.run_id}")
     new = _evaluate({**run, "run_name": "candidate"}, questions, candidate, scorers, criteria)
     compared = [
         compare_verdicts(
@@ -128,12 +135,33 @@ def compare_releases(
     return result
 
 
+def _check(baseline: object, candidate: object, scorers: Sequence[object], margin: float) -> None:
+    for name, answer in (("baseline", baseline), ("candidate", candidate)):
+        if not callable(answer):
+            raise ValueError(f"{name} must be a function that answers a question, got {answer!r}")
+    names = [scorer.name for scorer in scorers if isinstance(scorer, Scorer)]
+    if not names or len(set(names)) < len(list(scorers)):
+        raise ValueError(
+            f"scorers must be a list of at least one scorer, with unique names, got {scorers!r}"
+        )
+    require_judges([scorer for scorer in scorers if isinstance(scorer, Scorer)])
+    compare_verdicts([], [], margin=margin)
+
+
 def _questions(dataset: Any) -> Any:
     if not isinstance(dataset, (list, tuple)):
         return dataset
-    if not dataset:
+    rows: dict[str, dict[str, Any]] = {}
+    for given in cast("Sequence[Any]", dataset):
+        row = {"inputs": {"question": given}} if isinstance(given, str) else given
+        if not isinstance(row, dict) or not isinstance(row.get("inputs"), dict):
+            raise ValueError(f'a question is a string or {{"inputs": {{...}}}}, got {given!r}')
+        rows[repr(row["inputs"])] = dict(row)
+    if not rows:
         raise ValueError("the dataset has no question; collect corrections first, or pass a list")
-    return [{"inputs": {"question": row}} if isinstance(row, str) else dict(row) for row in dataset]
+    if len(rows) < len(dataset):  # 同じ質問を何度答えても、証拠は増えない
+        logger.warning("%d repeated questions are asked once", len(dataset) - len(rows))
+    return list(rows.values())
 
 
 def _criteria(quality_criteria: str | None) -> dict[str, Any]:
@@ -161,33 +189,42 @@ def _evaluate(
     scorers: Sequence[Any],
     criteria: dict[str, Any],
 ) -> ReleaseRun:
-    with mlflow.start_run(nested=True, **run):
+    traced = mlflow.trace(answer, sampling_ratio_override=1.0)
+    # evaluate() は 1 件目を余分に試し、答えられない版では、評価せずに例外で終わる
+    with mlflow.start_run(nested=True, **run), switched_on(_NO_REHEARSAL):
         result = mlflow.genai.evaluate(
-            data=questions, predict_fn=answer, scorers=list(scorers), **criteria
+            data=questions, predict_fn=traced, scorers=list(scorers), **criteria
         )
     rows = result.result_df
     assert rows is not None
     failed = [state == "ERROR" for state in rows["state"]]
-    verdicts = {
-        scorer.name: [
-            False if lost else _passed(value, scorer)
-            for lost, value in zip(failed, _values(rows, scorer.name), strict=True)
-        ]
-        for scorer in scorers
-    }
     traces = [_trace(stored) for stored in rows["trace"]]
     return ReleaseRun(
         run_id=result.run_id,
-        verdicts=verdicts,
+        verdicts={scorer.name: _verdicts(rows, scorer, failed) for scorer in scorers},
+        questions=len(failed),
         failed=sum(failed),
         latency_p50_ms=statistics.median(trace.info.execution_duration or 0 for trace in traces),
         cost_usd=_cost(traces),
     )
 
 
-def _values(rows: Any, scorer: str) -> list[Any]:
-    column = f"{scorer}/value"
-    return list(rows[column]) if column in rows else [None] * len(rows)
+def _verdicts(rows: Any, scorer: Any, failed: list[bool]) -> list[bool | None]:
+    values = _column(rows, f"{scorer.name}/value")
+    judged = [_passed(value, scorer) for value in values]
+    if set(judged) == {None} and not all(failed):
+        errors = _column(rows, f"{scorer.name}/error_message")
+        why = next(filter(_is_text, errors), f"it returns nothing named {scorer.name!r}")
+        logger.warning("scorer %r judged no answer: %s", scorer.name, why)
+    return [False if lost else verdict for lost, verdict in zip(failed, judged, strict=True)]
+
+
+def _column(rows: Any, name: str) -> list[Any]:
+    return list(rows[name]) if name in rows else [None] * len(rows)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _passed(value: Any, scorer: Any) -> bool | None:

@@ -27,7 +27,7 @@ class VerdictComparison:
     pairs: int
     """両方の版の合否がそろった質問の数。"""
     unjudged: int
-    """どちらかの版を採点できず、比べなかった質問の数。"""
+    """どちらかの版を採点できなかった質問の数。"""
     baseline_rate: float | None
     candidate_rate: float | None
     difference: float | None
@@ -59,6 +59,9 @@ def compare_verdicts(
     - ``worse``: 差の区間が 0 より下にある
     - ``not enough data``: どちらとも言えない
 
+    片方の版だけを採点できなかった質問は、``lower`` では候補だけが不合格、``upper`` では候補だけが
+    合格だったとみなす(採点できない答えを返す候補を、「悪くない」と言わない)。
+
     「悪くない」を 80% の確率で示せる質問の数(``margin=0.10``、2 つの版は同じ合格率)::
 
         基準の合格率         98%   95%   90%   80%   70%
@@ -77,14 +80,16 @@ def compare_verdicts(
             f"verdicts must pair up, got {len(baseline)} of the baseline and "
             f"{len(candidate)} of the candidate"
         )
-    if not 0 < margin < 1:
+    if not isinstance(margin, float) or not 0 < margin < 1:  # pyright: ignore
         raise ValueError(f"margin must lie between 0 and 1 (0.10 is ten points), got {margin!r}")
-    both = zip(baseline, candidate, strict=True)
+    both = list(zip(baseline, candidate, strict=True))
     pairs = [(old, new) for old, new in both if old is not None and new is not None]
     lost = sum(old and not new for old, new in pairs)
     gained = sum(new and not old for old, new in pairs)
-    lower = -_most_lost(lost, gained, len(pairs), ERROR_RATE)
-    upper = _most_lost(gained, lost, len(pairs), ERROR_RATE / tests)
+    half = sum((old is None) != (new is None) for old, new in both)  # 片方だけを採点できた
+    asked = len(pairs) + half
+    lower = -_most_lost(lost + half, gained, asked, ERROR_RATE)
+    upper = _most_lost(gained + half, lost, asked, ERROR_RATE / tests)
     return VerdictComparison(
         scorer=scorer,
         verdict=_verdict(lower, upper, margin),
