@@ -12,9 +12,11 @@ from .export.presets import OtlpPreset as OtlpPreset
 from .export.presets import preset as preset
 from .export.session import disable_otlp_export as disable_otlp_export
 from .export.session import otlp_status as otlp_status
+from .genai.conventions import GENAI_SEMANTIC_CONVENTIONS as GENAI_SEMANTIC_CONVENTIONS
+from .genai.evaluation import EvaluationEvents as EvaluationEvents
+from .genai.evaluation import setup_evaluation_events as setup_evaluation_events
 from .genai.metrics import GenAIMetrics as GenAIMetrics
 from .genai.metrics import setup_genai_metrics as setup_genai_metrics
-from .genai.semconv import GENAI_SEMANTIC_CONVENTIONS as GENAI_SEMANTIC_CONVENTIONS
 from .genai.semconv import find_semconv_gaps as find_semconv_gaps
 from .genai.semconv import print_semantic_conventions as print_semantic_conventions
 from .native import NativeStatus as NativeStatus
@@ -30,4 +32,4 @@ from .otlp_setup import setup_otlp_via_collector as setup_otlp_via_collector
 from .web import trace_http_requests as trace_http_requests
 from .web import use_unified_tracer_provider as use_unified_tracer_provider
 
-__all__ = ['ConnectionCheck', 'FlushReport', 'GENAI_SEMANTIC_CONVENTIONS', 'GenAIMetrics', 'NativeStatus', 'NativeTracing', 'OtlpConfig', 'OtlpConfigError', 'OtlpPreset', 'OtlpSetupError', 'OtlpStatus', 'annotate_span', 'build_otlp_config', 'check_config', 'check_otlp_connection', 'disable_otlp_export', 'find_semconv_gaps', 'flush_all', 'otlp_status', 'preset', 'print_semantic_conventions', 'setup_genai_metrics', 'setup_native_tracing', 'setup_otlp_export', 'setup_otlp_for_datadog', 'setup_otlp_for_grafana_tempo', 'setup_otlp_for_jaeger', 'setup_otlp_via_collector', 'trace_http_requests', 'traced', 'use_unified_tracer_provider']
+__all__ = ['ConnectionCheck', 'EvaluationEvents', 'FlushReport', 'GENAI_SEMANTIC_CONVENTIONS', 'GenAIMetrics', 'NativeStatus', 'NativeTracing', 'OtlpConfig', 'OtlpConfigError', 'OtlpPreset', 'OtlpSetupError', 'OtlpStatus', 'annotate_span', 'build_otlp_config', 'check_config', 'check_otlp_connection', 'disable_otlp_export', 'find_semconv_gaps', 'flush_all', 'otlp_status', 'preset', 'print_semantic_conventions', 'setup_evaluation_events', 'setup_genai_metrics', 'setup_native_tracing', 'setup_otlp_export', 'setup_otlp_for_datadog', 'setup_otlp_for_grafana_tempo', 'setup_otlp_for_jaeger', 'setup_otlp_via_collector', 'trace_http_requests', 'traced', 'use_unified_tracer_provider']

@@ -1,19 +1,25 @@
 """MLflow 3.17 と OpenTelemetry 1.45 の、公開されていない名前に触るところ。
 
-プロバイダーに付いたプロセッサーの一覧を読む公開 API も、OTLP に渡すスパンを変える公開 API もない。
+プロバイダーに付いたプロセッサーの一覧を読む公開 API も、OTLP に渡すスパンを変える公開 API もなく、
+ログの API の名前には _ が付いている。
 版が上がって変わったときに直すのは、このファイルだけになる。
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from mlflow.tracing.config import get_config
 from mlflow.tracing.processor.otel import OtelSpanProcessor
 from mlflow.tracing.provider import provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
+from opentelemetry import trace
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 
@@ -92,3 +98,48 @@ def change_before_export(
     vars(on_end)[name] = True
     OtelSpanProcessor.on_end = on_end  # pyright: ignore[reportAttributeAccessIssue]
     return True
+
+
+def exporter_class(signal: str, protocol: str) -> Any:
+    """メトリクスとログのエクスポーターの型。使う方式のパッケージだけを読み込む。"""
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc import _log_exporter as grpc_logs
+        from opentelemetry.exporter.otlp.proto.grpc import metric_exporter as grpc_metrics
+
+        return grpc_logs.OTLPLogExporter if signal == "logs" else grpc_metrics.OTLPMetricExporter
+    from opentelemetry.exporter.otlp.proto.http import _log_exporter as http_logs
+    from opentelemetry.exporter.otlp.proto.http import metric_exporter as http_metrics
+
+    return http_logs.OTLPLogExporter if signal == "logs" else http_metrics.OTLPMetricExporter
+
+
+@dataclass(frozen=True)
+class EventLogger:
+    """スパンに結び付いたイベントを送る口(OpenTelemetry のログの API は、名前に _ が付いている)。"""
+
+    provider: LoggerProvider
+
+    def emit(
+        self,
+        name: str,
+        attributes: Mapping[str, Any],
+        trace_id: int,
+        span_id: int,
+        created_ms: int | None,
+    ) -> None:
+        """``trace_id`` と ``span_id`` のスパンに結び付けて送る。"""
+        flags = trace.TraceFlags(trace.TraceFlags.SAMPLED)
+        owner = trace.SpanContext(trace_id, span_id, is_remote=True, trace_flags=flags)
+        self.provider.get_logger("chapter8.genai").emit(
+            event_name=name,
+            attributes=dict(attributes),
+            timestamp=created_ms and created_ms * 1_000_000,
+            context=trace.set_span_in_context(trace.NonRecordingSpan(owner)),
+        )
+
+
+def make_event_logger(exporter: Any, service_name: str) -> EventLogger:
+    """``exporter`` へ送る口を作る。"""
+    provider = LoggerProvider(resource=Resource.create({"service.name": service_name}))
+    provider.add_log_record_processor(BatchLogRecordProcessor(exporter))
+    return EventLogger(provider)

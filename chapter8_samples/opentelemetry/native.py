@@ -343,6 +343,9 @@ _ANNOTATIONS = {
     "output_tokens": "gen_ai.usage.output_tokens",
     "cache_read_tokens": "gen_ai.usage.cache_read.input_tokens",
     "cache_write_tokens": "gen_ai.usage.cache_write.input_tokens",
+    "reasoning_tokens": "gen_ai.usage.reasoning.output_tokens",
+    "prompt_name": "gen_ai.prompt.name",
+    "prompt_version": "gen_ai.prompt.version",
     "session": "session.id",
     "user": "user.id",
 }
@@ -352,10 +355,13 @@ def annotate_span(*, inputs: Any = None, outputs: Any = None, **values: Any) -> 
     """いまの native のスパンに書く。
 
     ``values`` は ``provider`` ``model`` ``input_tokens`` (キャッシュの分を含む) ``output_tokens``
-    ``cache_read_tokens`` ``cache_write_tokens`` ``session`` ``user`` か、そのままの属性の名前。
+    ``cache_read_tokens`` ``cache_write_tokens`` ``reasoning_tokens`` ``prompt_name``
+    ``prompt_version`` ``session`` ``user`` か、そのままの属性の名前。
     """
     span: Any = context.get_value(_NATIVE) or trace.INVALID_SPAN
     given = {_ANNOTATIONS.get(name, name): v for name, v in values.items() if v is not None}
+    if "gen_ai.prompt.version" in given:
+        given["gen_ai.prompt.version"] = str(given["gen_ai.prompt.version"])
     for name in given.keys() & {"session.id", "user.id"}:
         given[name] = str(given[name])[:250]  # これより長いと、サーバーは 1 回分のスパンを全部断る
     span.set_attributes(given)

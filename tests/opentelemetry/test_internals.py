@@ -7,6 +7,7 @@ from importlib.metadata import version
 import mlflow
 import mlflow.tracing
 import pytest
+from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 
 from chapter8_samples.opentelemetry import _internals
@@ -63,3 +64,25 @@ def test_a_change_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _internals.change_before_export("louder", lambda _, span: f"{span}!")  # type: ignore[arg-type, return-value]
     Processor().on_end("end")
     assert seen == ["end!"]
+
+
+def test_an_event_is_bound_to_its_span_and_its_time() -> None:
+    exporter = InMemoryLogRecordExporter()
+    logger = _internals.make_event_logger(exporter, "judge")
+    logger.emit("gen_ai.evaluation.result", {"a": 1}, 0xABC, 0xDEF, 1_700_000_000_000)
+    assert logger.provider.force_flush(), VERSIONS
+    (record,) = (one.log_record for one in exporter.get_finished_logs())
+    assert (record.event_name, record.trace_id, record.span_id) == (
+        "gen_ai.evaluation.result",
+        0xABC,
+        0xDEF,
+    ), VERSIONS
+    assert record.timestamp == 1_700_000_000_000_000_000
+    logger.provider.shutdown()
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+def test_the_exporters_of_metrics_and_logs_have_their_names(protocol: str) -> None:
+    kinds = {"metrics": "OTLPMetricExporter", "logs": "OTLPLogExporter"}
+    found = {signal: _internals.exporter_class(signal, protocol).__name__ for signal in kinds}
+    assert found == kinds, VERSIONS

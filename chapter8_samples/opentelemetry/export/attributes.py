@@ -1,6 +1,7 @@
 """OTLP に渡すスパンに、MLflow の訳が落とす属性を足す。
 
-会話とユーザー、タグ、標本の重み、キャッシュのトークン数、コスト、例外の型は、足さなければ届かない。
+会話とユーザー、タグ、標本の重み、キャッシュのトークン数、コスト、例外の型、プロンプトの名前と版は、
+足さなければ届かない。
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def _extra(span: ReadableSpan, attributes: Mapping[str, Any]) -> dict[str, Any]:
         "user.id": metadata.get("mlflow.trace.user"),
         **_llm_attributes(attributes),
     }
+    if attributes.get("mlflow.spanType") in ('"CHAT_MODEL"', '"LLM"'):
+        extra |= _prompt(json.loads(tags.get("mlflow.linkedPrompts") or "[]"))
     if span.status.status_code is StatusCode.ERROR:
         types = (dict(e.attributes or {}).get("exception.type") for e in span.events)
         extra["error.type"] = next((name for name in types if name), "_OTHER")
@@ -74,6 +77,17 @@ def _extra(span: ReadableSpan, attributes: Mapping[str, Any]) -> dict[str, Any]:
         extra |= {f"mlflow.traceTag.{k}": v for k, v in tags.items() if not k.startswith("mlflow.")}
         extra |= {k: v for k, v in metadata.items() if not k.startswith("mlflow.")}
     return {name: value for name, value in extra.items() if value is not None}
+
+
+def _prompt(linked: list[dict[str, Any]]) -> dict[str, str]:
+    """トレースの中で読み込まれたプロンプト。2 つ以上なら、どの呼び出しのものかは分からない。"""
+    if len(linked) != 1:
+        return {}
+    (prompt,) = linked
+    return {
+        "gen_ai.prompt.name": str(prompt["name"]),
+        "gen_ai.prompt.version": str(prompt["version"]),
+    }
 
 
 def _llm_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +98,7 @@ def _llm_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     provider = attributes.get("mlflow.llm.provider") or attributes.get("mlflow.message.format")
     return {
         "gen_ai.usage.cache_read.input_tokens": usage.get("cache_read_input_tokens"),
-        "gen_ai.usage.cache_creation.input_tokens": usage.get("cache_creation_input_tokens"),
+        "gen_ai.usage.cache_write.input_tokens": usage.get("cache_creation_input_tokens"),
         "gen_ai.provider.name": json.loads(provider) if provider else None,
         "llm.cost.total_usd": cost.get("total_cost"),
     }

@@ -1,7 +1,7 @@
-"""8.5.2 GenAI の標準メトリクス(トークン数と所要時間)。
+"""8.5.2 GenAI の標準メトリクス(トークン数、所要時間、ストリーミングの断片までの時間)。
 
 トレースを間引いても、件数・トークン・遅延の集計は全件から作りたい。LLM のスパンが終わるたびに
-規約(v1.41.1)の 2 つのヒストグラムへ記録し、OTLP で送る。
+規約(``conventions.py`` の版)の名前で記録し、OTLP で送る。
 
 Databricks でも同じ。メトリクスの送り先は、Collector か、OTLP を受け付ける監視サービスにする
 (MLflow サーバーはメトリクスを受け付けない)。
@@ -11,32 +11,34 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import mlflow
 import mlflow.tracing
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import (
-    MetricExporter,
-    MetricExportResult,
-    PeriodicExportingMetricReader,
-)
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 
 from .._internals import span_hooks
+from . import conventions
+from .sending import flush_in_time, last_results, make_exporter
 
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan
 
 TOKEN_BUCKETS = [4**power for power in range(14)]
-"""gen_ai.client.token.usage の境界(1 から 67,108,864 トークン)。"""
+"""トークン数のヒストグラムの境界(1 から 67,108,864 トークン)。"""
 SECOND_BUCKETS = [0.01 * 2**power for power in range(14)]
-"""gen_ai.client.operation.duration の境界(0.01 から 81.92 秒)。"""
+"""秒数のヒストグラムの境界(0.01 から 81.92 秒)。"""
 _OPERATIONS = {"CHAT_MODEL": "chat", "LLM": "generate_content", "EMBEDDING": "embeddings"}
+_USAGE_KEYS = {  # ``mlflow.chat.tokenUsage`` の中の名前が、規約と違うもの
+    "cache_read.input_tokens": "cache_read_input_tokens",
+    "cache_write.input_tokens": "cache_creation_input_tokens",
+    "reasoning.output_tokens": "reasoning_output_tokens",
+}
 _LOCK = threading.Lock()
 
 
@@ -46,15 +48,12 @@ class GenAIMetrics:
 
     provider: MeterProvider
     hook: Any
-    results: Sequence[MetricExportResult]
+    results: Sequence[Any]
     """最後の送信の結果。まだ送っていなければ空。"""
 
     def flush(self, timeout_seconds: float = 10.0) -> bool:
         """いままでの記録を送り、受け取られたかを返す。``timeout_seconds`` 秒で必ず戻る。"""
-        worker = threading.Thread(target=self.provider.force_flush, daemon=True)
-        worker.start()
-        worker.join(timeout_seconds)
-        return not (worker.is_alive() or MetricExportResult.FAILURE in self.results)
+        return flush_in_time(self.provider, self.results, timeout_seconds)
 
     def shutdown(self) -> None:
         """残りを送り、記録をやめる。"""
@@ -69,6 +68,7 @@ def setup_genai_metrics(
     *,
     headers: Mapping[str, str] | None = None,
     interval_seconds: float = 60.0,
+    names: str = "new",
 ) -> GenAIMetrics:
     """LLM のスパンから標準メトリクスを作り、OTLP で送り始める。
 
@@ -78,51 +78,28 @@ def setup_genai_metrics(
         protocol: ``"grpc"`` か ``"http/protobuf"``。
         headers: 認証などのヘッダー。
         interval_seconds: 送る間隔。
+        names: ``"new"`` は規約のいまの名前だけ、``"both"`` は古いダッシュボードのために 1.41 の
+            名前でも送る。embeddings は、どちらでも 1.41 の名前(新しい名前がない)。
 
     ``mlflow.tracing.configure`` の span_processors に 1 つ足す(前からあるものは残す)。
     ``mlflow.set_tracking_uri`` で消えるので、その後で呼ぶ。
 
     Raises:
+        ValueError: 送り先、方式、``names`` の誤り。
         RuntimeError: もう始めている(2 重に数えないため)。``shutdown()`` してから呼ぶ。
     """
+    if names not in ("new", "both"):
+        raise ValueError(f"names {names!r} is not 'new' or 'both'")
     if any(getattr(hook, "__name__", "") == "genai_metrics" for hook in span_hooks()):
         raise RuntimeError("GenAI metrics are already recorded: call shutdown() on them first")
-    exporter = _exporter(endpoint, protocol, dict(headers or {}))
+    exporter = make_exporter("metrics", endpoint, protocol, headers)
     reader = PeriodicExportingMetricReader(exporter, interval_seconds * 1000)
     resource = Resource.create({"service.name": service_name})
     provider = MeterProvider(metric_readers=[reader], resource=resource)
-    metrics = GenAIMetrics(provider, _recorder(provider), _results(exporter))
-    _configure([*span_hooks(), metrics.hook])
+    hook = _recorder(_Instruments(provider, names == "both"))
+    metrics = GenAIMetrics(provider, hook, last_results(exporter))
+    _configure([*span_hooks(), hook])
     return metrics
-
-
-def _exporter(endpoint: str, protocol: str, headers: dict[str, str]) -> MetricExporter:
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError(f"endpoint {endpoint!r} needs http:// or https://")
-    base = f"{parts.scheme}://{parts.netloc}"
-    if protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc import metric_exporter as grpc
-
-        return grpc.OTLPMetricExporter(endpoint=base, headers=headers)
-    if protocol == "http/protobuf":
-        from opentelemetry.exporter.otlp.proto.http import metric_exporter as http
-
-        path = parts.path.removesuffix("/v1/traces").removesuffix("/v1/metrics").rstrip("/")
-        return http.OTLPMetricExporter(endpoint=f"{base}{path}/v1/metrics", headers=headers)
-    raise ValueError(f"protocol {protocol!r} is not 'grpc' or 'http/protobuf'")
-
-
-def _results(exporter: Any) -> Sequence[MetricExportResult]:
-    """最後の送信の結果を控える(``force_flush`` は、失われていても True を返す)。"""
-    export, last = exporter.export, deque[MetricExportResult](maxlen=1)
-
-    def noted(*args: Any, **options: Any) -> MetricExportResult:
-        last.append(export(*args, **options))
-        return last[0]
-
-    exporter.export = noted
-    return last
 
 
 def _configure(hooks: list[Any]) -> None:
@@ -130,39 +107,110 @@ def _configure(hooks: list[Any]) -> None:
         mlflow.tracing.configure(span_processors=hooks)
 
 
-def _recorder(provider: MeterProvider) -> Any:
-    meter = provider.get_meter("chapter8.genai", "1.0.0")
-    tokens = meter.create_histogram(
-        "gen_ai.client.token.usage",
-        unit="{token}",
-        description="Number of input and output tokens used.",
-        explicit_bucket_boundaries_advisory=TOKEN_BUCKETS,
-    )
-    duration = meter.create_histogram(
-        "gen_ai.client.operation.duration",
-        unit="s",
-        description="GenAI operation duration.",
-        explicit_bucket_boundaries_advisory=SECOND_BUCKETS,
-    )
-
+def _recorder(instruments: _Instruments) -> Any:
     def genai_metrics(span: LiveSpan) -> None:
-        labels = _labels(span)
-        if labels is None:
-            return
         seconds = (time.time_ns() - span.start_time_ns) / 1e9
-        duration.record(seconds, {**labels, **_error(span)})
-        usage = span.get_attribute("mlflow.chat.tokenUsage") or {}
-        for kind in ("input", "output"):
-            if (count := usage.get(f"{kind}_tokens")) is not None:
-                tokens.record(count, {**labels, "gen_ai.token.type": kind})
+        first, following = _chunk_seconds(span, seconds)
+        operation = _OPERATIONS.get(str(span.span_type))
+        if operation is None and first is not None:  # 8.1 の traced_stream のスパンには種類がない
+            operation = "chat"
+        if operation is not None:
+            labels = _labels(span, operation)
+            instruments.record_call(labels, seconds, _error(span), _tokens(span))
+            if first is not None:
+                instruments.record_chunks(labels, first, following)
 
     return genai_metrics
 
 
-def _labels(span: LiveSpan) -> dict[str, str] | None:
-    operation = _OPERATIONS.get(str(span.span_type))
-    if operation is None:
-        return None
+class _Instruments:
+    """メトリクスの計器。``names="both"`` では、1.41 の名前でも記録する。"""
+
+    def __init__(self, provider: MeterProvider, with_old_names: bool) -> None:
+        self._with_old_names = with_old_names
+        meter = provider.get_meter("chapter8.genai", conventions.SEMCONV_VERSION)
+        seconds = (conventions.DURATION, conventions.FIRST_CHUNK, conventions.NEXT_CHUNK)
+        tokens = (*conventions.PER_CALL.values(), conventions.OLD_TOKENS)
+        self._histograms: dict[str, Any] = {
+            name: meter.create_histogram(
+                name, unit=unit, explicit_bucket_boundaries_advisory=buckets
+            )
+            for names, unit, buckets in (
+                ((*seconds, conventions.OLD_DURATION), "s", SECOND_BUCKETS),
+                (tokens, "{token}", TOKEN_BUCKETS),
+            )
+            for name in names
+        }
+        self._counters: dict[str, Any] = {
+            kind: meter.create_counter(name, unit="{token}")
+            for kind, name in conventions.USAGE.items()
+        }
+
+    def record_call(
+        self,
+        labels: dict[str, str],
+        seconds: float,
+        error: dict[str, str],
+        tokens: dict[str, int],
+    ) -> None:
+        """呼び出し 1 回の秒数とトークン数。"""
+        is_inference = labels["gen_ai.operation.name"] != "embeddings"
+        if is_inference:
+            self._record(conventions.DURATION, seconds, labels | error)
+            self._record_tokens(labels, error, tokens)
+        if self._with_old_names or not is_inference:
+            self._record(conventions.OLD_DURATION, seconds, labels | error)
+            for kind in ("input", "output"):
+                if (count := tokens.get(f"{kind}_tokens")) is not None:
+                    typed = labels | {"gen_ai.token.type": kind}
+                    self._record(conventions.OLD_TOKENS, count, typed)
+
+    def _record_tokens(
+        self, labels: dict[str, str], error: dict[str, str], tokens: dict[str, int]
+    ) -> None:
+        for kind, count in tokens.items():
+            # 種類ごと(文字、画像など)の数は、MLflow のスパンにはない
+            self._counters[kind].add(count, labels | {"gen_ai.token.modality": "unknown"})
+            if kind in conventions.PER_CALL and not error:
+                self._record(conventions.PER_CALL[kind], count, labels)
+
+    def record_chunks(self, labels: dict[str, str], first: float, following: list[float]) -> None:
+        """最初の断片までの秒数と、その後の断片 1 つずつの秒数。"""
+        self._record(conventions.FIRST_CHUNK, first, labels)
+        for seconds in following:
+            self._record(conventions.NEXT_CHUNK, seconds, labels)
+
+    def _record(self, name: str, value: float, labels: dict[str, str]) -> None:
+        self._histograms[name].record(value, labels)
+
+
+def _chunk_seconds(span: LiveSpan, seconds: float) -> tuple[float | None, list[float]]:
+    """最初の断片までと、断片の間の秒数。ストリーミングでなければ None と空。
+
+    autolog のスパンは断片ごとのイベントの時刻から、8.1 の ``traced_stream`` のスパンは、最初の断片
+    までの秒数と断片の数から求める(後者の間隔は、平均)。
+    """
+    chunks = [e.timestamp for e in span.events if e.name.startswith("mlflow.chunk.item.")]
+    if chunks:
+        gaps = [(after - before) / 1e9 for before, after in pairwise(chunks)]
+        return (chunks[0] - span.start_time_ns) / 1e9, gaps
+    first = span.get_attribute("gen_ai.response.time_to_first_chunk")
+    if first is None:
+        return None, []
+    following = int(span.get_attribute("stream.chunks") or 1) - 1
+    return float(first), [max(0.0, seconds - first) / following] * following if following else []
+
+
+def _tokens(span: LiveSpan) -> dict[str, int]:
+    usage = span.get_attribute("mlflow.chat.tokenUsage") or {}
+    found = {
+        kind: usage.get(_USAGE_KEYS.get(kind, kind), span.get_attribute(f"gen_ai.usage.{kind}"))
+        for kind in conventions.USAGE
+    }
+    return {kind: count for kind, count in found.items() if count is not None}
+
+
+def _labels(span: LiveSpan, operation: str) -> dict[str, str]:
     provider = span.get_attribute("mlflow.llm.provider") or span.get_attribute(
         "mlflow.message.format"
     )

@@ -1,4 +1,4 @@
-"""8.5.2 GenAI セマンティック規約(v1.41.1)。
+"""8.5.2 スパンの属性を、GenAI セマンティック規約と比べる。
 
 属性の名前が規約どおりなら、どのバックエンドでも同じ画面と集計が使える。MLflow は送るときに
 この名前へ訳せる。訳した後に足りないものを ``find_semconv_gaps`` で確かめる。
@@ -11,59 +11,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SEMCONV_VERSION = "1.41.1"
-"""対応する規約の版。GenAI の部分は Development で、今後も変わりうる。"""
-
-GENAI_SEMANTIC_CONVENTIONS: dict[str, str] = {
-    "gen_ai.operation.name": "操作の種類(chat, embeddings, execute_tool など)",
-    "gen_ai.provider.name": "プロバイダー(旧名 gen_ai.system)",
-    "gen_ai.request.model": "要求したモデル",
-    "gen_ai.response.model": "実際に答えたモデル",
-    "gen_ai.response.id": "応答の id",
-    "gen_ai.response.finish_reasons": "終わった理由(配列)",
-    "gen_ai.request.temperature": "温度",
-    "gen_ai.request.top_p": "Top-P",
-    "gen_ai.request.max_tokens": "最大トークン数",
-    "gen_ai.request.stop_sequences": "停止列(配列)",
-    "gen_ai.usage.input_tokens": "入力トークン数(キャッシュ分を含む)",
-    "gen_ai.usage.output_tokens": "出力トークン数",
-    "gen_ai.usage.cache_read.input_tokens": "キャッシュから読んだ入力トークン数",
-    "gen_ai.usage.cache_creation.input_tokens": "キャッシュに書いた入力トークン数",
-    "gen_ai.conversation.id": "会話(セッション)の id",
-    "gen_ai.agent.name": "エージェントの名前",
-    "gen_ai.tool.name": "ツールの名前",
-    "gen_ai.input.messages": "入力の本文(任意。個人情報に注意)",
-    "gen_ai.output.messages": "出力の本文(任意。個人情報に注意)",
-    "gen_ai.system_instructions": "システムプロンプト(任意)",
-    "gen_ai.token.type": "メトリクス gen_ai.client.token.usage の input / output",
-    "error.type": "失敗したときの例外の型",
-}
-
-RENAMED = {
-    "gen_ai.system": "gen_ai.provider.name",
-    "gen_ai.usage.prompt_tokens": "gen_ai.usage.input_tokens",
-    "gen_ai.usage.completion_tokens": "gen_ai.usage.output_tokens",
-    "gen_ai.prompt": "gen_ai.input.messages",
-    "gen_ai.completion": "gen_ai.output.messages",
-}
-"""使われなくなった名前と、いまの名前。"""
+from .conventions import (
+    GENAI_SEMANTIC_CONVENTIONS,
+    REMOVED,
+    RENAMED,
+    RENAMED_IN_RETRIEVAL,
+    RENAMED_METRICS,
+    SEMCONV_VERSION,
+)
 
 INFERENCE = ("chat", "generate_content", "text_completion")
+_MODEL = ("gen_ai.provider.name", "gen_ai.request.model", "gen_ai.usage.input_tokens")
 _NEEDED = {
-    **dict.fromkeys(
-        INFERENCE,
-        (
-            "gen_ai.provider.name",
-            "gen_ai.request.model",
-            "gen_ai.usage.input_tokens",
-            "gen_ai.usage.output_tokens",
-        ),
-    ),
-    "embeddings": ("gen_ai.provider.name", "gen_ai.request.model", "gen_ai.usage.input_tokens"),
+    **dict.fromkeys(INFERENCE, (*_MODEL, "gen_ai.usage.output_tokens")),
+    "embeddings": _MODEL,
     "execute_tool": ("gen_ai.tool.name",),
     "invoke_agent": ("gen_ai.agent.name",),
 }
-_INTEGERS = tuple(name for name in GENAI_SEMANTIC_CONVENTIONS if name.endswith("_tokens"))
+_TYPES: dict[str, type] = {
+    **{name: int for name in GENAI_SEMANTIC_CONVENTIONS if name.endswith(("_tokens", "top_k"))},
+    "gen_ai.prompt.name": str,
+    "gen_ai.prompt.version": str,
+}
 
 
 def print_semantic_conventions() -> None:
@@ -76,26 +45,45 @@ def print_semantic_conventions() -> None:
 def find_semconv_gaps(attributes: Mapping[str, Any]) -> list[str]:
     """1 スパンの属性を規約と比べ、直すところを英語で返す。なければ空。
 
-    失敗したスパン(``error.type`` がある)には、トークン数を求めない。
+    古い名前には、新しい名前を挙げる(メトリクスの名前でも)。失敗したスパン(``error.type`` がある)
+    には、トークン数を求めない。
 
     >>> find_semconv_gaps({"gen_ai.operation.name": "execute_tool"})
     ['missing gen_ai.tool.name']
+    >>> find_semconv_gaps({"gen_ai.operation.name": "chat", "error.type": "TimeoutError",
+    ...     "gen_ai.system": "openai", "gen_ai.request.model": "gpt-4o"})
+    ['rename gen_ai.system to gen_ai.provider.name']
     """
-    operation, failed = str(attributes.get("gen_ai.operation.name")), "error.type" in attributes
-    needed = ("gen_ai.operation.name", *_NEEDED.get(operation, ()))
-    needed = tuple(name for name in needed if not (failed and ".usage." in name))
-    renamed = {old: new for old, new in RENAMED.items() if old in attributes}
-    empty = {name for name in needed if attributes.get(name) in (None, "")}
-    missing = [name for name in needed if name in empty and name not in renamed.values()]
+    renamed = _renamed(attributes)
+    missing = [name for name in _empty(attributes) if name not in renamed.values()]
     return [
         *(f"missing {name}" for name in missing),
         *(f"rename {old} to {new}" for old, new in renamed.items()),
+        *(f"remove {name}: {why}" for name, why in REMOVED.items() if name in attributes),
         *_wrong_types(attributes),
     ]
 
 
+def _renamed(attributes: Mapping[str, Any]) -> dict[str, str]:
+    operation = attributes.get("gen_ai.operation.name")
+    table = dict(RENAMED)
+    if operation == "retrieval":
+        table |= RENAMED_IN_RETRIEVAL
+    if operation is None or operation in INFERENCE:
+        table |= {old: " and ".join(new) for old, new in RENAMED_METRICS.items()}
+    return {old: new for old, new in table.items() if old in attributes}
+
+
+def _empty(attributes: Mapping[str, Any]) -> list[str]:
+    needed = _NEEDED.get(str(attributes.get("gen_ai.operation.name")), ())
+    if "error.type" in attributes:
+        needed = tuple(name for name in needed if ".usage." not in name)
+    names = ("gen_ai.operation.name", *needed)
+    return [name for name in names if attributes.get(name) in (None, "")]
+
+
 def _wrong_types(attributes: Mapping[str, Any]) -> Iterator[str]:
-    for name in _INTEGERS:
-        value = attributes.get(name, 0)
-        if not isinstance(value, int) or isinstance(value, bool):
-            yield f"{name} is {type(value).__name__}, not int"
+    for name, expected in _TYPES.items():
+        value = attributes.get(name, expected())
+        if not isinstance(value, expected) or isinstance(value, bool):
+            yield f"{name} is {type(value).__name__}, not {expected.__name__}"
