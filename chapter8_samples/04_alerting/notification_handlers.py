@@ -173,15 +173,16 @@ class MultiChannelNotifier(Fanout):
         ``only`` は、送り直す通知先の名前(``pending`` だったものは、結果だけを返す)。
         """
         alerts = [alerts] if isinstance(alerts, Alert) else list(alerts)
-        names, again = set(self.queues if only is None else only), only is not None
-        deliveries = self.send_to(alerts, names, self.wait_seconds, again=again)
-        asked = [a for a in alerts if not again or names & set(self.route(a))]
-        return deliveries + [self.fallback.send(a) for a in unreached(asked, deliveries)]
+        owed = None if only is None else set(only)
+        targets = [(alert, self.targets(alert, owed)) for alert in alerts]
+        deliveries = self.send_to(targets, self.wait_seconds, again=owed is not None)
+        return deliveries + [self.fallback.send(a) for a in unreached(alerts, deliveries)]
 
     def keep_alive(self, alerts: Sequence[Alert]) -> list[Delivery]:
         """発報中のアラートを、毎回の送り直しが必要な通知先(Alertmanager)へ送る。"""
-        names = {n for n, q in self.queues.items() if q.handler.wants_every_cycle}
-        return self.send_to(alerts, names, self.wait_seconds)
+        queues = self.queues.items()
+        names = {n for n, q in queues if q.handler.wants_every_cycle and not q.busy}
+        return self.send_to([(a, names & set(self.route(a))) for a in alerts], self.wait_seconds)
 
 
 def notifier_from_config(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 
 from .posting import (
@@ -41,13 +41,12 @@ class ChannelQueue:
         with self._lock:
             return self._running
 
-    def put(self, alert: Alert, *, again: bool = False) -> Future[Delivery]:
-        """列に加える。同じ通知がまだ列にあれば加えない(二重に届く)。
+    def put(self, alert: Alert, key: bytes, *, again: bool = False) -> Future[Delivery]:
+        """列に加える。同じ通知(``key``)がまだ列にあれば加えない(二重に届く)。
 
         Args:
             again: 送り直しか。待つのをやめた間に済んでいれば、送らずにその結果を返す。
         """
-        key = json_bytes(alert.to_dict())
         with self._lock:
             job = self._jobs.get(key)
             if job and (again or not job.done()):
@@ -61,16 +60,27 @@ class ChannelQueue:
                 threading.Thread(target=self._work, name=f"notify-{self.handler.name}").start()
             return job
 
-    def take(self, alert: Alert, job: Future[Delivery]) -> Delivery:
+    def take(self, alert: Alert, key: bytes, job: Future[Delivery]) -> Delivery:
         """結果。まだなら ``pending`` で、後で ``put(again=True)`` から受け取れる。"""
         if not job.done():
-            note = "still being sent; the channel is slow"
-            return self.handler.result(
-                alert, ok=False, attempts=0, error=note, retryable=True, pending=True
-            )
+            return self._unsent(alert, "still being sent; the channel is slow", pending=True)
         with self._lock:
-            self._jobs = {k: kept for k, kept in self._jobs.items() if kept is not job}
+            self._jobs.pop(key, None)
         return job.result()
+
+    def stop(self) -> None:
+        """待っているものは送らずに(後で送り直せる失敗として)返し、送っている途中の 1 件を待つ。"""
+        with self._lock:
+            dropped, self._waiting = self._waiting, deque()
+            unfinished = [job for job in self._jobs.values() if not job.done()]
+        for alert, job in dropped:
+            job.set_result(self._unsent(alert, "not sent: the process is ending"))
+        wait(unfinished)
+
+    def _unsent(self, alert: Alert, note: str, *, pending: bool = False) -> Delivery:
+        return self.handler.result(
+            alert, ok=False, attempts=0, error=note, retryable=True, pending=pending
+        )
 
     def send(self, alert: Alert) -> Delivery:
         """列を通さずに送る。"""
@@ -129,19 +139,41 @@ class Fanout:
         matching = (names for match, names in self._routes if alert.matches(match))
         return next(matching, tuple(self.queues))
 
+    def targets(self, alert: Alert, owed: Collection[str] | None = None) -> Collection[str]:
+        """送る相手。送り直し(``owed``)でも、経路から外れたものがあれば、いまの経路の全部。"""
+        route = self.route(alert)
+        gone = ", ".join(sorted(set(owed or ()) - set(route)))
+        if gone:  # 設定で名前が変わった、または消えた
+            now = ", ".join(route) or "the fallback"
+            logger.warning("alert %s is no longer routed to %s; using %s", alert.name, gone, now)
+        return route if owed is None or gone else owed
+
     def send_to(
-        self, alerts: Iterable[Alert], names: set[str], wait_seconds: float, *, again: bool = False
+        self,
+        targets: Sequence[tuple[Alert, Collection[str]]],
+        wait_seconds: float,
+        *,
+        again: bool = False,
     ) -> list[Delivery]:
-        """``names`` の通知先へ送り、``wait_seconds`` 秒までの結果を返す。
+        """(アラート, 通知先の名前) を送り、``wait_seconds`` 秒までの結果を返す。
 
         前の分をまだ送っている通知先は待たない。
         """
-        queues = {name: queue for name, queue in self.queues.items() if name in names}
-        behind = {name for name, queue in queues.items() if queue.busy}
-        pairs = [(n, a) for n in queues for a in alerts if n in self.route(a)]
-        jobs = [(name, alert, queues[name].put(alert, again=again)) for name, alert in pairs]
-        wait([job for name, _, job in jobs if name not in behind], timeout=wait_seconds)
-        return [queues[name].take(alert, job) for name, alert, job in jobs]
+        keyed = [(alert, json_bytes(alert.to_dict()), names) for alert, names in targets]
+        behind = {name for name, queue in self.queues.items() if queue.busy}
+        jobs = [
+            (name, alert, key, queue.put(alert, key, again=again))
+            for name, queue in self.queues.items()
+            for alert, key, names in keyed
+            if name in names
+        ]
+        wait([job for name, _, _, job in jobs if name not in behind], timeout=wait_seconds)
+        return [self.queues[name].take(alert, key, job) for name, alert, key, job in jobs]
+
+    def stop(self) -> None:
+        """プロセスを終える前に呼ぶ。送っている途中のものだけを待ち、残りは次の回に任せる。"""
+        for queue in self.queues.values():
+            queue.stop()
 
 
 def unreached(alerts: Sequence[Alert], deliveries: Sequence[Delivery]) -> list[Alert]:
