@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import uuid
@@ -20,6 +21,7 @@ from ports import free_port
 from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
 from chapter8_samples.alerting.delivery.posting import NotificationConfigError
+from chapter8_samples.alerting.metrics.labels import split_rows
 from chapter8_samples.alerting.metrics.measures import (
     MetricSourceError,
     RowNumbers,
@@ -56,6 +58,24 @@ class Request:
     tokens: int
     verdict: bool | None
     thumb: bool | None
+    first_chunk_ms: float | None
+    model: str
+    tenant: str | None
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """8.2 が書くタグ、使ったプロンプト、アプリのタグ。"""
+        prompts = [{"name": "bot", "version": "2" if self.failed else "1"}]
+        usage = [1, self.tokens, 7, str(self.cost)]
+        found = {"cost.by_model": json.dumps({self.model: usage, "judge": [1, 1, 1, None]})}
+        found["mlflow.linkedPrompts"] = json.dumps(prompts)
+        return found | ({"tenant": self.tenant} if self.tenant else {})
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """8.1 の ``traced_stream`` が書くメタデータ。"""
+        first = self.first_chunk_ms
+        return {} if first is None else {"stream.time_to_first_chunk_ms": str(first)}
 
 
 def traffic(count: int, seed: int = 3) -> list[Request]:
@@ -69,6 +89,9 @@ def traffic(count: int, seed: int = 3) -> list[Request]:
             tokens=rng.randint(50, 900),
             verdict=rng.random() < 0.8 if rng.random() < 0.7 else None,
             thumb=rng.random() < 0.6 if rng.random() < 0.3 else None,
+            first_chunk_ms=round(rng.lognormvariate(5, 0.5), 1) if rng.random() < 0.6 else None,
+            model=rng.choice(["small", "large"]),
+            tenant=rng.choice(["a", "b", None]),
         )
         for _ in range(count)
     ]
@@ -81,7 +104,9 @@ def record(requests: list[Request]) -> None:
     traces: list[str] = []
     for request in requests:
         began = round((START.timestamp() + request.second) * 1e9)
-        span: Any = mlflow.start_span_no_context("answer", start_time_ns=began)
+        span: Any = mlflow.start_span_no_context(
+            "answer", start_time_ns=began, tags=request.tags, metadata=request.metadata
+        )
         usage = {"input_tokens": request.tokens, "output_tokens": 7}
         usage["total_tokens"] = request.tokens + 7
         span.set_attribute("mlflow.chat.tokenUsage", usage)
@@ -111,6 +136,7 @@ def truth(requests: list[Request]) -> dict[str, float]:
     broken = sum(r.verdict is None and r.failed for r in inside)
     thumbs = [r.thumb for r in inside if r.thumb is not None]
     cost = sum(r.cost for r in inside)
+    first = [r.first_chunk_ms for r in inside if r.first_chunk_ms is not None]
     return {
         "trace_count": len(inside),
         "request_rate": len(inside) / 600,
@@ -119,6 +145,8 @@ def truth(requests: list[Request]) -> dict[str, float]:
         "latency_p95_ms": cuts[94],
         "latency_p99_ms": cuts[98],
         "latency_avg_ms": sum(latency) / len(latency),
+        "time_to_first_chunk_p95_ms": quantiles(first, n=100, method="inclusive")[94],
+        "slow_rate:1.2s": sum(value > 1200 for value in latency) / len(latency),
         "cost_usd": cost,
         "cost_usd_per_hour": cost * 6,
         "cost_usd_per_request": cost / len(inside),
@@ -129,7 +157,38 @@ def truth(requests: list[Request]) -> dict[str, float]:
         "scorer_error_rate:relevance": broken / (broken + len(judged)),
         "thumbs_down_rate:it's ok?": thumbs.count(False) / len(thumbs),
         "feedback_rate:it's ok?": len(thumbs) / len(inside),
+        "assessment_count:relevance": broken + len(judged),
     }
+
+
+def truth_by(requests: list[Request]) -> dict[tuple[str, str, str], float]:
+    """(指標, by, ラベル) -> 値。"""
+    inside = [r for r in requests if 0 < round(r.second * 1000) <= 600_000]
+    groups = {
+        ("model", "small"): [r for r in inside if r.model == "small"],
+        ("model", "large"): [r for r in inside if r.model == "large"],
+        ("model", "judge"): inside,
+        ("tag:tenant", "a"): [r for r in inside if r.tenant == "a"],
+        ("tag:tenant", "b"): [r for r in inside if r.tenant == "b"],
+        ("tag:tenant", "unknown"): [r for r in inside if r.tenant is None],
+        ("prompt_version", "bot/1"): [r for r in inside if not r.failed],
+        ("prompt_version", "bot/2"): [r for r in inside if r.failed],
+    }
+    found: dict[tuple[str, str, str], float] = {}
+    for (by, label), group in groups.items():
+        found["error_rate", by, label] = sum(r.failed for r in group) / len(group)
+        found["cost_usd", by, label] = sum(r.cost for r in group) if label != "judge" else 0
+        found["trace_count", by, label] = len(group)
+    return found
+
+
+def assert_split(source: Any, requests: list[Request]) -> None:
+    expected = truth_by(requests)
+    for metric, by in {(metric, by) for metric, by, _ in expected}:
+        samples = {sample.label: sample for sample in source.split(metric, WINDOW, AT, by)}
+        assert samples.keys() == {x for m, b, x in expected if (m, b) == (metric, by)}
+        for label, sample in samples.items():
+            assert sample.value == pytest.approx(expected[metric, by, label], rel=1e-9), label
 
 
 def assert_true(source: Any, requests: list[Request]) -> None:
@@ -153,6 +212,8 @@ def as_row(request: Request, index: int) -> TraceRow:
         latency_ms=request.latency_ms,
         tokens={"input_tokens": request.tokens, "total_tokens": request.tokens + 7},
         cost_usd=request.cost,
+        first_chunk_ms=request.first_chunk_ms,
+        tags=request.tags,
         assessments=tuple((name, value) for name, value in verdicts.items() if value),
     )
 
@@ -161,6 +222,26 @@ def test_rows_are_counted_like_a_human() -> None:
     requests = traffic(120)
     rows = [as_row(request, index) for index, request in enumerate(requests)]
     assert_true(RecordedTraces(rows), requests)
+    assert_split(RecordedTraces(rows), requests)
+
+
+def test_a_label_with_too_many_values_is_refused() -> None:
+    rows = [TraceRow(trace_id=f"t{i}", at_ms=i, tags={"user": f"u{i}"}) for i in range(51)]
+    source = RecordedTraces(rows)
+    at = datetime.fromtimestamp(1, timezone.utc)
+    with pytest.raises(MetricSourceError, match="by 'tag:user' has 51 values; use a label with"):
+        source.split("error_rate", WINDOW, at, "tag:user")
+    with pytest.raises(MetricSourceError, match="by 'modle' is not model, prompt_version or tag:"):
+        source.split("error_rate", WINDOW, at, "modle")
+
+
+@given(st.text() | st.sampled_from(['{"a": 1}', "[]", '[{"name": 1}]', '{"m": [1, 2, 3, "x"]}']))
+def test_a_tag_that_something_else_wrote_does_not_stop_the_others(text: str) -> None:
+    tags = {"cost.by_model": text, "mlflow.linkedPrompts": text}
+    row = TraceRow(trace_id="t", at_ms=0, tags=tags)
+    for by in ("model", "prompt_version"):
+        ((label, (found,)),) = split_rows([row], by).items()
+        assert label and found.trace_id == "t"
 
 
 def test_a_thinned_trace_counts_as_often_as_it_stands_for() -> None:
@@ -186,6 +267,7 @@ def test_sqlite_counts_like_a_human(tracking_uri: str, experiment: str) -> None:
     source = metric_source(experiment)
     assert isinstance(source, SearchTracesMetricSource)
     assert_true(source, requests)
+    assert_split(source, requests)
     assert len(source.examples("error_rate", WINDOW, AT)) == 3
 
 
@@ -199,6 +281,7 @@ def test_the_server_and_the_search_agree_with_the_truth(
     assert isinstance(source, ServerMetricSource)
     assert_true(source, requests)
     assert not source.falls_back
+    assert_split(source, requests)
     assert_true(SearchTracesMetricSource(TraceSearch(experiment)), requests)
     empty = source.sample("latency_p95_ms", WINDOW, AT + timedelta(days=9))
     assert (empty.value, empty.n) == (None, 0)
@@ -284,6 +367,9 @@ def test_a_refusing_server_is_an_error_and_not_a_fallback(webhooks: WebhookRecei
         ("pass_rate", "write pass_rate:<assessment name>"),
         ("error_rate:x", "unknown metric"),
         ("pass_rate:", "unknown metric"),
+        ("slow_rate", "'' is not a limit; write slow_rate:3s"),
+        ("slow_rate:fast", "'fast' is not a limit"),
+        ("slow_rat:3s", "did you mean 'slow_rate'"),
         ("", "known: trace_count"),
     ],
 )

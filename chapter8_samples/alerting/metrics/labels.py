@@ -8,6 +8,7 @@ Databricks でもそのまま使う(標準ライブラリーだけで動く)。
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -51,25 +52,28 @@ def _parts(row: TraceRow, by: str) -> Iterator[tuple[str, TraceRow]]:
         raise MetricSourceError(f"by {by!r} is not model, prompt_version or tag:<name>")
 
 
-def _models(row: TraceRow) -> Iterator[tuple[str, TraceRow]]:
-    models = _json(row.tags.get(MODELS_TAG))
-    if not isinstance(models, dict) or not models:
-        yield UNKNOWN, row
-        return
-    for model, (_, sent, received, usd) in models.items():
-        tokens = {"input_tokens": sent, "output_tokens": received, "total_tokens": sent + received}
-        yield model, replace(row, tokens=tokens, cost_usd=float(usd) if usd else None)
+def _models(row: TraceRow) -> list[tuple[str, TraceRow]]:
+    try:
+        models: dict[str, Any] = json.loads(row.tags.get(MODELS_TAG) or "{}")
+        parts = [(model or UNKNOWN, _share(row, *use)) for model, use in models.items()]
+    except (ValueError, TypeError, AttributeError):  # 途中で切られたか、ほかのものが書いたタグ
+        parts = []
+    return parts or [(UNKNOWN, row)]
+
+
+def _share(row: TraceRow, calls: int, sent: float, received: float, usd: str | None) -> TraceRow:
+    tokens = {"input_tokens": sent, "output_tokens": received, "total_tokens": sent + received}
+    cost = None if usd is None else float(usd)
+    if not math.isfinite(sum(tokens.values()) + (cost or 0)):
+        raise ValueError(f"cost of {row.trace_id} is not a number")
+    return replace(row, tokens=tokens, cost_usd=cost)
 
 
 def _prompt_version(row: TraceRow) -> str:
-    linked = _json(row.tags.get(PROMPTS_TAG))
-    if isinstance(linked, list) and linked:
-        return ", ".join(f"{p.get('name')}/{p.get('version')}" for p in linked)
-    return next((row.tags[key] for key in VERSION_TAGS if row.tags.get(key)), UNKNOWN)
-
-
-def _json(text: str | None) -> Any:
     try:
-        return json.loads(text or "null")
-    except ValueError:  # 長すぎて途中で切られたタグ
-        return None
+        prompts: list[dict[str, Any]] = json.loads(row.tags.get(PROMPTS_TAG) or "[]")
+        linked = ", ".join(f"{p['name']}/{p['version']}" for p in prompts)
+    except (ValueError, TypeError, KeyError):
+        linked = ""
+    tagged = (row.tags[key] for key in VERSION_TAGS if row.tags.get(key))
+    return linked or next(tagged, UNKNOWN)

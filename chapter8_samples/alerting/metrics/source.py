@@ -70,12 +70,12 @@ def to_row(info: Any) -> TraceRow:
 
 
 def _number(text: str | None) -> float | None:
-    """正の数。書かれていないものと壊れたものは ``None``(重みなら 1 件分とする)。"""
+    """0 以上の数。書かれていないものと壊れたものは ``None``。"""
     try:
-        number = float(text or 0)
+        number = float(text or "nan")
     except ValueError:
         return None
-    return number if 0 < number < float("inf") else None
+    return number if 0 <= number < float("inf") else None
 
 
 class TraceSearch:
