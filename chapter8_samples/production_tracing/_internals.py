@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -85,6 +84,16 @@ def watch_provider(built: Callable[[], None]) -> Callable[[], None]:
 EXPORT_REQUESTS = ("start_trace", "log_spans", "_upload_trace_data", "_upload_attachments")
 
 
+def current_pipeline() -> Any:
+    """いまのプロバイダーの、スパンの行き先(なければ ``None``)。公開 API では読めない。"""
+    return getattr(current_provider(), "_active_span_processor", None)
+
+
+def pipeline_of(span: LiveSpan) -> Any:
+    """スパンの行き先。いまのプロバイダーを尋ねるより、ずっと速い。"""
+    return getattr(span._span, "_span_processor", None)
+
+
 def processors_of(pipeline: Any) -> tuple[SpanProcessor, ...]:
     """並んでいる processor。MLflow 自身もここから送信処理を探す。公開 API では読めない。"""
     return pipeline._span_processors
@@ -97,13 +106,13 @@ def is_mlflows(processor: SpanProcessor) -> bool:
 
 def mlflow_processors() -> list[Any]:
     """いまのプロバイダーの、MLflow の送信処理。"""
-    pipeline = getattr(current_provider(), "_active_span_processor", None)
+    pipeline = current_pipeline()
     return [one for one in processors_of(pipeline) if is_mlflows(one)] if pipeline else []
 
 
-def watch_export(processor: Any, ledger: Any) -> None:
+def watch_export(processor: Any, ledger: Any, export: Callable[..., Any]) -> None:
     """送信処理の属性を、まだなら包み、トレースの終わりと送信の 1 回ずつを帳簿に知らせる(MLflow は
-    捨てた数を残さない)。OTLP にも送る設定では、MLflow の側だけを見る。
+    捨てた数を残さない)。OTLP にも送る設定では、OTLP の側は数えず、``export`` を通すだけにする。
     """
     exporter = processor.span_exporter
     if "on_end" in vars(processor):
@@ -113,6 +122,8 @@ def watch_export(processor: Any, ledger: Any) -> None:
     elif getattr(processor, "_should_register_traces", False):
         exporter.export = partial(ledger.send, "export", exporter.export)
     else:
+        if "export" not in vars(exporter):
+            exporter.export = partial(export, exporter.export)
         return
 
     def on_end(span: ReadableSpan) -> None:
@@ -151,8 +162,8 @@ def _joins_a_caller(span: ReadableSpan) -> bool:
 
 def mlflow_trace_id(span: Any) -> str:
     """OpenTelemetry のスパンが属する、MLflow のトレース ID(形は Unity Catalog などで違う)。"""
-    trace_id = (span.attributes or {}).get(SpanAttributeKey.REQUEST_ID)
-    return json.loads(trace_id) if trace_id else f"tr-{span.context.trace_id:032x}"
+    trace_id: str | None = (span.attributes or {}).get(SpanAttributeKey.REQUEST_ID)
+    return trace_id.strip('"') if trace_id else f"tr-{span.context.trace_id:032x}"
 
 
 def export_is_idle() -> bool:
@@ -185,8 +196,8 @@ def current_span() -> Span:
 def active_trace_id() -> str | None:
     """実行中のトレースの ID。公開の API は、上と同じ理由で使えない。"""
     attributes: Any = getattr(current_span(), "attributes", None) or {}
-    trace_id: str | None = json.loads(attributes.get(SpanAttributeKey.REQUEST_ID) or "null")
-    return trace_id
+    trace_id: str | None = attributes.get(SpanAttributeKey.REQUEST_ID)
+    return trace_id and trace_id.strip('"')
 
 
 @contextmanager
@@ -266,11 +277,6 @@ def scope_metadata() -> dict[str, str]:
 def scope_tags() -> dict[str, str]:
     """同じもののタグ。"""
     return get_configured_trace_tags() or {}
-
-
-def raw_attributes(span: LiveSpan) -> dict[str, Any]:
-    """JSON のままの属性。公開の ``attributes`` は、毎回すべてを読み直す。"""
-    return dict(span._span.attributes or {})
 
 
 # ---- テールサンプリング ----

@@ -23,7 +23,7 @@ from mlflow.entities import LiveSpan, SpanEvent
 from opentelemetry.trace import INVALID_SPAN
 
 from . import _internals
-from .delivery.text import replace_surrogates
+from .delivery.text import as_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class _Stream:
     """ストリーミング 1 回分のスパン。"""
 
     def __init__(self, name: str, inputs: Any, join: Join) -> None:
-        self._name, self._inputs, self._join = name, inputs, join
+        self._name, self._inputs, self._join = name, as_utf8(inputs), join
         self._chunks: list[Any] = []
         # 本体は、リクエストの文脈が片付いた後に、別のスレッドから読まれることがある
         self._made_in = contextvars.copy_context()
@@ -212,8 +212,7 @@ class _Stream:
             span.add_event(SpanEvent.from_exception(cast("Exception", error)))
         span.set_attribute("stream.chunks", len(self._chunks))
         span.set_outputs(self._output())
-        if isinstance(span, LiveSpan):  # 間引かれたときは違う
-            replace_surrogates(span)
+        span.set_outputs(as_utf8(span.outputs))  # ここでは、どんな断片も文字列か辞書
         span.end(status="OK" if is_cut or error is None else "ERROR")
 
     def _output(self) -> Any:

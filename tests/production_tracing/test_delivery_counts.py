@@ -244,12 +244,23 @@ def test_half_an_emoji_is_replaced_and_nothing_is_lost(
     assert "\ufffd" in shown and HALF_EMOJI not in shown
 
 
-def test_the_span_processor_replaces_before_mlflow_serializes(tracking_uri: str) -> None:
-    mlflow.set_experiment("text")
-    mlflow.tracing.configure(span_processors=[text.replace_surrogates])
-    with mlflow.start_span("x") as span:
-        span.set_inputs({"q": HALF_EMOJI, "same": "絵文字 😀"})
-    assert span.inputs == {"q": "\ufffd", "same": "絵文字 😀"}
+def test_half_an_emoji_is_replaced_on_the_otlp_side_of_a_dual_export(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch, stored: Any
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "true")
+    with OtlpReceiver() as receiver:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", receiver.http_endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        setup_production_tracing("dual")
+        with mlflow.start_span("x") as span:
+            span.set_inputs({"q": HALF_EMOJI, "same": "絵文字 😀"})
+            span.add_event(SpanEvent("note", attributes={"k": f"e{HALF_EMOJI}"}))
+        assert flush_traces(30).ok
+        (sent,) = receiver.wait_for(spans=1)
+    assert "\ufffd" in sent.attributes["mlflow.spanInputs"]
+    assert sent.events[0].attributes["k"] == "e\ufffd"
+    (trace,) = stored("dual")
+    assert trace.data.spans[0].inputs == {"q": "\ufffd", "same": "絵文字 😀"}
 
 
 any_text = st.text(st.characters(exclude_categories=()))

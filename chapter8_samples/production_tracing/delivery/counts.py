@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlflow
-from mlflow.entities import Trace
+from mlflow.entities import LiveSpan, Trace
 
 from .. import _internals
-from .text import send_as_utf8
+from .text import export_as_utf8, send_as_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Ledger:
         self.accept: Callable[[Trace], None] | None = None  # TraceSpool
         self.spooled: Callable[[], int] = lambda: 0
         self.problem = ""  # 数えられないときの理由
-        self._provider: Any = None
+        self._pipeline: Any = None
         self.start_over()
 
     def start_over(self) -> None:
@@ -44,18 +44,18 @@ class Ledger:
         self._slowest = self._paused_until = 0.0
         self.closed = False
 
-    def attach_if_rebuilt(self) -> None:
-        """MLflow がプロバイダーを作り直していたら、立ち会い直す(スパンごとに呼べる軽さ)。"""
-        if _internals.current_provider() is not self._provider:
+    def attach_if_rebuilt(self, span: LiveSpan) -> None:
+        """スパンプロセッサー: MLflow がプロバイダーを作り直していたら、立ち会い直す。"""
+        if _internals.pipeline_of(span) is not self._pipeline:
             self.attach()
 
     def attach(self) -> None:
         """いまの送信処理に、まだなら立ち会う。"""
         try:
             with self._changed:
-                self._provider = _internals.current_provider()
+                self._pipeline = _internals.current_pipeline()
                 for processor in [] if self.problem else _internals.mlflow_processors():
-                    _internals.watch_export(processor, self)
+                    _internals.watch_export(processor, self, export_as_utf8)
         except AttributeError as error:  # 数えられなくても、記録は続ける
             self.problem = f"MLflow {mlflow.__version__} has changed: {error}"
             logger.warning("undelivered traces are not counted: %s", self.problem)
@@ -94,7 +94,8 @@ class Ledger:
         started = time.monotonic()
         ids, whole = _trace_ids(name, values), name != "log_spans"
         try:
-            answer = send_as_utf8(call, *values)
+            send = export_as_utf8 if name == "export" else send_as_utf8
+            answer = send(call, *values)
             if name == "export" and answer.name == "FAILURE":
                 self.lost(ids, "the OTLP endpoint did not accept the spans")
             else:

@@ -22,7 +22,6 @@ from .counts import LEDGER
 from .environment import EnvironmentPatch, check_otlp, limits_of, otlp_environment
 from .ids import use_system_random_ids
 from .settings import TracingOptions, TracingSetupError, TracingStatus, backend_of, hide_secrets
-from .text import replace_surrogates
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class _Session:
         self.environment.set_resource(options)
         if options.tracking_uri is not None:
             mlflow.set_tracking_uri(options.tracking_uri)
-        mlflow.tracing.configure(span_processors=[_before_end, *options.span_processors])
+        mlflow.tracing.configure(span_processors=[_keep_counting, *options.span_processors])
         self.connect()
         if self.problem and options.strict:
             raise TracingSetupError(f"{self.problem}; start the server or pass strict=False")
@@ -143,9 +142,8 @@ class _Session:
         self.environment.restore()
 
 
-def _before_end(span: LiveSpan) -> None:
-    LEDGER.attach_if_rebuilt()
-    replace_surrogates(span)
+def _keep_counting(span: LiveSpan) -> None:
+    LEDGER.attach_if_rebuilt(span)
 
 
 _lock = threading.RLock()

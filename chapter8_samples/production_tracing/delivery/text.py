@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from mlflow.entities import LiveSpan, Span, TraceData, TraceInfo
+from mlflow.entities import Span, TraceData, TraceInfo
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
-
-from .._internals import raw_attributes
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _OTEL_FIELDS = ["name", "context", "parent", "resource", "attributes", "events", "links", "kind"]
@@ -31,11 +30,9 @@ def send_as_utf8(send: Callable[..., Any], *values: Any) -> Any:
         return send(*map(as_utf8, values))
 
 
-def replace_surrogates(span: LiveSpan) -> None:
-    """スパンプロセッサー: 入出力と属性の、UTF-8 にできない文字を先に置き換える。"""
-    for key, value in raw_attributes(span).items():
-        if _SURROGATE.search(str(value)):
-            span.set_attribute(key, as_utf8(span.get_attribute(key)))
+def export_as_utf8(export: Callable[..., Any], spans: Any) -> Any:
+    """``export(spans)``。OTLP の送信は、書けない属性を黙って捨てるので、先に置き換える。"""
+    return export(as_utf8(spans))
 
 
 def as_utf8(value: Any) -> Any:
@@ -54,6 +51,16 @@ def as_utf8(value: Any) -> Any:
         return Event(as_utf8(value.name), as_utf8(value.attributes), value.timestamp)
     if isinstance(value, Status):
         return Status(value.status_code, as_utf8(value.description))
-    if isinstance(value, ReadableSpan):
+    if isinstance(value, ReadableSpan) and _has_halves(value):
         return ReadableSpan(**{name: as_utf8(getattr(value, name)) for name in _OTEL_FIELDS})
     return value
+
+
+def _has_halves(span: ReadableSpan) -> bool:
+    events = [dict(event.attributes or {}) for event in span.events]
+    texts = [span.name, span.status.description, dict(span.attributes or {}), events]
+    try:
+        json.dumps(texts, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
