@@ -19,6 +19,7 @@ _MODULES = {
     "rollback": "ModelRollbackManager PromptRollbackManager get_champion_version quick_rollback",
     "rules": ("AlertConfig AlertConfigError AlertRule BurnRateRule Inhibit MuteWindow load_config"),
     "metrics": "MetricSample MetricSourceError",
+    "slo": "Slo",
     "engine": "AlertEngine",
     "delivery": (
         "Alert AlertSeverity AlertStatus Delivery NotificationConfigError NotificationHandler "

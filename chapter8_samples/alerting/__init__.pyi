@@ -41,6 +41,7 @@ from .rules import BurnRateRule as BurnRateRule
 from .rules import Inhibit as Inhibit
 from .rules import MuteWindow as MuteWindow
 from .rules import load_config as load_config
+from .slo import Slo as Slo
 from .tools import RecordedTraces as RecordedTraces
 from .tools import Replay as Replay
 from .tools import SyntheticTraffic as SyntheticTraffic
@@ -49,4 +50,4 @@ from .tools import to_alertmanager_config as to_alertmanager_config
 from .tools import to_databricks_alert as to_databricks_alert
 from .tools import to_prometheus_rules as to_prometheus_rules
 
-__all__ = ['Alert', 'AlertConfig', 'AlertConfigError', 'AlertEngine', 'AlertRule', 'AlertSeverity', 'AlertStatus', 'AlertmanagerNotificationHandler', 'AliasedModel', 'AliasedPrompt', 'BurnRateRule', 'Change', 'ConsoleNotificationHandler', 'Delivery', 'EmailNotificationHandler', 'GateRefusedError', 'Inhibit', 'MetricSample', 'MetricSourceError', 'ModelRollbackManager', 'MultiChannelNotifier', 'MuteWindow', 'NotificationConfigError', 'NotificationHandler', 'PagerDutyNotificationHandler', 'PromptRollbackManager', 'RecordedTraces', 'Replay', 'ReplayGuard', 'RetryPolicy', 'RollbackDecision', 'RollbackError', 'SignedWebhookNotificationHandler', 'SlackNotificationHandler', 'SyntheticTraffic', 'TeamsNotificationHandler', 'WebhookRefusedError', 'alert_from_mlflow_webhook', 'auto_rollback', 'get_champion_version', 'load_config', 'notifier_from_config', 'quick_rollback', 'replay', 'setup_alerting', 'shift_serving_traffic', 'to_alertmanager_config', 'to_databricks_alert', 'to_prometheus_rules', 'verify_signature']
+__all__ = ['Alert', 'AlertConfig', 'AlertConfigError', 'AlertEngine', 'AlertRule', 'AlertSeverity', 'AlertStatus', 'AlertmanagerNotificationHandler', 'AliasedModel', 'AliasedPrompt', 'BurnRateRule', 'Change', 'ConsoleNotificationHandler', 'Delivery', 'EmailNotificationHandler', 'GateRefusedError', 'Inhibit', 'MetricSample', 'MetricSourceError', 'ModelRollbackManager', 'MultiChannelNotifier', 'MuteWindow', 'NotificationConfigError', 'NotificationHandler', 'PagerDutyNotificationHandler', 'PromptRollbackManager', 'RecordedTraces', 'Replay', 'ReplayGuard', 'RetryPolicy', 'RollbackDecision', 'RollbackError', 'SignedWebhookNotificationHandler', 'SlackNotificationHandler', 'Slo', 'SyntheticTraffic', 'TeamsNotificationHandler', 'WebhookRefusedError', 'alert_from_mlflow_webhook', 'auto_rollback', 'get_champion_version', 'load_config', 'notifier_from_config', 'quick_rollback', 'replay', 'setup_alerting', 'shift_serving_traffic', 'to_alertmanager_config', 'to_databricks_alert', 'to_prometheus_rules', 'verify_signature']

@@ -1,0 +1,100 @@
+"""8.4.1 SLO: エラー、遅さ、回答の品質の目標から、burn rate のルールとエラー予算の残りを求める。
+
+「99% のリクエストが成功する」という目標があれば、しきい値を勘で選ばずに済む。残りの 1% がエラー予算
+で、それを使い切る速さで知らせる(SRE ワークブック 5 章)。品質も、スコアラーの合格率で同じにできる。
+
+Databricks でもそのまま使う(標準ライブラリーだけで動く)。
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import datetime
+
+from .metrics import MetricSource, metric_problem
+from .rules import AlertConfigError, BurnRateRule, Duration, parse_duration
+
+GOOD = "pass_rate"
+BURN_RATES = (
+    (14.4, "1h", "5m", "critical"),
+    (6.0, "6h", "30m", "critical"),
+    (1.0, "3d", "6h", "warning"),
+)
+"""(予算を使う速さ, 長い窓, 短い窓, 重大度)。"""
+FEWEST_FAILURES = 10
+"""失敗がこれに満たない窓では鳴らない。エラーは固まって起きるので、1、2 件では何も分からない。"""
+
+
+@dataclass(frozen=True)
+class Slo:
+    """サービスレベル目標。
+
+    Args:
+        metric: ``error_rate``、``slow_rate:3s``(3 秒より遅い割合)、``pass_rate:評価の名前`` など。
+        objective: よい結果の割合の目標(0.99 なら 99%)。
+        window: エラー予算の期間。
+
+    Raises:
+        AlertConfigError: 割合でない指標、0 から 1 の間にない目標、読めない期間。
+    """
+
+    metric: str
+    objective: float
+    window: Duration = "30d"
+
+    def __post_init__(self) -> None:
+        if problems := self._problems():
+            raise AlertConfigError([f"slo {self.metric!r}: {problem}" for problem in problems])
+
+    def _problems(self) -> list[str]:
+        found = [metric_problem(self.metric, rate_for="an SLO")]
+        if self.metric.startswith("latency_"):
+            found = ["a latency is no rate; write slow_rate:3s, the share slower than 3 s"]
+        if self.metric.startswith("feedback_rate:"):
+            found = ["feedback_rate is neither good nor bad; use pass_rate or thumbs_down_rate"]
+        if not 0 < self.objective < 1:
+            found.append(f"objective: {self.objective} is not between 0 and 1; write 0.99 for 99%")
+        try:
+            parse_duration(self.window)
+        except ValueError as error:
+            found.append(f"window: {error}")
+        return [problem for problem in found if problem]
+
+    @property
+    def failures(self) -> str:
+        """悪い結果の割合の指標。"""
+        kind, colon, name = self.metric.partition(":")
+        return f"fail_rate:{name}" if kind == GOOD else f"{kind}{colon}{name}"
+
+    def rules(self) -> list[BurnRateRule]:
+        """予算を使う速さを見る 3 つのルール。目標が低く、その速さになりえないものは除く。"""
+        allowed = 1 - self.objective
+        return [
+            BurnRateRule(
+                name=f"slo_{self.metric}_{factor:g}x",
+                metric=self.failures,
+                objective=self.objective,
+                factor=factor,
+                long=long,
+                short=short,
+                min_samples=math.ceil(FEWEST_FAILURES / (factor * allowed)),
+                severity=severity,
+                summary=f"{self.metric} の予算を {factor:g} 倍の速さで消費",
+            )
+            for factor, long, short, severity in BURN_RATES
+            if factor * allowed < 1
+        ]
+
+    def budget_left(self, source: MetricSource, at: datetime) -> float | None:
+        """エラー予算の残り。1 は手付かず、0 は使い切り、負は目標割れ。標本がなければ ``None``。"""
+        rate = source.sample(self.failures, parse_duration(self.window), at).value
+        return None if rate is None else self.left(rate)
+
+    def left(self, failure_rate: float) -> float:
+        """悪い結果の割合に対する、予算の残り。
+
+        >>> round(Slo("error_rate", 0.99).left(0.004), 3)
+        0.6
+        """
+        return 1 - failure_rate / (1 - self.objective)
