@@ -9,14 +9,17 @@ import mlflow
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
 from openai import OpenAI
 
 from chapter8_samples._lab.llm.server import StubLlm
-from chapter8_samples._lab.shop.chat_panel import create_panel_router
-from chapter8_samples._lab.shop.operations import OperationRefusedError, Operations
+from chapter8_samples._lab.shop.chat_panel import alert_detail, create_panel_router, trend
+from chapter8_samples._lab.shop.operations import QUALITY, OperationRefusedError, Operations
 from chapter8_samples._lab.shop.support_bot import SupportBot
 from chapter8_samples._lab.shop.traffic import Traffic
-from chapter8_samples.alerting.metrics.source import metric_source
+from chapter8_samples.alerting.metrics.measures import TraceRow
+from chapter8_samples.alerting.metrics.source import TraceSearch
 
 pytestmark = pytest.mark.slow
 
@@ -29,8 +32,8 @@ def operations(stub_llm: StubLlm, tracking_uri: str) -> Operations:
     return Operations("operations", traffic)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -64,6 +67,7 @@ def test_alert_without_a_release_is_left_to_people(
     operations.check()
     status = operations.status()
     assert kinds(operations) == ["alert", "suggest"]
+    assert not status["recovering"]  # 戻していないので、質問も送らない
     assert (status["alert"]["firing"], status["alert"]["value"]) == (True, 0.0)
     assert "人の判断" in status["events"][1]["text"] and status["version"] == "1"
 
@@ -74,16 +78,83 @@ def test_panel_answers_in_json_and_says_why_not(operations: Operations, tracking
     operations.score()
     operations.check()
     app = FastAPI()
-    app.include_router(create_panel_router(operations, metric_source("operations")))
+    app.include_router(create_panel_router(operations, TraceSearch("operations")))
     client = TestClient(app)
     status = client.get("/status").json()
     assert status["figures"]["requests"] == {"value": 2, "n": 2}
     assert status["figures"]["grounded_rate"] == {"value": 1.0, "n": 2}
     assert status["figures"]["thumbs_up_rate"] == {"value": None, "n": 0}
+    assert [value for value in status["trend"]["grounded_rate"] if value is not None] == [1.0]
+    assert status["alert"]["detail"] == (
+        "直近 30 秒: 根拠のある答え 100%(2 件)、しきい値 80%。8 件になると判定します。"
+    )
     refused = client.post("/operations/rollback")
     assert (refused.status_code, refused.json()) == (409, {"detail": "戻すリリースはありません。"})
     assert client.post("/operations/auto", json={"enabled": False}).json() == {"ok": True}
     assert client.get("/status").json()["auto_rollback"] is False
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_the_alert_closes_by_itself_after_a_rollback(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch, automatic: bool
+) -> None:
+    monkeypatch.setattr("chapter8_samples._lab.shop.operations.RECOVERY_PAUSE_SECONDS", 0.2)
+    operations.auto_rollback = automatic
+    operations.release_bad_prompt()
+    operations.traffic.send(12)
+    operations.start_watching()
+    wait_for(lambda: operations.status()["alert"]["firing"])
+    if not automatic:
+        operations.roll_back()
+    wait_for(lambda: "resolved" in kinds(operations), 90)
+    operations.stop()
+    rolled_back = ["rollback"] if automatic else ["suggest", "rollback"]
+    assert kinds(operations) == ["release", "alert", *rolled_back, "resolved"]
+    assert not operations.status()["recovering"] and not operations.status()["sending"]
+
+
+def test_a_rollback_that_does_not_help_is_said(
+    operations: Operations, stub_llm: StubLlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chapter8_samples._lab.shop.operations.RECOVERY_SECONDS", 0.5)
+    operations.release_bad_prompt()
+    stub_llm.set_faults(bad_release=True)
+    operations.traffic.send(12)
+    operations.start_watching()
+    wait_for(lambda: "戻しても回復しません" in operations.status()["events"][-1]["text"], 60)
+    operations.stop()
+    assert "原因を直して" in operations.status()["next_step"]
+
+
+def row(at: float, *assessments: tuple[str, str], latency_ms: float = 100.0) -> TraceRow:
+    return TraceRow(
+        trace_id="t", at_ms=round(1000 * at), latency_ms=latency_ms, assessments=assessments
+    )
+
+
+def test_the_alert_says_what_is_true_before_and_after_the_scoring() -> None:
+    scored, unscored = row(100, (QUALITY, "yes")), row(100)
+    for value, n, rows, text in (
+        (None, 0, [], "新しい答えはありません"),
+        (None, 0, [unscored, unscored], "2 件をまだ採点していません"),
+        (1.0, 8, [scored], "根拠のある答え 100%(8 件)、しきい値 80%。"),
+        (0.5, 8, [scored, unscored], "しきい値 80%。採点待ち 1 件。"),
+        (1.0, 7, [scored], "8 件になると判定します"),
+    ):
+        assert text in alert_detail(value, n, rows)
+    assert "採点して" not in alert_detail(None, 0, [scored])
+
+
+@given(st.lists(st.floats(700.001, 1000), max_size=40))
+def test_every_answer_is_in_the_trend_once(moments: list[float]) -> None:
+    found = trend([row(at, latency_ms=at) for at in moments], 1000)
+    latest = found["start"] + found["bin_seconds"] * len(found["latency_p95_ms"])
+    assert 1000 < latest <= 1005 and len(found["latency_p95_ms"]) >= 12
+    bins = {int(round(1000 * at) / 1000 // 5) for at in moments}
+    filled = [
+        found["start"] // 5 + i for i, v in enumerate(found["latency_p95_ms"]) if v is not None
+    ]
+    assert filled == sorted(bins)
 
 
 def test_slow_judge_is_told_and_does_not_hold_up_the_alert(

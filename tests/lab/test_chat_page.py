@@ -144,6 +144,17 @@ def test_conversation_vote_and_comment_by_keyboard_only(site: Site, open_page: O
     eventually(stored)
 
 
+def test_example_questions_are_asked_with_one_press(site: Site, open_page: Opener) -> None:
+    page = open_page(site.url)
+    examples = page.locator("[data-example]")
+    assert examples.count() == 3
+    for number, words in enumerate(("14日以内", "550円", "注文履歴")):
+        expect(examples.nth(number)).to_be_enabled()
+        examples.nth(number).click()
+        expect(page.locator("article.bot").last.locator(".text")).to_contain_text(words)
+        expect(page.locator("article.me").last).to_have_text(examples.nth(number).inner_text())
+
+
 def test_changed_vote_replaces_the_old_one(site: Site, open_page: Opener) -> None:
     answer = ask(open_page(site.url), "送料はいくらですか")
     trace_id = str(answer.locator(".vote").get_attribute("data-trace"))
@@ -230,12 +241,8 @@ def test_panel_figures_equal_what_is_stored(site: Site, open_page: Opener) -> No
 
 
 def settle(page: Page) -> None:
-    """前の試験の事故が残っていれば、質問を送って回復させる。"""
-    alert = page.locator("#alert")
-    expect(alert).not_to_have_attribute("data-state", "unknown")
-    if alert.get_attribute("data-state") == "firing":
-        page.locator("[data-action=burst]").click()
-    expect(alert).to_have_attribute("data-state", "calm")
+    """前の試験の事故が残っていれば、ひとりでに回復するのを待つ。"""
+    expect(page.locator("#alert")).to_have_attribute("data-state", "calm")
     expect(page.locator("#version")).to_contain_text("v1")
 
 
@@ -253,13 +260,17 @@ def test_bad_release_is_noticed_rolled_back_and_resolved(site: Site, open_page: 
     example = page.locator("[data-kind=alert] a").get_attribute("href")
     assert example is not None and example.startswith(site.mlflow_url)
 
-    burst = page.locator("[data-action=burst]")
-    expect(burst).to_be_enabled()
-    burst.click()
-    expect(page.locator("[data-kind=resolved]")).to_be_visible()
+    expect(page.locator("#next-step")).to_contain_text("悪い答えが集計期間から外れると解消します")
+    expect(page.locator("[data-kind=resolved]")).to_be_visible()  # 何も押していない
     expect(alert).to_have_attribute("data-state", "calm")
     kinds = page.eval_on_selector_all("#timeline li", "all => all.map(e => e.dataset.kind)")
     assert kinds == ["release", "alert", "rollback", "resolved"]
+    for name in ("grounded_rate", "latency_p95_ms", "cost_usd_per_request"):
+        chart = page.locator(f"[data-trend={name}] svg")
+        assert chart.locator("polyline").count() >= 1
+        marks = chart.locator(".event").evaluate_all("all => all.map(e => e.dataset.mark)")
+        assert marks == kinds
+        assert "の推移: 最大" in str(chart.get_attribute("aria-label"))
     assert_still(page)
     again = open_page(site.url)  # 開き直しても、できごとは残っている
     expect(again.locator("#timeline li")).to_have_count(4)
@@ -278,7 +289,7 @@ def test_without_automatic_rollback_the_reader_decides(site: Site, open_page: Op
     expect(page.locator("#version")).to_contain_text("詳しく答える")
     page.locator("[data-action=rollback]").click()
     expect(page.locator("#version")).to_contain_text("v1")
-    expect(page.locator("[data-kind=rollback]").last).to_contain_text("v1 に戻した")
+    expect(page.locator("[data-kind=rollback]").last).to_contain_text("v1 に戻しました")
     page.locator("#auto").check()
 
 

@@ -35,6 +35,8 @@ INVENTED_TOKENS_FACTOR = 4
 QUOTED_SENTENCES = 2
 ANSWER_HINT = 1.3
 """数を聞かれたとき、数字のある文に掛ける倍率。"""
+LEAST_CLOSENESS = 0.05
+"""これより遠い資料は、話題が違うとみなす。"""
 LATER_DOCUMENT = 0.6
 """資料は近い順に並んでいるとみなし、1 つ後ろになるごとに掛ける倍率。"""
 EMBEDDING_DIMENSIONS = 1024
@@ -96,7 +98,7 @@ def _quote(question: str, documents: list[str]) -> str:
         _closeness(question, line, rarity) * LATER_DOCUMENT**rank
         for rank, line in enumerate(documents)
     ]
-    if not max(near):
+    if max(near) < LEAST_CLOSENESS:
         return NOT_FOUND
     said = sentences(_LABEL.sub("", documents[near.index(max(near))], count=1))
     quoted = sorted(said, key=lambda s: -_closeness(question, s, rarity))[:QUOTED_SENTENCES]

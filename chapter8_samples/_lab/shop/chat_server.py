@@ -10,7 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
 
-from chapter8_samples.alerting.metrics.source import TraceSearch, metric_source
+from chapter8_samples.alerting.metrics.source import TraceSearch
 from chapter8_samples.cost_tracking import setup_cost_tracking
 from chapter8_samples.production_tracing import (
     enable_autologging,
@@ -58,7 +58,7 @@ def chat_app(lab: Lab, tracking_uri: str) -> Iterator[FastAPI]:
         operations = Operations(EXPERIMENT, traffic)
         operations.start_watching()
         try:
-            panel = create_panel_router(operations, metric_source(search))
+            panel = create_panel_router(operations, search)
             yield create_app(bot, outbox, panel=panel, trace_url=search.trace_url)
         finally:
             print("\n残りのトレースを送っています(数秒かかります)。", flush=True)

@@ -1,6 +1,6 @@
 """チャット画面の横で動く運用: 採点し、アラートを見張り、リリースを戻し、起きたことを並べる。
 
-本番と違うのはアラートの時間窓だけで、結果をすぐ見られるように 30 秒に縮めてある。
+本番と違うのはアラートの集計期間だけで、結果をすぐ見られるように 30 秒に縮めてある。
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ from .traffic import Traffic
 logger = logging.getLogger(__name__)
 
 JUDGE_MODEL, QUALITY = "openai:/gpt-4.1-mini", "groundedness_check"
-QUALITY_FLOOR, ALERT_SECONDS = 0.8, 30
+QUALITY_FLOOR, ALERT_SECONDS, MIN_SAMPLES = 0.8, 30, 8
 BURST, PORTION = 30, 5
 """1 回に送る質問の数と、途中でやめられる単位。"""
 LOOKBACK = timedelta(minutes=5)
 CHECK_SECONDS, SLOW_SCORING_SECONDS = 1.0, 20.0
+RECOVERY_SECONDS, RECOVERY_PAUSE_SECONDS = 120.0, 2.0
+"""戻した後に回復を確かめる質問を送り続ける長さと、その間隔。"""
 
 EventKind = Literal["release", "alert", "suggest", "rollback", "resolved"]
 
@@ -59,8 +61,8 @@ class OperationRefusedError(RuntimeError):
     """いまはできない操作。文面は画面にそのまま出す。"""
 
 
-def quality_rule(seconds: float = ALERT_SECONDS, min_samples: int = 8) -> AlertRule:
-    """根拠のない答えが増えたら人を呼び、直前のリリースを戻すルール。窓の長さは秒。"""
+def quality_rule(seconds: float = ALERT_SECONDS, min_samples: int = MIN_SAMPLES) -> AlertRule:
+    """根拠のない答えが増えたら人を呼び、直前のリリースを戻すルール。集計期間は秒。"""
     return AlertRule(
         name="answers_not_grounded",
         metric=f"pass_rate:{QUALITY}",
@@ -92,6 +94,7 @@ class Operations:
         self._scoring_since: float | None = None
         self._events: deque[Event] = deque(maxlen=50)
         self._sending, self._releasing = threading.Lock(), threading.Lock()
+        self._rolled_back = self._recovering = False
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._scorers = setup_scorers(
@@ -115,6 +118,7 @@ class Operations:
                 raise OperationRefusedError("悪いプロンプトは、もう本番に出ています。")
             version = register_release(BAD_PROMPT, "詳しく答える")
             self.releases.promote(version, reason="もっと詳しい案内に変更")
+            self._rolled_back = False
             self._note("release", f"v{version} をリリース(もっと詳しい案内に変更)")
 
     def roll_back(self) -> None:
@@ -123,7 +127,8 @@ class Operations:
             if self.current_version() == self.good_version:
                 raise OperationRefusedError("戻すリリースはありません。")
             change = self.releases.rollback(reason="画面のボタン")
-            self._note("rollback", f"v{change.from_version} から v{change.to_version} に戻した")
+            self._rolled_back = True
+            self._note("rollback", f"v{change.from_version} から v{change.to_version} に戻しました")
 
     def send_burst(self) -> None:
         """サンプルの質問を、背後で ``BURST`` 件送る。"""
@@ -158,9 +163,11 @@ class Operations:
             self._scoring_since = None
 
     def check(self) -> None:
-        """ルールを評価し、発報したらリリースを戻す。"""
+        """ルールを評価し、発報したらリリースを戻し、回復を確かめる質問を送る。"""
         for alert in self.engine.evaluate():
             self._answer(alert)
+        if self._rolled_back and self._firing() and self._sending.acquire(blocking=False):
+            self._start(self._recover, "chat-recovery")
 
     def status(self) -> dict[str, Any]:
         """画面に出す、いまの様子。"""
@@ -168,6 +175,7 @@ class Operations:
         return {
             "version": version,
             "healthy_version": version == self.good_version,
+            "recovering": self._recovering,
             "auto_rollback": self.auto_rollback,
             "sending": self._sending.locked(),
             "problem": self._problem(),
@@ -179,43 +187,48 @@ class Operations:
     def _answer(self, alert: Alert) -> None:
         share = f"根拠あり {alert.value or 0:.0%}、{alert.n} 件"
         if alert.status is AlertStatus.RESOLVED:
-            self._note("resolved", f"アラートが解消({share})")
+            self._note("resolved", f"アラートが解消しました({share})")
             return
         url = next(iter(alert.links.values()), "")
         self._note("alert", f"{alert.summary}({share})", url)
         with self._releasing:
             mode = "apply" if self.auto_rollback else "suggest"
             decision = auto_rollback(alert, self.releases, mode=mode)
+            self._rolled_back |= decision.outcome == "applied"
         change = decision.change
-        if decision.outcome == "none" or change is None:
-            self._note("suggest", "直前のリリースがないので、戻さずに人の判断を待つ")
+        if change is None:
+            why = "前の版に戻してあります" if self._rolled_back else "直前のリリースがありません"
+            self._note("suggest", f"{why}。自動では何もせず、人の判断を待ちます")
             return
         move = f"v{change.from_version} から v{change.to_version}"
         if decision.outcome == "applied":
-            self._note("rollback", f"{move} に自動で戻した")
+            self._note("rollback", f"{move} に自動で戻しました")
         else:
-            self._note("suggest", f"{move} に戻すことを提案")
+            self._note("suggest", f"{move} に戻すことを提案します")
 
     def _alert_status(self) -> dict[str, Any]:
         rule = quality_rule()
         sample = self.engine.last_samples().get(rule.name)
         return {
-            "firing": self.engine.phases()[rule.name] == "firing",
+            "firing": self._firing(),
             "summary": rule.summary,
             "value": sample.value if sample else None,
             "n": sample.n if sample else 0,
             "threshold": rule.threshold,
-            "window_seconds": ALERT_SECONDS,
         }
 
+    def _firing(self) -> bool:
+        return self.engine.phases()[quality_rule().name] == "firing"
+
     def _next_step(self, healthy: bool) -> str:
-        firing = self.engine.phases()[quality_rule().name] == "firing"
-        if firing and healthy:
-            return "質問をもう一度送り、回復を確かめてください。悪い答えが窓から出ると解消します。"
-        if firing:
+        if self._firing() and self._rolled_back:
+            return "回復を確かめる質問を送っています。悪い答えが集計期間から外れると解消します。"
+        if self._firing() and healthy:
+            return "原因を直して、質問を送ってください。悪い答えが集計期間から外れると解消します。"
+        if self._firing():
             return "前の版に戻してください。"
         if not healthy:
-            return "質問を送ってください。採点され、アラートが気づきます。"
+            return "質問を送ってください。答えが採点されると、アラートが気づきます。"
         return "悪いプロンプトをリリースすると、アラートとロールバックを試せます。"
 
     def _note(self, kind: EventKind, text: str, url: str = "") -> None:
@@ -234,6 +247,22 @@ class Operations:
                     return
                 self.traffic.send(PORTION)
         finally:
+            self._sending.release()
+
+    def _recover(self) -> None:
+        """アラートが解消するまで、質問を少しずつ送る。"""
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        self._recovering = True
+        try:
+            while self._rolled_back and self._firing() and time.monotonic() < deadline:
+                self.traffic.send(PORTION)
+                if self._stop.wait(RECOVERY_PAUSE_SECONDS):
+                    return
+            if self._rolled_back and self._firing():
+                self._rolled_back = False
+                self._note("suggest", "戻しても回復しません。プロンプト以外の原因を調べてください")
+        finally:
+            self._recovering = False
             self._sending.release()
 
     def _repeat(self, work: Callable[[], None]) -> None:

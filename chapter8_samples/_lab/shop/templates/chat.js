@@ -76,16 +76,23 @@ async function ask(question) {
   }
 }
 
-form.onsubmit = async event => {
+async function send(question) {
+  const buttons = document.querySelectorAll("#form button, [data-example]");
+  if (!question || buttons[0].disabled) return;
+  for (const button of buttons) button.disabled = true;
+  await ask(question);
+  for (const button of buttons) button.disabled = false;
+}
+
+form.onsubmit = event => {
   event.preventDefault();
   const question = input.value.trim();
-  const button = form.querySelector("button");
-  if (!question || button.disabled) return;
+  if (form.querySelector("button").disabled) return;
   input.value = "";
-  button.disabled = true;
-  await ask(question);
-  button.disabled = false;
+  send(question);
 };
+
+for (const button of document.querySelectorAll("[data-example]")) button.onclick = () => send(button.textContent);
 
 /* 評価 -------------------------------------------------------------------- */
 
@@ -176,11 +183,48 @@ function showAlert(state, title, detail) {
 }
 
 function showWatch({alert, problem}) {
-  const limit = `しきい値 ${percent(alert.threshold)}`;
-  const now = alert.value === null ? "まだ採点していません" : `根拠あり ${percent(alert.value)}(${alert.n} 件)`;
-  const detail = `直近 ${alert.window_seconds} 秒: ${now}、${limit}`;
-  if (alert.firing) showAlert("firing", `アラート: ${alert.summary}`, detail);
-  else showAlert(problem ? "lost" : "calm", problem || "アラートなし", detail);
+  if (alert.firing) showAlert("firing", `アラート: ${alert.summary}`, alert.detail);
+  else showAlert(problem ? "lost" : "calm", problem || "アラートなし", alert.detail);
+}
+
+/* 推移: 値のない区間で線を切り、左端を 0、右端を 100 とする ------------------------ */
+
+function draw(svg, name, attributes) {
+  const element = document.createElementNS(svg.namespaceURI, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  svg.append(element);
+}
+
+function unbroken(values) {
+  const runs = [[]];
+  values.forEach((value, index) => value === null ? runs.push([]) : runs.at(-1).push([index, value]));
+  return runs.filter(run => run.length);
+}
+
+function drawEvents(svg, x, {trend, events}) {
+  for (const {kind, at} of events) {
+    const where = x((Date.parse(at) / 1000 - trend.start) / trend.bin_seconds - .5);
+    if (where >= 0 && where <= 100) draw(svg, "line", {class: "event", "data-mark": kind, x1: where, x2: where, y1: 0, y2: 100});
+  }
+}
+
+function drawTrend(tile, status) {
+  const name = tile.dataset.trend, values = status.trend[name], svg = tile.querySelector("svg");
+  const known = values.filter(value => value !== null);
+  const top = name === "grounded_rate" ? 1 : Math.max(...known, 0);
+  const x = index => 100 * (index + .5) / values.length, y = value => 100 - 100 * value / (top || 1);
+  const limit = y(status.alert.threshold);
+  svg.replaceChildren();
+  draw(svg, "line", {class: "axis", x1: 0, x2: 100, y1: 100, y2: 100});
+  if (name === "grounded_rate") draw(svg, "line", {class: "limit", x1: 0, x2: 100, y1: limit, y2: limit});
+  drawEvents(svg, x, status);
+  for (const run of unbroken(values)) {
+    const points = run.map(([index, value]) => `${x(index)},${y(value)}`);
+    draw(svg, "polyline", {points: [points[0], ...points].join(" ")});  // 1 点だけでも見えるように
+  }
+  const [peak, now] = known.length ? [UNITS[name](top), UNITS[name](known.at(-1))] : ["", "記録なし"];
+  tile.querySelector(".trend span").textContent = peak;
+  svg.setAttribute("aria-label", `${tile.querySelector("dt").textContent} の推移: 最大 ${peak}、最新 ${now}`);
 }
 
 function showRelease(status) {
@@ -190,7 +234,7 @@ function showRelease(status) {
   $("[data-action=rollback]").disabled = status.healthy_version;
   const burst = $("[data-action=burst]");
   burst.disabled = status.sending;
-  put("[data-action=burst]", status.sending ? "質問を送っています" : "質問を 30 件送る");
+  put("[data-action=burst]", status.recovering ? "回復を確かめています" : status.sending ? "質問を送っています" : "質問を 30 件送る");
   $("#auto").checked = status.auto_rollback;
 }
 
@@ -205,8 +249,9 @@ function addEvent({kind, text, at, url}) {
     Object.assign(link, {href: url, target: "_blank", rel: "noopener", textContent: "例のトレース"});
     item.append(" ", link);
   }
-  $("#timeline").append(item);
-  item.scrollIntoView({block: "nearest"});
+  const timeline = $("#timeline");
+  timeline.append(item);
+  timeline.scrollTop = timeline.scrollHeight;
 }
 
 let latest = "";
@@ -231,6 +276,7 @@ async function refresh() {
     put("#minutes", String(status.window_minutes));
     showFigures(status.figures);
     showWatch(status);
+    for (const tile of document.querySelectorAll("[data-trend]")) drawTrend(tile, status);
     showRelease(status);
     showEvents(status.events);
   } catch (error) {
