@@ -3,9 +3,11 @@
     python -m chapter8_samples.alerting check alerts.yaml
 
 cron やジョブからは ``once`` を、常駐させるなら ``watch`` を使う。終了コードは 0(正常)、1(発報中)、
-2(設定の誤り、ファイルを読み書きできない)、3(指標を読めない)。
+2(設定の誤り、ファイルを読み書きできない、ほかの見張りが状態ファイルを使っている)、3(指標を読めない。
+通知先には知らせる)。``watch`` を二つ動かすと、二つ目は、一つ目が終わるまで控えている。
 
-Databricks では ``once`` を定期ジョブにし、状態ファイルを Volume に置く。
+Databricks では ``once`` を定期ジョブにし、状態ファイルを Volume に置く
+(``--state /Volumes/main/default/alerts/state.db``)。
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -34,8 +37,12 @@ from . import (
     to_alertmanager_config,
     to_prometheus_rules,
 )
-from .metrics import TraceSearch, to_ms
+from .engine import StateHeldError
+from .metrics import MetricSample, TraceSearch, to_ms
+from .rules import parse_duration
 
+CRON_STEP = timedelta(minutes=1)
+"""cron で動かせる、最も短い間隔。"""
 OK, FIRING, CONFIG_ERROR, SOURCE_ERROR = 0, 1, 2, 3
 
 
@@ -44,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return options.run(options)
-    except (AlertConfigError, NotificationConfigError, OSError) as error:
+    except (AlertConfigError, NotificationConfigError, StateHeldError, OSError) as error:
         print(error, file=sys.stderr)
         return CONFIG_ERROR
     except MetricSourceError as error:
@@ -76,12 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--experiment", help="設定の experiment の代わりに使う")
         made.add_argument("--tracking-uri")
     for made in (once, watch):
-        made.add_argument("--state", default="alert_state.json", help="状態ファイル")
+        made.add_argument("--state", default="alert_state.db", help="状態ファイル")
         made.add_argument("--dry-run", action="store_true", help="送らずに標準出力へ書く")
-    # すぐに終わる once は、送り終えるまで待つ。途中で終わると、次の回が同じものを送り直す
-    once.set_defaults(wait_seconds=120.0)
+    once.set_defaults(wait_seconds=120.0)  # すぐに終わるので、送り終えるまで待つ
     watch.set_defaults(wait_seconds=5.0)
-    watch.add_argument("--interval", type=_positive, default=30.0, help="評価の間隔(秒)")
+    watch.add_argument("--interval", type=_positive, help="評価の間隔(秒)。既定は設定の値か 30")
     watch.add_argument("--heartbeat", type=Path, help="評価のたびに時刻を書くファイル")
     past.add_argument("--hours", type=_positive, default=24.0, help="遡る時間")
     past.add_argument("--svg", type=Path, help="図の書き出し先")
@@ -106,17 +112,30 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _once(options: argparse.Namespace) -> int:
-    engine = _engine(options)
+    config = load_config(options.config)
+    if config.interval is None and "alertmanager" in _receiver_types(config):
+        problem = "interval: missing; Alertmanager keeps an alert for three of them (interval: 10m)"
+        raise AlertConfigError([problem])
+    if parse_duration(config.evaluation_failure_for) <= CRON_STEP:  # 次の回は、その後になる
+        config = replace(config, evaluation_failure_for="0s")
+    engine, notifier = _engine(options, config)
     engine.evaluate()
+    _finish(engine, notifier)
     for name, reason in engine.failures.items():
         print(f"{name}: {reason}", file=sys.stderr)
+    if "alert_state" in engine.failures:
+        return CONFIG_ERROR
     if engine.failures:
         return SOURCE_ERROR
     return FIRING if engine.active() else OK
 
 
 def _watch(options: argparse.Namespace) -> int:
-    engine, stop = _engine(options), threading.Event()
+    config, stop = load_config(options.config), threading.Event()
+    interval = timedelta(seconds=options.interval or 30)
+    if options.interval is None and config.interval is not None:
+        interval = parse_duration(config.interval)
+    engine, notifier = _engine(options, replace(config, interval=interval))
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.set())
 
@@ -125,26 +144,56 @@ def _watch(options: argparse.Namespace) -> int:
         options.heartbeat.write_text(now.isoformat(), encoding="utf-8")
 
     beat = heartbeat if options.heartbeat else None
-    engine.run_forever(options.interval, stop=stop, heartbeat=beat)
+    engine.run_forever(interval.total_seconds(), stop=stop, heartbeat=beat)
+    _finish(engine, notifier)
     return FIRING if engine.active() else OK
 
 
-def _engine(options: argparse.Namespace) -> AlertEngine:
-    config = load_config(options.config)
+def _engine(
+    options: argparse.Namespace, config: AlertConfig
+) -> tuple[AlertEngine, MultiChannelNotifier]:
     notifier = (
         MultiChannelNotifier().add_handler("console", ConsoleNotificationHandler())
         if options.dry_run
         else notifier_from_config(config)
     )
     notifier.wait_seconds = options.wait_seconds
-    return setup_alerting(
-        _experiment(options, config),
-        config,
-        notifier,
-        tracking_uri=options.tracking_uri,
-        # 試した発報を、本番の状態ファイルに「知らせた」と残さない
-        state_path=f"{options.state}.dry-run" if options.dry_run else options.state,
-    )
+    # 試した発報を、本番の状態ファイルに「知らせた」と残さない
+    state = f"{options.state}.dry-run" if options.dry_run else options.state
+    name, uri = _experiment(options, config), options.tracking_uri
+    try:
+        return setup_alerting(name, config, notifier, tracking_uri=uri, state_path=state), notifier
+    except MetricSourceError as error:
+        # 見張れないことも知らせる。届いていなかった通知も送る
+        blind = AlertEngine(config, _Unreadable(error), notifier, state_path=state)
+        blind.evaluate()
+        _finish(blind, notifier)
+        raise
+
+
+def _finish(engine: AlertEngine, notifier: MultiChannelNotifier) -> None:
+    notifier.stop()
+    engine.close()
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """接続できなかった、指標の出どころ。"""
+
+    error: MetricSourceError
+
+    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
+        raise self.error
+
+    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
+        raise self.error
+
+    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
+        raise self.error
+
+
+def _receiver_types(config: AlertConfig) -> set[str]:
+    return {str(settings.get("type")) for settings in config.receivers.values()}
 
 
 def _experiment(options: argparse.Namespace, config: AlertConfig) -> str:

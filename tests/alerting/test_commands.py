@@ -26,7 +26,7 @@ groups:
   interval: 30s
   rules:
   - alert: errors
-    expr: llm_app_error_rate{window="5m"} > 0.5
+    expr: llm_app_error_ratio{window="5m"} > 0.5
     for: 0s
     labels:
       severity: critical

@@ -14,16 +14,15 @@ import logging
 import os
 import re
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any, TypeVar
 
+from ..processes import is_gone, machine
 from .errors import ConcurrentChangeError
 from .targets import AliasTarget
 
@@ -109,15 +108,6 @@ def default_actor() -> str:
     return f"{user}@{socket.gethostname()}:{os.getpid()}"
 
 
-def _machine() -> str:
-    """プロセス番号が通じる範囲。Linux では起動ごと、PID 名前空間(コンテナー)ごとに違う。"""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
-
-
 @dataclass(frozen=True)
 class _Lock:
     id: str
@@ -131,18 +121,6 @@ class _Lock:
         raw: dict[str, Any] = json.loads(text)
         pid = int(raw.get("pid", 0))
         return cls(raw["id"], float(raw["until"]), raw["by"], raw.get("machine", ""), pid)
-
-    def owner_died(self) -> bool:
-        """持ち主が同じマシンの、もういないプロセスか。"""
-        if self.machine != _machine() or self.pid <= 0 or sys.platform == "win32":
-            return False  # Windows の os.kill(pid, 0) は、確かめるのではなくシグナルを送る
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):  # ほかの利用者のプロセスなど
-            return False
-        return False
 
 
 class Journal:
@@ -199,7 +177,7 @@ class Journal:
             ConcurrentChangeError: ほかの誰かが変更中。
         """
         me, held = uuid.uuid4().hex, self._lock()
-        if held and held.until > self.clock().timestamp() and not held.owner_died():
+        if held and held.until > self.clock().timestamp() and not is_gone(held.machine, held.pid):
             until = f"{datetime.fromtimestamp(held.until, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
             raise ConcurrentChangeError(
                 f"{self._label} is being changed by {held.by}; its lock expires at {until}"
@@ -218,7 +196,7 @@ class Journal:
 
     def _write_lock(self, me: str) -> None:
         until = (self.clock() + self._lease).timestamp()
-        lock = _Lock(me, until, self.actor, _machine(), os.getpid())
+        lock = _Lock(me, until, self.actor, machine(), os.getpid())
         self.target.put_tag(self._lock_key, _json(asdict(lock)))
 
     def _keep(self, me: str) -> None:

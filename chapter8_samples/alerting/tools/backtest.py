@@ -230,7 +230,7 @@ def replay(
     for at in moments:
         events += [(at, alert) for alert in engine.evaluate(at)]
         for name, sample in engine.last_samples().items():
-            if name not in engine.failures:  # 失敗した回に残っているのは、前の値
+            if name in samples and name not in engine.failures:  # 失敗した回に残るのは、前の値
                 samples[name].append((at, sample))
         for name, reason in engine.failures.items():
             failed[name].append(reason)

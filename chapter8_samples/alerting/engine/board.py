@@ -1,0 +1,206 @@
+"""8.4.1 ルールの評価: 状態を進め、知らせるべき変化を決める。"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from ..delivery import Alert, AlertSeverity, AlertStatus, fingerprint
+from ..metrics import MetricSample, MetricSource, RowNumbers, sample_of
+from ..rules import AlertConfig, Rule
+from ..rules.model import ratio
+from .state import RuleState
+
+logger = logging.getLogger(__name__)
+
+Samples = dict[str, list[MetricSample]]
+"""ラベルの値 -> 判定に使う値。``by`` のないルールでは、ラベルは空。"""
+
+
+class RuleBoard:
+    """ルールと、その状態の一覧。``by`` のルールは、ラベルの値ごとに一つの状態を持つ。"""
+
+    def __init__(
+        self, config: AlertConfig, source: MetricSource, trace_url: Callable[[str], str] | None
+    ) -> None:
+        self.config, self.source, self._trace_url = config, source, trace_url
+        self._lock = threading.RLock()
+        self._states: dict[str, RuleState] = {}
+        self._samples: dict[str, MetricSample] = {}
+        self.failures: dict[str, str] = {}
+        """直近の評価で失敗したルールと理由。"""
+
+    def active(self) -> list[Alert]:
+        """発報中のアラート(抑制中のものも含む)。"""
+        with self._lock:
+            return [self._alert(r, s) for r, s in self._pairs() if s.phase == "firing"]
+
+    def phases(self) -> dict[str, str]:
+        """ルールの名前(``by`` のルールは ``名前[値]``)-> inactive、pending、firing。"""
+        with self._lock:
+            found = {rule.name: "inactive" for rule in self._rules() if not _by(rule)}
+            return found | {_title(r, s.label): s.phase for r, s in self._pairs()}
+
+    def last_samples(self) -> dict[str, MetricSample]:
+        """ルールの名前(``by`` のルールは ``名前[値]``)-> 直近に求めた値(図に使う)。"""
+        with self._lock:
+            return dict(self._samples)
+
+    def _judge(self, at: datetime) -> list[Alert]:
+        """すべてのルールを評価し、知らせるべき変化を返す。"""
+        closed = self._close_removed_rules(at)
+        # 長い窓から読むと、短い窓は読んだものの一部で済む
+        for rule in sorted(self.config.rules, key=lambda r: -r.queries()[0][1]):
+            self._evaluate(rule, at)
+        watchdog = self.config.watchdog
+        self._advance(watchdog, self._state(watchdog, ""), bool(self.failures), at)
+        return self._due(at) + closed
+
+    def _evaluate(self, rule: Rule, at: datetime) -> None:
+        try:
+            found = self._read(rule, at - self.config.offset_delta)
+            for label, samples in found.items():
+                state = self._state(rule, label)
+                breached = rule.judge(samples, state.phase == "firing")
+                self._advance(rule, state, breached, at)
+                state.value, state.n = _shown(rule, samples), samples[0].n
+                self._samples[_title(rule, label)] = samples[0]
+        except Exception as error:  # 一つのルールの失敗で他を止めない
+            logger.warning("rule %s could not be evaluated: %s", rule.name, error)
+            self.failures[rule.name] = f"{type(error).__name__}: {error}"
+            return
+        self._let_go(rule, found, at)
+
+    def _read(self, rule: Rule, end: datetime) -> Samples:
+        by, ago = _by(rule), getattr(rule, "ago", None)
+        asked = [(metric, window, end) for metric, window in rule.queries()]
+        asked += [(metric, window, end - ago) for metric, window, _ in asked if ago]
+        if not by:
+            return {"": [self.source.sample(*query) for query in asked]}
+        splits = [{s.label: s for s in self.source.split(*query, by)} for query in asked]
+        pairs, nothing = list(zip(splits, asked, strict=True)), RowNumbers([])
+        return {
+            label: [split.get(label) or sample_of(*query, nothing) for split, query in pairs]
+            for label in sorted(set().union(*splits))
+        }
+
+    def _let_go(self, rule: Rule, labels: Collection[str], at: datetime) -> None:
+        """窓から消えたラベル(古い版など)の異常は、``no_data: alert`` でなければ終わる。"""
+        for state in [s for _, s in self._pairs() if s.rule == rule.name and s.label not in labels]:
+            self._advance(rule, state, bool(rule.no_data_verdict()), at)
+            self._samples.pop(_title(rule, state.label), None)
+            if state.phase == "inactive" and not state.told:
+                del self._states[self._key(rule, state.label)]
+
+    def _advance(self, rule: Rule, state: RuleState, breached: bool | None, at: datetime) -> None:
+        state.advance(breached, at, *self.config.hold_and_keep(rule))
+
+    def _due(self, at: datetime) -> list[Alert]:
+        firing, found = self.active(), list[Alert]()
+        for rule, state in self._pairs():
+            if state.phase == "firing":
+                alert = self._alert(rule, state)
+                silenced = self.config.silences(alert, firing, at)
+                if self._should_notify(state, alert, at) and not silenced:
+                    state.told, state.notified_at = self._with_examples(rule, alert, at), at
+                    found.append(state.told)
+            elif state.told:
+                found.append(_resolved(state.told, state, at))
+                state.told, state.notified_at, state.acknowledged = None, None, False
+        return found
+
+    def _close_removed_rules(self, at: datetime) -> list[Alert]:
+        """発報中に消したルール(名前やラベルの変更も)の解消。でないと、相手では開いたままになる。"""
+        known = {self._key(rule, state.label) for rule, state in self._pairs()}
+        gone = [self._states.pop(key) for key in self._states.keys() - known]
+        return [_resolved(state.told, state, at) for state in gone if state.told]
+
+    def _should_notify(self, state: RuleState, alert: Alert, at: datetime) -> bool:
+        if state.notified_at is None:
+            return True
+        repeat = self.config.repeat_for(alert)
+        return bool(repeat) and not state.acknowledged and at - state.notified_at >= repeat
+
+    def _with_examples(self, rule: Rule, alert: Alert, at: datetime) -> Alert:
+        if rule.name == self.config.watchdog.name or _by(rule):  # ラベルの値ごとの例は選べない
+            return alert
+        metric, window = rule.queries()[-1]
+        try:
+            found = self.source.examples(metric, window, at - self.config.offset_delta)
+        except Exception as error:  # 例がなくてもアラートは出す
+            logger.warning("no example traces for %s: %s", rule.name, error)
+            return alert
+        url = self._trace_url
+        links = {trace: link for trace in found if url and (link := url(trace))}
+        return replace(alert, examples=tuple(found), links=links)
+
+    def _alert(self, rule: Rule, state: RuleState) -> Alert:
+        watchdog = rule.name == self.config.watchdog.name
+        details: dict[str, Any] = {"summary": rule.summary}
+        details |= _failed(self.failures) if watchdog else _measured(rule, state)
+        if state.told:
+            details |= {"examples": state.told.examples, "links": state.told.links}
+        if state.fired_at:
+            details["starts_at"] = state.fired_at
+        return Alert(
+            name=rule.name,
+            severity=AlertSeverity(rule.severity),
+            labels=self._labels(rule, state.label),
+            runbook_url=rule.runbook_url,
+            action=rule.action,
+            **details,
+        )
+
+    def _rules(self) -> list[Rule]:
+        return [*self.config.rules, self.config.watchdog]
+
+    def _pairs(self) -> list[tuple[Rule, RuleState]]:
+        states = list(self._states.values())
+        return [(rule, s) for rule in self._rules() for s in states if s.rule == rule.name]
+
+    def _state(self, rule: Rule, label: str) -> RuleState:
+        return self._states.setdefault(self._key(rule, label), RuleState(rule.name, label))
+
+    def _key(self, rule: Rule, label: str) -> str:
+        return fingerprint(rule.name, self._labels(rule, label))
+
+    def _labels(self, rule: Rule, label: str) -> Mapping[str, str]:
+        own = {_by(rule).removeprefix("tag:"): label} if label else {}
+        return {**self.config.labels, **rule.labels, **own}
+
+
+def _resolved(told: Alert, state: RuleState, at: datetime) -> Alert:
+    ends_at = max(at, told.starts_at)  # 時計が戻っても、始まりより前にしない
+    return replace(told, status=AlertStatus.RESOLVED, value=state.value, n=state.n, ends_at=ends_at)
+
+
+def _failed(failures: Mapping[str, str]) -> dict[str, Any]:
+    text = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
+    return {"summary": text[:500]} if text else {}
+
+
+def _measured(rule: Rule, state: RuleState) -> dict[str, Any]:
+    return {
+        "metric": rule.metric,
+        "value": state.value,
+        "threshold": rule.threshold,
+        "n": state.n,
+        "window_seconds": rule.queries()[0][1].total_seconds(),
+    }
+
+
+def _by(rule: Rule) -> str:
+    return getattr(rule, "by", None) or ""
+
+
+def _title(rule: Rule, label: str) -> str:
+    return f"{rule.name}[{label}]" if label else rule.name
+
+
+def _shown(rule: Rule, samples: list[MetricSample]) -> float | None:
+    """アラートに載せる値。前の窓と比べるルールでは、比。"""
+    return ratio(samples[0], samples[1]) if getattr(rule, "ago", None) else samples[0].value

@@ -1,0 +1,212 @@
+"""8.4.1 アラートの評価と通知: 発報は一度、解消も一度。
+
+しきい値を越えるたびに通知すると、揺れる指標では 6 時間に 56 回鳴る。待ち時間(for)と発報の維持
+(keep_firing_for)を備えた状態機械と、再起動で忘れない状態ファイルがあれば、発報と解消の 2 回で済む。
+
+通知は、送る前と届いた後に記録する。その間に落ちたときだけ、次の評価がもう一度送る(PagerDuty や
+Alertmanager は、``fingerprint`` の同じものを一つにまとめる)。
+
+Databricks でもそのまま使う。ジョブで定期的に動かすなら、状態ファイルを Volume に置く(``file.py``)。
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from typing import Protocol
+
+from ..delivery import Alert, Delivery
+from ..metrics import MetricSource
+from ..rules import AlertConfig
+from .board import RuleBoard
+from .file import LEASE, StateFile, StateHeldError
+from .state import Unsent
+
+logger = logging.getLogger(__name__)
+
+
+class Notifier(Protocol):
+    """``MultiChannelNotifier`` の、ここで使う部分。"""
+
+    def notify(
+        self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None = None
+    ) -> list[Delivery]:
+        """送って、結果を返す。"""
+        ...
+
+    def keep_alive(self, alerts: Sequence[Alert]) -> list[Delivery]:
+        """送り直しが必要な通知先へ、発報中のものを送る。"""
+        ...
+
+
+class AlertEngine(RuleBoard):
+    """ルールを評価し、変化だけを知らせる。
+
+    一つのルールの失敗は他を止めず、``alert_evaluation_failed`` というアラートになる。届かなかった
+    通知は、次の評価で送り直す。
+
+    Args:
+        config: ルールと抑制の設定。
+        source: 指標の出どころ。
+        state_path: 状態ファイル。省略すると、再起動で状態を忘れる。
+        trace_url: トレース ID から UI の URL を作る関数。
+    """
+
+    def __init__(
+        self,
+        config: AlertConfig,
+        source: MetricSource,
+        notifier: Notifier | None = None,
+        *,
+        state_path: str | os.PathLike[str] | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+        trace_url: Callable[[str], str] | None = None,
+    ) -> None:
+        super().__init__(config, source, trace_url)
+        self.notifier, self._clock = notifier, clock
+        self._file = StateFile(state_path) if state_path else None
+        self._outbox: dict[str, Unsent] = {}
+        self._pending: set[str] = set()
+        """まだ送っている途中のもの。"""
+        self._stays = False
+        self.last_evaluated_at: datetime | None = None
+        self.last_deliveries: list[Delivery] = []
+
+    def evaluate(self, at: datetime | None = None) -> list[Alert]:
+        """一度だけ評価し、知らせるべき変化(発報、解消)を返す。通知先があれば送る。
+
+        状態ファイルを読み書きできなくても通知は送り、``failures["alert_state"]`` に理由を残す。
+
+        Raises:
+            StateHeldError: 状態ファイルを、ほかの見張りが使っている。
+        """
+        with self._lock:
+            at, self.failures = at or self._clock(), {}
+            with self._held():
+                alerts = self._judge(at)
+                self._outbox |= {alert.fingerprint: Unsent(alert) for alert in alerts}
+                self.last_evaluated_at = at
+                self._save()
+                self.last_deliveries = self._send(list(self._outbox.values()))
+                self._save()
+                self._keep_alive()
+            return alerts
+
+    def acknowledge(self, name: str) -> None:
+        """対応中とする(ルールの名前か ``fingerprint``)。解消するまで、繰り返しの通知を止める。"""
+        with self._lock, self._held():
+            found = [s for r, s in self._pairs() if name in (r.name, self._key(r, s.label))]
+            if not found:
+                raise KeyError(f"no rule named {name!r} has been evaluated")
+            for state in found:
+                state.acknowledged = True
+            self._save()
+
+    def run_forever(
+        self,
+        interval_seconds: float,
+        *,
+        stop: threading.Event | None = None,
+        heartbeat: Callable[[], object] | None = None,
+    ) -> None:
+        """``stop`` が立つまで評価し続ける。``heartbeat`` は評価が終わるたびに呼ばれる。
+
+        その間、状態ファイルを手放さない。ほかの見張りが使っていれば、それが終わるまで控えている。
+        """
+        stop, self._stays = stop or threading.Event(), True
+        if self._file:
+            self._file.lease = LEASE + timedelta(seconds=interval_seconds)
+        while not stop.is_set():
+            self._try_to_evaluate(heartbeat)
+            stop.wait(interval_seconds)
+        self.close()
+
+    def close(self) -> None:
+        """送っている途中だったものの結果を残し、状態ファイルを手放す。"""
+        with self._lock:
+            self._stays = False
+            if self._pending:
+                with self._held():
+                    self._send([self._outbox[key] for key in self._pending])
+                    self._save()
+            else:
+                self._use_file(StateFile.release)
+
+    def _try_to_evaluate(self, heartbeat: Callable[[], object] | None) -> None:
+        try:
+            self.evaluate()
+            if heartbeat:
+                heartbeat()
+        except StateHeldError as error:
+            logger.warning("standing by: %s", error)
+        except Exception:  # 監視そのものが止まるより、記録して次の回に賭ける
+            logger.exception("alert evaluation failed")
+
+    @contextmanager
+    def _held(self) -> Generator[None]:
+        """状態ファイルを使う。送っている途中のものがあれば、済んでも手放さない(二重に届く)。"""
+        self._use_file(self._load)
+        try:
+            yield
+        finally:
+            if not (self._stays or self._pending):
+                self._use_file(StateFile.release)
+
+    def _load(self, file: StateFile) -> None:
+        if saved := file.hold():
+            self._states, self._outbox = saved.rules, saved.outbox
+
+    def _save(self) -> None:
+        self._use_file(lambda file: file.save(self._states, self._outbox))
+
+    def _use_file(self, work: Callable[[StateFile], None]) -> None:
+        if self._file is None:
+            return
+        try:
+            work(self._file)
+        except OSError as error:  # ディスクが満杯でも、通知は送る
+            logger.error("alert state is not saved: %s", error)
+            self.failures["alert_state"] = f"{type(error).__name__}: {error}"
+
+    def _send(self, entries: Sequence[Unsent]) -> list[Delivery]:
+        """宛先の同じものをまとめ、同時に送る。届かなかったものは残る。"""
+        groups: dict[tuple[str, ...] | None, list[Alert]] = {}
+        for entry in entries:
+            groups.setdefault(entry.only, []).append(entry.alert)
+        self._pending = set()
+        with ThreadPoolExecutor(len(groups) or 1) as pool:
+            return sum(pool.map(self._notify, groups.values(), groups), list[Delivery]())
+
+    def _notify(self, alerts: list[Alert], only: tuple[str, ...] | None) -> list[Delivery]:
+        try:
+            deliveries = self.notifier.notify(alerts, only=only) if self.notifier else []
+        except Exception as error:  # 通知先の誤りで評価を止めない。次の評価で送り直す
+            logger.error("the notifier raised %s", type(error).__name__)
+            return []
+        owed: dict[str, set[str]] = {}
+        for delivery in deliveries:
+            if not delivery.ok and delivery.retryable:
+                owed.setdefault(delivery.fingerprint, set()).add(delivery.handler)
+        for alert in alerts:
+            self._outbox.pop(alert.fingerprint, None)
+            if names := owed.get(alert.fingerprint):
+                self._outbox[alert.fingerprint] = Unsent(alert, tuple(sorted(names)))
+        self._pending |= {d.fingerprint for d in deliveries if d.pending}
+        return deliveries
+
+    def _keep_alive(self) -> None:
+        if self.notifier is None:
+            return
+        # まだ知らせていないもの(抑制中、時間帯)は、送り直しもしない
+        heard = [
+            self._alert(rule, s) for rule, s in self._pairs() if s.phase == "firing" and s.told
+        ]
+        try:
+            self.last_deliveries += self.notifier.keep_alive(heard)
+        except Exception as error:  # 次の評価でまた送る
+            logger.error("the notifier raised %s", type(error).__name__)

@@ -1,0 +1,73 @@
+"""8.4.1 一つのアラートの状態と、まだ届いていない通知。"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from pydantic import AwareDatetime
+
+from ..delivery import Alert
+
+Phase = Literal["inactive", "pending", "firing"]
+
+
+@dataclass
+class RuleState:
+    """一つのルール(``by`` のあるルールでは、ラベルの値の一つ)の状態。日時は UTC。"""
+
+    rule: str = ""
+    label: str = ""
+    phase: Phase = "inactive"
+    since: AwareDatetime | None = None
+    """今の phase になった時刻。"""
+    fired_at: AwareDatetime | None = None
+    """最後に発報した時刻。"""
+    last_true: AwareDatetime | None = None
+    value: float | None = None
+    n: int | None = None
+    notified_at: AwareDatetime | None = None
+    """発報を最後に知らせた時刻。"""
+    acknowledged: bool = False
+    told: Alert | None = None
+    """知らせた発報。設定から消えても、同じ相手に解消を知らせられるように残す。"""
+
+    def enter(self, phase: Phase, at: datetime) -> None:
+        """次の phase に移る。"""
+        self.phase, self.since = phase, at
+
+    def advance(
+        self, breached: bool | None, at: datetime, hold: timedelta, keep: timedelta
+    ) -> None:
+        """判定を一つ受け取って進む。``None``(標本なし)では何も変わらない。
+
+        時計が戻ったら、未来になった記録を ``at`` に直す(でないと、追いつくまで発報も解消もない)。
+
+        Args:
+            hold: pending でいる期間(``for``)。
+            keep: 戻ってから解消までの期間(``keep_firing_for``)。
+        """
+        for key in ("since", "last_true", "notified_at"):
+            if (noted := getattr(self, key)) and noted > at:
+                setattr(self, key, at)
+        if breached:
+            self.last_true = at
+            if self.phase == "inactive":
+                self.enter("pending", at)
+            if self.phase == "pending" and at - (self.since or at) >= hold:
+                self.enter("firing", at)
+                self.fired_at = at
+        elif breached is False:
+            calm = at - (self.last_true or at) >= keep
+            if self.phase == "pending" or (self.phase == "firing" and calm):
+                self.enter("inactive", at)
+
+
+@dataclass(frozen=True)
+class Unsent:
+    """まだ届いていない通知。"""
+
+    alert: Alert
+    only: tuple[str, ...] | None = None
+    """まだ受け取っていない通知先。``None`` は、まだ誰にも送っていない。"""
