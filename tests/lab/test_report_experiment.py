@@ -19,7 +19,7 @@ from mlflow.entities import AssessmentSource
 from samples import ROOT
 
 from chapter8_samples.__main__ import main
-from chapter8_samples._lab.report import health, incidents, periods
+from chapter8_samples._lab.report import health, incidents, names, periods
 from chapter8_samples.alerting import PromptRollbackManager
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
 from chapter8_samples.alerting.metrics.measures import TraceRow
@@ -85,6 +85,7 @@ def rows_of(html: str, title: str) -> list[list[str]]:
 def test_examples_in_the_docstrings() -> None:
     assert doctest.testmod(periods).failed == 0
     assert doctest.testmod(health).failed == 0
+    assert doctest.testmod(names).failed == 0
 
 
 @pytest.mark.slow
@@ -115,7 +116,7 @@ def test_cost_and_worst_traces(tracking_uri: str, tmp_path: Path) -> None:
     html = report(tmp_path, "costs")
     _, trace_id, latency, *rest = rows_of(html, "遅いトレース")[0]
     assert trace_id == slow[:15] and re.fullmatch(r"12,\d+ ms", latency)
-    assert rest == ["$0.007500", "あおい", "safety、ユーザーの高評価"]
+    assert rest == ["$0.007500", "あおい", "safety が不合格、ユーザーの低評価"]
     assert [row[1] for row in rows_of(html, "失敗したトレース")] == [bad[:15]]
     assert rows_of(html, "コストの高いトレース")[0][1] == slow[:15]
     assert [row[1] for row in rows_of(html, "品質の低いトレース")] == [slow[:15]]
@@ -214,8 +215,8 @@ def test_releases_and_rollbacks_of_the_prompts_in_use(tracking_uri: str, tmp_pat
     html = report(tmp_path, "rollbacks")
     assert [row[1:] for row in rows_of(html, "出来事")] == [
         ["リリース", "v1 をリリース", "answer@production"],
-        ["リリース", "v2 をリリース", "answer@production 長い案内"],
-        ["ロールバック", "v1 へロールバック", "answer@production alert slow"],
+        ["リリース", "v2 をリリース", "answer@production: v1 から v2、長い案内"],
+        ["ロールバック", "v1 へロールバック", "answer@production: v2 から v1、alert slow"],
     ]
     assert html.count('<line class="mark rollback"') >= 3
 
@@ -246,6 +247,8 @@ def test_alerts_are_found_again_in_the_stored_traces() -> None:
     ]
     assert NOW + timedelta(minutes=20) <= events[0].at <= NOW + timedelta(minutes=25)
     assert problems == []
+    fired, resolved = (event.detail for event in events)
+    assert fired == "エラー率 60%(しきい値 50%、5 件)" and resolved.startswith("エラー率 40%")
 
 
 def test_rules_that_cannot_be_computed_are_named() -> None:
@@ -271,7 +274,9 @@ def test_the_state_file_of_the_watch_is_read_and_left_alone(
         encoding="utf-8",
     )
     html = report(tmp_path, "watch", "--alerts", str(rules), "--alert-state", str(state))
-    assert [row[1:3] for row in rows_of(html, "出来事")] == [["アラート", "errors 発報"]]
+    assert [row[1:] for row in rows_of(html, "出来事")] == [
+        ["アラート", "errors 発報", "エラー率 100%(しきい値 50%、1 件)"]
+    ]
     assert state.read_bytes() == before
     for broken in ([1], {"rules": []}, {"rules": {"errors": 5}}):
         state.write_text(json.dumps(broken), encoding="utf-8")

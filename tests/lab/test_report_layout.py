@@ -10,6 +10,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from chromium import chromium as browser
+from chromium import missing
 
 from chapter8_samples._lab.report.health import Point
 from chapter8_samples._lab.report.incidents import Event
@@ -97,6 +99,23 @@ def test_nothing_sticks_out_and_the_text_stays_readable(
     assert found, dom[-500:]
     assert int(found[1]) <= width
     assert float(found[2]) >= 11
+
+
+@pytest.mark.skipif(missing() is not None, reason="needs Playwright")
+def test_a_phone_sees_the_main_points_and_print_sees_all(page: Path) -> None:
+    folded = "[...document.querySelectorAll('details:not([open]) h3')].map(e => e.textContent)"
+    with browser() as found:
+        phone = found.new_page(viewport={"width": 390, "height": 844})
+        phone.goto(page.as_uri())
+        assert phone.evaluate("document.documentElement.scrollHeight") < 4000
+        assert {"エラー率", "遅いトレース", "ユーザーごとのコスト"} <= set(phone.evaluate(folded))
+        for title in ("応答時間", "1 件のコスト", "合格率", "評価ごとの結果", "出来事"):
+            assert title not in phone.evaluate(folded)
+        phone.locator("summary", has_text="遅いトレース").focus()
+        phone.keyboard.press("Enter")
+        assert phone.locator("table", has_text="応答時間").first.is_visible()
+        phone.pdf()
+        assert phone.evaluate(folded) == []
 
 
 def test_it_prints(page: Path, tmp_path: Path) -> None:

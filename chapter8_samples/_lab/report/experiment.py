@@ -109,13 +109,14 @@ def _subject(
 def _alerts(
     request: ReportRequest, config: AlertConfig, history: Sequence[health.Point]
 ) -> tuple[list[Event], list[str]]:
+    rows = [point.row for point in history]
     if request.alert_state:
         try:
-            return recorded_alerts(config, request.alert_state), []
+            return recorded_alerts(config, request.alert_state, rows), []
         except (OSError, ValueError) as error:
             text = f"アラートの状態ファイル {request.alert_state} を読めません({error})。"
             raise ReportInputError(text) from error
-    return replayed_alerts(config, [point.row for point in history])
+    return replayed_alerts(config, rows)
 
 
 def limits_of(config: AlertConfig) -> Mapping[str, Limit]:

@@ -16,9 +16,11 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, cast
 
-from chapter8_samples.alerting import AlertConfig, Change, MetricSourceError, replay
+from chapter8_samples.alerting import AlertConfig, AlertRule, Change, MetricSourceError, replay
 from chapter8_samples.alerting.delivery.posting import fingerprint
 from chapter8_samples.alerting.metrics.measures import RowNumbers, TraceRow, measure
+
+from .names import metric_name, metric_value
 
 _JOURNAL = re.compile(r"rollback_(\w+)_\d+")  # releases.journal のタグ
 _ACTIONS = {
@@ -66,9 +68,11 @@ def _changes(name: str, tags: Mapping[str, str]) -> Iterator[Event]:
         change = Change.from_json(text)
         if change.state == "done":
             kind, words = _ACTIONS[change.action]
-            label = f"v{change.to_version} {words}"
-            detail = f"{name}@{alias[1]} {change.reason}".strip()
-            yield Event(change.at, label, kind, detail)
+            place = f"{name}@{alias[1]}"
+            if change.from_version:
+                place += f": v{change.from_version} から v{change.to_version}"
+            detail = "、".join(filter(None, [place, change.reason]))
+            yield Event(change.at, f"v{change.to_version} {words}", kind, detail)
 
 
 def replayed_alerts(config: AlertConfig, rows: Sequence[TraceRow]) -> tuple[list[Event], list[str]]:
@@ -79,10 +83,11 @@ def replayed_alerts(config: AlertConfig, rows: Sequence[TraceRow]) -> tuple[list
     whole = timedelta(milliseconds=max(r.at_ms for r in rows) - min(r.at_ms for r in rows))
     shortest = min(window for rule in usable.rules for _, window in rule.queries())
     step = min(max(whole / MOMENTS, timedelta(seconds=30)), shortest)
+    rules = {rule.name: rule for rule in usable.rules}
     with _quiet():
         found = replay(usable, rows, step=step)
     events = [
-        Event(at, f"{rule.name} {word}", kind)
+        Event(at, f"{rule.name} {word}", kind, _value_at(rules[rule.name], rows, at))
         for rule in found.rules
         for kind, word, moments in (
             ("alert", "発報", rule.firings),
@@ -107,7 +112,7 @@ def _usable(config: AlertConfig, rows: Sequence[TraceRow]) -> tuple[AlertConfig,
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """途中の窓で求められない指標を、評価のたびに警告させない。"""
+    """途中の集計期間で求められない指標を、評価のたびに警告させない。"""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -116,7 +121,21 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def recorded_alerts(config: AlertConfig, state: Path) -> list[Event]:
+def _value_at(rule: Any, rows: Sequence[TraceRow], at: datetime) -> str:
+    """``at`` のときの指標の値と、しきい値。"""
+    metric, window = next(iter(rule.queries()))
+    end = at.timestamp() * 1000
+    start = end - window.total_seconds() * 1000
+    inside = RowNumbers([row for row in rows if start < row.at_ms <= end])
+    value, n, _ = measure(metric, window.total_seconds(), inside)
+    told = "記録なし" if value is None else metric_value(metric, value)
+    limit = ""
+    if isinstance(rule, AlertRule):
+        limit = f"しきい値 {metric_value(metric, rule.threshold)}、"
+    return f"{metric_name(metric)} {told}({limit}{n:,} 件)"
+
+
+def recorded_alerts(config: AlertConfig, state: Path, rows: Sequence[TraceRow]) -> list[Event]:
     """見張りの状態ファイルにある、ルールごとの最後の発報(と解消)。
 
     Raises:
@@ -132,10 +151,11 @@ def recorded_alerts(config: AlertConfig, state: Path) -> list[Event]:
     for rule in config.rules:
         found = saved.get(fingerprint(rule.name, {**config.labels, **rule.labels}), {})
         if fired := _moment(found.get("fired_at")):
-            events.append(Event(fired, f"{rule.name} 発報", "alert"))
+            events.append(Event(fired, f"{rule.name} 発報", "alert", _value_at(rule, rows, fired)))
             ended = _moment(found.get("since"))
             if found.get("phase") == "inactive" and ended:
-                events.append(Event(ended, f"{rule.name} 解消", "resolved"))
+                detail = _value_at(rule, rows, ended)
+                events.append(Event(ended, f"{rule.name} 解消", "resolved", detail))
     return sorted(events)
 
 

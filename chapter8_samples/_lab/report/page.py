@@ -22,20 +22,22 @@ class Card:
 
 @dataclass(frozen=True)
 class Figure:
-    """図と、その題。"""
+    """図と、その題。``shown=False`` は、畳んでおく。"""
 
     title: str
     svg: Markup
+    shown: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """表。``rows`` に ``Link`` を置くとリンクになる。``numbers`` は右に寄せる列の番号。"""
+    """表。``numbers`` は右に寄せる列の番号、``shown=False`` は、畳んでおく。"""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[object]]
     numbers: Sequence[int] = ()
+    shown: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from chapter8_samples.alerting.metrics.measures import FAIL_VALUES, PASS_VALUES, RowNumbers
@@ -14,14 +14,15 @@ from . import health
 from .charts import KINDS, LineChart, Marker, Series, bars
 from .health import Point
 from .incidents import Event
+from .names import THUMBS, assessment_name, problem_name
 from .page import Card, Figure, Section, Table, link
 
-THUMBS = "user_thumbs"
 WORST, EVENT_ROWS = 5, 20
 _COMMENTS = {
     "8.1": "アプリの応答時間と、失敗した割合です。",
     "8.2": "LLM の呼び出しにかかったコストです(USD)。",
-    "8.3": "スコアラーの判定と、ユーザーの声です。品質の低下は、速さやコストだけでは分かりません。",
+    "8.3": "スコアラーの判定と、ユーザーの声です。品質の低下は、速さやコストだけでは分かりません。"
+    "κ は、スコアラーとユーザーの評価の一致です(1 は完全な一致、0 は偶然と同じ)。",
     "8.4": "リリース、アラート、ロールバックを、起きた順に並べたものです。",
 }
 _NOTHING = {
@@ -58,9 +59,8 @@ class Subject:
     judged_from: float = 0.0
     """カードの判定に使う最初の時刻(開始からの秒)。"""
     judged_label: str = ""
-    titles: Mapping[str, str] = field(default_factory=dict[str, str])
-    """評価の名前 -> 表示名。"""
-    comments: Mapping[str, str] = field(default_factory=dict[str, str])
+    comments: Mapping[str, str] | None = None
+    """節の番号 -> 決まった説明の代わりの文。"""
     extra_tables: Sequence[Table] = ()
     """8.4 に加える表。"""
 
@@ -74,10 +74,6 @@ class Subject:
         """その指標のしきい値。"""
         kind = metric.partition(":")[0]
         return self.limits.get(metric) or (self.limits.get(kind) if ":" in metric else None)
-
-    def name(self, assessment: str) -> str:
-        """評価の表示名。"""
-        return {THUMBS: "ユーザーの高評価", **self.titles}.get(assessment, assessment)
 
     def scorers(self) -> list[str]:
         """人以外が付けた、合格・不合格の評価の名前。"""
@@ -161,7 +157,7 @@ def _quality_card(subject: Subject, name: str) -> Card:
     low, high = Rate(good, total).interval
     spread = f"{total:,} 件、95% 区間 {100 * low:.0f} から {100 * high:.0f}%"
     return _judged_card(
-        subject, subject.name(name), value, subject.limit(metric), "{:.1f}%", 100, spread
+        subject, assessment_name(name), value, subject.limit(metric), "{:.1f}%", 100, spread
     )
 
 
@@ -188,7 +184,7 @@ def _section(
     subject: Subject, number: str, title: str, figures: Sequence[Figure], tables: Sequence[Table]
 ) -> Section:
     tables = [table for table in tables if table.rows]
-    comment = subject.comments.get(number, _COMMENTS[number])
+    comment = (subject.comments or {}).get(number, _COMMENTS[number])
     if not (figures or tables):
         comment = _NOTHING[number]
     return Section(number, title, comment, figures, tables)
@@ -200,6 +196,8 @@ def _chart(
     unit: str,
     lines: Sequence[tuple[str, str]],
     scale: float = 1,
+    *,
+    shown: bool = True,
 ) -> Figure:
     """指標の推移。しきい値は、最初の指標のもの。"""
     line = health.timeline(subject.history, bins=48 if len(subject.history) > 1000 else 24)
@@ -216,7 +214,7 @@ def _chart(
         markers,
         subject.started.astimezone(),
     )
-    return Figure(title, chart.svg())
+    return Figure(title, chart.svg(), shown=shown)
 
 
 def _speed(subject: Subject) -> tuple[list[Figure], list[Table]]:
@@ -227,7 +225,7 @@ def _speed(subject: Subject) -> tuple[list[Figure], list[Table]]:
     failed = [rows[row.trace_id] for row in numbers.worst("error_rate")[-WORST:]]
     return [
         _chart(subject, "応答時間", "{:,.0f} ms", latency),
-        _chart(subject, "エラー率", "{:.3g}%", [("エラー率", "error_rate")], 100),
+        _chart(subject, "エラー率", "{:.3g}%", [("エラー率", "error_rate")], 100, shown=False),
     ], [
         _traces(subject, "遅いトレース", slow),
         _traces(subject, "失敗したトレース(新しい順)", failed[::-1]),
@@ -266,13 +264,14 @@ def _cost_by_version(history: Sequence[Point]) -> list[tuple[str, float]]:
 
 def _quality(subject: Subject) -> tuple[list[Figure], list[Table]]:
     names = subject.ratings()
-    lines = [(subject.name(name), f"pass_rate:{name}") for name in names[:4]]
+    lines = [(assessment_name(name), f"pass_rate:{name}") for name in names[:4]]
     figures = [_chart(subject, "合格率", "{:.0f}%", lines, 100)] if lines else []
     table = Table(
         "評価ごとの結果",
-        ("評価", "合格率", "判定", "採点の失敗", "ユーザーとの一致(κ)"),
+        ("評価", "合格率", "判定", "採点の失敗", "ユーザーとの一致 κ(95% 区間、件数)"),
         [_quality_row(subject, name) for name in names],
         numbers=(1, 2, 3),
+        shown=True,
     )
     bad = sorted((p for p in subject.history if p.failed_verdicts), key=_badness)
     return figures, [table, _traces(subject, "品質の低いトレース", bad[:WORST])]
@@ -288,7 +287,7 @@ def _quality_row(subject: Subject, name: str) -> tuple[str, ...]:
     values = [v for point in subject.history for n, v in point.row.assessments if n == name]
     rate = "-" if value is None else f"{100 * value:.1f}%"
     failed = f"{values.count('error'):,} 件"
-    return subject.name(name), rate, f"{total:,} 件", failed, _agreement(subject, name)
+    return assessment_name(name), rate, f"{total:,} 件", failed, _agreement(subject, name)
 
 
 def _agreement(subject: Subject, name: str) -> str:
@@ -314,14 +313,15 @@ def _traces(subject: Subject, title: str, found: Sequence[Point]) -> Table:
 
 def _trace_row(subject: Subject, point: Point) -> list[object]:
     row = point.row
-    problems = [*(["エラー"] if row.state == "ERROR" else []), *point.failed_verdicts]
+    problems = ["エラー"] if row.state == "ERROR" else []
+    problems += map(problem_name, point.failed_verdicts)
     return [
         _clock(subject.started + timedelta(seconds=point.at)),
         link(row.trace_id[:15], subject.trace_url(row.trace_id)),
         "-" if row.latency_ms is None else f"{row.latency_ms:,.0f} ms",
         "-" if row.cost_usd is None else f"${row.cost_usd:.6f}",
         link(shortened(point.user, NAME_COLUMNS), ""),
-        "、".join(map(subject.name, problems)) or "-",
+        "、".join(problems) or "-",
     ]
 
 
@@ -331,7 +331,8 @@ def _incidents(subject: Subject) -> list[Table]:
     if len(subject.events) > len(shown):
         title += f"(全 {len(subject.events)} 件のうち、新しい {len(shown)} 件)"
     rows = [(_clock(e.at), KINDS[e.kind], e.label, e.detail or "-") for e in shown]
-    return [Table(title, ("時刻", "種類", "内容", "詳しく"), rows), *subject.extra_tables]
+    table = Table(title, ("時刻", "種類", "内容", "詳しく"), rows, shown=True)
+    return [table, *subject.extra_tables]
 
 
 def _clock(at: datetime) -> str:

@@ -221,7 +221,7 @@ class Story:
 
     def release_bad_prompt(self) -> str:
         self.releases.promote(self.bad_version, reason="もっと詳しい案内に変更")
-        self.record.event(f"v{self.bad_version} をリリース", "release")
+        self.record.event(f"v{self.bad_version} をリリース", "release", "もっと詳しい案内に変更")
         visits = self._send(INCIDENT)
         return f"v{self.bad_version} で {len(visits)} 件に回答"
 
@@ -229,7 +229,7 @@ class Story:
         rate = self._score_and_listen(self.visits[-INCIDENT:])
         self._evaluate()
         self.alert = self._only_page(AlertStatus.FIRING)
-        self.record.event("アラート", "alert")
+        self.record.event("アラート", "alert", f"{self.alert.summary}({_share(self.alert)})")
         check("Slack の通知", len(self._told(self.slack)), 1)
         check("PagerDuty の trigger", self._pagerduty_actions(), ["trigger"])
         return f"根拠あり {rate:.0%}、Slack 1 件、PagerDuty 1 件、警告 {len(self.warnings)} 件"
@@ -239,16 +239,17 @@ class Story:
         change = decision.change
         check("自動ロールバック", (decision.outcome, change is not None), ("applied", True))
         assert change is not None
-        self.record.event("ロールバック", "rollback")
+        move = f"v{change.from_version} から v{change.to_version} へ"
+        self.record.event("ロールバック", "rollback", f"{move}({change.reason})")
         check("エイリアスが指す版", self._alias_version(), self.good_version)
-        return f"v{change.from_version} から v{change.to_version} へ"
+        return move
 
     def recover(self) -> str:
         self._send(RECOVERY)
         rate = self._score_and_listen(self.visits[-RECOVERY:])
         self._evaluate()
-        self._only_page(AlertStatus.RESOLVED)
-        self.record.event("解消", "resolved")
+        resolved = self._only_page(AlertStatus.RESOLVED)
+        self.record.event("解消", "resolved", _share(resolved))
         check("Slack の通知", len(self._told(self.slack)), 2)
         check("PagerDuty の記録", self._pagerduty_actions(), ["trigger", "resolve"])
         check("発報中のアラート", self.still_firing(), [])
@@ -399,6 +400,10 @@ def release(version: str) -> SupportBot:
     """1 つの版のプロンプトで答えるボット。"""
     text = mlflow.genai.load_prompt(f"prompts:/{PROMPT_NAME}/{version}").template
     return SupportBot(OpenAI(), prompt=lambda: Prompt(version, str(text)))
+
+
+def _share(alert: Alert) -> str:
+    return f"根拠のある答え {alert.value or 0:.0%}、しきい値 {QUALITY_FLOOR:.0%}、{alert.n} 件"
 
 
 def _deliveries(

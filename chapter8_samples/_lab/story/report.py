@@ -39,10 +39,10 @@ class StoryRecord:
     events: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     notifications: list[list[str]] = field(default_factory=list[list[str]])
 
-    def event(self, label: str, kind: str, at_ms: float | None = None) -> None:
-        """時間軸に立てる印を加える。"""
-        at = time.time() * 1000 if at_ms is None else at_ms
-        self.events.append({"label": label, "kind": kind, "at_ms": at})
+    def event(self, label: str, kind: str, detail: str) -> None:
+        """時間軸に立てる印を、いまの時刻で加える。"""
+        at_ms = time.time() * 1000
+        self.events.append({"label": label, "kind": kind, "detail": detail, "at_ms": at_ms})
 
     def save(self, experiment_id: str) -> None:
         """エクスペリメントのタグに残す。"""
@@ -82,12 +82,16 @@ def write_story_report(path: Path, experiment_id: str) -> Path:
     )
 
 
+def _moment(at_ms: float) -> datetime:
+    return datetime.fromtimestamp(at_ms / 1000, timezone.utc)
+
+
 def _subject(record: StoryRecord, history: Sequence[health.Point]) -> Subject:
     """判定は、最後のリリースが落ち着いたあと(解消の直前)の状態で行う。"""
-    started = datetime.fromtimestamp(record.started_ms / 1000, timezone.utc)
+    started = _moment(record.started_ms)
     events = [
-        Event(datetime.fromtimestamp(e["at_ms"] / 1000, timezone.utc), e["label"], e["kind"])
-        for e in record.events
+        Event(_moment(item["at_ms"]), item["label"], item["kind"], item["detail"])
+        for item in record.events
     ]
     rolled_back = next((e.at for e in events if e.kind == "rollback"), started)
     limits = record.limits
@@ -102,7 +106,6 @@ def _subject(record: StoryRecord, history: Sequence[health.Point]) -> Subject:
         events=events,
         judged_from=(rolled_back - started).total_seconds(),
         judged_label="ロールバック後",
-        titles={record.quality: "根拠のある答え"},
         comments=_COMMENTS,
         extra_tables=[Table("受信側に届いた通知", ("時刻", "宛先", "内容"), record.notifications)],
     )
