@@ -6,18 +6,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from chapter8_samples.alerting import AlertConfig, AlertRule, Change, MetricSourceError, replay
-from chapter8_samples.alerting.delivery.posting import fingerprint
+from chapter8_samples.alerting.engine import read_state
 from chapter8_samples.alerting.metrics.measures import RowNumbers, TraceRow, measure
 
 from .names import metric_name, metric_value
@@ -139,25 +138,19 @@ def recorded_alerts(config: AlertConfig, state: Path, rows: Sequence[TraceRow]) 
     """見張りの状態ファイルにある、ルールごとの最後の発報(と解消)。
 
     Raises:
-        OSError: ファイルを読めない。
-        ValueError: 状態ファイルでない。
+        OSError: ファイルを読めない、または状態ファイルでない。
     """
-    data: Any = json.loads(state.read_text(encoding="utf-8"))
-    rules: Any = cast(dict[str, Any], data).get("rules") if isinstance(data, dict) else None
-    if not isinstance(rules, dict) or not all(isinstance(r, dict) for r in rules.values()):
-        raise ValueError(f"{state} is not an alert state file (no 'rules')")
-    saved = cast(dict[str, dict[str, Any]], rules)
     events: list[Event] = []
-    for rule in config.rules:
-        found = saved.get(fingerprint(rule.name, {**config.labels, **rule.labels}), {})
-        if fired := _moment(found.get("fired_at")):
-            events.append(Event(fired, f"{rule.name} 発報", "alert", _value_at(rule, rows, fired)))
-            ended = _moment(found.get("since"))
-            if found.get("phase") == "inactive" and ended:
-                detail = _value_at(rule, rows, ended)
-                events.append(Event(ended, f"{rule.name} 解消", "resolved", detail))
+    rules = {rule.name: rule for rule in config.rules}
+    for found in read_state(state).values():
+        rule = rules.get(found.rule)
+        if rule is None or found.fired_at is None:
+            continue
+        moments = [("alert", "発報", found.fired_at)]
+        if found.phase == "inactive" and found.since:
+            moments.append(("resolved", "解消", found.since))
+        events += [
+            Event(at, f"{rule.name} {word}", kind, _value_at(rule, rows, at))
+            for kind, word, at in moments
+        ]
     return sorted(events)
-
-
-def _moment(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(str(text)).astimezone(timezone.utc) if text else None
