@@ -45,7 +45,6 @@ from chapter8_samples.quality_monitoring.scoring.engine import score_traces
 from chapter8_samples.quality_monitoring.scoring.operations import check_window, submit_backfill
 from chapter8_samples.quality_monitoring.scoring.plan import (
     ProgressCallback,
-    judge_bill,
     show_progress,
 )
 from chapter8_samples.quality_monitoring.scoring.registry import find_status
@@ -176,8 +175,7 @@ def backfill(
     run: dict[str, Any] = {"options": options, "on_progress": on_progress or show_progress}
     scoring = score_traces(experiment_id, targets, start=start, end=end, **run)
     run["on_progress"](scoring)  # 終わったことも知らせる
-    calls, cost, unpriced = judge_bill(scoring, targets, options)
-    return replace(report, scoring=scoring, judge_calls=calls, cost_usd=cost, unpriced=unpriced)
+    return replace(report, scoring=scoring)
 
 
 def _day(value: date | str, zone: ZoneInfo) -> date:

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import TYPE_CHECKING
+
 from mlflow.tracking import fluent
+
+if TYPE_CHECKING:  # mlflow-tracing だけの環境にはない
+    from mlflow.genai.scorers import Scorer
 
 
 def current_experiment_id() -> str | None:
     """アプリが ``set_experiment()`` で選んだエクスペリメント。尋ねる公開の関数はない。"""
     return fluent._get_experiment_id()  # pyright: ignore[reportPrivateUsage]
+
+
+def enclosed_constants(scorer: Scorer) -> dict[str, object]:
+    """``@scorer`` の関数が、外側の関数から受け取った定数(``longer_than(100)`` の 100)。
+
+    元の関数を尋ねる公開の方法はなく、定義の中身(``model_dump()``)には関数の文しか入っていない。
+    """
+    function = getattr(scorer, "_original_func", None)
+    if function is None:
+        return {}
+    nonlocals = inspect.getclosurevars(function).nonlocals
+    return {k: v for k, v in nonlocals.items() if isinstance(v, str | int | float)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from zoneinfo import ZoneInfo
 
 import mlflow
 import pytest
+from google.protobuf.json_format import MessageToJson
 from mlflow import MlflowClient
 from mlflow.entities import (
     AssessmentError,
@@ -167,6 +169,24 @@ def test_an_edited_code_scorer_is_scored_again(store: str, ask: Any) -> None:
     assert [cycle(version(n)).scored for n in (1, 1, 2)] == [1, 0, 1]
 
 
+def test_a_constant_of_the_enclosing_function_is_part_of_the_definition(
+    store: str, ask: Any
+) -> None:
+    ask()
+
+    def longer_than(limit: int) -> Scorer:
+        calls: list[str] = []  # 実行のたびに変わるものは、定義ではない
+
+        @scorer(name="longer")
+        def longer(outputs) -> bool:  # type: ignore[no-untyped-def]
+            calls.append(outputs)
+            return len(outputs) > limit
+
+        return longer
+
+    assert [cycle(longer_than(n)).scored for n in (100, 100, 5)] == [1, 0, 1]
+
+
 class AtLeast(Scorer):
     name: str = "at_least"
     characters: int = 1
@@ -310,27 +330,45 @@ def test_traces_that_cannot_be_read_do_not_stop_the_rest(
     assert (again.skipped, again.failed) == (2, 3)
 
 
-def test_a_value_http_cannot_carry_is_a_failure_not_a_stop(
-    store: str, ask: Any, infos: Any
-) -> None:
-    (trace_id,) = ask()
-    values = {"nan": math.nan, "infinity": -math.inf, "surrogate": "\ud800"}
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
 
-    def returns(name: str, value: Any) -> Scorer:
+
+def test_what_http_cannot_carry_is_a_failure_not_a_stop(store: str, ask: Any, infos: Any) -> None:
+    (trace_id,) = ask()
+    odd: dict[str, Any] = {
+        "nan": math.nan,
+        "infinity": -math.inf,
+        "surrogate": "\ud800",
+        "huge": 10**400,
+        "rationale": Feedback(name="rationale", value=1, rationale=5),  # type: ignore[arg-type]
+        "metadata": Feedback(name="metadata", value=1, metadata={"key": "\ud800"}),
+        "error": Feedback(name="error", error=AssessmentError("X", "\ud800")),
+        "raised": ValueError("\ud800"),
+        "unprintable": Unprintable(),
+        "exited": SystemExit(3),
+        "cancelled": asyncio.CancelledError(),
+        "wordless": ValueError(),
+    }
+
+    def gives(name: str, value: Any) -> Scorer:
         @scorer(name=name)
-        def odd(outputs):  # type: ignore[no-untyped-def]
+        def one(outputs):  # type: ignore[no-untyped-def]
+            if isinstance(value, BaseException):
+                raise value
             return value
 
-        return odd
+        return one
 
-    report = cycle(*(returns(*item) for item in values.items()), length)
-    assert {name: report.scorers[name].failed for name in values} == dict.fromkeys(values, 1)
+    report = cycle(*(gives(*item) for item in odd.items()), length)
+    assert {name: report.scorers[name].failed for name in odd} == dict.fromkeys(odd, 1)
     assert report.scorers["length"].scored == 1
-    errors = {a.name: a.feedback.error for a in infos()[trace_id].assessments if a.name in values}
-    assert set(errors) == set(values)
-    for error in errors.values():
-        assert "cannot be stored" in error.error_message
-        error.error_message.encode()  # エラーの文も HTTP で送れる
+    stored = [a for a in infos()[trace_id].assessments if a.name in odd]
+    assert {a.name for a in stored} == set(odd)
+    for assessment in stored:
+        assert assessment.feedback.error.error_message.strip(), assessment.name
+        MessageToJson(assessment.to_proto())  # エラーの文も HTTP で送れる
 
 
 def test_scorers_see_inputs_outputs_and_human_expectations(store: str, ask: Any) -> None:

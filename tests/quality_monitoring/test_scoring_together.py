@@ -43,7 +43,7 @@ from chapter8_samples.quality_monitoring import (
     setup_scorers,
 )
 from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
-from chapter8_samples.quality_monitoring.scoring.plan import definition
+from chapter8_samples.quality_monitoring.scoring.identity import definition
 
 MODEL = "openai:/gpt-4.1-mini"
 ROOT = Path(__file__).parents[2]

@@ -24,7 +24,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer
 
 from .environment import switched_on
-from .plan import FINISHED_TRACES, given
+from .judging import given
+from .plan import FINISHED_TRACES
 from .registry import ScorerPlan, ScorerSetupError, ScorerStatus, setup_scorers
 
 _ENABLE_CODE = "MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS"

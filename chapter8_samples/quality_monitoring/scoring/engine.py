@@ -10,43 +10,38 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
-from threading import Lock, Thread
-from typing import Any, Literal, NamedTuple, cast
+from threading import Thread
+from typing import Any, Literal, NamedTuple
 
 import mlflow
-from mlflow import MlflowClient, entities
-from mlflow.entities import Feedback, Trace, TraceInfo
+from mlflow import MlflowClient
+from mlflow.entities import Assessment, Feedback, Trace, TraceInfo
 from mlflow.exceptions import MlflowException
-from mlflow.genai import scorers as built_in
-from mlflow.genai.judges import CategoricalRating
 from mlflow.genai.scorers import Scorer
 from mlflow.tracing.client import TracingClient
 
+from .identity import Identity, identity_of, is_error
 from .judges import BudgetError, ScoringError, assumed_cost, judge_cost, judge_model, require_judges
+from .judging import call_scorer
 from .lease import RENEW_SECONDS, Lease, patiently
 from .limits import Budget, Throttle
 from .plan import (
-    Identity,
     ProgressCallback,
     ScorerCounts,
     ScoringOptions,
     ScoringReport,
     ScoringTarget,
-    definition,
-    given,
-    is_error,
     sample,
 )
 
@@ -55,11 +50,6 @@ logger = logging.getLogger(__name__)
 _NOT_FROM_EVALUATION = "metadata.`mlflow.sourceRun` IS NULL"
 # 探してから読むまでに消された、スパンが保存されていない、壊れている
 _UNREADABLE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "BAD_REQUEST"}
-_NEED_RETRIEVER = (
-    built_in.RetrievalGroundedness,
-    built_in.RetrievalRelevance,
-    built_in.RetrievalSufficiency,
-)
 
 
 def score_traces(
@@ -90,13 +80,11 @@ def score_traces(
         raise ScoringError(f"a scorer is listed twice: {names}")
     if not options.dry_run:
         require_judges([target.scorer for target in targets])
-    report = ScoringReport(
-        experiment_id=experiment_id, start=start, end=end, dry_run=options.dry_run
-    )
+    report = ScoringReport(experiment_id=experiment_id, start=start, end=end)
     report.scorers = {name: ScorerCounts() for name in names}
     began = time.perf_counter()
     try:
-        _run_apart(_Run(report, targets, options, on_progress))
+        _run_apart(_Run(report, targets, options, on_progress or (lambda _: None)))
     except MlflowException as error:
         raise ScoringError(f"cannot score experiment {experiment_id}: {error.message}") from error
     finally:
@@ -110,16 +98,26 @@ def _run_apart(run: _Run) -> None:
     Ctrl-C はメインスレッドに届く。そこで保存先を読み書きしていると、トランザクションの途中で
     中断し、ロックが残って、始めた採点の結果を書けなくなる。
     """
+    done: Future[None] = Future()
+
+    def work() -> None:
+        if done.set_running_or_notify_cancel():
+            try:
+                run.run()
+                done.set_result(None)
+            except BaseException as error:  # 呼んだ側のスレッドで投げ直す
+                done.set_exception(error)
+
     try:
-        Thread(target=copy_context().run, args=(run.guarded,), name="scoring").start()
-        run.join()
+        Thread(target=copy_context().run, args=(work,), name="scoring").start()
+        while not done.done():
+            wait([done], timeout=0.1)  # 期限がないと、Windows では Ctrl-C が届かない
     except BaseException:
         run.stopping = True
-        if run.started:  # スレッドを始める前に中断したのなら、待っても終わらない
-            run.join()
+        if not done.cancel():  # もう始めている
+            wait([done])
         raise
-    if run.error is not None:
-        raise run.error
+    done.result()
 
 
 class _Outcome(NamedTuple):
@@ -129,10 +127,10 @@ class _Outcome(NamedTuple):
     kind: Literal["scored", "failed", "empty", "not_started"]
     feedbacks: Sequence[Feedback] = ()
     cost_usd: Decimal | None = Decimal(0)
-    stale: Sequence[str] = ()  # 書く前に消す、前のエラーと途中までの評価
+    stale: Sequence[Assessment] = ()  # 書く前に消す、前のエラーと途中までの評価
 
 
-_Scored = tuple[str, list[_Outcome]]
+_Judged = tuple[str, list[_Outcome]]
 _Todo = tuple[str, list[ScoringTarget]]
 
 
@@ -148,41 +146,22 @@ class _Run:
         report: ScoringReport,
         targets: Sequence[ScoringTarget],
         options: ScoringOptions,
-        on_progress: ProgressCallback | None,
+        on_progress: ProgressCallback,
     ) -> None:
         self.report, self.targets, self.options = report, targets, options
-        self.on_progress = on_progress or (lambda _: None)
+        self.on_progress = on_progress
         self.lease = Lease(report.experiment_id, list(report.scorers))
         self.throttle, self.budget = Throttle(options.calls_per_second), Budget(options.budget_usd)
         self.identities: dict[str, Identity] = {}
         self.failures: dict[str, int] = defaultdict(int)
-        self.pending: set[Future[_Scored]] = set()
-        self.started = self.finished = False
+        self.running: set[Future[_Judged]] = set()
         self.stopping = False  # 呼んだ側が Ctrl-C などで中断した
-        self.error: BaseException | None = None
-        self.ended = Lock()
-        self.ended.acquire()
-
-    def guarded(self) -> None:
-        self.started = True
-        try:
-            self.run()
-        except BaseException as error:  # 呼んだ側のスレッドで投げ直す
-            self.error = error
-        finally:
-            self.finished = True
-            self.ended.release()
-
-    def join(self) -> None:
-        # Thread.join() は、Ctrl-C で中断すると終わったことになる(Python 3.12 まで)
-        while not self.finished:
-            self.ended.acquire(timeout=0.1)  # 期限がないと、Windows では Ctrl-C が届かない
 
     def run(self) -> None:
-        self.identities = {t.name: _identity(self.report, t.scorer) for t in self.targets}
+        experiment_id = self.report.experiment_id
+        self.identities = {t.name: identity_of(t.scorer, experiment_id) for t in self.targets}
         if self.options.dry_run:
-            for target in (target for _, targets in self.todo() for target in targets):
-                self.report.scorers[target.name].scored += 1
+            self.estimate(self.todo())
         else:
             with self.lease:
                 self.score(self.todo())
@@ -192,6 +171,8 @@ class _Run:
             raise _Interrupted
         if not self.options.dry_run:
             self.lease.renew()
+
+    # 計画 ------------------------------------------------------------------
 
     def todo(self) -> list[_Todo]:
         """失敗したことのない仕事、失敗した仕事(古い順)。それぞれの中は、時期の偏らない順。"""
@@ -212,7 +193,7 @@ class _Run:
         start = math.floor(self.report.start.timestamp() * 1000)
         end = math.ceil(self.report.end.timestamp() * 1000)  # MLflow の時刻はミリ秒で切り捨て
         window = f"timestamp_ms >= {start} AND timestamp_ms < {end} AND {_NOT_FROM_EVALUATION}"
-        search: Callable[..., Any] = partial(
+        search = partial(
             MlflowClient().search_traces,
             locations=[self.report.experiment_id],
             filter_string=f"{window} AND {filter_string}" if filter_string else window,
@@ -236,24 +217,40 @@ class _Run:
                 counts.sampled_out += 1
             elif verdicts := identity.verdicts(info.assessments):
                 counts.skipped += 1
-                cost = judge_cost(verdicts, self.options.judge_price)
-                counts.seen_calls += cost is not None
-                counts.seen_cost_usd += cost or 0
+                if (cost := judge_cost(verdicts, self.options.judge_price)) is not None:
+                    counts.past_costs.append(cost)
             else:
                 yield identity.failed_at_ms(info.assessments), target
+
+    def estimate(self, todo: Sequence[_Todo]) -> None:
+        """件数と、ジャッジのコスト(同じスコアラーの過去の平均か、1 回の標準的な長さから)。"""
+        for target in (target for _, targets in todo for target in targets):
+            counts = self.report.scorers[target.name]
+            counts.scored += 1
+            if judge_model(target.scorer) is not None:
+                past = counts.past_costs
+                assumed = assumed_cost(target.scorer, self.options.judge_price)
+                self.charge(counts, sum(past, Decimal(0)) / len(past) if past else assumed)
+
+    def charge(self, counts: ScorerCounts, cost_usd: Decimal | None) -> None:
+        counts.judge_calls += 1
+        counts.unpriced += cost_usd is None
+        counts.cost_usd += cost_usd or 0
+
+    # 採点 ------------------------------------------------------------------
 
     def score(self, todo: Sequence[_Todo]) -> None:
         pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="scoring")
         try:
             for trace_id, targets in todo:
-                self.pending.add(pool.submit(self.judge, trace_id, targets))
-                if len(self.pending) >= self.options.concurrency:
+                self.running.add(pool.submit(self.judge, trace_id, targets))
+                if len(self.running) >= self.options.concurrency:
                     self.collect()
-            while self.pending:
+            while self.running:
                 self.collect()
         except BaseException:  # 中断も含む: 始めた採点の結果を書いてから終わる
             pool.shutdown(cancel_futures=True)
-            for future in self.pending:
+            for future in self.running:
                 with suppress(BudgetError):  # 書いたあとに送出される。残りも書く
                     if not future.cancelled():
                         self.write(*future.result())
@@ -261,7 +258,15 @@ class _Run:
         finally:
             pool.shutdown()
 
-    def judge(self, trace_id: str, targets: list[ScoringTarget]) -> _Scored:
+    def collect(self) -> None:
+        done, _ = wait(self.running, timeout=RENEW_SECONDS, return_when=FIRST_COMPLETED)
+        for future in done:
+            self.running.discard(future)
+            self.write(*future.result())
+            self.on_progress(self.report)
+        self.checkpoint()
+
+    def judge(self, trace_id: str, targets: list[ScoringTarget]) -> _Judged:
         try:
             trace = patiently(lambda: TracingClient().get_trace(trace_id))
         except MlflowException as error:
@@ -283,8 +288,7 @@ class _Run:
         feedbacks = call_scorer(target.scorer, trace)
         cost = self.cost(target.scorer, feedbacks)
         self.budget.settle(target.name, expected, cost or Decimal(0))
-        old = self.identities[target.name].stale(trace.info.assessments)
-        stale = [str(assessment.assessment_id) for assessment in old]
+        stale = self.identities[target.name].stale(trace.info.assessments)
         # 一部だけ失敗したら、成功した分も次に採点し直す(残すと、採点済みとして飛ばされる)
         if errors := [feedback for feedback in feedbacks if is_error(feedback)]:
             return _Outcome(target, "failed", errors[:1], cost, stale)
@@ -299,27 +303,20 @@ class _Run:
         unread = known is None and any(map(is_error, feedbacks))
         return assumed_cost(scorer, price) if unread else known
 
-    def collect(self) -> None:
-        done, _ = wait(self.pending, timeout=RENEW_SECONDS, return_when=FIRST_COMPLETED)
-        for future in done:
-            self.pending.discard(future)
-            self.write(*future.result())
-            self.on_progress(self.report)
-        self.checkpoint()
+    # 記録 ------------------------------------------------------------------
 
     def write(self, trace_id: str, outcomes: Sequence[_Outcome]) -> None:
         for outcome in outcomes:
-            name, cost = outcome.target.name, outcome.cost_usd
+            name, counts = outcome.target.name, self.report.scorers[outcome.target.name]
             kind = outcome.kind if self.stored(trace_id, outcome) else "failed"
-            counts = self.report.scorers[name]
             setattr(counts, kind, getattr(counts, kind) + 1)
             if kind == "scored":
                 self.failures[name] = 0
             elif kind == "failed" and outcome.feedbacks:
                 self.fail(name)
-            counts.cost_usd += cost or 0
-            counts.unpriced += cost is None
-            if cost is None and self.options.budget_usd is not None:
+            if outcome.feedbacks and judge_model(outcome.target.scorer) is not None:
+                self.charge(counts, outcome.cost_usd)
+            if outcome.cost_usd is None and self.options.budget_usd is not None:
                 raise BudgetError(
                     f"the cost of {name!r} is unknown, so budget_usd={self.options.budget_usd} "
                     "cannot be kept: pass judge_price=JudgePrice(...)"
@@ -327,19 +324,19 @@ class _Run:
 
     def stored(self, trace_id: str, outcome: _Outcome) -> bool:
         """評価を書く。書けない 1 件のために、残りの採点を止めない。"""
-        name = outcome.target.name
+        identity = self.identities[outcome.target.name]
         try:
             for old in outcome.stale:
-                patiently(partial(mlflow.delete_assessment, trace_id, old))
+                patiently(partial(mlflow.delete_assessment, trace_id, str(old.assessment_id)))
             for part, feedback in enumerate(outcome.feedbacks, 1):
-                stamp = self.identities[name].stamp(part, len(outcome.feedbacks))
+                stamp = identity.stamp(part, len(outcome.feedbacks))
                 feedback.metadata = {**(feedback.metadata or {}), **stamp}
                 if not mlflow.get_tracking_uri().startswith("databricks"):
                     told = repr((trace_id, sorted(stamp.items()), is_error(feedback)))
                     feedback.assessment_id = f"a-{hashlib.sha256(told.encode()).hexdigest()[:32]}"
                 patiently(partial(_log_once, trace_id, feedback))
         except MlflowException as error:
-            logger.warning("%r of %s is not stored: %s", name, trace_id, error.message)
+            logger.warning("%r of %s is not stored: %s", identity.name, trace_id, error.message)
             return False
         return True
 
@@ -350,57 +347,7 @@ class _Run:
             logger.error("scorer %r failed %d times in a row: stopped", name, self.failures[name])
 
 
-def _identity(report: ScoringReport, scorer: Scorer) -> Identity:
-    version, registered_at = scorer.scorer_version, 0
-    if version is not None:
-        store: Any = TracingClient().store
-        with suppress(MlflowException, AttributeError):  # ほかの場所の登録、Databricks
-            found = store.get_scorer(report.experiment_id, scorer.name, version)
-            registered_at = found.creation_time or 0
-    return Identity(scorer.name, definition(scorer), version, registered_at)
-
-
-def call_scorer(scorer: Scorer, trace: Trace) -> list[Feedback]:
-    """スコアラーを 1 回呼ぶ。例外はエラーの付いた評価として返す。トレースは残さない。"""
-    retriever: Any = entities.SpanType.RETRIEVER
-    if isinstance(scorer, _NEED_RETRIEVER) and not trace.search_spans(span_type=retriever):
-        return []  # 採点するものがない。失敗ではない
-    # スコアラーの中で traced な関数が呼ばれても、監視対象のトレースに混ざらないようにする
-    run: Callable[..., Any] = mlflow.trace(scorer.run, sampling_ratio_override=0.0)  # pyright: ignore
-    source = entities.AssessmentSource("CODE", scorer.name)
-    try:
-        result = run(**given(trace))
-        items = cast("list[Any]", result) if isinstance(result, list) else [result]
-        feedbacks = [
-            item
-            if isinstance(item, Feedback)
-            else Feedback(name=scorer.name, value=item, source=source)
-            for item in items
-            if item is not None
-        ]
-        return [_checked(feedback) for feedback in feedbacks]
-    except Exception as error:  # スコアラーは利用者のコードも含む。1 件の失敗で全体を止めない
-        logger.warning("scorer %r failed on %s: %s", scorer.name, trace.info.trace_id, error)
-        reason = entities.AssessmentError(error_code="SCORER_ERROR", error_message=str(error))
-        return [Feedback(name=scorer.name, error=reason, source=source)]
-
-
-def _checked(feedback: Feedback) -> Feedback:
-    """判定がない、または HTTP で送れない評価(NaN、対になっていないサロゲート)は、失敗にする。"""
-    try:
-        value: Any = feedback.value
-        if not feedback.error and (value is None or value is CategoricalRating.UNKNOWN):
-            raise ValueError("the judge gave no verdict")
-        told = [value, feedback.rationale]
-        json.dumps(told, allow_nan=False, ensure_ascii=False).encode()
-    except (TypeError, ValueError) as error:
-        told = f"{feedback.name} = {feedback.value!r} cannot be stored: {error}"
-        reason, source = entities.AssessmentError("SCORER_ERROR", told), feedback.source
-        return Feedback(feedback.name, error=reason, source=source, metadata=feedback.metadata)
-    return feedback
-
-
-def _log_once(trace_id: str, assessment: entities.Assessment) -> None:
+def _log_once(trace_id: str, assessment: Assessment) -> None:
     """評価を 1 件だけ書く。ID は中身から決めてあるので、同じ評価を二度送っても増えない。"""
     try:
         mlflow.log_assessment(trace_id, assessment)

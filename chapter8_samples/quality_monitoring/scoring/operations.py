@@ -37,9 +37,6 @@ class BackfillReport:
     sample_rates: Mapping[str, float]
     dry_run: bool = False
     scoring: ScoringReport | None = None  # Databricks のジョブでは None(採点はジョブの中で進む)
-    judge_calls: int = 0  # LLM ジャッジを呼ぶ(呼んだ)回数
-    cost_usd: float | None = None  # ジャッジのコスト(dry_run では見積もり)。単価が不明なら None
-    unpriced: tuple[str, ...] = ()  # 単価が分からないスコアラー
 
     @property
     def traces(self) -> int:
@@ -60,6 +57,21 @@ class BackfillReport:
     def failed(self) -> int:
         """採点に失敗した数。"""
         return self.scoring.failed if self.scoring else 0
+
+    @property
+    def judge_calls(self) -> int:
+        """LLM ジャッジを呼んだ(``dry_run`` では、呼ぶことになる)回数。"""
+        return self.scoring.judge_calls if self.scoring else 0
+
+    @property
+    def cost_usd(self) -> float | None:
+        """ジャッジのコスト(USD、``dry_run`` では見積もり)。単価が分からなければ ``None``。"""
+        return self.scoring.cost_usd if self.scoring and not self.unpriced else None
+
+    @property
+    def unpriced(self) -> tuple[str, ...]:
+        """単価が分からないスコアラー。"""
+        return self.scoring.unpriced if self.scoring else ()
 
 
 def check_window(start: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:

@@ -1,39 +1,22 @@
-"""8.3.5 採点の計画: どのスコアラーを、どのトレースに使い、何を採点済みとみなすか。
+"""8.3.5 採点の計画と結果: どのスコアラーを、どのトレースに、どれだけの速さと費用で使うか。
 
 標本の選び方は MLflow サーバーの自動採点と同じで、同じトレースは何度でも同じ結果になる。
-採点済みかどうかは、評価に残る「名前と、定義の中身」で見分ける。版の番号は、削除して登録し直すと
-1 に戻り、MLflow の版は上がるので、どちらも目印にしない。
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, cast
 
-from mlflow.entities import Assessment, Trace
 from mlflow.genai.scorers import Scorer
 
-from .judges import JudgePrice, ScoringError, assumed_cost, judge_model
+from .judges import JudgePrice, ScoringError
 
 FINISHED_TRACES = "status = 'OK'"  # 失敗したトレースには出力がなく、採点してもエラーになるだけ
-_NAME, _VERSION = "mlflow.assessment.scorerName", "mlflow.assessment.scorerVersion"
-_DEFINITION = "scoring.definition"
-_PART = "scoring.part"  # スコアラーが評価を複数返したときの "1/2" など
-# 判定を変えないもの、MLflow の版やプロセスごとに変わるもの
-_VARYING = {
-    "mlflow_version",
-    "serialization_version",
-    "required_columns",
-    "aggregations",
-    "timeout",
-}
 
 
 def is_sample_rate(rate: object) -> bool:
@@ -78,7 +61,7 @@ class ScoringOptions:
     judge_price: JudgePrice | None = None  # MLflow の価格カタログにないモデルの単価
     max_consecutive_failures: int = 10  # 続けてこれだけ失敗したスコアラーは、この実行ではやめる
     page_size: int = 100
-    dry_run: bool = False  # 数えるだけで、ジャッジを呼ばず、何も書かない
+    dry_run: bool = False  # 見積もるだけで、ジャッジを呼ばず、何も書かない
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "max_consecutive_failures", "page_size"):
@@ -92,18 +75,18 @@ class ScoringOptions:
 
 @dataclass
 class ScorerCounts:
-    """スコアラー 1 つの結果(単位はトレース)。"""
+    """スコアラー 1 つの結果(単位はトレース)。``dry_run`` では、採点とコストの見積もり。"""
 
-    scored: int = 0  # 新しく採点した(dry_run では、採点することになる)
+    scored: int = 0
     skipped: int = 0  # 採点済みだったので飛ばした
     sampled_out: int = 0  # 標本に選ばれなかった
     failed: int = 0  # 失敗した。エラーはトレースに残り、次の実行では後回しにして採点し直す
     empty: int = 0  # 評価を返さなかった(対象になるスパンがないなど)
     not_started: int = 0  # 予算か連続失敗のために、始めなかった
+    judge_calls: int = 0
+    unpriced: int = 0  # そのうち、コストが分からないもの
     cost_usd: Decimal = Decimal(0)
-    unpriced: int = 0  # コストが分からないジャッジの呼び出し
-    seen_calls: int = 0  # 飛ばした評価に残っていた回数とコスト(見積もりに使う)
-    seen_cost_usd: Decimal = Decimal(0)
+    past_costs: list[Decimal] = field(default_factory=list[Decimal])  # 飛ばした評価のコスト
 
 
 @dataclass(kw_only=True)
@@ -113,7 +96,6 @@ class ScoringReport:
     experiment_id: str
     start: datetime
     end: datetime
-    dry_run: bool = False
     traces: int = 0
     seconds: float = 0.0
     scorers: dict[str, ScorerCounts] = field(default_factory=dict[str, ScorerCounts])
@@ -143,6 +125,16 @@ class ScoringReport:
         """ジャッジのコストの合計(USD)。答えを読めなかった呼び出しは、見込みの額で数える。"""
         return float(sum(counts.cost_usd for counts in self.scorers.values()))
 
+    @property
+    def judge_calls(self) -> int:
+        """LLM ジャッジを呼んだ回数。"""
+        return sum(counts.judge_calls for counts in self.scorers.values())
+
+    @property
+    def unpriced(self) -> tuple[str, ...]:
+        """コストの分からない呼び出しがあるスコアラー。"""
+        return tuple(name for name, counts in self.scorers.items() if counts.unpriced)
+
 
 ProgressCallback = Callable[[ScoringReport], None]
 
@@ -170,115 +162,3 @@ def sample(trace_id: str, targets: Sequence[ScoringTarget]) -> list[ScoringTarge
         chosen.append(target)
         previous = target.sample_rate
     return chosen
-
-
-def definition(scorer: Scorer) -> str:
-    """スコアラーの定義の中身のハッシュ。MLflow の版、登録の有無、プロセスによらず同じになる。"""
-    text = json.dumps(_content(_fields(scorer)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _fields(scorer: Scorer) -> dict[str, Any]:
-    if scorer.kind.value != "class":
-        fields = scorer.model_dump()
-        built_in = fields.get("builtin_scorer_pydantic_data") or {}
-        # 組み込みのジャッジの指示文と説明は、利用者の書いたものではなく、MLflow の版ごとに変わる
-        ours = {key: v for key, v in built_in.items() if key not in ("instructions", "description")}
-        return {**fields, "builtin_scorer_pydantic_data": ours, "description": None}
-    # Scorer を継承したクラスは、MLflow では登録(model_dump)できないが、手元では採点できる
-    try:
-        return {**vars(scorer), "source": inspect.getsource(type(scorer))}
-    except OSError:  # 対話環境で定義した
-        return {**vars(scorer), "source": type(scorer).__qualname__}
-
-
-def _content(value: Any) -> Any:
-    """空の項目を除く(新しい版の MLflow が増やした項目は、使わなければ空である)。"""
-    if isinstance(value, dict):
-        items = cast("dict[str, Any]", value).items()
-        kept = {str(key): _content(item) for key, item in items if key not in _VARYING}
-        return {key: item for key, item in kept.items() if item or item in (False, 0)}
-    if isinstance(value, set | frozenset):
-        return sorted(str(item) for item in cast("set[Any]", value))
-    if isinstance(value, list | tuple):
-        return [_content(item) for item in cast("list[Any]", value)]
-    # ほかのオブジェクトは、プロセスごとに変わる文字列にしかならないので、型だけを見る
-    return value if isinstance(value, str | int | float | None) else str(type(value))
-
-
-def given(trace: Trace) -> dict[str, Any]:
-    """スコアラーに渡す、トレースの入力、出力、人が付けた正解。"""
-    root = next((span for span in trace.data.spans if span.parent_id is None), None)
-    expected = {a.name: a.expectation.value for a in trace.info.assessments if a.expectation}
-    answer = {"inputs": root.inputs, "outputs": root.outputs} if root else {}
-    return {"inputs": None, "outputs": None, "expectations": expected, "trace": trace, **answer}
-
-
-def is_error(assessment: Assessment) -> bool:
-    """採点に失敗したという記録か。"""
-    return assessment.feedback is not None and assessment.feedback.error is not None
-
-
-@dataclass(frozen=True)
-class Identity:
-    """評価に残す、スコアラーの身元。"""
-
-    name: str
-    definition: str
-    version: int | None = None
-    registered_at_ms: int = 0
-
-    def stamp(self, part: int, parts: int) -> dict[str, str]:
-        """全部で ``parts`` 件のうちの ``part`` 件目の評価に付ける、メタデータ。"""
-        found = {_NAME: self.name, _DEFINITION: self.definition, _VERSION: str(self.version or "")}
-        found[_PART] = f"{part}/{parts}" if parts > 1 else ""
-        return {key: value for key, value in found.items() if value}
-
-    def verdicts(self, assessments: Sequence[Assessment]) -> list[Assessment]:
-        """採点済みなら、その評価(人が訂正したものも含む)。一部しか残っていなければ空。"""
-        mine = [a for a in assessments if self._wrote(a) and not is_error(a)]
-        parts = {(a.metadata or {}).get(_PART, "1/1") for a in mine}
-        totals = [int(part.partition("/")[2]) for part in parts]
-        return mine if all(f"{i + 1}/{n}" in parts for n in totals for i in range(n)) else []
-
-    def stale(self, assessments: Sequence[Assessment]) -> list[Assessment]:
-        """採点し直す前に消すもの: 前のエラー(前の定義のものも)と、途中までの評価。"""
-        mine = [a for a in assessments if (a.metadata or {}).get(_NAME) == self.name]
-        partial = [a for a in mine if self._wrote(a) and _PART in (a.metadata or {})]
-        return [*filter(is_error, mine), *partial]
-
-    def failed_at_ms(self, assessments: Sequence[Assessment]) -> int:
-        """最後に失敗した時刻。失敗していなければ 0。"""
-        errors = [a for a in assessments if self._wrote(a) and is_error(a)]
-        return max((a.create_time_ms or 0 for a in errors), default=0)
-
-    def _wrote(self, assessment: Assessment) -> bool:
-        metadata = assessment.metadata or {}
-        if assessment.feedback is None or metadata.get(_NAME) != self.name:
-            return False
-        if _DEFINITION in metadata:
-            return metadata[_DEFINITION] == self.definition
-        # MLflow サーバーが書いたもの。登録より古ければ、削除した同じ名前のスコアラーのもの
-        same_version = self.version is not None and metadata.get(_VERSION) == str(self.version)
-        return same_version and (assessment.create_time_ms or 0) >= self.registered_at_ms
-
-
-def judge_bill(
-    report: ScoringReport, targets: Sequence[ScoringTarget], options: ScoringOptions
-) -> tuple[int, float | None, tuple[str, ...]]:
-    """ジャッジの回数、コスト(USD)、単価の分からないスコアラー。``dry_run`` では、その見積もり。"""
-    calls, total, unpriced = 0, Decimal(0), list[str]()
-    for target in targets:
-        if judge_model(target.scorer) is None:
-            continue
-        counts, price = (
-            report.scorers[target.name],
-            assumed_cost(target.scorer, options.judge_price),
-        )
-        calls += counts.scored + counts.failed
-        if counts.seen_calls:  # 過去の評価の平均
-            price = counts.seen_cost_usd / counts.seen_calls
-        if price is None if options.dry_run else counts.unpriced:
-            unpriced.append(target.name)
-        total += (price or 0) * counts.scored if options.dry_run else counts.cost_usd
-    return calls, None if unpriced else float(total), tuple(unpriced)

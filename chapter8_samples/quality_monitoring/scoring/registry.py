@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer, ScorerSamplingConfig, get_scorer
 
+from .identity import definition
 from .judges import judge_model, malformed, missing_for
-from .plan import FINISHED_TRACES, definition, is_sample_rate
+from .plan import FINISHED_TRACES, is_sample_rate
 
 Backend = Literal["databricks", "oss_http", "oss_local"]
 Runs = Literal["server", "client", "databricks"]
