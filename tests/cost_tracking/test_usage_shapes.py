@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -25,6 +27,7 @@ from chapter8_samples.cost_tracking import (
     setup_token_tracking,
     usage_by_model,
 )
+from chapter8_samples.cost_tracking._internals import stored_attributes
 from chapter8_samples.cost_tracking.token_tracking import OTEL_NATIVE
 from chapter8_samples.cost_tracking.usage.calls import llm_calls
 from chapter8_samples.cost_tracking.usage.pricing import price_spans, trace_cost
@@ -214,6 +217,44 @@ def test_spans_that_the_processor_never_sees(
     assert aggregate_token_usage_from_traces("unseen").traces_partly_priced == 1
 
 
+def test_the_attributes_of_this_mlflow_are_json_texts(tracking_uri: str) -> None:
+    """``_internals`` の約束。MLflow 3.17.2 で、終わる前のスパンも、保存したスパンも同じ形。"""
+    open_span = call("gpt-4o", 10, 5)
+    for span in (open_span, end(open_span).data.spans[0]):
+        stored = stored_attributes(span)
+        assert stored[MODEL] == '"gpt-4o"'
+        assert json.loads(stored[USAGE]) == span.get_attribute(USAGE)
+        stored.clear()  # 写しである
+        assert span.get_attribute(MODEL) == "gpt-4o"
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"input_tokens": True, "output_tokens": 5},
+        {"input_tokens": "10", "output_tokens": 5},
+        {"input_tokens": 10, "output_tokens": 5.5},
+        {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": [3]},
+    ],
+)
+def test_counts_that_are_no_integers_are_not_read_as_numbers(
+    costs: CostTracking, usage: dict[str, Any]
+) -> None:
+    span = call("gpt-4o", None)
+    span.set_attribute(USAGE, usage)
+    trace = end(span)
+    assert trace.info.tags["cost.status"] == "missing_usage"
+    assert "must be an integer, got" in trace.info.tags["cost.reason"]
+    assert price_trace(trace).total_usd == 0
+    assert costs.priced == 0
+
+
+def test_whole_numbers_that_came_back_as_floats_count(tracking_uri: str) -> None:
+    span = call("gpt-4o", None)
+    span.set_attribute(USAGE, {"input_tokens": 1000.0, "output_tokens": 500.0})
+    assert price_trace(end(span)).total_usd == Decimal("0.0075")
+
+
 def test_the_otel_native_integrations_of_this_mlflow_are_known() -> None:
     """MLflow 3.17.2 で、スパンを OpenTelemetry のプロセッサーから作る計装。"""
     flavors = Path(mlflow.__file__).parent.glob("*/autolog.py")
@@ -279,15 +320,17 @@ def test_an_answer_from_the_cache_of_a_framework_is_free(costs: CostTracking, ma
 class FakeSpan:
     """性質のテストで何千も作るので、本物のスパンの代わりに、読まれる項目だけを持つ。"""
 
-    span_type, name, outputs, inputs, start_time_ns = "CHAT_MODEL", "x", None, None, DECEMBER
+    name, start_time_ns = "x", DECEMBER
 
     def __init__(self, number: int, model: str, usage: dict[str, Any]) -> None:
         self.span_id, self.parent_id = str(number), str((number - 1) // 2) if number else None
-        self._attributes = {MODEL: model, USAGE: usage}
         self.status = Mock(status_code=Mock(value="OK"))
 
+        stored = {"mlflow.spanType": "CHAT_MODEL", MODEL: model, USAGE: usage}
+        self._span = SimpleNamespace(attributes={k: json.dumps(v) for k, v in stored.items()})
+
     def get_attribute(self, key: str) -> Any:
-        return self._attributes.get(key)
+        return None
 
 
 COUNTS = st.one_of(st.none(), st.integers(-5, 10**6), st.floats(), st.text(max_size=3))

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -17,7 +18,9 @@ from typing import Any, cast
 
 from mlflow.entities import Span, SpanType
 
-USAGE_ATTRIBUTE = "mlflow.chat.tokenUsage"
+from .._internals import stored_attributes
+
+USAGE_ATTRIBUTE, SPAN_TYPE = "mlflow.chat.tokenUsage", "mlflow.spanType"
 STATUS_KEY = "cost.status"  # priced / partial / unpriced / missing_usage / cache_hit / rollup
 UNATTRIBUTED = "(unattributed)"  # 親の合計にあり、どの呼び出しにもないトークン
 _LLM_TYPES = (SpanType.LLM, SpanType.CHAT_MODEL, SpanType.EMBEDDING)
@@ -55,9 +58,13 @@ class TokenUsage:
 
     @classmethod
     def from_mlflow(cls, data: Mapping[str, Any]) -> TokenUsage:
-        """``mlflow.chat.tokenUsage`` から、書かれたとおりに作る。"""
-        usage = cls(**{name: int(data.get(key) or 0) for name, key in _KEYS.items()})
-        usage.total_tokens = max(usage.total_tokens, usage.known)
+        """``mlflow.chat.tokenUsage`` から、書かれたとおりに作る。整数でなければ ``ValueError``。"""
+        counts = {name: data[key] for name, key in _KEYS.items() if data.get(key)}
+        for name, count in counts.items():
+            if type(count) is not int:
+                counts[name] = _whole(name, count)
+        usage = cls(**counts)
+        usage.total_tokens = max(usage.total_tokens, usage.input_tokens + usage.output_tokens)
         return usage
 
     @property
@@ -77,9 +84,16 @@ class TokenUsage:
         return TokenUsage(**{k: getattr(self, k) - getattr(other, k) for k in _KEYS})
 
 
+def _whole(name: str, count: Any) -> int:
+    """保存先によっては、整数が小数(1000.0)で返る。"""
+    if isinstance(count, float) and count.is_integer():
+        return int(count)
+    raise ValueError(f"{name} must be an integer, got {count!r}")
+
+
 @dataclass(slots=True)
 class LlmCall:
-    """トレースの中の、LLM の呼び出し 1 回。コストは ``price_spans`` が書く(決まらなければ NaN)。"""
+    """トレースの中の、LLM の呼び出し 1 回。コストは ``price_call`` が書く(決まらなければ NaN)。"""
 
     span_id: str
     name: str
@@ -89,11 +103,17 @@ class LlmCall:
     service_tier: str = ""
     cache_hit: bool = False  # フレームワークのキャッシュから答え、LLM を呼んでいない
     reason: str = ""  # すべての金額が決まらないときの、その理由
-    status: str = "unpriced"
+    status: str = ""  # 空なら、まだ計算していない
     prompt_usd: Decimal = Decimal("NaN")
     output_usd: Decimal = Decimal("NaN")
     matched_model: str = ""
     price_source: str = ""
+
+    def changed(self, **changes: Any) -> LlmCall:
+        """一部を変えた、まだ計算していない呼び出し。"""
+        kept = (self.span_id, self.name, self.model, self.usage, self.started_at)
+        fresh = LlmCall(*kept, service_tier=self.service_tier, cache_hit=self.cache_hit)
+        return replace(fresh, **changes)
 
     @property
     def input_tokens(self) -> int:
@@ -116,19 +136,21 @@ class LlmCall:
         return self.status in ("priced", "cache_hit")
 
 
-def llm_calls(spans: Sequence[Span]) -> list[LlmCall]:
+def llm_calls(spans: Sequence[Span], known: Mapping[str, LlmCall] | None = None) -> list[LlmCall]:
     """LLM の呼び出しを、二重に数えずに取り出す。
 
     使用量を持つ子孫のないスパンだけを数える。子の合計より多い親のトークンは、キャッシュの内訳なら
     子に移し、ほかは ``UNATTRIBUTED`` の呼び出しにする。使用量のない LLM スパンは、子孫にも先祖にも
     ないときだけ「報告なし」として残す。失敗した呼び出しは課金されないので数えない。
+    ``known`` は、もう読んだスパンの呼び出し。
     """
     by_id = {span.span_id: span for span in spans}
-    read = {
-        key: call
-        for key, span in by_id.items()
-        if (call := read_call(span, by_id.get(span.parent_id or "")))
-    }
+    read: dict[str, LlmCall] = {}
+    for key, span in by_id.items():
+        if call := (known or {}).get(key) or read_call(span):
+            parent = by_id.get(span.parent_id or "")
+            hit = parent and not call.cache_hit and _is_langchain_hit(span, parent)
+            read[key] = call.changed(cache_hit=True) if hit else call
     above = {key: list(_ancestors(by_id, key)) for key in read}
     used = {key for key, call in read.items() if call.usage}
     silent = {key for key in read.keys() - used if used.isdisjoint(above[key])}
@@ -154,7 +176,7 @@ def _compare(parent: LlmCall, below: dict[str, LlmCall], running: bool) -> dict[
     rest = (parent.usage or TokenUsage()) - total
     only_cache = rest.cached > 0 and not rest.output_tokens
     if only_cache and len(below) == 1 and rest.input_tokens in (0, rest.cached):
-        return {key: replace(call, usage=parent.usage, reason="") for key, call in below.items()}
+        return {key: call.changed(usage=parent.usage) for key, call in below.items()}
     if only_cache and not rest.input_tokens and len({call.model for call in below.values()}) == 1:
         return _share_cache(below, rest)
     missing = {name: n for name in _KEYS if (n := getattr(rest, name)) > 0}
@@ -162,7 +184,7 @@ def _compare(parent: LlmCall, below: dict[str, LlmCall], running: bool) -> dict[
         return {}
     reason = f"{missing} of span {parent.name!r} are in no call below it"
     usage = TokenUsage(**missing)
-    return {parent.span_id: replace(parent, model=UNATTRIBUTED, usage=usage, reason=reason)}
+    return {parent.span_id: parent.changed(model=UNATTRIBUTED, usage=usage, reason=reason)}
 
 
 def _share_cache(below: dict[str, LlmCall], rest: TokenUsage) -> dict[str, LlmCall]:
@@ -176,20 +198,20 @@ def _share_cache(below: dict[str, LlmCall], rest: TokenUsage) -> dict[str, LlmCa
         more = TokenUsage(
             cache_read_tokens=read, cache_write_tokens=write, cache_write_1h_tokens=hour
         )
-        found[key], rest = replace(call, usage=usage + more), rest - more
+        found[key], rest = call.changed(usage=usage + more, reason=call.reason), rest - more
     return found
 
 
-def read_call(span: Span, parent: Span | None = None) -> LlmCall | None:
+def read_call(span: Span) -> LlmCall | None:
     """スパン 1 つを読む。LLM の呼び出しでも、使用量の持ち主でもなければ ``None``。"""
-    data = span.get_attribute(USAGE_ATTRIBUTE)
-    if not data and span.span_type not in _LLM_TYPES:
+    stored = stored_attributes(span)
+    is_llm = _value(stored, SPAN_TYPE) in _LLM_TYPES
+    if not is_llm and USAGE_ATTRIBUTE not in stored:
         return None
-    outputs: Any = span.outputs
-    model = span.get_attribute("mlflow.llm.model") or _dig(span.inputs, "model")
-    usage, reason = _usage(span, data, outputs, str(model).lower())
-    failed = usage is None and span.status.status_code.value == "ERROR"
-    if failed or (usage is None and span.span_type not in _LLM_TYPES):
+    outputs = _value(stored, "mlflow.spanOutputs")
+    model = _value(stored, "mlflow.llm.model") or _input(stored, "model")
+    usage, reason = _usage(stored, outputs, str(model).lower())
+    if usage is None and (not is_llm or span.status.status_code.value == "ERROR"):
         return None
     return LlmCall(
         span.span_id,
@@ -197,26 +219,39 @@ def read_call(span: Span, parent: Span | None = None) -> LlmCall | None:
         model if isinstance(model, str) and model else "(unknown)",
         usage,
         datetime.fromtimestamp(span.start_time_ns / 1e9, timezone.utc),
-        _service_tier(span, outputs),
-        _is_cache_hit(span, outputs) or (parent is not None and _is_langchain_hit(span, parent)),
+        _service_tier(stored, outputs),
+        _is_cache_hit(stored, outputs),
         reason,
     )
 
 
-def _usage(span: Span, data: Any, outputs: Any, model: str) -> tuple[TokenUsage | None, str]:
+def _value(stored: Mapping[str, Any], key: str) -> Any:
+    """MLflow は属性を JSON の文字列で持つ。ほかの道具が書いた、JSON でない値もある。"""
+    value = stored.get(key)
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _input(stored: Mapping[str, Any], key: str) -> Any:
+    return _dig(_value(stored, "mlflow.spanInputs"), key)
+
+
+def _usage(stored: Mapping[str, Any], outputs: Any, model: str) -> tuple[TokenUsage | None, str]:
     """使用量と、そのうち金額にできない部分。ほかの道具が書いた別の形は、報告がないのと同じ。"""
-    if not data and span.span_type == SpanType.EMBEDDING:  # 埋め込みは MLflow が拾わない
-        tokens = _dig(outputs, "usage", "prompt_tokens")
-        data = {"input_tokens": tokens} if tokens else None
-    if not data or not isinstance(data, dict):
+    data = _value(stored, USAGE_ATTRIBUTE)
+    if not data and _value(stored, SPAN_TYPE) == SpanType.EMBEDDING:  # MLflow は拾わない
+        data = {"input_tokens": _dig(outputs, "usage", "prompt_tokens")}
+    if not isinstance(data, dict) or not any(cast("dict[str, Any]", data).values()):
         return None, ""
     counts = cast("dict[str, Any]", data)
-    if span.get_attribute(_OTEL_TOTAL) is not None:
-        counts = {key: span.get_attribute(name) for key, name in _OTEL_CACHE.items()} | counts
+    if _OTEL_TOTAL in stored:
+        counts = {key: _value(stored, name) for key, name in _OTEL_CACHE.items()} | counts
     try:
         usage = TokenUsage.from_mlflow(counts)
-    except (TypeError, ValueError, OverflowError):
-        return None, ""
+    except ValueError as error:
+        return None, str(error)
     usage, reason = _repair(usage, outputs, "claude" in model)
     return usage, reason or _other_units(outputs)
 
@@ -224,47 +259,47 @@ def _usage(span: Span, data: Any, outputs: Any, model: str) -> tuple[TokenUsage 
 def _other_units(outputs: Any) -> str:
     """文字のトークンの単価では計算しきれないもの。"""
     details = _dig(outputs, "usage")
-    counts = {name: details and _dig(details, *path) for name, path in _OTHER_UNITS.items()}
+    if not details:
+        return ""
+    counts = {name: _dig(details, *path) for name, path in _OTHER_UNITS.items()}
     found = [f"{count} {name}" for name, count in counts.items() if count]
     return f"{', '.join(found)} have no price in a price table" if found else ""
 
 
 def _repair(usage: TokenUsage, outputs: Any, claude: bool) -> tuple[TokenUsage, str]:
     """入力にキャッシュを含めない形(合計か Anthropic の数え方で分かる)と、Gemini の合計を直す。"""
-    gap = usage.total_tokens - usage.known
-    if (gap and gap == usage.cached) or (claude and usage.cached > usage.input_tokens):
-        total = max(usage.total_tokens, usage.known + usage.cached)
-        return replace(
-            usage, input_tokens=usage.input_tokens + usage.cached, total_tokens=total
-        ), ""
+    gap, cached = usage.total_tokens - usage.known, usage.cached
+    if (gap and gap == cached) or (claude and cached > usage.input_tokens):
+        total = max(usage.total_tokens, usage.known + cached)
+        return replace(usage, input_tokens=usage.input_tokens + cached, total_tokens=total), ""
     if not gap:
         return usage, ""
     details = _dig(outputs, "usage_metadata")
-    tool = int(_dig(details, "tool_use_prompt_token_count") or 0)  # ツールの結果を読んだ入力
-    thought = int(_dig(details, "thoughts_token_count") or 0)  # 思考の出力
+    tool = _dig(details, "tool_use_prompt_token_count") or 0  # ツールの結果を読んだ入力
+    thought = _dig(details, "thoughts_token_count") or 0  # 思考の出力
     if tool + thought == gap:
         return usage + TokenUsage(input_tokens=tool, output_tokens=thought), ""
     return usage, f"{gap} of {usage.total_tokens} tokens are neither input nor output"
 
 
-def _service_tier(span: Span, outputs: Any) -> str:
+def _service_tier(stored: Mapping[str, Any], outputs: Any) -> str:
     """応答の値、なければ要求の値(OpenAI は応答の直下、Anthropic は ``usage`` の中)。"""
     found = _dig(outputs, "service_tier") or _dig(outputs, "usage", "service_tier")
-    found = found or span.get_attribute("service_tier") or _dig(span.inputs, "service_tier")
+    found = found or _value(stored, "service_tier") or _input(stored, "service_tier")
     return found if isinstance(found, str) else ""
 
 
-def _is_cache_hit(span: Span, outputs: Any) -> bool:
+def _is_cache_hit(stored: Mapping[str, Any], outputs: Any) -> bool:
     """自分で付けた印か、LangChain の印(キャッシュから答えたメッセージの ``total_cost`` は 0)。"""
     message = _dig(outputs, "generations", 0, 0, "message") or outputs
-    free = _dig(message, "usage_metadata", "total_cost") == 0
-    return free or span.get_attribute(STATUS_KEY) == "cache_hit"
+    free = bool(outputs) and _dig(message, "usage_metadata", "total_cost") == 0
+    return free or _value(stored, STATUS_KEY) == "cache_hit"
 
 
 def _is_langchain_hit(span: Span, parent: Span) -> bool:
     """MLflow は、モデルのスパンでは LangChain の印を捨て、チェーンのスパンには残す。"""
     is_langchain = span.get_attribute("mlflow.message.format") == "langchain"
-    return is_langchain and _is_cache_hit(parent, parent.outputs)
+    return is_langchain and _is_cache_hit(stored_attributes(parent), parent.outputs)
 
 
 def _dig(data: Any, *path: str | int) -> Any:

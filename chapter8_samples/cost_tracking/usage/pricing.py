@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -39,16 +39,22 @@ class TraceCost:
 
 
 def price_spans(
-    spans: Sequence[Span], calculator: Calculator, at: datetime | None = None
+    spans: Sequence[Span],
+    calculator: Calculator,
+    at: datetime | None = None,
+    known: Mapping[str, LlmCall] | None = None,
 ) -> list[LlmCall]:
-    """スパンの並びから呼び出しを取り出し、1 つずつコストを付ける。"""
-    return [price_call(call, calculator, at) for call in llm_calls(spans)]
+    """スパンの並びから呼び出しを取り出し、コストのないものに付ける。``known`` は計算済みのもの。"""
+    calls = llm_calls(spans, known)
+    return [call if call.status else price_call(call, calculator, at) for call in calls]
 
 
 def price_call(call: LlmCall, calculator: Calculator, at: datetime | None = None) -> LlmCall:
-    """呼び出しにコストを書く。料金が決まらなければ ``unpriced`` のまま、理由を書く。"""
+    """呼び出しにコストを書く。料金が決まらなければ ``unpriced`` とし、理由を書く。"""
+    call.status = "unpriced"
     if call.usage is None:
-        call.status, call.reason = "missing_usage", "no token usage was reported"
+        call.status = "missing_usage"
+        call.reason = call.reason or "no token usage was reported"
     elif call.cache_hit:
         call.status, call.price_source = "cache_hit", "framework cache"
         call.prompt_usd = call.output_usd = _ZERO

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from operator import add
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from mlflow.entities import LiveSpan
 from mlflow.tracing import configure
@@ -46,6 +46,14 @@ _MAX_TAG_LENGTH = 4096  # MLflow のどの保存先でも入る、タグの値�
 _REMOVED = "cost tracking was removed by tracing.configure or reset; call install() again"
 
 
+@dataclass(slots=True)
+class _Seen:
+    """1 つのトレースで、これまでに終わった呼び出しと、その先祖のスパンの ID。"""
+
+    calls: dict[str, LlmCall] = field(default_factory=dict[str, LlmCall])
+    parents: set[str] = field(default_factory=set[str])
+
+
 class CostTracking:
     """``setup_cost_tracking`` の結果。数は、このプロセスで終わったスパンの累計。"""
 
@@ -60,7 +68,7 @@ class CostTracking:
         self._current_user = current_user
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()  # (cost.status、モデル) ごと
-        self._parents: WeakSet[LiveSpan] = WeakSet()  # 呼び出しの先祖。スパンと一緒に消える
+        self._seen: WeakKeyDictionary[LiveSpan, _Seen] = WeakKeyDictionary()  # ルートごと
         self._expected = False  # 登録したあと、自分では外していない
 
         def price_span_on_end(span: LiveSpan) -> None:
@@ -133,28 +141,33 @@ class CostTracking:
     def _on_end(self, span: LiveSpan) -> None:
         with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
             family = trace.span_dict if trace else {span.span_id: span}  # 始まった順に並ぶ
-            root = next(iter(family.values()))
+        root = next(iter(family.values()))
+        seen = self._seen.get(root) or self._seen.setdefault(root, _Seen())
         steps = [self._price]
         if root.parent_id is None and (root is span or root.end_time_ns is not None):
             steps.append(self._settle)
         for step in steps:
             try:
-                step(span, family)
+                step(span, family, seen)
             except Exception:  # コストの計算で、アプリの応答やトレースの保存を止めない
                 self._count("failed", span.name)
                 logger.exception("cost tracking failed for span %s", span.name)
                 if span.get_attribute(STATUS_KEY) is None:
                     span.set_attribute(STATUS_KEY, "unpriced")
 
-    def _price(self, span: LiveSpan, family: Mapping[str, LiveSpan]) -> None:
+    def _price(self, span: LiveSpan, family: Mapping[str, LiveSpan], seen: _Seen) -> None:
         call = read_call(span)
         if call is None:
             return
-        self._mark_ancestors(span, family)
-        if span not in self._parents:
-            self._write_call(span, price_call(call, self._calculator))
+        parent = span.parent_id
+        while parent and parent in family and parent not in seen.parents:
+            seen.parents.add(parent)
+            parent = family[parent].parent_id
+        if span.span_id not in seen.parents:
+            seen.calls[span.span_id] = price_call(call, self._calculator)
+            self._write_call(span, call)
             return
-        calls = price_spans(_subtree(span, family), self._calculator)
+        calls = price_spans(_subtree(span, family), self._calculator, known=seen.calls)
         own = [c for c in calls if c.span_id == span.span_id and c.model != UNATTRIBUTED]
         if own:
             self._write_call(span, own[0])
@@ -163,13 +176,6 @@ class CostTracking:
             if total.by_model:
                 span.set_attribute(COST_ATTRIBUTE, _usd(total))
             span.set_attribute(STATUS_KEY, "rollup")
-
-    def _mark_ancestors(self, span: LiveSpan, family: Mapping[str, LiveSpan]) -> None:
-        parent = family.get(span.parent_id or "")
-        with self._lock:
-            while parent is not None and parent not in self._parents:
-                self._parents.add(parent)
-                parent = family.get(parent.parent_id or "")
 
     def _write_call(self, span: LiveSpan, call: LlmCall) -> None:
         no_output = call.usage and not call.output_tokens
@@ -194,17 +200,18 @@ class CostTracking:
             self._counts[status, name] += 1
             return self._counts[status, name]
 
-    def _settle(self, span: LiveSpan, family: Mapping[str, LiveSpan]) -> None:
+    def _settle(self, span: LiveSpan, family: Mapping[str, LiveSpan], seen: _Seen) -> None:
         """ルートが終わったとき、またはその後でスパンが終わるたびに、トレースの合計を書く。"""
         with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
             if trace is None:
                 return
             spans = list(family.values())
-            calls = price_spans(spans, self._calculator)
+            calls = price_spans(spans, self._calculator, known=seen.calls)
+            total = trace_cost(calls)
             for key in (STATUS_KEY, REASON_KEY, BY_MODEL_TAG):  # 前に書いた合計は残さない
                 trace.info.tags.pop(key, None)
-            trace.info.tags.update(_tags(calls))
-            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, calls)}
+            trace.info.tags.update(_tags(calls, total))
+            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, calls, total)}
             if span.parent_id is not None:  # ルートが終わったときの分は、このあと MLflow が書く
                 metadata[TRACE_USAGE_KEY] = aggregate_usage_from_spans(spans)
             for key, value in metadata.items():
@@ -212,14 +219,13 @@ class CostTracking:
                     trace.info.trace_metadata[key] = json.dumps(value)
 
 
-def _tags(calls: Sequence[LlmCall]) -> dict[str, str]:
+def _tags(calls: Sequence[LlmCall], total: TraceCost) -> dict[str, str]:
     """スパンを読まなくても、未計算とモデル別の内訳が分かるようにする。"""
     models: dict[str, tuple[Any, ...]] = {}
     for call in calls:  # 料金の決まらない呼び出しが混ざったモデルの USD は、NaN になる
         if call.usage:
             numbers = (1, call.input_tokens, call.output_tokens, call.total_usd)
             models[call.model] = tuple(map(add, models.get(call.model, (0, 0, 0, 0)), numbers))
-    total = trace_cost(calls)
     tags = {
         STATUS_KEY: total.status if calls else "",
         REASON_KEY: "; ".join(total.reasons)[:_MAX_TAG_LENGTH],
@@ -232,23 +238,22 @@ def _text(usd: Decimal) -> str | None:
     return None if usd.is_nan() else f"{usd:f}"
 
 
-def _total_usd(spans: Sequence[LiveSpan], calls: Sequence[LlmCall]) -> dict[str, float] | None:
+def _total_usd(
+    spans: Sequence[LiveSpan], calls: Sequence[LlmCall], total: TraceCost
+) -> dict[str, float] | None:
     """トレースの合計を、トークン数の合計と同じように、保存する前に決めておく。
 
     決めなければ保存先がスパンから計算するが、非同期の書き込みが前後すると、後から届いたスパンの
-    分が合計から抜ける(MLflow 3.17)。スパンが 1 つだけなら、抜けるものはない。
-    MLflow の合計は float の足し算で端数が付くので、同じ金額なら 10 進数で足したほうを書く。
+    分が合計から抜ける(MLflow 3.17)。手で書かれた金額があれば、MLflow の規則で一緒に足す。
     """
-    if len(spans) < 2:
-        return None
-    own = {call.span_id: _usd(call) for call in calls if not call.total_usd.is_nan()}
-    nodes: list[SpanAggregationNode] = []
-    for span in spans:  # 手で書かれた金額も足す
-        usd = own.get(span.span_id) or span.get_attribute(COST_ATTRIBUTE)
-        nodes.append(SpanAggregationNode(span.span_id, span.parent_id, usd))
-    total, ours = aggregate_cost_from_span_nodes(nodes), _usd(trace_cost(calls))
-    same = total and all(math.isclose(total[key], ours[key], rel_tol=1e-9) for key in ours)
-    return ours if same else total
+    own = {call.span_id: call for call in calls if not call.total_usd.is_nan()}
+    rest = [span for span in spans if span.span_id not in own]
+    by_hand = {s.span_id: usd for s in rest if (usd := s.get_attribute(COST_ATTRIBUTE))}
+    if all(s.get_attribute(STATUS_KEY) == "rollup" for s in rest if s.span_id in by_hand):
+        return _usd(total) if own else None
+    costs = {**by_hand, **{key: _usd(call) for key, call in own.items()}}
+    nodes = [SpanAggregationNode(s.span_id, s.parent_id, costs.get(s.span_id)) for s in spans]
+    return aggregate_cost_from_span_nodes(nodes)
 
 
 def _usd(item: LlmCall | TraceCost) -> dict[str, float]:

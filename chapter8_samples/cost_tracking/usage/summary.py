@@ -79,12 +79,13 @@ class TokenUsageSummary:
 
     def add(self, info: TraceInfo) -> None:
         """トレース 1 件を足す。"""
-        usage = TokenUsage.from_mlflow(info.token_usage or {})
+        reported = _reported_usage(info)
+        usage = reported or TokenUsage()
         usd = (info.cost or {}).get("total_cost")
         weight = sampling_weight(info)
         unpriced = info.tags.get(STATUS_KEY) or ("unpriced" if info.token_usage else "priced")
         self.trace_count += 1
-        self.traces_without_usage += not info.token_usage
+        self.traces_without_usage += reported is None
         self.traces_without_cost = (self.traces_without_cost or 0) + (usd is None)
         self.traces_partly_priced = (self.traces_partly_priced or 0) + (unpriced != "priced")
         self.input_tokens += usage.input_tokens
@@ -104,6 +105,13 @@ class TokenUsageSummary:
             item.input_tokens += prompt
             item.output_tokens += output
             item.cost_usd += usd or 0
+
+
+def _reported_usage(info: TraceInfo) -> TokenUsage | None:
+    try:
+        return TokenUsage.from_mlflow(info.token_usage) if info.token_usage else None
+    except ValueError:  # 数でない使用量を書く道具がある。1 件のために合計を止めない
+        return None
 
 
 def _breakdown(tag: str | None) -> dict[str, tuple[int, int, int, Decimal | None]]:
