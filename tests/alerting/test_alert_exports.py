@@ -19,7 +19,7 @@ from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, Inhibit, MuteWindow
 from chapter8_samples.alerting.delivery.channels import AlertmanagerNotificationHandler
 from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
-from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
+from chapter8_samples.alerting.rules import AlertConfigError, AlertRule, BurnRateRule
 from chapter8_samples.alerting.tools.exports import (
     expression,
     to_alertmanager_config,
@@ -270,8 +270,9 @@ def test_repeat_and_resolve_follow_the_route_and_the_receiver(
 def test_labels_and_texts_prometheus_would_refuse_are_made_acceptable() -> None:
     rule = AlertRule(name="a", labels={"team-name": "{{ ml }}"}, runbook_url="https://x/{{y}}")
     inhibit = Inhibit(when={"team-name": "a"}, mute={"name": "b"}, equal=("1st team",))
-    config = AlertConfig(rules=[rule], inhibit=(inhibit,), labels={"環境": "prod"})
-    exported, _ = to_prometheus_rules(config)["groups"][0]["rules"]
+    other = AlertRule(name="b", labels={"team-name": "a", "1st team": "ml"})
+    config = AlertConfig(rules=[rule, other], inhibit=(inhibit,), labels={"環境": "prod"})
+    exported, *_ = to_prometheus_rules(config)["groups"][0]["rules"]
     assert exported["labels"] == {"__": "prod", "team_name": "{ { ml }}", "severity": "warning"}
     assert exported["annotations"]["runbook_url"] == "https://x/{ {y}}"
     (rules,) = to_alertmanager_config(config, {"ops": "http://relay"})["inhibit_rules"]

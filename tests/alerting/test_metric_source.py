@@ -41,7 +41,7 @@ from chapter8_samples.alerting.metrics.source import (
     to_ms,
     to_row,
 )
-from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule, BurnRateRule
+from chapter8_samples.alerting.rules import AlertConfigError, AlertRule, BurnRateRule
 from chapter8_samples.alerting.tools.backtest import RecordedTraces
 
 START = datetime(2026, 1, 1, 9, 0, tzinfo=timezone.utc)
@@ -426,13 +426,9 @@ def test_a_deleted_experiment_is_not_a_quiet_one(tracking_uri: str) -> None:
         metric_source("gone")
 
 
-def test_a_mistyped_metric_is_found_at_setup(tracking_uri: str) -> None:
-    import mlflow
-
-    mlflow.create_experiment("app")
-    config = AlertConfig(rules=[AlertRule(name="errors", metric="eror_rate")])
+def test_a_mistyped_metric_is_found_when_the_rule_is_made() -> None:
     with pytest.raises(AlertConfigError, match="did you mean 'error_rate'"):
-        setup_alerting("app", config)
+        AlertRule(name="errors", metric="eror_rate")
 
 
 def test_the_receivers_of_the_configuration_are_notified(
@@ -489,15 +485,9 @@ def test_a_password_in_the_tracking_uri_reaches_no_message_and_no_link(
     assert hidden == "failed at postgresql://***@db:5432/mlflow?x=1 and http://h/a@b"
 
 
-def test_a_rule_in_python_that_needs_a_rate_is_checked_at_setup(tracking_uri: str) -> None:
-    rules = [
-        AlertRule(name="gate", metric="latency_p95_ms", confidence=0.95),
-        BurnRateRule(name="burn", metric="cost_usd"),
-        AlertRule(name="fine", confidence=0.95),
-    ]
-    with pytest.raises(AlertConfigError) as caught:
-        setup_alerting("app", AlertConfig(rules=rules))
-    assert [problem.split(":")[0] for problem in caught.value.problems] == [
-        "rule 'gate'",
-        "rule 'burn'",
-    ]
+def test_a_rule_in_python_that_needs_a_rate_is_checked_when_it_is_made() -> None:
+    with pytest.raises(AlertConfigError, match=r"rule 'gate': confidence: .* is not a rate"):
+        AlertRule(name="gate", metric="latency_p95_ms", threshold=1000, confidence=0.95)
+    with pytest.raises(AlertConfigError, match=r"rule 'burn': metric: .* is not a rate"):
+        BurnRateRule(name="burn", metric="cost_usd")
+    assert AlertRule(name="fine", confidence=0.95).confidence == 0.95

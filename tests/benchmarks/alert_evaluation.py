@@ -35,7 +35,7 @@ from chapter8_samples.alerting.metrics.source import (
     ServerMetricSource,
     TraceSearch,
 )
-from chapter8_samples.alerting.rules.model import format_duration
+from chapter8_samples.alerting.rules import format_duration
 from chapter8_samples.alerting.tools.backtest import SyntheticTraffic
 
 EXPERIMENT = "alert-evaluation"

@@ -106,7 +106,10 @@ def _usable(config: AlertConfig, rows: Sequence[TraceRow]) -> tuple[AlertConfig,
             rules.append(rule)
         except MetricSourceError as error:
             problems.append(f"{rule.name}: {error}")
-    return replace(config, rules=tuple(rules)), problems
+    if not problems:
+        return config, []
+    # 除いたルールを指す抑制や経路は、残せない
+    return replace(config, rules=tuple(rules), inhibit=(), mute=(), routes=()), problems
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 
-from chapter8_samples.alerting.rules.model import parse_duration
+from chapter8_samples.alerting.rules import parse_duration
 
 
 def since(text: str, now: datetime | None = None) -> datetime:

@@ -19,7 +19,7 @@ from email.utils import make_msgid, parseaddr
 from itertools import islice
 from typing import Any
 
-from ..rules import AlertConfig, delivery_problems
+from ..rules import AlertConfig
 from .posting import (
     Alert,
     AlertSeverity,
@@ -246,8 +246,6 @@ def handlers_from_config(
     Raises:
         NotificationConfigError: 通知先か経路の誤り、または環境変数がない。すべてを挙げる。
     """
-    if problems := delivery_problems(config):
-        raise NotificationConfigError("\n".join(problems))
     environ = os.environ if environ is None else environ
     found: dict[str, NotificationHandler] = {}
     unset: list[str] = []

@@ -1,16 +1,11 @@
 """アラートのルールと設定。"""
 
-from .config import WATCHDOG, AlertConfig, Inhibit, MuteWindow
-from .file import delivery_problems, load_config
-from .model import (
-    AlertConfigError,
-    AlertRule,
-    BurnRateRule,
-    Duration,
-    Rule,
-    format_duration,
-    parse_duration,
-)
+from .checking import AlertConfigError
+from .config import AlertConfig, Inhibit, MuteWindow
+from .file import load_config
+from .model import AlertRule, BurnRateRule, Rule
+from .references import WATCHDOG
+from .values import Duration, format_duration, parse_duration
 
 __all__ = [
     "WATCHDOG",
@@ -22,7 +17,6 @@ __all__ = [
     "Inhibit",
     "MuteWindow",
     "Rule",
-    "delivery_problems",
     "format_duration",
     "load_config",
     "parse_duration",

@@ -6,26 +6,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime, timedelta
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import PlainValidator
+
+from .checking import Problem, model, read
 from .defaults import DEFAULT_RULES
-from .model import (
-    DAYS,
-    AlertConfigError,
-    AlertRule,
-    Duration,
-    Rule,
+from .model import AlertRule, BurnRateRule, Rule
+from .receivers import read_receiver, read_route
+from .references import WATCHDOG, reference_problems
+from .values import (
+    Clock,
+    Length,
+    Name,
+    PositiveLength,
+    Severity,
+    Some,
+    Text,
+    Zone,
     parse_clock,
     parse_duration,
     parse_zone,
-    refusals,
 )
 
-WATCHDOG = "alert_evaluation_failed"
-"""指標を求められないルールがあることを知らせる、組み込みのアラートの名前。"""
+Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+Selector = Mapping[Name, Name]
 
 
 class Selectable(Protocol):
@@ -38,53 +47,50 @@ class Selectable(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@model
 class Inhibit:
     """``when`` に合うアラートの発報中は、``mute`` に合うアラートを知らせない。
 
-    ``equal`` のラベルが両方で同じときだけ働く。互いに抑え合う組では、どちらも抑えない
+    ``equal`` のラベルが両方にあって同じときだけ働く。互いに抑え合う組では、どちらも抑えない
     (Alertmanager と同じ。でなければ、両方とも誰にも知らされない)。
     """
 
-    when: Mapping[str, str]
-    mute: Mapping[str, str]
-    equal: tuple[str, ...] = ()
+    when: Selector
+    mute: Selector
+    equal: tuple[Name, ...] = ()
 
     def applies(self, alert: Selectable, other: Selectable) -> bool:
         """``other`` の発報中に ``alert`` を抑えるか。"""
-        same = all(alert.labels.get(k) == other.labels.get(k) for k in self.equal)
+        pairs = [(alert.labels.get(key), other.labels.get(key)) for key in self.equal]
+        same = all(one is not None and one == two for one, two in pairs)
         mutual = alert.matches(self.when) and other.matches(self.mute)
         applies = alert.matches(self.mute) and other.matches(self.when)
         return same and applies and not mutual
 
 
-@dataclass(frozen=True, kw_only=True)
+@model
 class MuteWindow:
     """毎日(または決まった曜日)の、知らせない時間帯。夜をまたいでよい。
 
     ``start`` と ``end`` が同じなら 24 時間。曜日は、始まる日の曜日。
     """
 
-    match: Mapping[str, str] = field(default_factory=dict[str, str])
-    start: str = "00:00"
-    end: str = "00:00"
-    days: tuple[str, ...] = DAYS
-    timezone: str = "UTC"
+    match: Selector = field(default_factory=dict[str, str])
+    start: Clock = "00:00"
+    end: Clock = "00:00"
+    days: Annotated[tuple[Day, ...], Some] = DAYS
+    timezone: Zone = "UTC"
 
-    def __post_init__(self) -> None:
-        clocks = [("start", parse_clock, self.start), ("end", parse_clock, self.end)]
-        found = refusals([*clocks, ("timezone", parse_zone, self.timezone)])
-        found += [
-            f"days: {day!r} is not one of {', '.join(DAYS)}" for day in self.days if day not in DAYS
-        ]
-        found += [] if self.days else ["days: the list is empty; name at least one"]
-        if found:
-            raise AlertConfigError([f"mute: {problem}" for problem in found])
+    @staticmethod
+    def heading(fields: Mapping[str, Any]) -> str:
+        """誤りの文の前に付ける言葉。"""
+        return "mute: "
 
     def covers(self, at: datetime) -> bool:
         """``at`` がこの時間帯か。"""
         local = at.astimezone(parse_zone(self.timezone))
-        start, end, now = parse_clock(self.start), parse_clock(self.end), local.time()
+        start, end = parse_clock(self.start), parse_clock(self.end)
+        now = timedelta(hours=local.hour, minutes=local.minute, seconds=local.second)
         if start < end:
             return self._on(local) and start <= now < end
         return (self._on(local) and now >= start) or (
@@ -95,7 +101,15 @@ class MuteWindow:
         return DAYS[day.weekday()] in self.days  # strftime("%a") は、ロケールによって「金」になる
 
 
-@dataclass(frozen=True, kw_only=True)
+def _part(cls: type[Any]) -> PlainValidator:
+    return PlainValidator(partial(read, cls))
+
+
+def _rule(value: Any) -> Rule:
+    return value if isinstance(value, BurnRateRule) else read(AlertRule, value)
+
+
+@model
 class AlertConfig:
     """ルールの集まりと、評価のしかた。
 
@@ -107,33 +121,35 @@ class AlertConfig:
         evaluation_failure_for: ルールの評価の失敗がこれだけ続いたら知らせる。
         watchdog_severity: その知らせの重大度。
         interval: 評価の間隔。Alertmanager は、これを過ぎても送られてこないアラートを解消とみなす。
+        burn_rates: ``rules`` に加える ``BurnRateRule``(YAML での書き方)。
     """
 
-    experiment: str = ""
-    rules: Sequence[Rule] = ()
-    offset: Duration = "30s"
-    repeat: Duration | None = None
-    evaluation_failure_for: Duration = "1m"
-    watchdog_severity: str = "critical"
-    interval: Duration | None = None
-    labels: Mapping[str, str] = field(default_factory=dict[str, str])
-    inhibit: tuple[Inhibit, ...] = ()
-    mute: tuple[MuteWindow, ...] = ()
-    receivers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    routes: tuple[Mapping[str, Any], ...] = ()
+    experiment: Text = ""
+    rules: Sequence[Annotated[Rule, PlainValidator(_rule)]] = ()
+    burn_rates: tuple[
+        Annotated[BurnRateRule, PlainValidator(partial(read, BurnRateRule))], ...
+    ] = ()
+    offset: Length = "30s"
+    repeat: Length | None = None
+    evaluation_failure_for: Length = "1m"
+    watchdog_severity: Severity = "critical"
+    interval: PositiveLength | None = None
+    labels: Mapping[Name, Name] = field(default_factory=dict[str, str])
+    inhibit: tuple[Annotated[Inhibit, _part(Inhibit)], ...] = ()
+    mute: tuple[Annotated[MuteWindow, _part(MuteWindow)], ...] = ()
+    receivers: Mapping[Name, Annotated[Mapping[str, Any], PlainValidator(read_receiver)]] = field(
+        default_factory=dict[str, Mapping[str, Any]]
+    )
+    routes: tuple[Annotated[Mapping[str, Any], PlainValidator(read_route)], ...] = ()
+
+    @staticmethod
+    def across(fields: Mapping[str, Any]) -> list[Problem]:
+        """項目をまたぐ誤り。"""
+        return reference_problems(fields)
 
     def __post_init__(self) -> None:
-        names = [rule.name for rule in self.rules]
-        found = [
-            f"rules: duplicate name {n!r}" for n in sorted({n for n in names if names.count(n) > 1})
-        ]
-        found += [f"rules: {WATCHDOG!r} is a built-in alert; rename the rule"] * (WATCHDOG in names)
-        durations = ("offset", "evaluation_failure_for", "repeat", "interval")
-        found += refusals((key, parse_duration, getattr(self, key) or "0s") for key in durations)
-        repeats = ((f"routes[{i}].repeat", r.get("repeat")) for i, r in enumerate(self.routes))
-        found += refusals((key, parse_duration, value or "0s") for key, value in repeats)
-        if found:
-            raise AlertConfigError(found)
+        object.__setattr__(self, "rules", (*self.rules, *self.burn_rates))
+        object.__setattr__(self, "burn_rates", ())
 
     @property
     def offset_delta(self) -> timedelta:
