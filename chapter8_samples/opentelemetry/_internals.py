@@ -5,6 +5,7 @@
 版が上がって変わったときに直すのは、このファイルだけになる。
 """
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import functools
@@ -12,15 +13,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import mlflow.tracing
+from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
 from mlflow.tracing.config import get_config
 from mlflow.tracing.processor.otel import OtelSpanProcessor
 from mlflow.tracing.provider import provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry import trace
+from opentelemetry.attributes import BoundedAttributes
+from opentelemetry.context import Context
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace import Event, ReadableSpan, Span, SpanProcessor, TracerProvider
 
 
 def current_provider() -> Any:
@@ -98,6 +103,98 @@ def change_before_export(
     vars(on_end)[name] = True
     OtelSpanProcessor.on_end = on_end  # pyright: ignore[reportAttributeAccessIssue]
     return True
+
+
+# ---- 共通のプロバイダー(web) ----
+
+
+def survive_rebuilds() -> None:
+    """MLflow が作り直すときも、共通のプロバイダーに足されたプロセッサーを移す。
+
+    ``set_experiment`` などは、グローバルのプロバイダーを黙って None にし、後で新しく作る。その間の
+    代わりを置き、古いプロバイダーから取ってあった tracer のスパンも、新しいほうへ渡す。
+    """
+    if "reset" in vars(provider):
+        return
+    reset, set_ = provider.reset, provider.set
+    added: tuple[SpanProcessor, ...] = ()
+
+    def leave(old: Any) -> None:
+        nonlocal added
+        if isinstance(old, TracerProvider):
+            own = [p for p in processors_of(old) if not any(map(is_mlflows, unwrapped([p])))]
+            added = tuple(own)
+            old._active_span_processor._span_processors = (_ToCurrent(),)
+
+    def carried_reset() -> None:
+        old = current_provider()
+        reset()
+        if not MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
+            leave(old)
+            trace._TRACER_PROVIDER = _Starter()
+
+    def carried_set(new: Any) -> None:
+        old = current_provider()
+        set_(new)
+        if not MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
+            leave(old)
+            for processor in added if isinstance(new, TracerProvider) else ():
+                new.add_span_processor(processor)
+
+    vars(provider).update(reset=carried_reset, set=carried_set)
+
+
+class _Starter(trace.TracerProvider):
+    """作り直されるまでの代わり。使われたら MLflow に作らせる。"""
+
+    def get_tracer(self, *names: Any, **options: Any) -> trace.Tracer:
+        mlflow.tracing.get_bridged_tracer_provider()
+        return current_provider().get_tracer(*names, **options)
+
+
+class _ToCurrent(SpanProcessor):
+    """いまのプロバイダーのプロセッサーへ渡す。"""
+
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        mlflow.tracing.get_bridged_tracer_provider()
+        for processor in processors_of(current_provider()):
+            processor.on_start(span, parent_context)
+
+    def _on_ending(self, span: Span) -> None:
+        for processor in processors_of(current_provider()):
+            processor._on_ending(span)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        for processor in processors_of(current_provider()):
+            processor.on_end(span)
+
+
+class EndingSpans(SpanProcessor):
+    """終わったスパンを、MLflow と OTLP に渡る前に書き換える(on_end では、もう変えられない)。"""
+
+    def __init__(self, rewrite: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.rewrite = rewrite
+
+    def _on_ending(self, span: Span) -> None:
+        scope = span.instrumentation_scope
+        if scope and scope.name.startswith("mlflow."):  # MLflow のスパンには、自分の仕組みがある
+            return
+        status = span.status
+        content: dict[str, Any] = {
+            "attributes": dict(span.attributes or {}),
+            "events": [dict(event.attributes or {}) for event in span.events],
+            "name": span.name,
+            "status": status.description,
+        }
+        new = self.rewrite(content)
+        span._attributes = BoundedAttributes(attributes=new["attributes"])
+        events = zip(span.events, new["events"], strict=True)
+        changed: Any = [Event(e.name, given, e.timestamp) for e, given in events]
+        span._events = changed
+        span._name, span._status = new["name"], trace.Status(status.status_code, new["status"])
+
+
+# ---- メトリクスとログ(genai) ----
 
 
 def exporter_class(signal: str, protocol: str) -> Any:

@@ -8,7 +8,9 @@ Databricks でも同じ。トレースの名前は HTTP のスパンの名前(``
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,25 +29,39 @@ from opentelemetry.propagators.textmap import (
 )
 from opentelemetry.sdk.trace import Span, SpanProcessor, TracerProvider
 
-from ._internals import current_provider, processors_of
+from ._internals import (
+    EndingSpans,
+    current_provider,
+    processors_of,
+    span_hooks,
+    survive_rebuilds,
+)
 
+logger = logging.getLogger(__name__)
 _FLAG = "MLFLOW_USE_DEFAULT_TRACER_PROVIDER"
 _CALLER = otel_context.create_key("chapter8-caller")
 
 
-def use_unified_tracer_provider() -> TracerProvider:
+def use_unified_tracer_provider(
+    masking: Callable[[Any], Any] | None = None,
+) -> TracerProvider:
     """MLflow と OpenTelemetry で、同じプロバイダー(プロセスに 1 つ)を使う。
 
-    ``set_tracking_uri`` と ``set_experiment`` の後、``setup_otlp_export`` と最初のトレースの前に
-    1 回呼ぶ。後から ``set_tracking_uri`` や ``set_experiment`` を呼ぶと、プロバイダーが作り直されて
-    アプリが足したプロセッサーが消える。すべての HTTP リクエストがトレースになるので、死活確認は
-    ``FastAPI(telemetry={"exclude": ...})`` などで除く。
+    最初のトレースと、8.1 の設定と、``setup_otlp_export`` の前に 1 回呼ぶ。後から ``set_experiment``
+    などが MLflow のプロバイダーを作り直しても、足したプロセッサーは移る。HTTP のリクエストはすべて
+    トレースになるので、死活確認は ``FastAPI(telemetry={"exclude": ...})`` などで除く。
 
     呼び出し元が送ってきた ``traceparent`` は親にせず、リンクとして残す。MLflow は、ルートスパンが
     このプロセスにないトレースを保存できないため。
 
+    Args:
+        masking: HTTP のスパンの属性(``url.query``、ヘッダーなど)、名前、イベント、状態を隠す関数。
+            辞書を受け取り、同じ形の辞書を返す。省略すると、``mlflow.tracing.configure`` の
+            span_processors のうち ``value`` を持つもの(8.1 の ``mask_pii()``)で隠す。
+
     Returns:
-        共通のプロバイダー。アプリが先に設定したものがあれば、それに MLflow を足したもの。
+        共通のプロバイダー。アプリが先に設定したものがあれば、それに MLflow を足したもの
+        (作り直された後は、そのリソースとサンプラーは使われない)。
 
     Raises:
         RuntimeError: トレースがもう始まっている。または、無効になっている。
@@ -54,7 +70,7 @@ def use_unified_tracer_provider() -> TracerProvider:
     if not _is_unified() and existing is not None:
         raise RuntimeError(
             "MLflow already traces with its own provider; call use_unified_tracer_provider() "
-            "before the first trace and before setup_otlp_export()"
+            "before the first trace, before setup_production_tracing() and setup_otlp_export()"
         )
     os.environ[_FLAG] = "false"
     # 最初のリクエストより前に作る。後だと、最初の HTTP スパンが MLflow に記録されない
@@ -66,7 +82,10 @@ def use_unified_tracer_provider() -> TracerProvider:
             f"the global tracer provider is {type(unified).__name__}, which records nothing; "
             "enable tracing (mlflow.tracing.enable(), OTEL_SDK_DISABLED) first"
         )
-    _link_callers(unified)
+    survive_rebuilds()
+    _link_callers()
+    _add_once(unified, LinkToCaller())
+    _add_once(unified, EndingSpans(lambda content: _hidden(content, masking)))
     return unified
 
 
@@ -81,12 +100,32 @@ def _restore_flag(value: str | None) -> None:
         os.environ[_FLAG] = value
 
 
-def _link_callers(unified: TracerProvider) -> None:
+def _link_callers() -> None:
     current = propagate.get_global_textmap()
     if not isinstance(current, RestartTraces):
         propagate.set_global_textmap(RestartTraces(current))
-    if not any(isinstance(processor, LinkToCaller) for processor in processors_of(unified)):
-        unified.add_span_processor(LinkToCaller())
+
+
+def _add_once(unified: TracerProvider, processor: SpanProcessor) -> None:
+    if not any(isinstance(one, type(processor)) for one in processors_of(unified)):
+        unified.add_span_processor(processor)
+
+
+def _hidden(content: dict[str, Any], masking: Callable[[Any], Any] | None) -> dict[str, Any]:
+    """MLflow の内部の属性のほかを隠す。隠せないまま送るより、中身を捨てる。"""
+    hooks = [hook.value for hook in span_hooks() if callable(getattr(hook, "value", None))]
+    attributes = content["attributes"]
+    own = {k: v for k, v in attributes.items() if k.startswith(("mlflow.trace", "mlflow.exp"))}
+    content["attributes"] = {k: v for k, v in attributes.items() if k not in own}
+    try:
+        for hide in [masking] if masking else hooks:
+            content = hide(content)
+        content["attributes"] = {**content["attributes"], **own}
+        return content
+    except Exception as error:  # 例外の文面にも個人情報が入りうるので、種類だけを書く
+        logger.error("masking failed (%s); the span content is removed", type(error).__name__)
+        events: list[Any] = [{} for _ in content["events"]]
+        return {"attributes": own, "events": events, "name": "[MASKING FAILED]", "status": None}
 
 
 class RestartTraces(TextMapPropagator):
@@ -106,6 +145,8 @@ class RestartTraces(TextMapPropagator):
         getter: Getter[CarrierT] = default_getter,
     ) -> Context:
         """baggage などは読み、呼び出し元のスパンは ``LinkToCaller`` のために控える。"""
+        if _is_unified():  # 作り直された後の最初のリクエストでも、HTTP のスパンより先に作る
+            mlflow.tracing.get_bridged_tracer_provider()
         found = self._inner.extract(carrier, context, getter)
         caller = trace.get_current_span(found).get_span_context()
         if not (caller.is_valid and caller.is_remote):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 from importlib.metadata import version
+from typing import Any
 
 import mlflow
 import mlflow.tracing
 import pytest
 from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 
 from chapter8_samples.opentelemetry import _internals
 
@@ -86,3 +91,26 @@ def test_the_exporters_of_metrics_and_logs_have_their_names(protocol: str) -> No
     kinds = {"metrics": "OTLPMetricExporter", "logs": "OTLPLogExporter"}
     found = {signal: _internals.exporter_class(signal, protocol).__name__ for signal in kinds}
     assert found == kinds, VERSIONS
+
+
+def test_an_ending_span_is_rewritten_before_anyone_receives_it() -> None:
+    def louder(content: dict[str, Any]) -> dict[str, Any]:
+        changed: dict[str, Any] = ast.literal_eval(repr(content).replace("taro", "[NAME]"))
+        return changed
+
+    memory, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    provider.add_span_processor(_internals.EndingSpans(louder))
+    for scope in ("fastapi", "mlflow.tracing.fluent"):  # MLflow のスパンには触らない
+        with provider.get_tracer(scope).start_as_current_span("GET /taro") as span:
+            span.set_attribute("url.query", "q=taro")
+            span.add_event("found", {"name": "taro"}, timestamp=7)
+            span.set_status(StatusCode.ERROR, "no taro")
+    http, own = memory.get_finished_spans()
+    assert http.name == "GET /[NAME]", VERSIONS
+    assert http.attributes == {"url.query": "q=[NAME]"}, VERSIONS
+    assert [(e.name, e.timestamp, dict(e.attributes or {})) for e in http.events] == [
+        ("found", 7, {"name": "[NAME]"})
+    ], VERSIONS
+    assert http.status.description == "no [NAME]", VERSIONS
+    assert own.attributes == {"url.query": "q=taro"}

@@ -18,7 +18,15 @@ import pytest
 import requests
 
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
-from chapter8_samples.opentelemetry import setup_otlp_export, use_unified_tracer_provider
+from chapter8_samples.opentelemetry import (
+    setup_otlp_export,
+    use_unified_tracer_provider,
+    web,
+)
+from chapter8_samples.production_tracing.basic_setup import (
+    reset_production_tracing,
+    setup_production_tracing,
+)
 
 CALLER = "4bf92f3577b34da6a3ce929d0e0e4736"
 TRACEPARENT = f"00-{CALLER}-00f067aa0ba902b7-01"
@@ -73,9 +81,11 @@ Server(uvicorn.Config(app, port=0, log_level="warning")).run()
 
 
 @contextmanager
-def serving(endpoint: str, tracking_uri: str, options: dict[str, Any]) -> Iterator[str]:
+def serving(
+    endpoint: str, tracking_uri: str, options: dict[str, Any], program: str = SERVER
+) -> Iterator[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", SERVER, endpoint, tracking_uri, json.dumps(options)]
+    command = [sys.executable, "-c", program, endpoint, tracking_uri, json.dumps(options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         try:
             assert process.stdout is not None
@@ -137,6 +147,94 @@ def _check_stored(expected: list[str]) -> None:
         assert trace.info.tags["release"] == "v1"
 
 
+MASKED = """
+import json, logging, sys, mlflow, uvicorn
+from fastapi import FastAPI, Request
+from opentelemetry import trace
+from chapter8_samples.opentelemetry import (
+    flush_all, setup_otlp_export, use_unified_tracer_provider
+)
+from chapter8_samples.production_tracing import setup_production_tracing
+from chapter8_samples.production_tracing.masking import mask_pii
+
+endpoint, tracking_uri, options = sys.argv[1:4]
+mlflow.set_tracking_uri(tracking_uri)
+early = trace.get_tracer("early")
+use_unified_tracer_provider()
+held = trace.get_tracer("held")
+setup_production_tracing("unified", span_processors=[mask_pii()])
+setup_otlp_export(endpoint, "bot", **json.loads(options))
+app = FastAPI(telemetry={"operation_spans": False})
+
+@app.get("/ask")
+def ask(request: Request):
+    http = trace.get_current_span()
+    http.set_attribute("url.full", str(request.url))
+    http.set_attribute("http.request.header.authorization", [request.headers["authorization"]])
+    http.set_attribute("http.response.body.size", 12)
+    with held.start_as_current_span("lookup 090-1234-5678"), mlflow.start_span("answer"):
+        trace.get_current_span().add_event("found", {"contact": "taro@example.jp"})
+    try:
+        with early.start_as_current_span("read"):
+            raise ValueError("taro@example.jp")
+    except ValueError:
+        pass
+
+@app.get("/end")
+def end():
+    return flush_all().complete
+
+class Server(uvicorn.Server):
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        print(self.servers[0].sockets[0].getsockname()[1], flush=True)
+
+Server(uvicorn.Config(app, port=0, log_level="warning")).run()
+"""
+
+
+@pytest.mark.slow
+def test_http_spans_are_masked_and_linked_when_8_1_is_set_up_later(
+    tracking_uri: str, otlp: OtlpReceiver
+) -> None:
+    secret = "Bearer abcdefghijklmnop1234567890"
+    headers = {"Authorization": secret, "traceparent": TRACEPARENT}
+    asked = {"email": "taro@example.jp", "phone": "090-1234-5678", "item": "coffee"}
+    options = {"genai_semconv": False}
+    with serving(otlp.grpc_endpoint, tracking_uri, options, MASKED) as url:
+        assert requests.get(f"{url}/ask", asked, headers=headers, timeout=30).ok
+        assert requests.get(f"{url}/end", timeout=30).json()
+    spans = {span.name: span for span in otlp.spans}
+    root = spans["GET /ask"]
+    assert set(spans) == {"GET /ask", "lookup [PHONE]", "answer", "read"}
+    assert {span.trace_id for span in otlp.spans} == {root.trace_id}
+    assert root.links == [(CALLER, "00f067aa0ba902b7")]
+    assert root.resource["service.name"] == "bot"
+    assert root.attributes["url.query"].endswith("item=coffee")
+    assert root.attributes["http.response.body.size"] == 12
+    assert root.attributes["http.request.header.authorization"] == ["[API_KEY]"]
+    assert spans["read"].status_message == "ValueError: [EMAIL]"
+    trace = mlflow.get_trace(f"tr-{root.trace_id}")
+    assert trace is not None and len(trace.data.spans) == 4
+    kept = [json.dumps(trace.to_dict()), json.dumps([vars(s) for s in otlp.spans], default=vars)]
+    for copy in kept:
+        assert "coffee" in copy
+        for leaked in ("taro", "1234-5678", "abcdefghijklmnop"):
+            assert leaked not in copy, leaked
+
+
+def test_a_masking_that_fails_removes_the_content(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_content: object) -> object:
+        raise ValueError("taro@example.jp")
+
+    attributes = {"url.query": "taro@example.jp", "mlflow.traceRequestId": "tr-1"}
+    content = {"attributes": attributes, "events": [{"a": "b"}], "name": "taro", "status": "taro"}
+    found = web._hidden(content, broken)
+    assert found["attributes"] == {"mlflow.traceRequestId": "tr-1"}
+    assert (found["events"], found["status"]) == ([{}], None)
+    assert "taro" not in str(found) + caplog.text and "ValueError" in caplog.text
+
+
 def test_refuses_when_traces_have_started_already(tracking_uri: str, otlp: OtlpReceiver) -> None:
     before = dict(os.environ)
     with mlflow.start_span("too early"):
@@ -147,7 +245,56 @@ def test_refuses_when_traces_have_started_already(tracking_uri: str, otlp: OtlpR
     setup_otlp_export(otlp.grpc_endpoint, "bot")
     with pytest.raises(RuntimeError, match="setup_otlp_export"):
         use_unified_tracer_provider()
+    mlflow.tracing.reset()
+    setup_production_tracing("early")
+    with pytest.raises(RuntimeError, match="setup_production_tracing"):
+        use_unified_tracer_provider()
+    reset_production_tracing()
     assert "MLFLOW_USE_DEFAULT_TRACER_PROVIDER" not in {*before, *os.environ}
+
+
+REBUILT = """
+import mlflow, sys
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from chapter8_samples.opentelemetry import use_unified_tracer_provider
+mlflow.set_tracking_uri(sys.argv[1])
+mlflow.set_experiment("app")
+memory, own = InMemorySpanExporter(), TracerProvider(resource=Resource({"service.name": "own"}))
+if sys.argv[2] == "own":
+    trace.set_tracer_provider(own)
+use_unified_tracer_provider().add_span_processor(SimpleSpanProcessor(memory))
+held = trace.get_tracer("held")
+for name in ("first", "second"):
+    experiment = mlflow.set_experiment(name)
+    for tracer in (held, trace.get_tracer("new")):
+        with tracer.start_as_current_span("request"), mlflow.start_span("answer"):
+            pass
+    mlflow.flush_trace_async_logging()
+    stored = mlflow.search_traces(locations=[experiment.experiment_id], return_type="list")
+    print(sorted(span.name for one in stored for span in one.data.spans))
+print(len(memory.get_finished_spans()))
+mlflow.tracing.disable()
+mlflow.tracing.enable()
+with trace.get_tracer("late").start_as_current_span("request"), mlflow.start_span("answer"):
+    pass
+print(len(memory.get_finished_spans()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", ["own", "mlflow's"])
+def test_processors_and_tracers_survive_what_makes_mlflow_rebuild(
+    tracking_uri: str, provider: str
+) -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", REBUILT, tracking_uri, provider]
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=90)
+    both = "['answer', 'answer', 'request', 'request']"
+    assert run.stdout.splitlines() == [both, both, "8", "10"], run.stderr
 
 
 APP_PROVIDER = """

@@ -175,7 +175,7 @@ def _rebuild_provider() -> list[str]:
         name = type(processor).__name__
         if wrapped_by(processor):
             lost.append(f"{name} wrapped the old processors; install it after setup_otlp_export")
-        else:
+        elif processor not in processors_of(rebuilt):
             rebuilt.add_span_processor(processor)
     return lost
 
