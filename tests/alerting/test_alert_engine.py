@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -11,13 +14,14 @@ from typing import Any
 import pytest
 
 from chapter8_samples.alerting.alert_config import AlertConfig, Inhibit, MuteWindow
-from chapter8_samples.alerting.delivery.posting import (
-    Alert,
-    Delivery,
-)
-from chapter8_samples.alerting.engine import AlertEngine
+from chapter8_samples.alerting.delivery.posting import Alert, Delivery, NotificationHandler
+from chapter8_samples.alerting.engine import AlertEngine, StateHeldError, read_state
 from chapter8_samples.alerting.metrics.measures import MetricSample, MetricSourceError
-from chapter8_samples.alerting.rules.model import AlertConfigError, AlertRule
+from chapter8_samples.alerting.notification_handlers import (
+    ConsoleNotificationHandler,
+    MultiChannelNotifier,
+)
+from chapter8_samples.alerting.rules import AlertConfigError, AlertRule
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 STEP = timedelta(seconds=30)
@@ -375,3 +379,186 @@ def test_a_rule_removed_while_firing_is_resolved_once(changed: AlertRule, tmp_pa
     assert notifier.sent == [("firing", "errors"), ("resolved", "errors")]
     again = AlertEngine(config(changed), calm, notifier, state_path=path)
     assert again.evaluate(START + 2 * STEP) == []
+
+
+def test_everything_due_goes_out_in_one_call() -> None:
+    recorder = Recorder()
+    rules = config(*(rule(f"r{i}") for i in range(5)))
+    AlertEngine(rules, Scripted(error_rate=[1]), recorder).evaluate(START)
+    assert (recorder.calls, len(recorder.sent)) == (1, 5)
+
+
+def test_the_watchdog_pages_unless_it_is_told_not_to() -> None:
+    for fields, severity in (({}, "critical"), ({"watchdog_severity": "warning"}, "warning")):
+        rules = config(rule(), evaluation_failure_for="0s", **fields)
+        lost = Scripted(error_rate=[MetricSourceError("server is down")])
+        (alert,) = AlertEngine(rules, lost).evaluate(START)
+        assert (alert.name, alert.severity.value) == ("alert_evaluation_failed", severity)
+
+
+class Flaky(NotificationHandler):
+    """``fail`` の間は届かず、後で送り直せる通知先。"""
+
+    def __init__(self, fail: bool = False) -> None:
+        self.fail, self.sent = fail, list[str]()
+
+    def deliver(self, alert: Alert) -> Delivery:
+        self.sent += [] if self.fail else [alert.status.value]
+        return self.result(alert, ok=not self.fail, retryable=self.fail)
+
+
+def notifier(routes: dict[str, Sequence[str]] | None = None, **handlers: Any) -> Any:
+    made = MultiChannelNotifier(wait_seconds=30, fallback=handlers.pop("fallback", None))
+    for name, handler in handlers.items():
+        made.add_handler(name, handler)
+    if routes:
+        made.set_severity_routing(routes)
+    return made
+
+
+def test_what_a_renamed_receiver_was_owed_goes_by_the_present_routes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, page, chat, last = tmp_path / "alerts.db", Flaky(), Flaky(), Flaky()
+    source, rules = Scripted(error_rate=[1]), config(rule())
+    before = notifier(slack=Flaky(fail=True), page=page)
+    AlertEngine(rules, source, before, state_path=path).evaluate(START)
+    after = notifier({"warning": ["chat"]}, chat=chat, page=page)
+    AlertEngine(rules, source, after, state_path=path).evaluate(START + STEP)
+    assert (chat.sent, page.sent) == (["firing"], ["firing"])
+    assert "no longer routed to slack; using chat" in caplog.text
+    AlertEngine(rules, source, after, state_path=path).evaluate(START + 2 * STEP)
+    assert chat.sent == ["firing"]
+    other = tmp_path / "other.db"
+    AlertEngine(rules, source, before, state_path=other).evaluate(START)
+    nobody = notifier({"warning": []}, chat=chat, fallback=last)
+    AlertEngine(rules, source, nobody, state_path=other).evaluate(START + STEP)
+    assert (last.sent, chat.sent) == (["firing"], ["firing"])
+
+
+def test_only_the_receiver_that_missed_it_gets_it_again(tmp_path: Path) -> None:
+    slack, page = Flaky(fail=True), Flaky()
+    engine = AlertEngine(config(rule()), Scripted(error_rate=[1]), notifier(slack=slack, page=page))
+    engine.evaluate(START)
+    slack.fail = False
+    run(engine, 3, first=1)
+    assert (slack.sent, page.sent) == (["firing"], ["firing"])
+
+
+class Hanging(NotificationHandler):
+    """許されるまで返らない通知先。"""
+
+    def __init__(self) -> None:
+        self.go, self.sent = threading.Event(), list[str]()
+
+    def deliver(self, alert: Alert) -> Delivery:
+        assert self.go.wait(60)
+        self.sent.append(alert.name)
+        return self.result(alert, ok=True)
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(1000, marks=pytest.mark.slow)])
+def test_while_one_channel_hangs_the_others_have_everything_within_a_second(count: int) -> None:
+    hanging, lines = Hanging(), list[str]()
+    channels = notifier(slow=hanging, page=ConsoleNotificationHandler(lines.append))
+    channels.wait_seconds = 1.0  # 評価が通知先を待つ上限
+    rules = config(*(rule(f"r{i}") for i in range(count)))
+    engine = AlertEngine(rules, Scripted(error_rate=[1]), channels)
+    try:
+        engine.evaluate(START)
+        assert (len(lines), hanging.sent) == (count, [])
+        assert engine.evaluate(START + STEP) == []
+        assert len(lines) == count
+    finally:
+        hanging.go.set()
+    channels.stop()
+    engine.close()
+    assert sorted(set(hanging.sent)) == sorted(hanging.sent) and len(hanging.sent) <= count
+
+
+def test_a_state_is_not_given_away_while_something_is_being_sent(tmp_path: Path) -> None:
+    hanging, path = Hanging(), tmp_path / "alerts.db"
+    channels = notifier(slow=hanging)
+    channels.wait_seconds = 0.05
+    source, rules = Scripted(error_rate=[1]), config(rule())
+    first = AlertEngine(rules, source, channels, state_path=path)
+    first.evaluate(START)
+    second = AlertEngine(rules, source, notifier(page=Flaky()), state_path=path)
+    with pytest.raises(StateHeldError, match=f"held by pid {os.getpid()} on"):
+        second.evaluate(START + STEP)
+    hanging.go.set()
+    channels.stop()
+    first.close()
+    assert second.evaluate(START + STEP) == []
+    assert hanging.sent == ["errors"]
+
+
+def test_what_did_not_begin_before_the_end_is_left_to_the_next_run(tmp_path: Path) -> None:
+    hanging, page, path = Hanging(), Flaky(), tmp_path / "alerts.db"
+    channels = notifier(slow=hanging)
+    channels.wait_seconds = 0.05
+    rules = config(rule("a"), rule("b"))
+    engine = AlertEngine(rules, Scripted(error_rate=[1]), channels, state_path=path)
+    engine.evaluate(START)
+    threading.Timer(0.2, hanging.go.set).start()
+    channels.stop()
+    engine.close()
+    assert hanging.sent == ["a"]
+    next_run = AlertEngine(rules, Scripted(error_rate=[1]), notifier(slow=page), state_path=path)
+    assert next_run.evaluate(START + STEP) == []
+    assert (hanging.sent, page.sent) == (["a"], ["firing"])  # b だけが、一度
+
+
+def test_a_second_watch_stands_by_until_the_first_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, recorder, stops = tmp_path / "alerts.db", Recorder(), [threading.Event() for _ in "12"]
+    source, rules = Scripted(error_rate=[1]), config(rule())
+    engines = [AlertEngine(rules, source, recorder, state_path=path) for _ in "12"]
+    watches = [
+        threading.Thread(target=engine.run_forever, args=(0.02,), kwargs={"stop": stop})
+        for engine, stop in zip(engines, stops, strict=True)
+    ]
+    watches[0].start()
+    wait_for(lambda: engines[0].last_evaluated_at is not None)
+    watches[1].start()
+    wait_for(lambda: "standing by: alert state" in caplog.text)
+    assert engines[1].last_evaluated_at is None
+    stops[0].set()
+    wait_for(lambda: engines[1].last_evaluated_at is not None)
+    stops[1].set()
+    for watch in watches:
+        watch.join()
+    assert recorder.sent == [("firing", "errors")]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_each_value_of_a_label_is_an_alert_of_its_own(tmp_path: Path) -> None:
+    """悪い版だけが発報し、戻して使われなくなれば(標本がなくなれば)解消する。"""
+    path, bad = tmp_path / "alerts.db", [0, 1, 1, None, None, None]
+    source = Scripted(**{"error_rate|v1": [0], "error_rate|v2": bad})
+    rules = config(rule(by="tag:version", keep_firing_for="30s"), labels={"service": "bot"})
+    changes = [
+        (i, alert.status.value, dict(alert.labels))
+        for i in range(6)
+        for alert in AlertEngine(rules, source, state_path=path).evaluate(START + i * STEP)
+    ]
+    labels = {"service": "bot", "version": "v2"}
+    assert changes == [(1, "firing", labels), (3, "resolved", labels)]
+    assert {state.label for state in read_state(path).values() if state.rule == "errors"} == {"v1"}
+
+
+def test_a_rule_may_compare_with_an_earlier_window() -> None:
+    """先週は 200 件だったのに、今は 1 件しかない。値は、先週に対する比。"""
+    source = Scripted(trace_count=[200, 200, 200, 1])
+    rules = config(rule(metric="trace_count", op="<", threshold=0.05, window="1m", compare="1m"))
+    engine = AlertEngine(rules, source)
+    assert engine.evaluate(START + 2 * STEP) == []
+    (alert,) = engine.evaluate(START + 3 * STEP)
+    assert (alert.status.value, alert.value) == ("firing", 0.005)

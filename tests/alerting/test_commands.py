@@ -8,13 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 import yaml
 from ports import free_port
 
+from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting.__main__ import main
+from chapter8_samples.alerting.engine.file import StateFile
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE = "{name: errors, metric: error_rate, window: 5m, threshold: 0.5, severity: critical}"
@@ -32,6 +35,14 @@ groups:
       severity: critical
     annotations:
       summary: errors
+      value: '{{ $value }}'
+  - alert: alert_evaluation_failed
+    expr: increase(llm_app_read_failures_total[5m]) > 0 or absent(llm_app_read_failures_total)
+    for: 1m
+    labels:
+      severity: critical
+    annotations:
+      summary: alert rules could not be read
       value: '{{ $value }}'
 """
 
@@ -119,6 +130,78 @@ def test_once_fires_once_and_remembers(
     assert capsys.readouterr().out == ""
     assert main(["once", config, "--experiment", "nobody"]) == 3
     assert "experiment 'nobody' does not exist" in capsys.readouterr().err
+
+
+def test_once_tells_the_receivers_that_mlflow_is_down_and_sends_what_was_owed(
+    config: str,
+    failed_trace: str,
+    tmp_path: Path,
+    webhooks: WebhookReceiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """止まった MLflow は、受け手の障害と違って誰にも見えない。cron の 1 回目で知らせる。"""
+    path, state = tmp_path / "told.yaml", ["--state", str(tmp_path / "state.db")]
+    receiver = "receivers: {ops: {type: slack, url_env: OPS_URL}}\n"
+    path.write_text(Path(config).read_text(encoding="utf-8") + receiver, encoding="utf-8")
+    monkeypatch.setenv("OPS_URL", f"http://127.0.0.1:{free_port()}/a/b")
+    assert main(["once", str(path), *state]) == 1  # Slack に届かない
+    monkeypatch.setenv("OPS_URL", f"{webhooks.url}/a/b")
+    down = ["--tracking-uri", f"http://127.0.0.1:{free_port()}"]
+    for _ in range(2):
+        assert main(["once", str(path), *state, *down]) == 3
+    texts = sorted(request.json["text"] for request in webhooks.received)
+    assert [text.split()[:3] for text in texts] == [
+        ["[発報]", "CRITICAL", "alert_evaluation_failed"],
+        ["[発報]", "CRITICAL", "errors"],
+    ]
+    assert main(["once", str(path), *state]) == 1
+    assert "[解消] CRITICAL alert_evaluation_failed" in webhooks.received[-1].json["text"]
+
+
+def test_a_patient_watchdog_waits_over_several_runs(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patient = tmp_path / "patient.yaml"
+    text = Path(config).read_text(encoding="utf-8") + "evaluation_failure_for: 30m\n"
+    patient.write_text(text, encoding="utf-8")
+    down = ["--tracking-uri", f"http://127.0.0.1:{free_port()}"]
+    assert main(["once", str(patient), *down, "--state", str(tmp_path / "s.db")]) == 3
+    assert capsys.readouterr().out == ""
+
+
+def test_a_second_engine_is_refused_and_told_who_holds_the_state(
+    config: str, failed_trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = StateFile(tmp_path / "state.db")
+    first.hold()
+    assert main(["once", config, "--state", str(tmp_path / "state.db")]) == 2
+    problem = capsys.readouterr()
+    assert f"is held by pid {os.getpid()} on {socket.gethostname()} since 20" in problem.err
+    assert problem.out == ""
+    first.release()
+    assert main(["once", config, "--state", str(tmp_path / "state.db")]) == 1
+
+
+def test_alertmanager_is_told_how_long_the_schedule_is(
+    config: str,
+    failed_trace: str,
+    tmp_path: Path,
+    webhooks: WebhookReceiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """10 分おきの once で、次の回の前に解消とみなされない。"""
+    path, state = tmp_path / "am.yaml", ["--state", str(tmp_path / "state.db")]
+    text = Path(config).read_text(encoding="utf-8")
+    text += "receivers: {am: {type: alertmanager, url_env: AM_URL}}\n"
+    monkeypatch.setenv("AM_URL", webhooks.url)
+    path.write_text(text, encoding="utf-8")
+    assert main(["once", str(path), *state]) == 2  # 間隔が分からない
+    path.write_text(f"{text}interval: 10m\n", encoding="utf-8")
+    for _ in range(2):
+        assert main(["once", str(path), *state]) == 1
+    posted = [request.json[0] for request in webhooks.received]
+    held = [datetime.fromisoformat(a["endsAt"]) - datetime.now(timezone.utc) for a in posted]
+    assert len(posted) >= 2 and all(timedelta(minutes=20) < left for left in held)
 
 
 def test_replay_reads_the_stored_traces(

@@ -7,14 +7,15 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from datetime import datetime
 
 from .posting import (
     Alert,
+    AlertSeverity,
     AlertStatus,
     Delivery,
     NotificationConfigError,
     NotificationHandler,
-    json_bytes,
 )
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 MAX_UNCLAIMED = 1000
 """受け取られるのを待つ、結果の数の上限。"""
 
+Key = tuple[str, AlertStatus, AlertSeverity, datetime]
+"""同じ通知か。値だけが違う繰り返しは、まだ列にあるなら一つにまとめる。"""
 Route = tuple[Mapping[str, str], Sequence[str]]
 """(条件, 通知先の名前)。"""
 
@@ -32,7 +35,7 @@ class ChannelQueue:
     def __init__(self, handler: NotificationHandler) -> None:
         self.handler, self.failures = handler, 0
         self._waiting: deque[tuple[Alert, Future[Delivery]]] = deque()
-        self._jobs: dict[bytes, Future[Delivery]] = {}
+        self._jobs: dict[Key, Future[Delivery]] = {}
         self._lock, self._running = threading.Lock(), False
 
     @property
@@ -41,7 +44,7 @@ class ChannelQueue:
         with self._lock:
             return self._running
 
-    def put(self, alert: Alert, key: bytes, *, again: bool = False) -> Future[Delivery]:
+    def put(self, alert: Alert, key: Key, *, again: bool = False) -> Future[Delivery]:
         """列に加える。同じ通知(``key``)がまだ列にあれば加えない(二重に届く)。
 
         Args:
@@ -60,7 +63,7 @@ class ChannelQueue:
                 threading.Thread(target=self._work, name=f"notify-{self.handler.name}").start()
             return job
 
-    def take(self, alert: Alert, key: bytes, job: Future[Delivery]) -> Delivery:
+    def take(self, alert: Alert, key: Key, job: Future[Delivery]) -> Delivery:
         """結果。まだなら ``pending`` で、後で ``put(again=True)`` から受け取れる。"""
         if not job.done():
             return self._unsent(alert, "still being sent; the channel is slow", pending=True)
@@ -159,7 +162,10 @@ class Fanout:
 
         前の分をまだ送っている通知先は待たない。
         """
-        keyed = [(alert, json_bytes(alert.to_dict()), names) for alert, names in targets]
+        keyed = [
+            (alert, (alert.fingerprint, alert.status, alert.severity, alert.starts_at), names)
+            for alert, names in targets
+        ]
         behind = {name for name, queue in self.queues.items() if queue.busy}
         jobs = [
             (name, alert, key, queue.put(alert, key, again=again))
