@@ -69,6 +69,8 @@ def record_error(span: LiveSpan, error: BaseException, **details: Any) -> None:
 
 def _join_text(chunks: list[Any]) -> str:
     """つないだ文字列。断片の境目で分かれた絵文字は戻し、片割れだけのものは U+FFFD に替える。"""
+    if all(isinstance(chunk, bytes) for chunk in chunks):
+        return b"".join(chunks).decode("utf-8", "replace")
     text = "".join(str(chunk) for chunk in chunks)
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -211,8 +213,8 @@ class _Stream:
             record_error(span, error)
             span.add_event(SpanEvent.from_exception(cast("Exception", error)))
         span.set_attribute("stream.chunks", len(self._chunks))
-        span.set_outputs(self._output())
-        span.set_outputs(as_utf8(span.outputs))  # ここでは、どんな断片も文字列か辞書
+        span.set_outputs(as_utf8(self._output()))
+        span.set_outputs(as_utf8(span.outputs))  # 断片がオブジェクトでも、ここでは文字列か辞書
         span.end(status="OK" if is_cut or error is None else "ERROR")
 
     def _output(self) -> Any:

@@ -218,6 +218,9 @@ PLACES: dict[str, Callable[[Any], Any]] = {
     "attribute": lambda span: span.set_attribute("k", HALF_EMOJI),
     "event": lambda span: span.add_event(SpanEvent(HALF_EMOJI, attributes={"k": HALF_EMOJI})),
     "exception": _fail,
+    "feedback": lambda span: mlflow.log_feedback(
+        trace_id=span.trace_id, name="f", value=HALF_EMOJI, rationale=HALF_EMOJI
+    ),
     "tag": lambda span: mlflow.update_current_trace(tags={"k": HALF_EMOJI}),
     "user": lambda span: mlflow.update_current_trace(user=f"u{HALF_EMOJI}"),
     "preview": lambda span: mlflow.update_current_trace(request_preview=f"p{HALF_EMOJI}"),

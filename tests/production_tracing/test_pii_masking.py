@@ -435,6 +435,7 @@ def test_autologged_openai_call_is_masked(tracking_uri: str, stored: Any, stub_l
         "-----BEGIN PRIVATE KEY-----\\nMIIEvQIBADAN",
         "Bearer abcdefghijklmnopqrstuvwxyz",
         "password=hunter2",
+        "暗証番号は 1234",
         "Authorization: Basic dXNlcg==",
     ],
 )
@@ -451,6 +452,8 @@ def test_notations_that_hide_a_secret(text: str) -> None:
     [
         "image@2x.png",
         "icon@3x.webp",
+        "image@2x-dark.png",
+        "logo@1.5x.jpeg",
         "react@18.2.0",
         "03-04-2026",
         "03-04-2026 1015",
@@ -495,6 +498,10 @@ SECRETS: list[tuple[Any, Any]] = [
     ({"DB_PASSWORD": 1234}, {"DB_PASSWORD": "[PASSWORD]"}),
     ({"パスワード": "x"}, {"パスワード": "[PASSWORD]"}),
     ({"token": "x"}, {"token": "[API_KEY]"}),
+    (
+        {"passwords": ["x"], "Set-Cookie": "x"},
+        {"passwords": ["[PASSWORD]"], "Set-Cookie": "[API_KEY]"},
+    ),
     ({"api_key": ["x", "y"]}, {"api_key": ["[API_KEY]", "[API_KEY]"]}),
     ({"clientSecret": {"a": {"b": "x"}}}, {"clientSecret": {"a": {"b": "[API_KEY]"}}}),
     ({"Authorization": "x"}, {"Authorization": "[API_KEY]"}),
@@ -545,6 +552,9 @@ def test_no_entry_of_a_dictionary_is_lost() -> None:
         (["電話 090-1234-5678", "9 時に"], ["電話 [PHONE]", "9 時に"]),  # つなぐと 12 桁になる
         (["sk-proj-abc", "defgh1234ijkl"], ["[API_KEY]", ""]),
         (["番号は", "4111", " 1111", " 1111", " 1111"], ["番号は", "[CARD]", "", "", ""]),
+        (["taro@example.co", "m です"], ["[EMAIL] です", ""]),
+        (["taro@example.jp", "jiro@example.jp"], ["[EMAIL]", "[EMAIL]"]),  # 別々のアドレス
+        (["宛先は taro@example.com", "OK"], ["宛先は [EMAIL]", "OK"]),
         (["返品は", "14", "日", "以内"], ["返品は", "14", "日", "以内"]),
         (["1001", "1002", "1003"], ["1001", "1002", "1003"]),  # つなぐと個人番号の形
         (["01", "02", "03", "04", "05"], ["01", "02", "03", "04", "05"]),
@@ -555,6 +565,16 @@ def test_pieces_are_masked_as_the_joined_text(pieces: list[str], masked: list[st
     nested = [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
     contents = [one["choices"][0]["delta"]["content"] for one in mask_pii().value(nested)]
     assert contents == masked
+
+
+def test_messages_of_a_chat_are_not_pieces_of_one_text() -> None:
+    mail, number, key = "mail taro@example.jp", "090-1234-", "sk-proj-abcdefghijkl1234"
+    talk = [("user", mail), ("assistant", "ok"), ("user", number), ("user", "5678"), ("tool", key)]
+    messages = [{"role": role, "content": text} for role, text in [*talk, ("assistant", "done")]]
+    texts = [one["content"] for one in mask_pii().value({"messages": messages})["messages"]]
+    assert texts == ["mail [EMAIL]", "ok", number, "5678", "[API_KEY]", "done"]
+    pieces = [{"role": "assistant", "content": text} for text in ("090-", "1234-", "5678")]
+    assert [one["content"] for one in mask_pii().value(pieces)] == ["[PHONE]", "", ""]
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=6))
@@ -725,6 +745,7 @@ STREAMS: dict[str, Callable[[Sequence[str]], None]] = {
     "async generator": read_async_generator,
     "failing generator": read_failing_generator,
     "list of strings": read_stream(list, str),
+    "list of bytes": read_stream(list, str.encode),
     "list of dictionaries": read_stream(list, as_chunk),
     "list of objects": read_stream(list, Chunk),
     "broken join": read_stream(broken_join, str),

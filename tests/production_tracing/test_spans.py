@@ -580,6 +580,14 @@ def test_joined_text_can_always_be_stored(pieces: list[str]) -> None:
         assert joined == "".join(pieces)
 
 
+def test_pieces_of_bytes_are_recorded_as_their_text(stored: Any) -> None:
+    """Flask や SSE の本体は、バイト列で送ることが多い。文字の途中で分かれてもよい。"""
+    answer = "返品は 14 日以内です".encode()
+    pieces = [answer[place : place + 4] for place in range(0, len(answer), 4)]
+    assert list(traced_stream("stream", pieces)) == pieces
+    assert root(stored("spans")[0]).outputs == answer.decode()
+
+
 @pytest.mark.slow
 def test_fastapi_client_that_disconnects(stored: Any) -> None:
     """応答の途中で切断されても、トレースは 1 件保存される。"""

@@ -18,7 +18,7 @@ import mlflow
 from mlflow.entities import LiveSpan, Trace
 
 from .. import _internals
-from .text import export_as_utf8, send_as_utf8
+from .text import send_as_utf8, send_cleaned
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Ledger:
             with self._changed:
                 self._pipeline = _internals.current_pipeline()
                 for processor in [] if self.problem else _internals.mlflow_processors():
-                    _internals.watch_export(processor, self, export_as_utf8)
+                    _internals.watch_export(processor, self, send_cleaned)
         except AttributeError as error:  # 数えられなくても、記録は続ける
             self.problem = f"MLflow {mlflow.__version__} has changed: {error}"
             logger.warning("undelivered traces are not counted: %s", self.problem)
@@ -94,7 +94,7 @@ class Ledger:
         started = time.monotonic()
         ids, whole = _trace_ids(name, values), name != "log_spans"
         try:
-            send = export_as_utf8 if name == "export" else send_as_utf8
+            send = send_cleaned if name in ("export", "start_trace") else send_as_utf8
             answer = send(call, *values)
             if name == "export" and answer.name == "FAILURE":
                 self.lost(ids, "the OTLP endpoint did not accept the spans")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from copy import copy
 from typing import Any
 
-from mlflow.entities import Span, TraceData, TraceInfo
+from mlflow.entities import Assessment, Span, TraceData, TraceInfo
+from mlflow.entities.assessment import ExpectationValue, FeedbackValue
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
@@ -30,9 +31,9 @@ def send_as_utf8(send: Callable[..., Any], *values: Any) -> Any:
         return send(*map(as_utf8, values))
 
 
-def export_as_utf8(export: Callable[..., Any], spans: Any) -> Any:
-    """``export(spans)``。OTLP の送信は、書けない属性を黙って捨てるので、先に置き換える。"""
-    return export(as_utf8(spans))
+def send_cleaned(send: Callable[..., Any], value: Any) -> Any:
+    """``send(value)``。書けない属性を OTLP は黙って捨て、SQLite は読めなくするので、先に直す。"""
+    return send(as_utf8(value))
 
 
 def as_utf8(value: Any) -> Any:
@@ -43,8 +44,12 @@ def as_utf8(value: Any) -> Any:
         return {as_utf8(key): as_utf8(item) for key, item in value.items()}
     if type(value) in (list, tuple):
         return [as_utf8(item) for item in value]
-    if isinstance(value, TraceInfo | TraceData):
-        return replace(value, **{f.name: as_utf8(getattr(value, f.name)) for f in fields(value)})
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, TraceInfo | TraceData | Assessment | FeedbackValue | ExpectationValue):
+        cleaned = copy(value)
+        vars(cleaned).update(as_utf8(vars(value)))
+        return cleaned
     if isinstance(value, Span):
         return Span.from_dict(as_utf8(value.to_dict()))
     if isinstance(value, Event):

@@ -137,10 +137,10 @@ def _any_case(*names: str) -> str:
 
 
 # 値を隠す名前。辞書のキーでは、この語で終わるもの("x-api-key"、"DB_PASSWORD")
-_PASSWORD = _any_case("pass(?:word|wd|phrase|code)", "pwd", "パスワード", "暗証番号")
+_PASSWORD = _any_case("pass(?:words?|wd|phrase|code)", "pwd", "パスワード", "暗証番号")
 _KEY = _any_case(
     *("secrets?", "secret[-_ ]?key", "a(?:pi|ccess|ccount)[-_ ]?keys?", "private[-_ ]?keys?"),
-    *("token", "authorization", "credentials?"),
+    *("token", "authorization", "credentials?", "cookie"),
 )
 
 
@@ -191,7 +191,8 @@ _PREFIXES = (
 _API_KEY = "|".join(f"{one}(?<![0-9A-Za-z]{one})" for one in map(re.escape, _PREFIXES.split()))
 _JWT = r"eyJ(?<![0-9A-Za-z]eyJ)[A-Za-z0-9_-]{8,999}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
 # 先頭の条件がないと、長い文字列(base64 の画像など)で時間が長さの 2 乗になる。"image@2x.png" は違う
-_EMAIL = r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+@(?!\d+x\.)(?:[\w-]+\.)+[A-Za-z]{2,}"
+_IMAGE = r"\d[\d.]*x[\w.-]*\.(?:png|jpe?g|gif|webp|avif|svg)"
+_EMAIL = rf"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+@(?!{_IMAGE})(?:[\w-]+\.)+[A-Za-z]{{2,}}"
 _NAMED_MY_NUMBER = (
     r"(?:マイナンバー|個人番号|My ?Number|my ?number)[^0-9\n]{0,12}"
     rf"(?P<pii>[0-9]{{4}}(?:{_GAP}{{0,3}}[0-9]{{4}}){{2}})(?![0-9])"
@@ -202,6 +203,9 @@ DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     Pattern("PRIVATE_KEY", re.compile(_PEM)),
     Pattern("PASSWORD", re.compile(_USERINFO)),  # メールアドレスより先に見る
     Pattern("PASSWORD", _named(_PASSWORD), is_secret),
+    Pattern(
+        "PASSWORD", re.compile(rf"(?:{_PASSWORD})[\s:=は]{{1,4}}(?P<pii>[0-9]{{4,}})(?![\w-])")
+    ),
     Pattern("API_KEY", _named(_KEY), is_secret),
     Pattern("API_KEY", re.compile(_AUTHORIZATION)),
     Pattern(

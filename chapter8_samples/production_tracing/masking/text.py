@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 from .patterns import Found, Pattern, is_secret, secret_label
@@ -19,6 +20,9 @@ _ESCAPE = re.compile(
     rf"|{_BYTE}[c-fC-F]{_HEX}(?:{_BYTE}[89abAB]{_HEX})+|{_BYTE}{_HEX}{{2}}"  # UTF-8 の 1 文字ずつ
 )
 _MAY_ESCAPE = re.compile(rf"[\\%{_UNSEEN}]")
+# 会話の 1 件は断片ではない("assistant" だけは、ストリームの断片にも付く)
+_WHOLE_ROLES = ("user", "human", "system", "developer", "tool")
+_TLD = re.compile(r"\.(?:[a-z]{2}|com|net|org|info|biz|dev|app|edu|gov|shop|example|test)$", re.I)
 _HALF_WIDTH = {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
 
 Path = tuple[str, ...]
@@ -74,6 +78,18 @@ def _items(value: Any) -> list[tuple[str, Any]]:
     return [("*", item) for item in value] if isinstance(value, list | tuple | set) else []
 
 
+def _below(value: Any, path: Path, key: str) -> Path:
+    """``value[key]`` の場所。会話の 1 件の中では、リストの中ではないものとして扱う。"""
+    is_whole = isinstance(value, Mapping) and value.get("role") in _WHOLE_ROLES
+    return (*(part for part in path if part != "*" or not is_whole), key)
+
+
+def _email_end(text: str, start: int, end: int, borders: list[int]) -> int:
+    """メールアドレスに、次の文字列("a@b.jp" の次の "OK")が続いて見えるときは、その手前。"""
+    ends = [one for one in borders if start < one < end and _TLD.search(text[start:one])]
+    return ends[-1] if ends and not _TLD.search(text[start:end]) else end
+
+
 class Pass:
     """1 回の置き換え。同じ文字列は一度だけ調べる。"""
 
@@ -111,13 +127,16 @@ class Pass:
         if isinstance(value, str) and "*" in path:
             pieces[path].append(value)
         for key, item in _items(value):
-            self._collect(item, (*path, key), pieces)
+            self._collect(item, _below(value, path, key), pieces)
 
     def _gathered(self, texts: list[str]) -> list[str]:
         """ストリーミングの断片にまたがるものを、その最初の断片に集める(残りは空にする)。"""
         joined = "".join(texts)
         piece_of = [index for index, text in enumerate(texts) for _ in text]
-        for start, end, _ in reversed(self._find(joined)):
+        borders = list(accumulate(map(len, texts)))
+        for start, end, label in reversed(self._find(joined)):
+            if label == "EMAIL":
+                end = _email_end(joined, start, end, borders)
             first, last = piece_of[start], piece_of[end - 1] + 1
             # 番号を並べただけのリスト。つないだ 10 桁と 12 桁は、偶然に合いすぎる
             if not (joined.isdigit() and end - start in (10, 12)):
@@ -128,7 +147,7 @@ class Pass:
         if isinstance(value, Mapping):
             return self._entries(value, path)
         if isinstance(value, list | tuple | set):
-            return [self._masked(item, (*path, key)) for key, item in _items(value)]
+            return [self._masked(item, _below(value, path, key)) for key, item in _items(value)]
         if isinstance(value, bool | float) or value is None:
             return value
         is_piece = isinstance(value, str) and path in self._pieces
@@ -147,5 +166,5 @@ class Pass:
             name = masked = self.text(key)
             while name in result:
                 name = f"{masked} ({len(result) + 1})"
-            result[name] = self._masked(item, (*path, key))
+            result[name] = self._masked(item, _below(entries, path, key))
         return result
