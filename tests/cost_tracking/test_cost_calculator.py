@@ -238,6 +238,28 @@ def test_every_price_of_a_row_can_be_said() -> None:
         assert calculator.price("m", tokens, 0, **options).total_usd == Decimal(want)
 
 
+def test_the_names_of_service_tiers_are_not_case_sensitive() -> None:
+    rates = {"input": 4, "output": 16}
+    row = {"input": 2, "output": 8, "service_tiers": {"Priority": rates}}
+    calculator = CostCalculator(
+        {"models": {"m": {**row, "tiers": [{**row, "above_input_tokens": 9}]}}}
+    )
+    for tokens in (1, 10):
+        assert calculator.price("m", tokens, 0, service_tier="PRIORITY").row is not None
+    with pytest.raises(PriceTableError, match=r"m\.service_tiers: "):
+        PriceTable.from_mapping({"models": {"m": {**row, "batch_input": 1, "service_tiers": 5}}})
+
+
+def test_the_throughput_of_a_bedrock_name_is_no_part_of_the_model() -> None:
+    rows = {"us.vendor.m-v1": {"input": 3, "output": 3}, "vendor.n-v2:0": {"input": 2, "output": 2}}
+    calculator = CostCalculator({"models": rows})
+    found = {
+        name: calculator.price(name, 1, 1).matched_model
+        for name in ("bedrock/us.vendor.m-v1:0", "us.vendor.m-v1:0:200k", "eu.vendor.n-v2:0")
+    }
+    assert list(found.values()) == ["us.vendor.m-v1", "us.vendor.m-v1", "vendor.n-v2:0"]
+
+
 def test_the_most_specific_row_wins_at_every_step_of_the_name() -> None:
     rows = {
         "vendor.model-v1:0": {"input": 3, "output": 3},
@@ -282,7 +304,7 @@ def test_numpy_integers() -> None:
     item = CALCULATOR.price("gpt-4o", np.int64(1000), np.uint8(50), np.int32(800))  # pyright: ignore
     assert item == CALCULATOR.price("gpt-4o", 1000, 50, 800)
     assert type(item.input_tokens) is int
-    for wrong in (-one, np.float64(1), np.bool_(True)):
+    for wrong in (-one, np.float64(1), np.bool_(True), np.array([5]), np.array([5, 6])):
         with pytest.raises(InvalidUsageError, match="must be an integer >= 0"):
             CALCULATOR.calculate("gpt-4o", wrong, 1)  # pyright: ignore
 
@@ -303,6 +325,8 @@ def test_pricing_adds_to_the_default_table() -> None:
         {"models": {"gpt-4o": {"input": 0.0025, "output": 0.01}}},  # 本書の 1,000 トークンあたり
         {"models": {"gpt-4o": {"input": 2.5e-06, "output": 1e-05}}},  # litellm の 1 トークンあたり
         {"models": {"gpt-5": {"input": 1.25e-06, "output": 1e-05}}},
+        {"models": {"gpt-5": {"input": 0.00125, "output": 0.01}}},
+        {"gpt-5": {"input": 1.25e-06, "output": 1e-05}},
     ],
 )
 def test_a_unit_that_gives_an_absurd_price_is_refused(pricing: dict[str, Any]) -> None:

@@ -240,6 +240,26 @@ def test_bare_names_as_mlflow_records_them(genai: CostCalculator) -> None:
             genai.table.resolve(unknown)
 
 
+def test_a_bare_name_does_not_take_the_price_of_a_reseller() -> None:
+    """クラウドやルーターの単価は、その名前で呼んだときだけのもの。"""
+    row = {"input": 2, "output": 2}
+    resellers = (
+        "azure",
+        "azure_ai",
+        "bedrock/us-east-1",
+        "vertex_ai",
+        "openrouter/meta",
+        "github-copilot",
+    )
+    for reseller in resellers:
+        table = PriceTable.from_mapping({"models": {f"{reseller}/llama-x": row}})
+        with pytest.raises(UnknownModelError, match=f"did you mean: {reseller}/llama-x"):
+            table.resolve("llama-x")
+        assert table.resolve(f"{reseller}/llama-x").kind == "exact"
+        both = table.with_overrides({"models": {"fast/llama-x": {"input": 3, "output": 3}}})
+        assert both.resolve("llama-x").name == "fast/llama-x"
+
+
 def test_a_bare_name_with_two_prices_is_not_guessed() -> None:
     rows = {"fast/llama-x": {"input": 1, "output": 1}, "slow/llama-x": {"input": 2, "output": 2}}
     table = PriceTable.from_mapping({"models": rows})
@@ -285,7 +305,9 @@ def test_what_litellm_cannot_say(litellm: CostCalculator) -> None:
         "ollama/llama3": "its price is 0 in litellm, which can mean unknown",
         "gpt-image-1.5": "its price is for image_generation",
     }
-    assert litellm.table.resolve("claude-opus-latest").name == "azure_ai/claude-opus-5-5"
+    assert litellm.table.resolve("azure_ai/claude-opus-latest").name == "azure_ai/claude-opus-5-5"
+    with pytest.raises(UnknownModelError, match="did you mean: azure_ai/claude-opus-5-5"):
+        litellm.table.resolve("claude-opus-latest")  # 再販の単価しかない
 
 
 @pytest.mark.slow

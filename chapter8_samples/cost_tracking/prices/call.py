@@ -77,7 +77,10 @@ def checked_usage(*counts: int) -> Usage:
 
 
 def _count(value: int, name: str) -> int:
-    whole = hasattr(value, "__index__") and not isinstance(value, bool)
-    if not whole or index(value) < 0:
+    try:
+        count = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        count = -1
+    if count < 0:
         raise InvalidUsageError(f"{name}_tokens must be an integer >= 0, got {value!r}")
-    return index(value)
+    return count

@@ -143,8 +143,12 @@ def _with_batch(entry: Any) -> Any:
     if isinstance(row.get("tiers"), list):
         row["tiers"] = [_with_batch(tier) for tier in row["tiers"]]
     batch = {key: row.pop(f"batch_{key}") for key in AMOUNTS if f"batch_{key}" in row}
-    services = row.get("service_tiers", {})
-    return {**row, "service_tiers": {**services, "batch": batch}} if batch else row
+    services = row.pop("service_tiers", {})
+    if isinstance(services, Mapping):
+        named = cast(Mapping[object, Any], services).items()
+        services = {str(name).strip().lower(): rates for name, rates in named}
+        services |= {"batch": batch} if batch else {}
+    return {**row, "service_tiers": services}
 
 
 def _scaled(rates: _AnyRates) -> _AnyRates:

@@ -9,7 +9,8 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Any, ClassVar
 
-_LEAST = Decimal("0.0001")
+LEAST = {"input": Decimal("0.002"), "output": Decimal("0.002")}  # いちばん安いモデルより安い
+_LEAST_CACHED = Decimal("0.0001")
 AMOUNTS = ("input", "output", "cached_input", "cache_write", "cache_write_1h")
 _PACKAGE = __name__.rpartition(".prices.")[0]
 IMPORT_COMMAND = f"python -m {_PACKAGE} prices import genai-prices -o prices.json"
@@ -136,5 +137,5 @@ def _absurd(rates: Rates, limit: int) -> list[str]:
     return [
         f"{key}: {price:f} USD per 1M tokens is not a price; check the sign and the unit"
         for key in AMOUNTS
-        if (price := getattr(rates, key)) and not _LEAST <= price <= limit
+        if (price := getattr(rates, key)) and not LEAST.get(key, _LEAST_CACHED) <= price <= limit
     ]

@@ -14,6 +14,10 @@ MAKERS = (  # 自社のモデルを売る提供元と、Bedrock の aws。再販
     "meta", "moonshot", "moonshotai", "minimax", "zai", "zhipuai", "perplexity", "voyage",
     "voyageai", "databricks", "aws",
 )  # fmt: skip
+RESELLERS = (  # ほかの会社のモデルを、自分の単価で売る。接頭辞のない名前には使わない
+    "azure/", "azure_ai/", "bedrock/", "bedrock_mantle/", "vertex_ai/", "openrouter/",
+    "vercel_ai_gateway/", "github_copilot/", "github-copilot/", "litellm_proxy/",
+)  # fmt: skip
 _PREFIX = re.compile(  # bedrock/us-east-1/ のような AWS のリージョンと、MLflow の openai:/ も
     r"^(?:bedrock/[a-z]{2}(?:-[a-z]+)+-\d|azure|azure_ai|bedrock|converse|models|vertex_ai"
     rf"|litellm_proxy|openrouter|{'|'.join(MAKERS)}):?/"
@@ -21,6 +25,7 @@ _PREFIX = re.compile(  # bedrock/us-east-1/ のような AWS のリージョン�
 _RESOURCE = ("arn:", "projects/", "publishers/")  # AWS の ARN、Vertex AI のリソース名
 _REGION = re.compile(r"^(?:us-gov|us|eu|apac|jp|au|ca|in|global)\.(?=[a-z0-9]+\.)")
 _VENDOR = re.compile(r"^(?:anthropic|meta|amazon|mistral|cohere|openai|deepseek|moonshotai|zai)\.")
+_THROUGHPUT = re.compile(r"(?<=-v\d)(?::\d+\w*)+$")
 _BEDROCK_VERSION = re.compile(r"-v\d+(?::\d+)*$")
 _VERTEX_DATE = re.compile(r"(?:-v\d)?@(\d{8})$")
 _DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")
@@ -29,7 +34,7 @@ _DATED = re.compile(r"-(?:20\d{6}|20\d\d-\d\d-\d\d|latest)$")
 def spellings(model: str) -> list[str]:
     """書かれたままの名前から、料金表の綴りまで。詳しい順。
 
-    >>> spellings("bedrock/us.anthropic.claude-3-haiku-20240307-v1:0")[::2]
+    >>> spellings("bedrock/us.anthropic.claude-3-haiku-20240307-v1:0")[::3]
     ['bedrock/us.anthropic.claude-3-haiku-20240307-v1:0', 'us.anthropic.claude-3-haiku-20240307', \
 'anthropic.claude-3-haiku-20240307']
     """
@@ -55,7 +60,7 @@ def _steps(name: str) -> Iterator[str]:
     base = _REGION.sub("", name)
     for bedrock in (name, base):
         if base != name or _VENDOR.match(base):
-            yield from (bedrock, _BEDROCK_VERSION.sub("", bedrock))
+            yield from (bedrock, _THROUGHPUT.sub("", bedrock), _BEDROCK_VERSION.sub("", bedrock))
     if _VENDOR.match(base):
         yield _VENDOR.sub("", _BEDROCK_VERSION.sub("", base))
 

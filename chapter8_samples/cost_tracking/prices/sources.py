@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from .model import AMOUNTS
+from .model import AMOUNTS, LEAST
 from .table import PriceTable
 
 Entry = dict[str, Any]
@@ -232,6 +232,8 @@ def _litellm_problem(row: Entry) -> str:
         return FEE
     if "input" not in prices or ("output" not in prices and mode != "embedding"):
         return NO_TOKENS
+    if any(0 < prices.get(key, 0) < least for key, least in LEAST.items()):
+        return "its price is too low to be one"
     return "" if any(prices.values()) else "its price is 0 in litellm, which can mean unknown"
 
 

@@ -35,7 +35,7 @@ from .model import (
     UnknownModelError,
     row_problems,
 )
-from .names import MAKERS, family, spellings, undated
+from .names import MAKERS, RESELLERS, family, spellings, undated
 
 Rows = tuple[ModelPrice, ...]
 _BOOK = Path(__file__).with_name("book_2024_12.json")
@@ -172,13 +172,12 @@ class PriceTable:
             forms = (name, undated(name))
             if match := self._exact(forms) or self._of_maker(forms):
                 return match
-            resold = list(
-                dict.fromkeys(full for form in forms for full in self._tails.get(form, ()))
-            )
-            if resold and "/" not in model:  # 接頭辞が違えば、よその提供元の単価は使わない
-                prices = [self.rows.get(full, full) for full in resold]
-                same = prices.count(prices[0]) == len(prices)
-                return Match(resold[0], "alias") if same else resold[:4]
+            sold = list(dict.fromkeys(full for form in forms for full in self._tails.get(form, ())))
+            if sold and "/" not in model:  # 接頭辞が違えば、よその提供元の単価は使わない
+                direct = [full for full in sold if not full.startswith(RESELLERS)]
+                prices = [self.rows.get(full, full) for full in direct]
+                same = bool(prices) and prices.count(prices[0]) == len(prices)
+                return Match(direct[0], "alias") if same else sold[:4]
         return self._near_names(names[-1])
 
     def _exact(self, names: Iterable[str]) -> Match | None:
