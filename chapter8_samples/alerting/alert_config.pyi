@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from typing import Any
 from .engine import AlertEngine, Notifier
-from .rules import AlertConfig, AlertConfigError, AlertRule, BurnRateRule, Inhibit, MuteWindow, load_config, parse_duration
-__all__ = ['AlertConfig', 'AlertConfigError', 'AlertRule', 'BurnRateRule', 'Inhibit', 'MuteWindow', 'load_config', 'parse_duration', 'setup_alerting']
+from .rules import AlertConfig
 
-def setup_alerting(experiment_name: str, config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str] | None=None, notifier: Notifier | None=None, *, tracking_uri: str | None=None, state_path: str | os.PathLike[str] | None=None, clock: Callable[[], datetime]=lambda: datetime.now(timezone.utc)) -> AlertEngine:
+def support_bot_alerts() -> AlertConfig:
+    """サポートボットのルール。数値は、自分のアプリの目標に合わせて変える。"""
+
+def setup_alerting(experiment_name: str, config: AlertConfig | Mapping[str, object] | str | os.PathLike[str] | None=None, notifier: Notifier | None=None, *, tracking_uri: str | None=None, state_path: str | os.PathLike[str] | None=None, clock: Callable[[], datetime]=lambda: datetime.now(timezone.utc)) -> AlertEngine:
     """エクスペリメントのトレースを見張る ``AlertEngine`` を作る。
 
     Args:
