@@ -120,6 +120,7 @@ class StateFile:
                 saved.holder = replace(saved.holder, until=self._clock())
 
     def _hold(self) -> Saved | None:
+        _check_header(self.path)
         with self._open() as saved:
             last = saved.holder
             mine = last is not None and last.id == self._me
@@ -205,6 +206,15 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, RuleState]:
             return _read(database).rules
     except sqlite3.Error as error:
         raise OSError(f"{path} is no alert state that can be read: {error}") from error
+
+
+def _check_header(path: Path) -> None:
+    """短いファイルは、中身が何でも、SQLite には空のデータベースに見える。"""
+    if not path.exists():
+        return
+    with path.open("rb") as opened:
+        if opened.read(16) not in (b"", b"SQLite format 3\x00"):
+            raise _BrokenError("not a SQLite file")
 
 
 def _read(database: sqlite3.Connection) -> Saved:
