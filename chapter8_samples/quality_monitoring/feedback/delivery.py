@@ -9,10 +9,10 @@ import contextvars
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
 from mlflow.entities import Assessment, AssessmentSource, Expectation, Feedback, TraceInfo
@@ -31,12 +31,14 @@ from .kinds import (
     TraceNotFoundError,
 )
 
+T = TypeVar("T")
 Authorize = Callable[[TraceInfo], bool]
 FEEDBACK_ID = "feedback_id"
 GIVEN_AT = "feedback_given_at_ms"
 _RETRYABLE = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
 # 同じ人の同じ評価は 1 件ずつ(続けて押すと、互いに相手が見えず 2 件とも有効になる)
 _TURNS = [threading.Lock() for _ in range(256)]
+_HURRY = threading.Lock()
 
 
 def store_feedback(
@@ -71,15 +73,29 @@ def is_superseded(request: FeedbackRequest, stored: Assessment | None) -> bool:
     return int(_metadata(stored).get(GIVEN_AT, 0)) > request.given_at_ms
 
 
+def stored_among(trace_ids: Iterable[str], *, timeout_seconds: float) -> set[str]:
+    """保存されているトレース。何件でも 1 回で尋ねる。Databricks などでは ``MlflowException``。"""
+    store: Any = TracingClient().store
+    infos = _within(timeout_seconds, lambda: store.batch_get_trace_infos(list(trace_ids)))
+    return {info.trace_id for info in infos}
+
+
 def hurry_export() -> None:
     """自分のプロセスのトレースなら、保存の順番(最大 5 秒)を待たずに書き出しを始める。"""
-    # mlflow.flush_trace_async_logging() は、何もなくても終わるまで約 2 秒かかる
-    flush = get_bridged_tracer_provider().force_flush
-    threading.Thread(target=flush, daemon=True, name="hurry-export").start()
+    if _HURRY.acquire(blocking=False):  # 何人が待っていても、書き出しは 1 つ
+        threading.Thread(target=_export, daemon=True, name="hurry-export").start()
 
 
-def _within(seconds: float, call: Callable[[], Assessment | None]) -> Assessment | None:
-    future: Future[Assessment | None] = Future()
+def _export() -> None:
+    try:
+        # mlflow.flush_trace_async_logging() は、何もなくても終わるまで約 2 秒かかる
+        get_bridged_tracer_provider().force_flush()
+    finally:
+        _HURRY.release()
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    future: Future[T] = Future()
 
     def work() -> None:
         try:

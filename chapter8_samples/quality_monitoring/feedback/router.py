@@ -41,12 +41,12 @@ from pydantic import BaseModel, ValidationError
 
 from .._internals import current_experiment_id
 from . import kinds
-from .delivery import hurry_export, is_superseded, store_feedback
+from .arrivals import Arrivals
+from .delivery import is_superseded, store_feedback
 from .kinds import FeedbackDeliveryError, FeedbackRequest
 from .outbox import FeedbackOutbox
 
 logger = logging.getLogger(__name__)
-PAUSE_SECONDS = 0.01  # でたらめなトレース ID がいくら来ても、調べるのに CPU を使い切らない
 Kind = Literal["thumbs", "rating", "comment", "issue", "correction"]
 KINDS = dict(zip(get_args(Kind), kinds.FeedbackType, strict=True))
 
@@ -156,6 +156,7 @@ class _Desk:
     timeout_seconds: float
     max_pending: int
     # アプリのスレッドは使わず、1 件ずつ試みる(並べて走らせると、ほかの応答が GIL を待つ)
+    arrivals: Arrivals = field(default_factory=Arrivals)
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "feedback"))
 
     async def take(
@@ -190,24 +191,27 @@ class _Desk:
         return request
 
     async def deliver(self, http: Request, request: FeedbackRequest) -> Assessment | None:
-        """期限まで繰り返す。"""
+        """トレースが保存されるのを待って送る。届かなければ、期限まで繰り返す。"""
 
         def allowed(info: TraceInfo) -> bool:
-            return (
-                self.authorize is None or self.authorize(http, Trace(info, TraceData([]))) is True
-            )
+            trace = Trace(info, TraceData([]))
+            return self.authorize is None or self.authorize(http, trace) is True
 
         def attempt() -> Assessment | None:
-            try:
-                return store_feedback(request, timeout_seconds=left, authorize=allowed)
-            except kinds.TraceNotFoundError:
-                time.sleep(PAUSE_SECONDS)
-                raise
+            return store_feedback(request, timeout_seconds=left, authorize=allowed)
 
-        deadline, delay = time.monotonic() + self.timeout_seconds, 0.1
+        loop, deadline, delay = (
+            asyncio.get_running_loop(),
+            time.monotonic() + self.timeout_seconds,
+            0.1,
+        )
+        with self.arrivals.of(request.trace_id) as arrival:
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(arrival), self.timeout_seconds)
+            except asyncio.TimeoutError as late:
+                raise kinds.TraceNotFoundError("the trace is not stored", request) from late
         while True:
             left = deadline - time.monotonic()
-            loop = asyncio.get_running_loop()
             try:
                 job = loop.run_in_executor(self.threads, copy_context().run, attempt)
                 return await asyncio.wait_for(job, left)
@@ -216,9 +220,8 @@ class _Desk:
             except FeedbackDeliveryError:
                 if time.monotonic() + delay >= deadline:
                     raise
-            hurry_export()
             await asyncio.sleep(delay)
-            delay *= 2
+            delay = min(2 * delay, 0.5)
 
     def keep(self, error: FeedbackDeliveryError) -> None:
         """送信箱に残す。残す場所がないか、残してよいか分からなければ 503。"""
