@@ -20,11 +20,12 @@ from urllib.parse import quote
 import mlflow
 import pytest
 from conftest import without_settings
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from samples import ROOT, run_as_reader
 
 from chapter8_samples.__main__ import main
+from chapter8_samples._lab import doctor as doctor_package
 from chapter8_samples._lab.doctor import checks, run, services, setup_problems
 from chapter8_samples._lab.doctor import settings as rules
 from chapter8_samples._lab.doctor.finding import Finding
@@ -61,19 +62,32 @@ HOSTS = st.sampled_from(["127.0.0.1:9", "[::1]:9", "h.invalid"])
 
 
 @given(SECRETS, HOSTS, st.booleans())
+@example("//q1w2e3r4", "127.0.0.1:9", False)
+@example("q1://w2e3r4", "127.0.0.1:9", False)
 def test_addresses_are_shown_without_their_secrets(secret: str, host: str, spelled: bool) -> None:
     secret = quote(secret, safe="") if spelled else secret
     assert shown(f"http://user:{secret}@{host}/v1/traces") == f"http://{host}/v1/traces"
     assert shown(f"postgresql://user:{secret}@{host}/db") == f"postgresql://{host}/db"
     assert shown(f"https://{secret}@{host}") == f"https://{host}"
-    if not secret.startswith("//"):  # "user://..." は、user という種類の URL
-        assert shown(f"user:{secret}@{host}") == host
+    assert shown(f"user:{secret}@{host}") == host  # 種類のない URL。secret は "//" でも始まる
 
 
 @given(SECRETS.filter(lambda s: "@" not in s), HOSTS)
 def test_queries_and_paths_of_addresses_are_dropped(secret: str, host: str) -> None:
     secret = f"Q{secret}Q"
     assert secret not in shown(f"https://{host}/{secret}/v1/traces?token={secret}#{secret}")
+
+
+@given(SECRETS)
+@example("p//q://r@s")
+def test_passwords_that_are_not_encoded_are_known(secret: str) -> None:
+    secret = f"Q{secret}Q"
+    for scheme in ("http://", "postgresql://", ""):
+        address = f"{scheme}user:{secret}@host/db"
+        hidden = sorted(run.secrets({"MLFLOW_TRACKING_URI": address}), key=len, reverse=True)
+        for text in (address, f"said {secret}."):
+            masked = run._without_secrets(Finding("x", "error", text), hidden)
+            assert secret not in masked.detail
 
 
 @settings(max_examples=30)
@@ -475,6 +489,28 @@ def test_old_mlflow_is_diagnosed_not_crashed_into(tmp_path: Path) -> None:
     )
     assert job.returncode == 1 and "MLflow 3.9.0 は古すぎます" in job.stdout, job.stderr
     assert 'pip install -U "mlflow>=3.17,<4"' in job.stdout
+
+
+def test_the_version_of_mlflow_is_shown_against_the_tested_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for version, level in (("3.17.0", "ok"), ("3.18.9", "ok"), ("3.19.0", "warning")):
+        for module in (checks, setup_problems):
+            monkeypatch.setattr(module, "version", lambda _, found=version: found)
+        found = named(checks.versions(), "mlflow")
+        assert found.level == level and version in found.detail
+        assert "3.17 以上 3.19 未満" in found.detail
+        assert bool(found.fix) == (level == "warning")
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    monkeypatch.delitem(sys.modules, rules.__name__)
+    monkeypatch.delitem(sys.modules, services.__name__)
+    for module in (rules, services):
+        monkeypatch.delattr(doctor_package, module.__name__.rpartition(".")[2])
+    found = named(run.diagnose({}), "設定")
+    assert found.level == "error" and "pydantic が入っていません" in found.detail
 
 
 def test_works_where_mlflow_cannot_even_be_imported(tmp_path: Path) -> None:

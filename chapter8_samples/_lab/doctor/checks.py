@@ -20,6 +20,7 @@ from .finding import Finding
 from .setup_problems import (
     INSTALL,
     MINIMUM_MLFLOW,
+    UNTESTED_MLFLOW,
     Problem,
     backend_problem,
     bounded,
@@ -85,10 +86,24 @@ def _mlflow_versions() -> Iterator[Finding]:
     elif full and light and full != light:
         detail = f"mlflow {full} と mlflow-tracing {light} の版が違います。"
         yield Finding("mlflow", "error", detail, f"そろえてください: {INSTALL}")
-    elif full:
-        yield Finding("mlflow", "ok", full)
     else:
-        yield Finding("mlflow-tracing", "ok", f"{light}(mlflow 本体なし: 本番のアプリ用)")
+        yield _tested(
+            name, full or light or "", "" if full else "。mlflow 本体なし: 本番のアプリ用"
+        )
+
+
+def _tested(name: str, found: str, more: str) -> Finding:
+    """確かめてある範囲の版か。"""
+    tested = f"{_version(MINIMUM_MLFLOW)} 以上 {_version(UNTESTED_MLFLOW)} 未満で確認済み{more}"
+    if numbers_of(found) < UNTESTED_MLFLOW:
+        return Finding(name, "ok", f"{found}({tested})")
+    wanted = f'"{name}>={_version(MINIMUM_MLFLOW)},<{_version(UNTESTED_MLFLOW)}"'
+    fix = f"動かないときは、確認済みの版にしてください: python -m pip install {wanted}"
+    return Finding(name, "warning", f"{found} では確認していません({tested})。", fix)
+
+
+def _version(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def _from_problem(name: str, problem: Problem) -> Finding:
@@ -256,7 +271,9 @@ def _experiment(uri: str, environment: Environment, wanted: str | None) -> Itera
     number = None if wanted else environment.get("MLFLOW_EXPERIMENT_ID")
     label = name or number
     if label is None:
-        yield Finding("エクスペリメント", "ok", "指定なし(--experiment NAME で読み書きを診ます)")
+        yield Finding(
+            "エクスペリメント", "ok", "指定なし(--experiment NAME で、読み書きできるかを確かめます)"
+        )
         return
     try:
         found = bounded(lambda: _find(uri, name, number), SECONDS)

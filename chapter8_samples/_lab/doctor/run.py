@@ -13,16 +13,19 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import ModuleType
 from urllib.parse import quote, unquote
 
 from ..console import color, pad, width
-from . import checks, services, settings
+from . import checks
 from .finding import Finding
+from .setup_problems import Problem, explain
 
 MARKS = {"ok": ("OK", "32"), "warning": ("注意", "33"), "error": ("NG", "31")}
 _SECRET_NAME = re.compile(
     r"KEY|TOKEN|PASSW|PASSPHRASE|SECRET|HEADERS|WEBHOOK|CREDENTIAL|AUTH", re.IGNORECASE
 )
+_ADDRESS_NAME = re.compile(r"UR[IL]|ENDPOINT|PROXY|HOST", re.IGNORECASE)
 # 短い値や true / false を伏せると、直し方の文まで読めなくなる(TOKENIZERS_PARALLELISM=false など)
 _SHORTEST_SECRET = 4
 _NO_SECRETS = ("true", "false")
@@ -45,14 +48,26 @@ def diagnose(environment: Mapping[str, str], experiment: str | None = None) -> l
         ("料金表", checks.prices),
         ("手元のデータ", lambda: checks.lab_folder(environment)),
         ("接続先", lambda: checks.backend(environment, experiment)),
-        ("ジャッジ", lambda: services.judge(environment)),
-        ("OTLP", lambda: services.otlp(environment)),
-        ("設定", lambda: settings.conflicts(environment)),
+        ("ジャッジ", lambda: _services().judge(environment)),
+        ("OTLP", lambda: _services().otlp(environment)),
+        ("設定", lambda: _settings().conflicts(environment)),
     ]
     hidden = sorted(secrets(environment), key=len, reverse=True)
     return [
         _without_secrets(finding, hidden) for name, check in plan for finding in _safe(name, check)
     ]
+
+
+def _services() -> ModuleType:
+    from . import services
+
+    return services
+
+
+def _settings() -> ModuleType:
+    from . import settings  # pydantic がなくても、ほかの診断は続ける
+
+    return settings
 
 
 def _safe(name: str, check: Check) -> list[Finding]:
@@ -61,9 +76,11 @@ def _safe(name: str, check: Check) -> list[Finding]:
         for finding in check():
             found.append(finding)
     except Exception as error:  # 診断そのものの失敗も、1 件の結果として見せる
-        kind = type(error).__name__
-        fix = "この環境の設定を 1 つずつ外して、もう一度診断してください。"
-        found.append(Finding(name, "error", f"診断の途中で失敗しました({kind})。", fix))
+        problem = explain(error) or Problem(
+            f"診断の途中で失敗しました({type(error).__name__})。",
+            "この環境の設定を 1 つずつ外して、もう一度診断してください。",
+        )
+        found.append(Finding(name, "error", problem.what, problem.fix))
     return found
 
 
@@ -73,7 +90,7 @@ def secrets(environment: Mapping[str, str]) -> set[str]:
     for name, value in environment.items():
         if _SECRET_NAME.search(name):
             found |= {value, *_header_values(value)}
-        if "://" in value:
+        if "://" in value or _ADDRESS_NAME.search(name):
             found |= set(_parts_of_url(value))
     spelled = {form for value in found for form in (value, unquote(value), quote(value, safe=""))}
     return {
@@ -92,11 +109,12 @@ def _header_values(text: str) -> Iterator[str]:
 
 
 def _parts_of_url(url: str) -> Iterator[str]:
-    rest = url.partition("://")[2]
-    owner, found, after = rest.rpartition("@")
+    """利用者とパスワード、クエリの値。"://" は、符号化していないパスワードの中にもありうる。"""
+    before, found, after = url.rpartition("@")
     if found:
-        yield owner
-        yield from owner.split(":", 1)[1:]
+        for owner in (before, before.partition("://")[2]):
+            yield owner
+            yield owner.partition(":")[2]
     for item in re.split(r"[?#&]", after)[1:]:
         yield item
         yield item.partition("=")[2]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from urllib.parse import unquote
 
 from . import checks
 from .checks import call_server
 from .finding import Finding
-from .settings import otlp_endpoint, otlp_setting
+from .settings import Settings
 from .setup_problems import bounded, shown
 
 DEFAULT_JUDGE = "openai:/gpt-4.1-mini"
@@ -98,12 +97,11 @@ _ANSWERS = {
 
 def otlp(environment: Environment) -> Iterator[Finding]:
     """OTLP の送り先に 1 スパンを送り、受け取られたか。"""
-    endpoint = otlp_endpoint(environment)
-    if not endpoint:
+    settings = Settings(environment)
+    if not settings.endpoint:
         yield Finding("OTLP", "ok", "送らない設定です")
         return
-    protocol = otlp_setting(environment, "PROTOCOL", "grpc")
-    if "://" not in endpoint or protocol not in ("grpc", "http/protobuf"):
+    if settings.wrong or "://" not in settings.endpoint:
         return  # 値の誤りは「設定」の診断が知らせる
     if find_spec("opentelemetry.exporter") is None:
         yield Finding(
@@ -113,30 +111,31 @@ def otlp(environment: Environment) -> Iterator[Finding]:
             "入れてください: python -m pip install opentelemetry-exporter-otlp",
         )
         return
-    yield _otlp_answer(environment, endpoint, protocol)
+    yield _otlp_answer(settings)
 
 
-def _otlp_answer(environment: Environment, endpoint: str, protocol: str) -> Finding:
+def _otlp_answer(settings: Settings) -> Finding:
     from chapter8_samples.opentelemetry import check_otlp_connection
 
-    pairs = (i.partition("=") for i in otlp_setting(environment, "HEADERS").split(","))
+    pairs = (item.partition("=") for item in settings.otlp("HEADERS").split(","))
     headers = {key.strip(): unquote(value.strip()) for key, found, value in pairs if found}
-    certificate = otlp_setting(environment, "CERTIFICATE")
+    endpoint, values = settings.endpoint, settings.values
+    certificate = str(values.certificate) if values.certificate else None
 
     def ask() -> str:
         return check_otlp_connection(
             endpoint,
-            protocol,
+            values.protocol,
             headers=headers,
             timeout_seconds=checks.SECONDS,
-            certificate_file=certificate if certificate and Path(certificate).is_file() else None,
+            certificate_file=certificate,
         ).reason
 
     try:
         reason: str = bounded(ask, 2 * checks.SECONDS)
     except TimeoutError:
         reason = "timeout"
-    return _translated(reason, f"{shown(endpoint)} ({protocol})")
+    return _translated(reason, f"{shown(endpoint)} ({values.protocol})")
 
 
 def _translated(reason: str, place: str) -> Finding:

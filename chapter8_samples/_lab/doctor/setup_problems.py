@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-MINIMUM_MLFLOW = (3, 17)
+MINIMUM_MLFLOW, UNTESTED_MLFLOW = (3, 17), (3, 19)
+"""動く最低の版と、まだ確かめていない最初の版。"""
 INSTALL = 'python -m pip install -U "mlflow>=3.17,<4"'
 _CANNOT_WRITE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC),
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),  # フォルダーのはずがファイル、またはその逆
 }
+_SCHEME = re.compile(r"https?|grpc|sqlite|databricks|(postgresql|mysql|mssql)(\+\w+)?")
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SERVER_COMMAND = "python -m mlflow server --host 127.0.0.1 --port 5000"
 
@@ -47,8 +49,8 @@ def shown(uri: str) -> str:
     'https://mlflow.example.com:8443/...'
     """
     scheme, found, rest = uri.partition("://")
-    if not found:
-        return uri.rpartition("@")[2] if "@" in uri else uri
+    if not found or ("@" in rest and not _SCHEME.fullmatch(scheme)):
+        return uri.rpartition("@")[2]  # "://" は、符号化していないパスワードの一部
     rest = rest.rpartition("@")[2] if not scheme.startswith("sqlite") else rest
     rest = re.split(r"[?#]", rest)[0]
     host, slash, path = rest.partition("/")

@@ -204,7 +204,7 @@ function unbroken(values) {
 function drawEvents(svg, x, {trend, events}) {
   for (const {kind, at} of events) {
     const where = x((Date.parse(at) / 1000 - trend.start) / trend.bin_seconds - .5);
-    if (where >= 0 && where <= 100) draw(svg, "line", {class: "event", "data-mark": kind, x1: where, x2: where, y1: 0, y2: 100});
+    if (where >= 0) draw(svg, "line", {class: "event", "data-mark": kind, x1: Math.min(where, 100), x2: Math.min(where, 100), y1: 0, y2: 100});
   }
 }
 
