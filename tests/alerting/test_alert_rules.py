@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from chapter8_samples.alerting import AlertConfig, AlertEngine, RecordedTraces
+from chapter8_samples.alerting import (
+    Alert,
+    AlertConfig,
+    AlertEngine,
+    Inhibit,
+    MuteWindow,
+    RecordedTraces,
+)
 from chapter8_samples.alerting.metrics.measures import TraceRow
 from chapter8_samples.alerting.rules import (
     AlertConfigError,
@@ -203,3 +210,178 @@ def test_one_failed_request_at_night_is_no_incident() -> None:
     for second in range(0, 600, 30):
         told = engine.evaluate(at + timedelta(seconds=second))
         assert [alert.name for alert in told if alert.action == "rollback"] == []
+
+
+RATE_METRICS = ("error_rate", "slow_rate:3s", "fail_rate:x", "thumbs_down_rate:x", "pass_rate:x")
+AMOUNTS = ("latency_p95_ms", "cost_usd", "cost_usd_per_request", "total_tokens", "trace_count")
+
+
+def refused(**fields: Any) -> str:
+    """断られた理由。通れば空。"""
+    make = BurnRateRule if fields.keys() & {"objective", "factor", "long", "short"} else AlertRule
+    try:
+        make(name="r", **fields)
+    except AlertConfigError as error:
+        return " / ".join(error.problems)
+    return ""
+
+
+def test_a_rate_written_in_percent_is_refused_with_the_value_meant() -> None:
+    for metric in RATE_METRICS:
+        for op in (">", "<"):
+            for percent in (1.5, 5, 90, 100):
+                found = refused(metric=metric, op=op, threshold=percent)
+                assert f"write {percent / 100:g} for {percent:g}%" in found
+            assert "between 0 and 1" in refused(metric=metric, op=op, threshold=5000)
+    assert "write 0.05" in refused(threshold="5%")
+    assert "write 0.03" in refused(threshold=0.05, clear_threshold=3)
+    assert "write 0.95" in refused(threshold=0.05, confidence=95)
+    assert "write 0.999" in refused(objective=99.9, factor=10)
+
+
+def test_what_can_never_be_true_or_is_always_true_is_refused() -> None:
+    for metric in (*RATE_METRICS, *AMOUNTS):
+        for value in (0, -1):
+            assert "can never be true" in refused(metric=metric, op="<", threshold=value)
+        assert "always true" in refused(metric=metric, threshold=-0.5)
+    for metric in RATE_METRICS:
+        assert "can never be true" in refused(metric=metric, threshold=1)
+        assert refused(metric=metric, op="<", threshold=1) == ""
+        assert refused(metric=metric, threshold=0) == ""
+    for value in (0, 0.5):
+        assert "always true" in refused(metric="latency_p95_ms", threshold=value)
+    assert "write 500" in refused(metric="time_to_first_chunk_p95_ms", threshold=0.5)
+    assert "write 1 for none at all" in refused(metric="trace_count", op="<", threshold=0)
+    assert refused(metric="trace_count", op="<", threshold=1) == ""
+
+
+def test_a_count_below_its_own_min_samples_is_a_contradiction() -> None:
+    for metric in ("trace_count", "assessment_count:x"):
+        for threshold in (1, 30):
+            found = refused(metric=metric, op="<", threshold=threshold, min_samples=30)
+            assert "min_samples 30 can never be true" in found
+        assert "always true" in refused(metric=metric, threshold=5, min_samples=30)
+        assert refused(metric=metric, op="<", threshold=31, min_samples=30) == ""
+        assert refused(metric=metric, threshold=30, min_samples=30) == ""
+    rate = {"metric": "request_rate", "op": "<", "window": "1m", "min_samples": 30}
+    assert "can never be true" in refused(**rate, threshold=0.5)
+    assert refused(**rate, threshold=0.6) == ""
+    assert refused(metric="error_rate", threshold=0.05, min_samples=30) == ""
+
+
+def test_a_comparison_that_holds_without_any_change_is_refused() -> None:
+    week = {"metric": "trace_count", "compare": "1w"}
+    assert refused(**week, op="<", threshold=0.05, min_samples=100) == ""
+    assert refused(**week, threshold=3) == refused(**week, threshold=1) == ""
+    assert "write 0.05 for 5%" in refused(**week, op="<", threshold=5)
+    assert "without any change; write 1.5 or more" in refused(**week, threshold=0.5)
+    assert "can never be true" in refused(**week, op="<", threshold=0)
+    assert "would overlap" in refused(**week, window="2w", threshold=3)
+    assert "longer than 0s" in refused(metric="trace_count", compare="0s", threshold=3)
+
+
+def test_a_clear_threshold_stands_between_normal_and_the_threshold() -> None:
+    assert "is beyond threshold 0.05" in refused(threshold=0.05, clear_threshold=0.5)
+    assert "is beyond threshold 0.9" in refused(
+        metric="pass_rate:x", op="<", threshold=0.9, clear_threshold=0.8
+    )
+    assert "would never clear" in refused(threshold=0.05, clear_threshold=-0.1)
+    slow = {"metric": "latency_p95_ms", "threshold": 1000}
+    assert "would never clear" in refused(**slow, clear_threshold=0)
+    assert refused(threshold=0.05, clear_threshold=0.05) == ""
+    assert refused(**slow, clear_threshold=800) == ""
+
+
+def test_a_burn_rate_counts_failures_at_a_pace_that_can_be_reached() -> None:
+    assert "write fail_rate:x" in refused(metric="pass_rate:x", objective=0.9, factor=2)
+    for factor in (0, -1):
+        assert "is not above 0" in refused(objective=0.99, factor=factor)
+    assert "a rate can never exceed it" in refused(objective=0.9, factor=10)
+    assert "is not shorter than long: 5m" in refused(long="5m", short="5m")
+
+
+def test_labels_and_splits_that_mean_nothing_are_refused() -> None:
+    for by in ("modell", "tag:", "user"):
+        assert "is not model, prompt_version or tag:<name>" in refused(by=by)
+    assert "did you mean 'model'" in refused(by="modell")
+    assert refused(by="tag:tenant") == refused(by="prompt_version") == ""
+    assert "write severity: there" in refused(labels={"severity": "critical"})
+
+
+@pytest.mark.parametrize(
+    ("metric", "hint"),
+    [
+        ("eror_rate", "did you mean 'error_rate'"),
+        ("pass_rate", "write pass_rate:<assessment name>"),
+        ("passrate:relevance", "did you mean 'pass_rate'"),
+        ("slow_rate:fast", "write slow_rate:3s"),
+    ],
+)
+def test_a_metric_that_does_not_exist_is_refused_in_python_too(metric: str, hint: str) -> None:
+    assert hint in refused(metric=metric, threshold=0.5)
+
+
+RULES: list[Any] = [
+    AlertRule(name="errors", severity="critical", labels={"team": "search"}),
+    AlertRule(name="cost", metric="cost_usd", threshold=1, by="tag:tenant"),
+]
+
+
+def points_nowhere(**fields: Any) -> str:
+    """設定が断られた理由。通れば空。"""
+    try:
+        AlertConfig(rules=RULES, labels={"service": "bot"}, **fields)
+    except AlertConfigError as error:
+        return " / ".join(error.problems)
+    return ""
+
+
+def test_a_selector_that_no_alert_can_fit_is_refused_wherever_it_stands() -> None:
+    """通るのは、起こりうるアラートに合うもの。``by`` のラベルの値は、何でもよい。"""
+    wrong = {
+        "no alert has the label 'sevrity'; did you mean 'severity'?": {"sevrity": "critical"},
+        "no alert has severity 'crit'; did you mean 'critical'?": {"severity": "crit"},
+        "no alert has name 'eror'; did you mean 'errors'?": {"name": "eror"},
+        "no alert has service 'bott'; did you mean 'bot'?": {"service": "bott"},
+        "no alert has metric 'cost_usdd'; did you mean 'cost_usd'?": {"metric": "cost_usdd"},
+        "no single alert has all of": {"name": "cost", "severity": "critical"} | {"team": "search"},
+    }
+    right = ({}, {"severity": "error"}, {"name": "alert_evaluation_failed"}, {"tenant": "acme"},
+             {"service": "bot", "team": "search"}, {"metric": "error_rate"})  # fmt: skip
+    receivers = {"ops": {"type": "console"}}
+
+    def places(selector: dict[str, str]) -> dict[str, dict[str, Any]]:
+        routes = ({"match": selector, "to": ["ops"]}, {"to": ["ops"]})
+        return {
+            "routes[0].match": {"receivers": receivers, "routes": routes},
+            "mute[0].match": {"mute": (MuteWindow(match=selector),)},
+            "inhibit[0].when": {"inhibit": (Inhibit(when=selector, mute={}),)},
+            "inhibit[0].mute": {"inhibit": (Inhibit(when={}, mute=selector),)},
+        }
+
+    for problem, selector in wrong.items():
+        for place, fields in places(selector).items():
+            assert points_nowhere(**fields).startswith(f"{place}: {problem}")
+    for selector in right:
+        assert [points_nowhere(**fields) for fields in places(selector).values()] == [""] * 4
+
+
+def test_equal_and_receivers_name_what_exists() -> None:
+    equal = (Inhibit(when={}, mute={}, equal=("servce", "team", "tenant")),)
+    found = points_nowhere(inhibit=equal)
+    expected = "no alert has the label 'servce'; did you mean 'service'?"
+    assert found == f"inhibit[0].equal: {expected}"
+    receivers = {"ops": {"type": "console"}}
+    routes = ({"to": ["ops", "opps"]},)
+    found = points_nowhere(receivers=receivers, routes=routes)
+    assert found == "routes[0].to: unknown receiver 'opps'; did you mean 'ops'?"
+    assert points_nowhere(routes=({"to": ["console"]},)) == ""  # 通知先を書かなければ console だけ
+
+
+def test_a_label_missing_on_both_sides_is_not_equal() -> None:
+    quiet = Inhibit(when={"name": "a"}, mute={"name": "b"}, equal=("service",))
+    page, warning = Alert(name="a"), Alert(name="b")
+    assert not quiet.applies(warning, page)
+    both = [replace(alert, labels={"service": "bot"}) for alert in (page, warning)]
+    assert quiet.applies(both[1], both[0])
+    assert not quiet.applies(both[1], page)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chapter8_samples._lab.servers.receivers import WebhookReceiver
-from chapter8_samples.alerting import notifier_from_config, verify_signature
+from chapter8_samples.alerting import notifier_from_config, rules, verify_signature
+from chapter8_samples.alerting.__main__ import main
 from chapter8_samples.alerting.alert_config import AlertConfig, load_config
 from chapter8_samples.alerting.delivery.posting import (
     Alert,
@@ -24,6 +26,7 @@ from chapter8_samples.alerting.delivery.posting import (
 from chapter8_samples.alerting.rules import AlertConfigError, AlertRule, BurnRateRule
 from chapter8_samples.alerting.rules.checking import keys_of
 from chapter8_samples.alerting.rules.file import config_from_mapping
+from chapter8_samples.alerting.rules.receivers import RECEIVERS
 
 GOOD = """
 version: 1
@@ -118,7 +121,7 @@ def test_every_kind_of_receiver_is_built_from_its_settings(webhooks: WebhookRece
 def test_the_page_hands_on_the_names_of_the_parts() -> None:
     from chapter8_samples.alerting import alert_config, rules
 
-    for name in set(alert_config.__all__) - {"setup_alerting"}:
+    for name in ("AlertConfig", "AlertRule", "Inhibit", "MuteWindow", "load_config"):
         assert getattr(alert_config, name) is getattr(rules, name)
 
 
@@ -248,8 +251,55 @@ def test_a_route_may_repeat_at_its_own_pace(tmp_path: Path) -> None:
 
 
 def test_times_of_day_may_stand_without_quotes(tmp_path: Path) -> None:
-    window = load_config(write(tmp_path, RULES + "mute: [{start: 22:00, end: 06:30}]")).mute[0]
-    assert (window.start, window.end) == ("22:00", "06:30")
+    for end, minutes in (
+        ("6:30", 510),
+        ("06:30", 510),
+        ("22:00", 1440),
+        ("24:00", 120),
+        ('"24:00"', 120),
+    ):
+        text = f"{RULES}mute: [{{start: 22:00, end: {end}}}]"
+        (window,) = load_config(write(tmp_path, text)).mute
+        day = [datetime(2026, 1, 1, m // 60, m % 60, tzinfo=timezone.utc) for m in range(1440)]
+        assert sum(window.covers(at) for at in day) == minutes
+
+
+def test_a_time_of_day_that_yaml_read_as_a_number_is_refused_with_its_spelling() -> None:
+    """YAML 1.1 は、引用符のない 22:00 を 1320、7:30 を 450 と読む。"""
+    for written, spelling in ((22, "22:00"), (7, "07:00"), (1320, "22:00"), (450, "07:30"),
+                              (0, "00:00"), (1440, "24:00"), (24, "24:00")):  # fmt: skip
+        data = {**yaml.safe_load(RULES), "mute": [{"start": written, "end": "06:00"}]}
+        expected = f'mute[0].start: {written} is not a time of day; write "{spelling}" in quotes'
+        assert problems(data) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("mute: [{start: 22, end: 7}]", 'mute[0].start: 22 is not a time of day; write "22:00"'),
+        ("mute: [{start: 0700, end: 0900}]", "mute[0].start: '0700' is not a time of day"),
+        ("mute: [{start: 22.30, end: 7:00}]", "mute[0].start: 22.3 is not a time of day"),
+        ("offset: 30", "offset: '30' is not a duration; write 30s"),
+        ("offset: 5:00", "offset: '5:00' is not a duration"),
+        ("labels: {version: 1.10}", "labels.version: 1.1 is not a string; write it in quotes"),
+        ("labels: {debug: true}", "labels.debug: True is not a string; write it in quotes"),
+        ("receivers: {a: {type: console, send_resolved: maybe}}",
+         "receivers.a.send_resolved: 'maybe' is not true or false"),
+        ("receivers: {a: {type: email, host: h, sender: a@b, to: [c@d], tls: off}}",
+         "receivers.a.tls: 'off' is not one of starttls, implicit, none"),
+    ],
+)  # fmt: skip
+def test_what_yaml_1_1_would_misread_is_named(line: str, problem: str, tmp_path: Path) -> None:
+    assert problems(write(tmp_path, f"{RULES}{line}\n"))[0].startswith(problem)
+
+
+def test_words_and_dates_without_quotes_stay_what_they_are(tmp_path: Path) -> None:
+    text = f"{RULES}labels: {{country: no, since: 2026-11-30, on: y, port: '8080', ratio: 1:20}}"
+    assert load_config(write(tmp_path, text)).labels == {
+        "country": "no", "since": "2026-11-30", "on": "y", "port": "8080", "ratio": "1:20",
+    }  # fmt: skip
+    flag = f"{RULES}receivers: {{a: {{type: console, send_resolved: no}}}}"
+    assert load_config(write(tmp_path, flag)).receivers["a"]["send_resolved"] is False
 
 
 @pytest.mark.parametrize("start", ["22:00+09:00", "24:00:00:00", "noon", True, 1440])
@@ -362,3 +412,86 @@ def test_what_is_neither_a_mapping_nor_a_path_is_refused(data: Any) -> None:
 def test_the_name_of_the_built_in_alert_is_taken() -> None:
     found = problems(yaml.safe_load(RULES.replace("name: errors", "name: alert_evaluation_failed")))
     assert found == ("rules: 'alert_evaluation_failed' is a built-in alert; rename the rule",)
+
+
+EXAMPLE = Path(rules.__file__).with_name("alerts.yaml")
+
+
+def test_the_example_beside_the_part_is_complete_and_passes_the_check(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["check", str(EXAMPLE)]) == 0
+    assert capsys.readouterr().out == "OK: 8 rules, 7 receivers\n"
+    data = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
+    assert data.keys() == {"version", *keys_of(AlertConfig)}
+    written = {key for rule in data["rules"] for key in rule}
+    assert written | {"no_data"} == set(keys_of(AlertRule))
+    assert {r["type"] for r in data["receivers"].values()} == RECEIVERS.keys()
+    environ = dict.fromkeys(variables(data["receivers"]), "https://example.com/x")
+    assert len(notifier_from_config(load_config(EXAMPLE), environ).queues) == 7
+
+
+def variables(receivers: Any) -> set[str]:
+    return {v for r in receivers.values() for k, v in r.items() if k.endswith("_env")}
+
+
+WORDS = ("{", "}", "[", "]", ":", "- ", "*a", "&a", "!!x", "22:00", "no", "~", "1e400", "-1",
+         "error_rate", "'", '"', "\n", "  ", "\t", "#", "<<", "9" * 50, "\x00", "\ud83d", "0x1f",
+         "https://u:p@h/x?sig=SECRET")  # fmt: skip
+
+
+def mutated(text: str, rng: random.Random) -> str:
+    """文字か行を消す、写す、置き換える。"""
+    lines = text.splitlines(keepends=True)
+    for _ in range(rng.randint(1, 4)):
+        i = rng.randrange(len(lines))
+        at = rng.randrange(len(lines[i]) + 1)
+        cut = at + rng.randint(0, 6)
+        change = rng.randrange(3)
+        if change == 0:
+            lines[i] = lines[i][:at] + rng.choice(WORDS) + lines[i][cut:]
+        elif change == 1:
+            lines[i] = lines[rng.randrange(len(lines))]
+        else:
+            lines[i] = lines[i].replace(rng.choice(lines[i].split() or ["x"]), rng.choice(WORDS))
+    return "".join(lines)
+
+
+def check_mutated(count: int, tmp_path: Path) -> None:
+    text, read = EXAMPLE.read_text(encoding="utf-8"), 0
+    for seed in range(count):
+        path = tmp_path / "mutated.yaml"
+        path.write_bytes(mutated(text, random.Random(seed)).encode("utf-8", "surrogatepass"))
+        try:
+            load_config(path)
+            read += 1
+        except AlertConfigError as error:
+            assert error.problems and "SECRET" not in str(error)
+    assert 0 < read < count
+
+
+def test_20_mutated_files_give_a_config_or_a_config_error(tmp_path: Path) -> None:
+    check_mutated(20, tmp_path)
+
+
+@pytest.mark.slow
+def test_300_mutated_files_give_a_config_or_a_config_error(tmp_path: Path) -> None:
+    check_mutated(300, tmp_path)
+
+
+def test_alertmanager_holds_an_alert_until_after_the_next_evaluation(
+    webhooks: WebhookReceiver,
+) -> None:
+    """10 分おきの評価で、次の評価の前に解消とみなされない。"""
+    for interval, minutes in ((None, 5), ("30s", 5), ("10m", 30), (timedelta(hours=1), 180)):
+        config = AlertConfig(
+            interval=interval, receivers={"am": {"type": "alertmanager", "url_env": "AM_URL"}}
+        )
+        before = datetime.now(timezone.utc)
+        notifier_from_config(config, {"AM_URL": webhooks.url}).notify(Alert(name="a"))
+        (posted,) = webhooks.wait_for(1)[-1].json
+        left = datetime.fromisoformat(posted["endsAt"]) - before
+        assert timedelta(0) <= left - timedelta(minutes=minutes) < timedelta(minutes=1)
+    assert problems({**yaml.safe_load(RULES), "interval": "0s"}) == (
+        "interval: must be longer than 0s",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from datetime import time, timedelta, timezone, tzinfo
+from datetime import timedelta, timezone, tzinfo
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
@@ -20,6 +20,7 @@ MAX_NUMBER = 1e300
 SEVERITIES = ("info", "warning", "error", "critical")
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
+_CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
 
 
@@ -84,12 +85,9 @@ def parse_clock(value: Any) -> timedelta:
     """
     if value == "24:00":
         return timedelta(days=1)
-    try:
-        found = time.fromisoformat(value)
-        if found.tzinfo is None:
-            return timedelta(hours=found.hour, minutes=found.minute, seconds=found.second)
-    except (ValueError, TypeError):
-        pass
+    if isinstance(value, str) and (found := _CLOCK.fullmatch(value)):
+        hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return timedelta(hours=hours, minutes=minutes, seconds=seconds)
     if type(value) is int and 0 <= value <= 1440:
         hours, minutes = (value, 0) if value <= 24 else divmod(value, 60)
         raise ValueError(f'{value} is not a time of day; write "{hours:02}:{minutes:02}" in quotes')
