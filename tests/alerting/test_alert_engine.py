@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from chapter8_samples.alerting.alert_config import AlertConfig, Inhibit, MuteWindow
 from chapter8_samples.alerting.delivery.posting import Alert, Delivery, NotificationHandler
 from chapter8_samples.alerting.engine import AlertEngine, StateHeldError, read_state
 from chapter8_samples.alerting.metrics.measures import MetricSample, MetricSourceError
@@ -21,7 +20,13 @@ from chapter8_samples.alerting.notification_handlers import (
     ConsoleNotificationHandler,
     MultiChannelNotifier,
 )
-from chapter8_samples.alerting.rules import AlertConfigError, AlertRule
+from chapter8_samples.alerting.rules import (
+    AlertConfig,
+    AlertConfigError,
+    AlertRule,
+    Inhibit,
+    MuteWindow,
+)
 
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 STEP = timedelta(seconds=30)
@@ -248,9 +253,17 @@ def test_active_alerts_are_offered_to_handlers_that_need_them_every_cycle() -> N
     assert engine.last_samples()["errors"].value == 0
 
 
+WRONG: Any = {
+    "start": "22:00+09:00",
+    "end": "25:00",
+    "days": ("Mon",),
+    "timezone": "Asia/Tokio",
+}
+
+
 def test_a_mute_window_is_checked_when_it_is_made() -> None:
     with pytest.raises(AlertConfigError) as caught:
-        MuteWindow(start="22:00+09:00", end="25:00", days=("Mon",), timezone="Asia/Tokio")
+        MuteWindow(**WRONG)
     assert len(caught.value.problems) == 4
 
 

@@ -10,9 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from chapter8_samples.alerting.alert_config import AlertConfig
 from chapter8_samples.alerting.metrics.measures import TraceRow
-from chapter8_samples.alerting.rules.model import AlertRule, BurnRateRule
+from chapter8_samples.alerting.rules import AlertConfig, AlertRule, BurnRateRule
 from chapter8_samples.alerting.tools.backtest import Replay, RuleReplay, SyntheticTraffic, replay
 
 FULL = os.environ.get("CHAPTER8_FULL_REPLAY") == "1"

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -307,14 +308,15 @@ def test_engines_that_race_send_everything_once(tmp_path: Path) -> None:
         assert log.read() == ["firing", "resolved"] * counts["firing"]
 
 
-class Dying(sqlite3.Connection):
+def dying(step: Callable[[], object]) -> type[sqlite3.Connection]:
     """文を実行するたびに ``step`` を呼ぶ接続。"""
 
-    step: Callable[[], object] = staticmethod(lambda: None)
+    class Dying(sqlite3.Connection):
+        def execute(self, *arguments: Any) -> sqlite3.Cursor:
+            step()
+            return super().execute(*arguments)
 
-    def execute(self, *arguments: Any) -> sqlite3.Cursor:
-        type(self).step()
-        return super().execute(*arguments)
+    return Dying
 
 
 @pytest.mark.slow
@@ -334,8 +336,7 @@ def test_a_kill_at_any_step_loses_nothing_and_repeats_only_what_was_not_recorded
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def watch(home: Path = home, step: Callable[[], object] = step) -> None:
-            Dying.step = staticmethod(step)
-            file.sqlite3.connect = lambda *a, **k: connect(*a, factory=Dying, **k)  # type: ignore
+            file.sqlite3.connect = partial(connect, factory=dying(step))  # type: ignore[assignment]
             play(home, Log(home / "log", step))
 
         survived = ended(child(watch)) == 0
