@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 
@@ -31,12 +31,14 @@ from chapter8_samples.production_tracing.delivery.session import (
     open_session,
     session_status,
 )
-from chapter8_samples.production_tracing.delivery.settings import TracingStatus, check_options
+from chapter8_samples.production_tracing.delivery.settings import (
+    ExportProfile,
+    TracingStatus,
+    check_options,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan
-
-ExportProfile = Literal["default", "burst", "otlp"]
 
 # MLflow の送信には、満杯になると捨てる場所が 4 つある。どれか 1 つでも足りないと、そこで失われる。
 # burst は 10,000 件のバーストを 1 件も失わなかった値(満杯でもメモリーは数十 MB)
@@ -106,26 +108,7 @@ def setup_production_tracing(
         ValueError: 引数の値が正しくない(すべてを一度に挙げる)。
         TracingSetupError: 二重設定、使えない URI や名前、``strict=True`` での接続失敗。
     """
-    profiles = list(EXPORT_PROFILES)
-    if export_profile not in profiles:
-        raise ValueError(f"export_profile={export_profile!r} must be one of {profiles}")
-    options = check_options(
-        experiment_name=experiment_name,
-        service_name=service_name,
-        tracking_uri=tracking_uri,
-        enable_async=enable_async,
-        deployment_region=deployment_region,
-        service_version=service_version,
-        environment=environment,
-        export_profile=export_profile,
-        sampling_ratio=sampling_ratio,
-        strict=strict,
-        http_timeout_seconds=http_timeout_seconds,
-        http_max_retries=http_max_retries,
-        probe_timeout_seconds=probe_timeout_seconds,
-        retry_seconds=retry_seconds,
-        span_processors=tuple(span_processors),
-    )
+    options = check_options(**locals())
     return open_session(options, EXPORT_PROFILES[export_profile])
 
 

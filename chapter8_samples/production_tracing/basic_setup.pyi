@@ -1,11 +1,9 @@
 """8.1.3 軽量SDK・8.1.4 本番トレーシングの基本設定(リスト8.4)。"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 from .autologging import enable_autologging as enable_autologging
-from .delivery.settings import TracingStatus
+from .delivery.settings import ExportProfile, TracingStatus
 from mlflow.entities import LiveSpan
-ExportProfile = Literal['default', 'burst', 'otlp']
 EXPORT_PROFILES: Mapping[ExportProfile, Mapping[str, str]] = {'default': {}, 'burst': {'MLFLOW_ASYNC_TRACE_LOGGING_MAX_SPAN_BATCH_SIZE': '16384', 'MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE': '20000', 'MLFLOW_TRACE_BUFFER_MAX_SIZE': '20000', 'MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS': '1000', 'MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS': '4'}, 'otlp': {'OTEL_EXPORTER_OTLP_TRACES_PROTOCOL': 'http/protobuf', 'OTEL_BSP_MAX_QUEUE_SIZE': '50000', 'OTEL_BSP_SCHEDULE_DELAY': '1000', 'MLFLOW_TRACE_BUFFER_MAX_SIZE': '50000'}}
 
 def setup_production_tracing(experiment_name: str, service_name: str='llm-app', tracking_uri: str | None=None, enable_async: bool=True, deployment_region: str | None=None, service_version: str | None=None, *, environment: str='development', export_profile: ExportProfile='burst', sampling_ratio: float | None=None, strict: bool=False, http_timeout_seconds: int=10, http_max_retries: int=2, probe_timeout_seconds: float=2.0, retry_seconds: float=15.0, span_processors: Sequence[Callable[[LiveSpan], None]]=()) -> TracingStatus:

@@ -202,12 +202,19 @@ def test_secrets_in_urls_and_headers_are_never_shown(
     [
         ({"USERNAME": "app", "PASSWORD": "p=ss, 鍵"}, "Basic YXBwOnA9c3MsIOmNtQ=="),
         ({"TOKEN": "t0k=n,x"}, "Bearer t0k=n,x"),
+        ({"HOME": "app:p=ss, 鍵"}, "Basic YXBwOnA9c3MsIOmNtQ=="),  # ~/.mlflow/credentials
         ({}, None),
     ],
 )
 def test_otlp_carries_the_credentials_of_mlflow(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: str | None
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], wanted: str | None, tmp_path: Path
 ) -> None:
+    if account := given.pop("HOME", None):
+        user, password = account.split(":")
+        lines = f"[mlflow]\nmlflow_tracking_username={user}\nmlflow_tracking_password={password}\n"
+        (tmp_path / ".mlflow").mkdir()
+        (tmp_path / ".mlflow" / "credentials").write_text(lines, encoding="utf-8")
+        monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in given.items():
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
     patch = EnvironmentPatch()

@@ -123,6 +123,7 @@ TRANSIENT = [
         b'{"error_code": "REQUEST_LIMIT_EXCEEDED", "message": "slow down"}',
         {"Retry-After": "60"},
     ),
+    (200, b"{}", {}),
     (200, LOGIN_PAGE, {"Content-Type": "text/html"}),
     (503, b"", {}),
     (500, b"[]", {}),

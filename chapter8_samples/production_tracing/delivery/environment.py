@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 from base64 import b64encode
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote
+
+from mlflow.utils.credentials import get_default_host_creds
 
 from .settings import Backend, TracingOptions, TracingSetupError, hide_secrets
 
@@ -86,12 +89,6 @@ def limits_of(
 
 # ---- MLflow サーバーの /v1/traces へ OTLP で送る(export_profile="otlp") ----
 
-# この送信は MLflow の HTTP クライアントを通らないので、同じ認証と証明書を渡す
-_CERTIFICATES = {
-    "MLFLOW_TRACKING_SERVER_CERT_PATH": "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
-    "MLFLOW_TRACKING_CLIENT_CERT_PATH": "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE",
-}
-
 
 def check_otlp(tracking_uri: str, backend: Backend) -> None:
     """OTLP で送れる接続先かを確かめる。
@@ -104,7 +101,7 @@ def check_otlp(tracking_uri: str, backend: Backend) -> None:
             "export_profile='otlp' needs an MLflow server (http://...), not "
             f"{hide_secrets(tracking_uri)!r}; use export_profile='burst'"
         )
-    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+    if get_default_host_creds(tracking_uri).ignore_tls_verification:
         raise TracingSetupError(
             "export_profile='otlp' always verifies TLS, but MLFLOW_TRACKING_INSECURE_TLS is set; "
             "set MLFLOW_TRACKING_SERVER_CERT_PATH instead or use export_profile='burst'"
@@ -112,21 +109,20 @@ def check_otlp(tracking_uri: str, backend: Backend) -> None:
 
 
 def otlp_environment(tracking_uri: str, experiment_id: str) -> dict[str, str]:
-    """OTLP の送り先・認証・証明書を表す環境変数。"""
-    headers = {"x-mlflow-experiment-id": experiment_id, **_authorization()}
-    return {
+    """OTLP の送り先と、MLflow の HTTP クライアントと同じ認証・証明書を表す環境変数。"""
+    creds: Any = get_default_host_creds(tracking_uri)
+    headers = {"x-mlflow-experiment-id": experiment_id}
+    if creds.username and creds.password:
+        user = f"{creds.username}:{creds.password}"
+        headers["authorization"] = f"Basic {b64encode(user.encode()).decode()}"
+    elif creds.token:
+        headers["authorization"] = f"Bearer {creds.token}"
+    values = {
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{tracking_uri.rstrip('/')}/v1/traces",
         "OTEL_EXPORTER_OTLP_TRACES_HEADERS": ",".join(
             f"{name}={quote(value, safe='')}" for name, value in headers.items()
         ),
-        **{otel: os.environ[name] for name, otel in _CERTIFICATES.items() if name in os.environ},
+        "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE": creds.server_cert_path,
+        "OTEL_EXPORTER_OTLP_TRACES_CLIENT_CERTIFICATE": creds.client_cert_path,
     }
-
-
-def _authorization() -> dict[str, str]:
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if user and password:
-        return {"authorization": f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}"}
-    return {"authorization": f"Bearer {token}"} if token else {}
+    return {name: value for name, value in values.items() if value}

@@ -98,7 +98,9 @@ class _Session:
 
     def _set_experiment(self, name: str) -> str:
         with self._short_requests():
-            TracingClient().store.get_experiment_by_name(name)  # 届かなければ、ここで分かる
+            found = TracingClient().store.get_experiment_by_name(name)  # 届かなければ、ここで分かる
+        if found is not None and not found.experiment_id:
+            raise ConnectionError("the server answered without an experiment (a proxy?)")
         experiment_id = mlflow.set_experiment(name).experiment_id
         # 同時に作って負けた側では、MLflow 3.17 の記録先は Default のままになる
         if os.environ.get("MLFLOW_EXPERIMENT_ID") != experiment_id:

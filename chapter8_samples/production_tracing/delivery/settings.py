@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import mlflow
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 Backend = Literal["sqlite", "server", "databricks"]
+ExportProfile = Literal["default", "burst", "otlp"]
 Text = Annotated[str, Field(pattern=r"\S")]
 ResourceValue = Annotated[str, Field(pattern=r"^[^,=]*[^,=\s][^,=]*$")]
 Seconds = Annotated[float, Field(gt=0, le=threading.TIMEOUT_MAX)]
@@ -56,14 +57,14 @@ class TracingOptions(BaseModel):
     deployment_region: ResourceValue | None
     service_version: ResourceValue | None
     environment: ResourceValue
-    export_profile: str
+    export_profile: ExportProfile
     sampling_ratio: Annotated[float, Field(ge=0, le=1)] | None
     strict: bool
     http_timeout_seconds: Annotated[int, Field(gt=0)]
     http_max_retries: Annotated[int, Field(ge=0)]
     probe_timeout_seconds: Seconds
     retry_seconds: Seconds
-    span_processors: tuple[Callable[..., None], ...]
+    span_processors: Annotated[tuple[Callable[..., None], ...], BeforeValidator(tuple)]
 
 
 def check_options(**options: Any) -> TracingOptions:
