@@ -295,6 +295,14 @@ def test_tokens_of_a_rollup_without_a_call_are_named(
     assert tracker.snapshot().total.requests == 1
 
 
+def test_a_rollup_that_reports_only_a_total_is_compared_too(tracking_uri: str) -> None:
+    root = call(None, None, kind="AGENT")
+    root.set_attribute(USAGE, {"total_tokens": 3300})
+    cost = price_trace(end(call("gpt-4o", 1000, 100, root), root))
+    assert (cost.total_usd, cost.complete) == (Decimal("0.0035"), False)
+    assert "{'total_tokens': 2200} of span 'call' are in no call below it" in cost.reasons[0]
+
+
 @pytest.mark.parametrize("mark", ["attribute", "message", "chain"])
 def test_an_answer_from_the_cache_of_a_framework_is_free(costs: CostTracking, mark: str) -> None:
     """LangChain の InMemoryCache。MLflow 3.17.2 と langchain-core 1.8.3 が残すスパンの形。"""
@@ -315,6 +323,25 @@ def test_an_answer_from_the_cache_of_a_framework_is_free(costs: CostTracking, ma
     if mark != "chain":  # チェーンが終わるまでは、キャッシュから答えたと分からない
         status = {s.span_id: s.get_attribute("cost.status") for s in trace.data.spans}
         assert (status[hit.span_id], costs.counts["cache_hit"]) == ("cache_hit", 1)
+
+
+def test_only_the_answer_of_a_chain_came_from_its_cache(tracking_uri: str) -> None:
+    """言い換えてから答えるチェーン。印は最後の答えのもので、言い換えは本当に呼んでいる。"""
+    root = mlflow.start_span_no_context("chain", "CHAIN", start_time_ns=DECEMBER)
+    root.set_outputs({"usage_metadata": {"total_cost": 0}})
+    calls = [call("gpt-4o", 1000, 500, root), call("gpt-4o-mini", 1000, 500, root)]
+    for span in calls:
+        span.set_attribute("mlflow.message.format", "langchain")
+    cost = price_trace(end(*calls, root))
+    assert (cost.by_model, cost.complete) == ({"gpt-4o": Decimal("0.0075"), "gpt-4o-mini": 0}, True)
+
+
+def test_a_cached_answer_without_usage_is_free_too(costs: CostTracking) -> None:
+    span = call("gpt-4o", None)
+    span.set_attribute("cost.status", "cache_hit")
+    trace = end(span)
+    assert (price_trace(trace).complete, costs.counts["cache_hit"]) == (True, 1)
+    assert trace.info.tags["cost.status"] == "priced"
 
 
 class FakeSpan:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -145,12 +145,13 @@ def llm_calls(spans: Sequence[Span], known: Mapping[str, LlmCall] | None = None)
     ``known`` は、もう読んだスパンの呼び出し。
     """
     by_id = {span.span_id: span for span in spans}
-    read: dict[str, LlmCall] = {}
-    for key, span in by_id.items():
-        if call := (known or {}).get(key) or read_call(span):
-            parent = by_id.get(span.parent_id or "")
-            hit = parent and not call.cache_hit and _is_langchain_hit(span, parent)
-            read[key] = call.changed(cache_hit=True) if hit else call
+    read = {
+        key: call
+        for key, span in by_id.items()
+        if (call := (known or {}).get(key) or read_call(span))
+    }
+    for key in _langchain_hits(by_id, read):
+        read[key] = read[key].changed(cache_hit=True)
     above = {key: list(_ancestors(by_id, key)) for key in read}
     used = {key for key, call in read.items() if call.usage}
     silent = {key for key in read.keys() - used if used.isdisjoint(above[key])}
@@ -180,7 +181,7 @@ def _compare(parent: LlmCall, below: dict[str, LlmCall], running: bool) -> dict[
     if only_cache and not rest.input_tokens and len({call.model for call in below.values()}) == 1:
         return _share_cache(below, rest)
     missing = {name: n for name in _KEYS if (n := getattr(rest, name)) > 0}
-    if running or not missing.keys() - {"total_tokens"}:
+    if running or not missing:
         return {}
     reason = f"{missing} of span {parent.name!r} are in no call below it"
     usage = TokenUsage(**missing)
@@ -296,10 +297,20 @@ def _is_cache_hit(stored: Mapping[str, Any], outputs: Any) -> bool:
     return free or _value(stored, STATUS_KEY) == "cache_hit"
 
 
-def _is_langchain_hit(span: Span, parent: Span) -> bool:
-    """MLflow は、モデルのスパンでは LangChain の印を捨て、チェーンのスパンには残す。"""
-    is_langchain = span.get_attribute("mlflow.message.format") == "langchain"
-    return is_langchain and _is_cache_hit(stored_attributes(parent), parent.outputs)
+def _langchain_hits(spans: Mapping[str, Span], calls: Iterable[str]) -> list[str]:
+    """チェーンの印で分かるキャッシュの答え。
+
+    MLflow はモデルのスパンから LangChain の印を捨てるが、チェーンの出力(最後の呼び出しの答え)には
+    残す。チェーンの外の呼び出しは見分けられない。自分で ``cost.status`` を ``cache_hit`` にする。
+    """
+    langchain = (k for k in calls if spans[k].get_attribute("mlflow.message.format") == "langchain")
+    last = {spans[key].parent_id: key for key in langchain}
+    return [
+        key
+        for parent, key in last.items()
+        if parent in spans
+        and _is_cache_hit(stored_attributes(spans[parent]), spans[parent].outputs)
+    ]
 
 
 def _dig(data: Any, *path: str | int) -> Any:

@@ -52,12 +52,12 @@ def price_spans(
 def price_call(call: LlmCall, calculator: Calculator, at: datetime | None = None) -> LlmCall:
     """呼び出しにコストを書く。料金が決まらなければ ``unpriced`` とし、理由を書く。"""
     call.status = "unpriced"
-    if call.usage is None:
-        call.status = "missing_usage"
-        call.reason = call.reason or "no token usage was reported"
-    elif call.cache_hit:
+    if call.cache_hit:
         call.status, call.price_source = "cache_hit", "framework cache"
         call.prompt_usd = call.output_usd = _ZERO
+    elif call.usage is None:
+        call.status = "missing_usage"
+        call.reason = call.reason or "no token usage was reported"
     elif call.model != UNATTRIBUTED:
         _ask_price(call, call.usage, calculator, at or call.started_at)
     return call
