@@ -346,7 +346,7 @@ def test_a_selector_that_no_alert_can_fit_is_refused_wherever_it_stands() -> Non
         "no alert has metric 'cost_usdd'; did you mean 'cost_usd'?": {"metric": "cost_usdd"},
         "no single alert has all of": {"name": "cost", "severity": "critical"} | {"team": "search"},
     }
-    right = ({}, {"severity": "error"}, {"name": "alert_evaluation_failed"}, {"tenant": "acme"},
+    right = ({"severity": "error"}, {"name": "alert_evaluation_failed"}, {"tenant": "acme"},
              {"service": "bot", "team": "search"}, {"metric": "error_rate"})  # fmt: skip
     receivers = {"ops": {"type": "console"}}
 
@@ -385,3 +385,13 @@ def test_a_label_missing_on_both_sides_is_not_equal() -> None:
     both = [replace(alert, labels={"service": "bot"}) for alert in (page, warning)]
     assert quiet.applies(both[1], both[0])
     assert not quiet.applies(both[1], page)
+
+
+def test_what_the_order_or_the_symmetry_makes_useless_is_refused() -> None:
+    receivers = {"ops": {"type": "console"}}
+    routes = ({"to": ["ops"]}, {"match": {"name": "errors"}, "to": ["ops"]}, {"to": ["ops"]})
+    found = points_nowhere(receivers=receivers, routes=routes)
+    assert found.startswith("routes[0]: matches everything")
+    same = {"severity": "critical"}
+    found = points_nowhere(inhibit=(Inhibit(when=same, mute=same),))
+    assert found.startswith("inhibit[0]: when and mute are the same")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from functools import lru_cache
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
 
@@ -22,7 +21,6 @@ CONFIG = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True
 SECRET_LIKE = re.compile(
     r"https?://\S*|\S*sig=\S*|\b(?=\w*\d)[0-9a-z]{32}\b|\bwhsec_\S*|\bxox[bp]-\S*", re.IGNORECASE
 )
-UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden", "invalid_key")
 WANTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
@@ -33,22 +31,17 @@ WANTED = {
     "string_type": "a string; write it in quotes",
     "string_too_short": "a non-empty string",
 }
+"""pydantic の誤りの種類 -> 求める値。"""
 
 
 class AlertConfigError(ValueError):
     """設定の誤り。見つけたすべてを ``problems`` に持つ。"""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, problems: Sequence[str], places: Sequence[Problem] = ()) -> None:
         self.problems = tuple(problems)
+        self.places = tuple(places)
+        """設定の一部だけを読んだときの、その中での場所と誤り。"""
         super().__init__("invalid alert configuration:\n" + "\n".join(f"- {p}" for p in problems))
-
-
-class Mistakes(ValueError):
-    """設定の一部の誤り。場所は、その一部の中での場所。"""
-
-    def __init__(self, found: Sequence[Problem]) -> None:
-        self.found = tuple(found)
-        super().__init__(f"{len(found)} mistakes")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
@@ -65,50 +58,40 @@ def model(cls: type[Model]) -> type[Model]:
         try:
             create(self, **fields)
         except ValidationError as error:
-            found = problems_of(error, keys_of(made))
+            found = _problems(error, keys_of(made))
         if hasattr(made, "across"):
             found += made.across(fields)
         if found:
             heading = made.heading(fields) if hasattr(made, "heading") else ""
-            raise AlertConfigError([heading + sentence(problem) for problem in found])
+            raise AlertConfigError([heading + sentence(problem) for problem in found], found)
 
     made.__init__ = checked
     return made
 
 
-@lru_cache
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
-
-
 def read(cls: type[Model], value: Any) -> Model:
-    """設定の一部を ``cls`` にする。読めなければ ``Mistakes``。"""
+    """設定の一部を読む。``cls`` のものは、そのまま返す。"""
     if isinstance(value, cls):
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"{short(value)} is not a mapping")
-    try:
-        return _adapter(cls).validate_python({str(key): item for key, item in value.items()})
-    except ValidationError as error:
-        raise Mistakes(problems_of(error, keys_of(cls))) from None
+    return cls(**{str(key): item for key, item in value.items()})
 
 
 def keys_of(cls: type[Any]) -> list[str]:
     """設定に書けるキー。"""
-    names: Iterable[str] = getattr(cls, "model_fields", None) or cls.__dataclass_fields__
-    return [name.rstrip("_") for name in names]
+    return [name.rstrip("_") for name in cls.__dataclass_fields__]
 
 
-def problems_of(error: ValidationError, known: Iterable[str]) -> list[Problem]:
-    """pydantic の誤りを、場所と文にする。"""
+def _problems(error: ValidationError, known: Iterable[str]) -> list[Problem]:
     found: list[Problem] = []
     for detail in error.errors(include_url=False):
         place = ""
         for part in detail["loc"]:
-            place = place if part == "[key]" else at(place, part)
+            place = place if part == "[key]" else _within(place, part)
         inner = detail.get("ctx", {}).get("error")
-        if isinstance(inner, Mistakes):
-            found += [(at(place, where), text) for where, text in inner.found]
+        if isinstance(inner, AlertConfigError):
+            found += [(_within(place, where), text) for where, text in inner.places]
         elif detail["type"] == "missing":
             parent, _, key = place.rpartition(".")
             found.append((parent, f"{key} is missing"))
@@ -117,12 +100,7 @@ def problems_of(error: ValidationError, known: Iterable[str]) -> list[Problem]:
     return found
 
 
-def at(place: str, part: str | int) -> str:
-    """場所をつなぐ。
-
-    >>> at(at("rules", 2), "window")
-    'rules[2].window'
-    """
+def _within(place: str, part: str | int) -> str:
     if isinstance(part, int):
         return f"{place}[{part}]"
     return f"{place}.{part}" if place and part else place + part
@@ -130,7 +108,7 @@ def at(place: str, part: str | int) -> str:
 
 def _text(detail: Any, inner: Exception | None, known: Iterable[str]) -> str:
     kind, value = detail["type"], detail["input"]
-    if kind in UNKNOWN_KEY:
+    if kind == "unexpected_keyword_argument":
         return f"unknown key{near(detail['loc'][-1], known)}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", detail["ctx"]["expected"])

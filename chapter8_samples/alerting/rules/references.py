@@ -32,6 +32,8 @@ def reference_problems(fields: Mapping[str, Any]) -> list[Problem]:
         found += _selector_problems(place, selector, alerts)
     labels = {key for alert in alerts for key in alert if key not in OWN}
     for place, inhibit in _items(fields, "inhibit"):
+        if inhibit.get("when") and inhibit.get("when") == inhibit.get("mute"):
+            found.append((place, "when and mute are the same; alerts never mute each other"))
         unknown = (key for key in _names(inhibit.get("equal")) if key not in labels)
         found += [(f"{place}.equal", _no_label(key, labels)) for key in unknown]
     return found
@@ -73,6 +75,9 @@ def _receiver_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
                 yield f"{place}.to", f"unknown receiver {short(name)}{near(name, known)}"
     if routes and routes[-1][1].get("match"):
         yield "routes", "the last route must match everything; add {match: {}, to: [...]}"
+    for place, route in routes[:-1]:
+        if not route.get("match"):
+            yield place, "matches everything, so the routes after it are never used; move it last"
 
 
 def _possible_alerts(fields: Mapping[str, Any], rules: Sequence[Labels]) -> list[Labels]:
