@@ -324,8 +324,6 @@ def test_the_command(
     assert CostCalculator(pricing_file="prices.json").calculate("gpt-5", 10**6, 0) == 1.25
     (finding,) = checks.prices()
     assert finding.detail.startswith("genai-prices ")
-    assert main(["prices", "import", "genai-prices", "-o", "none/prices.json"]) == 1
-    assert "none/prices.json" in capsys.readouterr().err
     Path("bom.json").write_text(LITELLM.read_text(encoding="utf-8"), encoding="utf-8-sig")
     assert main(["prices", "import", "bom.json", "-o", "own.json"]) == 0
     assert CostCalculator(pricing_file="own.json").calculate("gpt-5", 10**6, 0) == 1.25
@@ -421,6 +419,12 @@ def test_a_source_that_cannot_be_read_is_named(
     assert main(["prices", "import", source]) == 1
     assert named in capsys.readouterr().err
     assert not Path("prices.json").exists()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "none" / "prices.json"
+    assert main(["prices", "import", str(LITELLM), "-o", str(path)]) == 1
+    assert f"error: {path}: no such folder; create it or" in capsys.readouterr().err
 
 
 def test_litellms_json_as_a_price_file_names_the_command() -> None:

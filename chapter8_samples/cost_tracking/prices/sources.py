@@ -65,6 +65,8 @@ class Imported:
         about = {"name": self.name, "as_of": str(self.as_of), "not_carried": self.not_carried}
         text = json.dumps({**about, "models": self.models}, indent=1, default=float)
         PriceTable.from_mapping(json.loads(text))  # 読めないファイルは書かない
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"{path}: no such folder; create it or give another path")
         Path(path).write_text(text + "\n", encoding="utf-8")
 
 

@@ -304,12 +304,12 @@ def _langchain_hits(spans: Mapping[str, Span], calls: Iterable[str]) -> list[str
     残す。チェーンの外の呼び出しは見分けられない。自分で ``cost.status`` を ``cache_hit`` にする。
     """
     langchain = (k for k in calls if spans[k].get_attribute("mlflow.message.format") == "langchain")
-    last = {spans[key].parent_id: key for key in langchain}
+    last = {spans[key].parent_id or "": key for key in langchain}
+    parents = {parent: spans[parent] for parent in last if parent in spans}
     return [
-        key
-        for parent, key in last.items()
-        if parent in spans
-        and _is_cache_hit(stored_attributes(spans[parent]), spans[parent].outputs)
+        last[parent]
+        for parent, span in parents.items()
+        if _is_cache_hit(stored_attributes(span), span.outputs)
     ]
 
 
