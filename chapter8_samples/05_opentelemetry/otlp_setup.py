@@ -35,6 +35,7 @@ from chapter8_samples.opentelemetry.export import (
     delivery_counts,
     disable_otlp_export,
     flush_all,
+    platform_resource,
     resolve_config,
     start_otlp_export,
 )
@@ -44,17 +45,18 @@ if TYPE_CHECKING:
 
 
 def setup_otlp_export(
-    endpoint: str | OtlpConfig,
+    endpoint: str | OtlpConfig | None = None,
     service_name: str = "",
-    protocol: str = "grpc",
+    protocol: str | None = None,
     **options: Unpack[OtlpOptions],
 ) -> OtlpStatus:
     """MLflow のトレースを OTLP でも送る。起動時に、最初のトレースより前に呼ぶ。
 
     Args:
-        endpoint: ``http://otel-collector:4317`` など。``OtlpConfig`` を 1 つ渡してもよい。
+        endpoint: ``http://otel-collector:4317`` など。``OtlpConfig`` を 1 つ渡してもよい。引数に
+            ないものは、基盤が付けた ``OTEL_*`` の環境変数のまま(替えたら ``warnings`` に出る)。
         service_name: バックエンドで見えるサービス名。
-        protocol: ``"grpc"`` か ``"http/protobuf"``。
+        protocol: ``"grpc"`` (既定)か ``"http/protobuf"``。
         **options: ``mode="dual"``(既定。MLflow にも残す)か ``"otlp_only"`` のほか、
             ``headers`` ``deployment_environment`` など ``OtlpConfig`` の項目。
 
@@ -75,15 +77,17 @@ def setup_otlp_via_collector(
     service_name: str,
     collector_endpoint: str = "http://otel-collector:4317",
     service_version: str | None = None,
-    deployment_environment: str | None = "production",
+    deployment_environment: str | None = None,
     **options: Unpack[OtlpTransportOptions],
 ) -> OtlpStatus:
-    """Collector へ gRPC で送る。"""
+    """Collector へ gRPC で送る。環境名は、省略すると基盤が付けたもの、なければ ``production``。"""
+    known = platform_resource().get("deployment.environment.name", "production")
     return setup_otlp_export(
         collector_endpoint,
         service_name,
+        "grpc",
         service_version=service_version,
-        deployment_environment=deployment_environment,
+        deployment_environment=deployment_environment or known,
         **options,
     )
 
@@ -105,14 +109,14 @@ def setup_otlp_for_grafana_tempo(
     service_name: str, tempo_endpoint: str = "http://tempo:4317", **options: Unpack[OtlpOptions]
 ) -> OtlpStatus:
     """Grafana Tempo へ gRPC で送る。"""
-    return setup_otlp_export(tempo_endpoint, service_name, **options)
+    return setup_otlp_export(tempo_endpoint, service_name, "grpc", **options)
 
 
 def setup_otlp_for_jaeger(
     service_name: str, jaeger_endpoint: str = "http://jaeger:4317", **options: Unpack[OtlpOptions]
 ) -> OtlpStatus:
     """Jaeger へ gRPC で送る。"""
-    return setup_otlp_export(jaeger_endpoint, service_name, **options)
+    return setup_otlp_export(jaeger_endpoint, service_name, "grpc", **options)
 
 
 def main() -> None:

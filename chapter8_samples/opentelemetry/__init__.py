@@ -22,7 +22,8 @@ _MODULES = {
         "setup_otlp_export setup_otlp_for_datadog setup_otlp_for_grafana_tempo "
         "setup_otlp_for_jaeger setup_otlp_via_collector"
     ),
-    "export.config": "OtlpConfig OtlpConfigError OtlpSetupError OtlpStatus build_otlp_config",
+    "export.config": "OtlpConfig OtlpConfigError OtlpSetupError OtlpStatus",
+    "export.resolve": "build_otlp_config",
     "export.delivery": "ConnectionCheck FlushReport check_config check_otlp_connection flush_all",
     "export.presets": "OtlpPreset preset",
     "export.session": "disable_otlp_export otlp_status",

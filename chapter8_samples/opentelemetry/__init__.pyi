@@ -2,7 +2,6 @@ from .export.config import OtlpConfig as OtlpConfig
 from .export.config import OtlpConfigError as OtlpConfigError
 from .export.config import OtlpSetupError as OtlpSetupError
 from .export.config import OtlpStatus as OtlpStatus
-from .export.config import build_otlp_config as build_otlp_config
 from .export.delivery import ConnectionCheck as ConnectionCheck
 from .export.delivery import FlushReport as FlushReport
 from .export.delivery import check_config as check_config
@@ -10,6 +9,7 @@ from .export.delivery import check_otlp_connection as check_otlp_connection
 from .export.delivery import flush_all as flush_all
 from .export.presets import OtlpPreset as OtlpPreset
 from .export.presets import preset as preset
+from .export.resolve import build_otlp_config as build_otlp_config
 from .export.session import disable_otlp_export as disable_otlp_export
 from .export.session import otlp_status as otlp_status
 from .genai.conventions import GENAI_SEMANTIC_CONVENTIONS as GENAI_SEMANTIC_CONVENTIONS

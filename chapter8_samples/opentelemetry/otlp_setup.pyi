@@ -3,13 +3,14 @@
 from .export import OtlpConfig, OtlpOptions, OtlpStatus, OtlpTransportOptions
 from typing_extensions import Unpack
 
-def setup_otlp_export(endpoint: str | OtlpConfig, service_name: str='', protocol: str='grpc', **options: Unpack[OtlpOptions]) -> OtlpStatus:
+def setup_otlp_export(endpoint: str | OtlpConfig | None=None, service_name: str='', protocol: str | None=None, **options: Unpack[OtlpOptions]) -> OtlpStatus:
     """MLflow のトレースを OTLP でも送る。起動時に、最初のトレースより前に呼ぶ。
 
     Args:
-        endpoint: ``http://otel-collector:4317`` など。``OtlpConfig`` を 1 つ渡してもよい。
+        endpoint: ``http://otel-collector:4317`` など。``OtlpConfig`` を 1 つ渡してもよい。引数に
+            ないものは、基盤が付けた ``OTEL_*`` の環境変数のまま(替えたら ``warnings`` に出る)。
         service_name: バックエンドで見えるサービス名。
-        protocol: ``"grpc"`` か ``"http/protobuf"``。
+        protocol: ``"grpc"`` (既定)か ``"http/protobuf"``。
         **options: ``mode="dual"``(既定。MLflow にも残す)か ``"otlp_only"`` のほか、
             ``headers`` ``deployment_environment`` など ``OtlpConfig`` の項目。
 
@@ -24,8 +25,8 @@ def setup_otlp_export(endpoint: str | OtlpConfig, service_name: str='', protocol
     span_processors が消える)、8.1 の設定より先に呼ぶ(逆だと MLflow の停止中に起動できない)。
     """
 
-def setup_otlp_via_collector(service_name: str, collector_endpoint: str='http://otel-collector:4317', service_version: str | None=None, deployment_environment: str | None='production', **options: Unpack[OtlpTransportOptions]) -> OtlpStatus:
-    """Collector へ gRPC で送る。"""
+def setup_otlp_via_collector(service_name: str, collector_endpoint: str='http://otel-collector:4317', service_version: str | None=None, deployment_environment: str | None=None, **options: Unpack[OtlpTransportOptions]) -> OtlpStatus:
+    """Collector へ gRPC で送る。環境名は、省略すると基盤が付けたもの、なければ ``production``。"""
 
 def setup_otlp_for_datadog(service_name: str, dd_api_key: str | None=None, dd_site: str='datadoghq.com', **options: Unpack[OtlpOptions]) -> OtlpStatus:
     """Datadog の受信エンドポイントへ直接送る(HTTP だけ)。キーは省略すると ``DD_API_KEY``。"""

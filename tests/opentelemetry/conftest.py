@@ -32,6 +32,12 @@ IN_USE = "address already in use"
 
 
 @pytest.fixture(autouse=True)
+def _no_model_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """モデルの一覧を GitHub から取らせない(最初の書き出しが 8 秒ほど待たされる)。"""
+    monkeypatch.setenv("MLFLOW_MODEL_CATALOG_URI", "")
+
+
+@pytest.fixture(autouse=True)
 def _otlp_off_after_the_test() -> Iterator[None]:
     yield
     disable_otlp_export(timeout_seconds=1)

@@ -8,8 +8,6 @@ from .config import (
     OtlpSetupError,
     OtlpStatus,
     OtlpTransportOptions,
-    build_otlp_config,
-    resolve_config,
 )
 from .delivery import (
     ConnectionCheck,
@@ -21,6 +19,7 @@ from .delivery import (
     flush_all,
 )
 from .presets import PRESETS, OtlpPreset, preset
+from .resolve import build_otlp_config, platform_resource, resolve_config
 from .session import disable_otlp_export, otlp_status, start_otlp_export
 
 __all__ = [
@@ -43,6 +42,7 @@ __all__ = [
     "disable_otlp_export",
     "flush_all",
     "otlp_status",
+    "platform_resource",
     "preset",
     "resolve_config",
     "start_otlp_export",

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import OtlpConfig, OtlpConfigError, Protocol, build_otlp_config
+from .config import OtlpConfig, OtlpConfigError, Protocol
+from .resolve import build_otlp_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ def preset(
     headers |= options.pop("headers", {})
     options.setdefault("genai_semconv", chosen.genai_semconv)
     endpoint = chosen.endpoint.format_map(values)
-    return build_otlp_config(endpoint, service_name, protocol, headers=headers, **options)
+    return build_otlp_config(endpoint, service_name, protocol, env=env, headers=headers, **options)
 
 
 class _Variables(dict[str, str]):

@@ -10,7 +10,7 @@ import atexit
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -30,16 +30,16 @@ from .._internals import (
     wrapped_by,
 )
 from .attributes import add_export_attributes
-from .config import (
-    OWNED_ENV,
-    Mode,
-    OtlpConfig,
-    OtlpConfigError,
-    OtlpSetupError,
-    OtlpStatus,
-    write_env,
-)
+from .config import Mode, OtlpConfig, OtlpConfigError, OtlpSetupError, OtlpStatus
 from .delivery import watch_delivery
+from .environment import (
+    OWNED_ENV,
+    forget_environment,
+    platform_environment,
+    restore_environment,
+    setting,
+    write_environment,
+)
 
 
 @dataclass
@@ -47,7 +47,6 @@ class _Installed:
     """``start_otlp_export`` が変えたもの。``disable_otlp_export`` が戻す。"""
 
     config: OtlpConfig
-    saved_env: dict[str, str | None]
     tracking_uri: str
     span_processors: list[str]
     warnings: list[str]
@@ -86,8 +85,9 @@ def _check_environment(config: OtlpConfig) -> None:
         raise OtlpSetupError("OTEL_SDK_DISABLED=true switches all tracing off; unset it")
     if not is_tracing_enabled():
         raise OtlpSetupError("MLflow tracing is disabled; call mlflow.tracing.enable() first")
-    if config.certificate_file and config.protocol != "grpc":
-        _check_ca_bundle(config.certificate_file)
+    given = config.certificate_file != setting(platform_environment(), "CERTIFICATE")[1]
+    if given and (problem := _ca_bundle(config)):
+        raise OtlpSetupError(problem)
     same_server = _address(config.endpoint) == _address(mlflow.get_tracking_uri())
     if config.mode == "dual" and same_server:
         raise OtlpConfigError(
@@ -103,20 +103,21 @@ def _address(url: str) -> tuple[str, int | None]:
     return "localhost" if host in ("127.0.0.1", "::1") else host, port
 
 
-def _check_ca_bundle(certificate_file: str) -> None:
+def _ca_bundle(config: OtlpConfig) -> str:
+    """HTTP では、証明書の指定よりも強い環境変数がある。"""
+    given = config.certificate_file
+    if not given or config.protocol == "grpc" or config.endpoint.startswith("http://"):
+        return ""
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        if os.environ.get(name, certificate_file) not in ("", certificate_file):
-            raise OtlpSetupError(
-                f"{name}={os.environ[name]} overrides certificate_file; unset it or use grpc"
-            )
+        if os.environ.get(name, given) not in ("", given):
+            return f"{name}={os.environ[name]} overrides certificate_file; unset it or use grpc"
+    return ""
 
 
 def _install(config: OtlpConfig) -> None:
     global _installed
-    present = {name: os.environ.get(name) for name in OWNED_ENV}
-    saved = _installed.saved_env if _installed else present
     try:
-        write_env(_desired_env(config, saved))
+        write_environment(_desired_env(config))
         add_export_attributes()
         warnings = _rebuild_provider()
         watch_delivery()
@@ -126,13 +127,13 @@ def _install(config: OtlpConfig) -> None:
                 "(mlflow.tracing.set_destination, Unity Catalog) replaces OTLP unless mode='dual'"
             )
     except Exception as error:
-        _uninstall(saved)
+        _uninstall()
         if isinstance(error, OtlpSetupError):
             raise
         raise OtlpSetupError(f"MLflow could not start the OTLP exporter: {error}") from error
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)  # プロバイダーの終了処理(期限を守らない)より先に動く
-    _installed = _Installed(config, saved, mlflow.get_tracking_uri(), _kept(), warnings)
+    _installed = _Installed(config, mlflow.get_tracking_uri(), _kept(), warnings)
 
 
 def _kept() -> list[str]:
@@ -146,23 +147,28 @@ def _span_processor_names() -> list[str]:
     return [getattr(p, "__name__", type(p).__name__) for p in span_hooks()]
 
 
-def _desired_env(config: OtlpConfig, saved: Mapping[str, str | None]) -> dict[str, str | None]:
-    values = config.to_env(saved["OTEL_RESOURCE_ATTRIBUTES"] or "")
+def _desired_env(config: OtlpConfig) -> dict[str, str | None]:
+    """設定にないものは、基盤の値のまま。"""
+    platform = platform_environment()
+    if config.compression == "none":
+        platform.pop("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", None)
+    values = platform | config.to_env(platform.get("OTEL_RESOURCE_ATTRIBUTES", ""))
     if mlflow.get_tracking_uri().startswith("databricks"):
         # Databricks の文書にある名前。OSS 版は MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT だけを読む
         values["MLFLOW_ENABLE_DUAL_EXPORT"] = values["MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT"]
     return {name: values.get(name) for name in OWNED_ENV}
 
 
-def _uninstall(saved: Mapping[str, str | None]) -> None:
+def _uninstall() -> None:
     global _installed
     _installed = None
-    write_env(saved)
+    restore_environment()
     if _added():
         _rebuild_provider()
-        write_env(saved)  # MLflow は作り直すときに OTEL_RESOURCE_ATTRIBUTES を書き換える
+        restore_environment()  # MLflow は作り直すときに OTEL_RESOURCE_ATTRIBUTES を書き換える
     else:
         forget_provider()
+    forget_environment()
 
 
 def _rebuild_provider() -> list[str]:
@@ -200,7 +206,7 @@ def otlp_status() -> OtlpStatus:
             return OtlpStatus("off", processors=_processor_names())
         mlflow.tracing.get_bridged_tracer_provider()  # set_experiment の後は、ここで作り直される
         c, names = _installed.config, _processor_names()
-        warnings = (*_installed.warnings, *_drift(_installed))
+        warnings = (*c.overridden, *_installed.warnings, *_drift(_installed))
         return OtlpStatus(
             c.mode, c.endpoint, c.protocol, c.service_name, names, c.genai_semconv, warnings
         )
@@ -215,6 +221,8 @@ def _drift(installed: _Installed) -> Iterator[str]:
         yield "set_tracking_uri was called after setup_otlp_export; call it before"
     if not _is_exporting(installed.config.mode):
         yield f"MLflow exports with {_processor_names()}; call setup_otlp_export again"
+    if problem := _ca_bundle(installed.config):
+        yield problem
     for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT"):
         if os.environ.get(name):
             yield f"{name} makes MLflow send a metric with user ids as labels"
@@ -228,7 +236,7 @@ def disable_otlp_export(timeout_seconds: float = 10.0) -> OtlpStatus:
     with _LOCK:
         if _installed is not None:
             _drain(timeout_seconds)
-            _uninstall(_installed.saved_env)
+            _uninstall()
         return otlp_status()
 
 
