@@ -151,8 +151,11 @@ def test_the_default_rules_become_these_expressions() -> None:
         "high_error_rate": 'llm_app_error_ratio{window="5m"} > 0.05',
         "slow_p95": '(llm_app_latency_p95_seconds{window="10m"} > 10) '
         'and (llm_app_latency_p95_seconds_samples{window="10m"} >= 30)',
-        "cost_per_hour": 'llm_app_cost_usd_per_hour{window="1h"} > 10',
-        "no_traffic": 'llm_app_traces{window="10m"} < 1',
+        "no_traffic": 'llm_app_traces{window="1h"} < 1',
+        "thumbs_down_rising": "llm_app_thumbs_down_ratio_vs_earlier"
+        '{window="1h",compare="1d",assessment="user_thumbs"} > 1.3',
+        "traffic_drop": '(llm_app_traces_vs_earlier{window="10m",compare="7d"} < 0.05) '
+        'and (llm_app_traces_vs_earlier_samples{window="10m",compare="7d"} >= 100)',
     }
     assert {name: expressions[name] for name in wanted} == wanted
 

@@ -35,16 +35,31 @@ SHAPES: list[dict[str, Any]] = [
     {"compare": compare, "by": by, "min_samples": count}
     for compare, by, count in product((None, "1w"), (None, "model", "tag:テナント"), (0, 30))
 ]
+FAILURE_RATES = {*RATE_METRICS} - {"pass_rate", "feedback_rate"}
+
+
+def threshold(metric: str, *, compare: str | None, **_: Any) -> float:
+    if compare:
+        return 2
+    return 0.3 if metric.partition(":")[0] in RATE_METRICS else 5000
+
+
 EVERYTHING: list[Rule] = [
     *(
-        AlertRule(name=f"{metric} {shape}", metric=metric, threshold=0.3, no_data="alert", **shape)
+        AlertRule(
+            name=f"{metric} {shape}",
+            metric=metric,
+            threshold=threshold(metric, **shape),
+            no_data="alert",
+            **shape,
+        )
         for metric in METRICS
         for shape in SHAPES
     ),
     *(
         BurnRateRule(name=f"burn {metric}", metric=metric, min_samples=30)
         for metric in METRICS
-        if metric.partition(":")[0] in RATE_METRICS
+        if metric.partition(":")[0] in FAILURE_RATES
     ),
 ]
 SELECTOR = re.compile(r'(llm_app_\w+)(?:\{((?:[^{}"]|"(?:\\.|[^"\\])*")*)\})?')
@@ -94,8 +109,9 @@ def selected(config: AlertConfig) -> set[tuple[str, tuple[tuple[str, str], ...]]
 
 
 def test_names_have_base_units() -> None:
-    rules = {metric: AlertRule(name="a", metric=metric) for metric in METRICS}
-    names = {metric: series_of(rule)[0].name for metric, rule in rules.items()}
+    limits = {metric: threshold(metric, compare=None) for metric in METRICS}
+    rules = [AlertRule(name="a", metric=metric, threshold=limits[metric]) for metric in METRICS]
+    names = {rule.metric: series_of(rule)[0].name for rule in rules}
     assert len(set(names.values())) == len(METRICS)
     assert names["trace_count"] == "llm_app_traces"
     assert names["request_rate"] == "llm_app_requests_per_second"

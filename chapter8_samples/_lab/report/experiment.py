@@ -120,8 +120,8 @@ def _alerts(
 
 
 def limits_of(config: AlertConfig) -> Mapping[str, Limit]:
-    """ルールの指標ごとのしきい値。合格率には、既定の下限を加える。"""
-    rules = [rule for rule in config.rules if isinstance(rule, AlertRule)]
+    """ルールの指標ごとのしきい値(前の窓との比を除く)。合格率には、既定の下限を加える。"""
+    rules = [r for r in config.rules if isinstance(r, AlertRule) and r.compare is None]
     found = {rule.metric: Limit(rule.op, rule.threshold) for rule in rules}
     return {"pass_rate": Limit("<", QUALITY_FLOOR), **found}
 
@@ -143,7 +143,7 @@ def _subtitle(request: ReportRequest, infos: Sequence[TraceInfo], ended: datetim
 
 def _about_limits(request: ReportRequest) -> str:
     source = request.alerts.name if request.alerts else "標準のルール(AlertConfig.default())"
-    alerts = "状態ファイルの記録" if request.alert_state else "トレースにルールをかけ直した結果"
+    alerts = "状態ファイルの記録" if request.alert_state else "保存されたトレースにルールを適用した結果"
     return (
         f"しきい値は{source}、ルールにない合格率は {QUALITY_FLOOR:.0%} 以上。"
         f"アラートは{alerts}です。件数・割合・コストは、サンプリングの重みで補正しています。"

@@ -126,8 +126,6 @@ def check_confidence(value: float | None, rule: Fields) -> None:
         raise ValueError(f"{value} is not between 0.5 and 1{meant}")
     if problem := metric_problem(rule.get("metric", "error_rate"), rate_for="confidence"):
         raise ValueError(problem)
-    if rule.get("compare") is not None:
-        raise ValueError("a ratio to an earlier window has no confidence; use min_samples")
 
 
 def check_bad_rate(metric: str) -> None:

@@ -108,7 +108,8 @@ class AlertRule(BaseRule):
             ラベルの値ごとに 1 件のアラートになり、そのラベルが付く。
         clear_threshold: 解消に使うしきい値。発報中は、値そのものをこれと比べる。
         confidence: 0.5 から 1。割合の指標で、しきい値どおりの割合なら ``1 - confidence`` 以下の
-            確率でしか起きない偏りのときに「越えた」とする。
+            確率でしか起きない偏りのときに「越えた」とする。``compare`` では、二つの窓の割合の比
+            がしきい値どおりなら、と読み替える。
         low_traffic_confidence: 標本が 200 件に満たない窓で、代わりに使う。エラーは固まって起きる
             ので、少ない標本は、独立とみなした確率よりずっと偏りやすい。
     """
@@ -141,24 +142,37 @@ class AlertRule(BaseRule):
         if samples[-1].n < self.min_samples:
             return None
         if not firing:
-            return self._beyond(value, self.threshold) and self._is_no_chance(sample)
+            return self._beyond(value, self.threshold) and self._is_no_chance(samples)
         clear = self.threshold if self.clear_threshold is None else self.clear_threshold
         return self._beyond(value, clear)
 
     def _beyond(self, value: float, limit: float) -> bool:
         return value > limit if self.op == ">" else value < limit
 
-    def _is_no_chance(self, sample: MetricSample) -> bool:
-        confidence = self.confidence
-        if sample.n < FEW_SAMPLES and self.low_traffic_confidence is not None:
+    def _is_no_chance(self, samples: Sequence[MetricSample]) -> bool:
+        now, confidence = samples[0], self.confidence
+        if now.n < FEW_SAMPLES and self.low_traffic_confidence is not None:
             confidence = self.low_traffic_confidence
-        if confidence is None or sample.successes is None:
+        if confidence is None or now.successes is None:
             return True
+        count, n, rate = self._share(*samples) if self.compare else self._tail(now)
+        return chance_of_at_least(count, n, rate) <= 1 - confidence
+
+    def _tail(self, sample: MetricSample) -> tuple[int, int, float]:
+        """偏った側の件数、全体、しきい値どおりのときの割合。"""
+        hits = sample.successes or 0.0
         if self.op == ">":
-            count, rate = math.floor(sample.successes + 1e-9), self.threshold
-        else:
-            count, rate = math.floor(sample.n - sample.successes + 1e-9), 1 - self.threshold
-        return chance_of_at_least(count, sample.n, rate) <= 1 - confidence
+            return math.floor(hits + 1e-9), sample.n, self.threshold
+        return math.floor(sample.n - hits + 1e-9), sample.n, 1 - self.threshold
+
+    def _share(self, now: MetricSample, earlier: MetricSample) -> tuple[int, int, float]:
+        """しきい値どおりの比なら、両方の窓の当たりのうち ``share`` が今の窓に入る。"""
+        hits = now.successes or 0.0
+        both = round(hits + (earlier.successes or 0.0))
+        share = self.threshold * now.n / (self.threshold * now.n + earlier.n)
+        if self.op == ">":
+            return math.floor(hits + 1e-9), both, share
+        return both - math.ceil(hits - 1e-9), both, 1 - share
 
 
 @model
