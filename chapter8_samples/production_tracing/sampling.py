@@ -22,6 +22,7 @@ from opentelemetry.sdk.trace import ReadableSpan, sampling
 from opentelemetry.trace import StatusCode
 
 from . import _internals
+from .delivery.text import copied_span
 from .policies import Decision, TraceSummary, check_probability
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,6 @@ RULE_KEY = "sampling.rule"
 HEAD_KEY = "sampling.head_probability"
 MAX_DECISIONS = 8192  # 決定後に終わるスパン(背後のスレッドなど)のために覚えておく数
 _EVICTED = Decision(1.0, "evicted")
-_COPIED = (
-    "name context parent resource events links kind instrumentation_scope status "
-    "start_time end_time"
-)
 
 
 @dataclass(frozen=True)
@@ -304,5 +301,4 @@ def _marked(root: ReadableSpan, decision: Decision) -> ReadableSpan:
     with _internals.live_trace(root) as info:
         info.trace_metadata.update(values)
     tags = {f"mlflow.traceTag.{key}": value for key, value in values.items()}
-    same: dict[str, Any] = {name: getattr(root, name) for name in _COPIED.split()}
-    return ReadableSpan(**same, attributes={**attributes, **values, **tags})
+    return copied_span(root, attributes={**attributes, **values, **tags})

@@ -14,8 +14,16 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_OTEL_FIELDS = ["name", "context", "parent", "resource", "attributes", "events", "links", "kind"]
-_OTEL_FIELDS.extend(["status", "start_time", "end_time", "instrumentation_scope"])
+_SPAN_FIELDS = (
+    "name context parent resource attributes events links kind status start_time end_time "
+    "instrumentation_scope"
+)
+
+
+def copied_span(span: ReadableSpan, **changed: Any) -> ReadableSpan:
+    """``changed`` だけを替えた写し(終わったスパンは、書き換えられない)。"""
+    same: dict[str, Any] = {name: getattr(span, name) for name in _SPAN_FIELDS.split()}
+    return ReadableSpan(**{**same, **changed})
 
 
 def send_as_utf8(send: Callable[..., Any], *values: Any) -> Any:
@@ -57,7 +65,8 @@ def as_utf8(value: Any) -> Any:
     if isinstance(value, Status):
         return Status(value.status_code, as_utf8(value.description))
     if isinstance(value, ReadableSpan) and _has_halves(value):
-        return ReadableSpan(**{name: as_utf8(getattr(value, name)) for name in _OTEL_FIELDS})
+        texts = {name: getattr(value, name) for name in ("name", "attributes", "events", "status")}
+        return copied_span(value, **as_utf8(texts))
     return value
 
 
