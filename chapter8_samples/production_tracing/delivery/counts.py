@@ -41,7 +41,7 @@ class Ledger:
         self._torn: set[str] = set()  # そのうち、スパンは届き、タグやメタデータがまだのもの
         self._dropped = self._reported = self._sending = 0
         self._failure = ""
-        self._paused_until = 0.0
+        self._slowest = self._paused_until = 0.0
         self.closed = False
 
     def attach_if_rebuilt(self, span: LiveSpan) -> None:
@@ -91,6 +91,7 @@ class Ledger:
         """MLflow の送信を 1 つ通して、結果を記す。閉じた後は、送らずに終える。"""
         if not self._may_send():
             return values[-1]
+        started = time.monotonic()
         ids, whole = _trace_ids(name, values), name != "log_spans"
         try:
             send = send_cleaned if name in ("export", "start_trace") else send_as_utf8
@@ -105,7 +106,7 @@ class Ledger:
             self.lost(ids if whole else (), f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._sent()
+            self._sent(time.monotonic() - started)
 
     def _may_send(self) -> bool:
         while not self.closed and time.monotonic() < self._paused_until:
@@ -114,10 +115,15 @@ class Ledger:
             self._sending += not self.closed
             return not self.closed
 
-    def _sent(self) -> None:
+    def _sent(self, seconds: float) -> None:
         with self._changed:
             self._sending -= 1
+            self._slowest = max(seconds, 0.9 * self._slowest)
             self._changed.notify_all()
+
+    def grace_seconds(self, timeout_seconds: float) -> float:
+        """期限のうち、送り始めたものの返事だけを待つ時間。"""
+        return min(0.2 + 1.5 * self._slowest, 3.0, timeout_seconds / 2)
 
     def stop_sending(self, grace_seconds: float, *, for_good: bool) -> None:
         """新しく送るのを 2 秒(``for_good`` なら最後まで)止め、送り始めたものの返事を待つ。"""

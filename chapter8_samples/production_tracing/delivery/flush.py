@@ -56,7 +56,7 @@ def deliver(timeout_seconds: float, *, for_good: bool = False) -> FlushResult:
     送り始めた分の返事だけを待つ。届いた件数と届かない件数が、これで決まる。
     """
     started = time.monotonic()
-    grace = min(3.0, timeout_seconds / 4)
+    grace = LEDGER.grace_seconds(timeout_seconds)
     finished = _finishes(started, started + timeout_seconds - grace)
     if not finished:
         LEDGER.stop_sending(grace, for_good=for_good)
