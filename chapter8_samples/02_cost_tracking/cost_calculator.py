@@ -32,40 +32,30 @@ Databricks のエンドポイント名や Azure のデプロイ名は、``aliase
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from chapter8_samples.cost_tracking.prices import (
     CostError,
     InvalidUsageError,
     NoPriceError,
     PriceBreakdown,
+    PriceOptions,
     PriceTable,
     Rates,
     Usage,
     checked_usage,
 )
-from chapter8_samples.cost_tracking.tracker import BaseCostTracker, BudgetAlert, Calculator
+from chapter8_samples.cost_tracking.tracker import BaseCostTracker
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _ZERO, _MILLION = Decimal(0), Decimal(1_000_000)
 _STANDARD_TIERS = ("", "default", "standard", "auto", "on_demand")
-
-
-class PriceOptions(TypedDict, total=False):
-    """``price`` の、名前で渡す引数。"""
-
-    cache_write_tokens: int
-    cache_write_1h_tokens: int
-    service_tier: str | None
-    batch: bool
-    other_units: Mapping[str, int] | None
-    at: date | datetime | None
 
 
 class CostCalculator:
@@ -190,19 +180,11 @@ def _amounts(rates: Rates, usage: Usage) -> tuple[Decimal, Decimal, Decimal, Dec
 
 
 class CostTracker(BaseCostTracker):
-    """``BaseCostTracker`` の、既定の計算器を持つもの。未知のモデルは「未計算」に数える。"""
+    """コストの合計と予算の見張り。使い方は ``BaseCostTracker`` にある。"""
 
-    def __init__(
-        self,
-        budget_usd: float | Decimal | None = None,
-        on_budget: Callable[[BudgetAlert], object] | None = None,
-        thresholds: Sequence[float] = (0.5, 0.8, 1.0),
-        *,
-        calculator: Calculator | None = None,
-        max_keys: int = 10_000,
-    ) -> None:
-        used = calculator or CostCalculator(on_unknown="unpriced")
-        super().__init__(budget_usd, on_budget, thresholds, calculator=used, max_keys=max_keys)
+    def default_calculator(self) -> CostCalculator:
+        """未知のモデルを「未計算」に数える計算器。"""
+        return CostCalculator(on_unknown="unpriced")
 
 
 def format_yen(usd: float | Decimal, yen_per_usd: float | Decimal) -> str:

@@ -1,22 +1,13 @@
 """8.2.3 トークン数からコストを計算する(本書にリストなし)。"""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, TypedDict
-from .prices import PriceBreakdown, PriceTable
-from .tracker import BaseCostTracker, BudgetAlert, Calculator
+from typing import Any, Literal
+from .prices import PriceBreakdown, PriceOptions, PriceTable
+from .tracker import BaseCostTracker
 from typing_extensions import Unpack
-
-class PriceOptions(TypedDict, total=False):
-    """``price`` の、名前で渡す引数。"""
-    cache_write_tokens: int
-    cache_write_1h_tokens: int
-    service_tier: str | None
-    batch: bool
-    other_units: Mapping[str, int] | None
-    at: date | datetime | None
 
 class CostCalculator:
     """モデル名とトークン数から USD を計算する。スレッド間で共有してよい。
@@ -57,10 +48,10 @@ class CostCalculator:
         """
 
 class CostTracker(BaseCostTracker):
-    """``BaseCostTracker`` の、既定の計算器を持つもの。未知のモデルは「未計算」に数える。"""
+    """コストの合計と予算の見張り。使い方は ``BaseCostTracker`` にある。"""
 
-    def __init__(self, budget_usd: float | Decimal | None=None, on_budget: Callable[[BudgetAlert], object] | None=None, thresholds: Sequence[float]=(0.5, 0.8, 1.0), *, calculator: Calculator | None=None, max_keys: int=10000) -> None:
-        ...
+    def default_calculator(self) -> CostCalculator:
+        """未知のモデルを「未計算」に数える計算器。"""
 
 def format_yen(usd: float | Decimal, yen_per_usd: float | Decimal) -> str:
     """USD を円の表示にする。1 円未満は 4 桁まで出す。料金の決まらない NaN は「料金未定」。

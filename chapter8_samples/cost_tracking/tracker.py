@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from datetime import date, datetime
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .prices.call import PriceOptions
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +51,8 @@ class PricedCall(Protocol):
 class Calculator(Protocol):
     """``CostCalculator``、または同じ ``price`` を持つもの。結果は ``PriceBreakdown`` の形。"""
 
-    def price(
-        self,
-        model: str,
-        input_tokens: int,
-        output_tokens: int,
-        cached_input_tokens: int = 0,
-        *,
-        cache_write_tokens: int = 0,
-        cache_write_1h_tokens: int = 0,
-        service_tier: str | None = None,
-        batch: bool = False,
-        other_units: Mapping[str, int] | None = None,
-        at: date | datetime | None = None,
-    ) -> Any: ...
+    @property
+    def price(self) -> Callable[..., Any]: ...
 
 
 @dataclass(slots=True)
@@ -123,7 +115,7 @@ class BaseCostTracker:
     Args:
         on_budget: しきい値を初めて超えたときと、未計算の呼び出しが 1、10、100 ... 件になったときに
             ``BudgetAlert`` を渡して呼ぶ。同じことをログにも残す。例外は記録して続ける。
-        calculator: ``record`` が使う計算器。未知のモデルで例外を出さないものを渡す。
+        calculator: ``record`` が使う計算器。渡すなら、未知のモデルで例外を出さないもの。
     """
 
     def __init__(
@@ -132,7 +124,7 @@ class BaseCostTracker:
         on_budget: Callable[[BudgetAlert], object] | None = None,
         thresholds: Sequence[float] = (0.5, 0.8, 1.0),
         *,
-        calculator: Calculator,
+        calculator: Calculator | None = None,
         max_keys: int = 10_000,
     ) -> None:
         self.budget_usd = None if budget_usd is None else Decimal(str(budget_usd))
@@ -142,10 +134,14 @@ class BaseCostTracker:
         if wrong := [share for share in thresholds if not 0 < share < 10]:  # 80 は 80% ではない
             raise ValueError(f"thresholds must be like 0.8 for 80%, got {wrong[0]!r}")
         self.thresholds = tuple(sorted(thresholds))
-        self.calculator = calculator
+        self.calculator: Calculator = calculator or self.default_calculator()
         self.max_keys = max_keys
         self._lock = threading.Lock()
         self._now = CostSnapshot(self.budget_usd)
+
+    def default_calculator(self) -> Calculator:
+        """``calculator`` を渡さないときの計算器。"""
+        raise TypeError("pass calculator=, or use CostTracker")
 
     def record(
         self,
@@ -154,27 +150,12 @@ class BaseCostTracker:
         output_tokens: int,
         cached_input_tokens: int = 0,
         *,
-        cache_write_tokens: int = 0,
-        cache_write_1h_tokens: int = 0,
-        service_tier: str | None = None,
-        batch: bool = False,
-        other_units: Mapping[str, int] | None = None,
-        at: date | datetime | None = None,
         user: str | None = None,
+        **options: Unpack[PriceOptions],
     ) -> PricedCall:
-        """1 回の呼び出しを計算して足す。引数は ``CostCalculator.calculate`` と同じ。"""
-        item: PricedCall = self.calculator.price(
-            model,
-            input_tokens,
-            output_tokens,
-            cached_input_tokens,
-            cache_write_tokens=cache_write_tokens,
-            cache_write_1h_tokens=cache_write_1h_tokens,
-            service_tier=service_tier,
-            batch=batch,
-            other_units=other_units,
-            at=at,
-        )
+        """1 回の呼び出しを計算して足す。引数は ``CostCalculator.price`` と同じ。"""
+        price = self.calculator.price
+        item: PricedCall = price(model, input_tokens, output_tokens, cached_input_tokens, **options)
         self.add(item, user=user)
         return item
 

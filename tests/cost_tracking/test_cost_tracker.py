@@ -10,7 +10,8 @@ from decimal import Decimal
 import pytest
 
 from chapter8_samples.cost_tracking import BudgetAlert, CostCalculator, CostTracker
-from chapter8_samples.cost_tracking.tracker import OTHER
+from chapter8_samples.cost_tracking.prices import PriceOptions
+from chapter8_samples.cost_tracking.tracker import OTHER, BaseCostTracker
 
 
 def test_the_functions_of_listing_8_9_are_found_where_the_reader_looks() -> None:
@@ -119,11 +120,24 @@ def test_an_impossible_budget_is_refused(budget: float) -> None:
 
 
 def test_the_arguments_are_those_of_the_calculator() -> None:
-    priced, recorded = (
-        {name: item.default for name, item in inspect.signature(method).parameters.items()}
-        for method in (CostCalculator.price, CostTracker.record)
-    )
-    assert recorded == {**priced, "user": None}
+    """``calculate`` と ``record`` が受け取る名前は、``PriceOptions`` に 1 度だけ書いてある。"""
+    keywords = [
+        name
+        for name, item in inspect.signature(CostCalculator.price).parameters.items()
+        if item.kind is item.KEYWORD_ONLY
+    ]
+    assert keywords == list(PriceOptions.__annotations__)
+    nothing: PriceOptions = {
+        "cache_write_tokens": 0, "cache_write_1h_tokens": 0, "service_tier": None, "batch": False,
+        "other_units": None, "at": None,
+    }  # fmt: skip
+    assert list(nothing) == keywords
+    assert CostCalculator().calculate("gpt-4o", 1000, 500, 0, **nothing) == 0.0075
+    assert CostTracker().record("gpt-4o", 1000, 500, 0, user="u", **nothing).priced
+    with pytest.raises(TypeError, match="cache_tokens"):
+        CostTracker().record("gpt-4o", 1000, 500, cache_tokens=1)  # pyright: ignore
+    with pytest.raises(TypeError, match="pass calculator="):
+        BaseCostTracker()
 
 
 def test_every_kind_of_token_is_recorded_at_its_price() -> None:

@@ -1,6 +1,6 @@
 """8.2.3 モデルの料金: 行、名前、料金表、料金表のファイル、今の料金の取り込み、1 回の呼び出し。"""
 
-from .call import InvalidUsageError, PriceBreakdown, Usage, checked_usage
+from .call import InvalidUsageError, PriceBreakdown, PriceOptions, Usage, checked_usage
 from .model import (
     IMPORT_COMMAND,
     CostError,
@@ -23,6 +23,7 @@ __all__ = [
     "NoPriceError",
     "PriceBreakdown",
     "PriceNotEffectiveError",
+    "PriceOptions",
     "PriceTable",
     "PriceTableError",
     "PriceTier",

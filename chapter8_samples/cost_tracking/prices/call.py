@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import date, datetime
 from decimal import Decimal
 from operator import index
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 from .model import CostError, ModelPrice
 
 _NAN = Decimal("NaN")
 _NAMES = ("input", "output", "cached_input", "cache_write", "cache_write_1h")
 Usage = tuple[int, int, int, int, int]  # _NAMES の順のトークン数
+
+
+class PriceOptions(TypedDict, total=False):
+    """``CostCalculator.price`` の、名前で渡す引数。意味はそこにある。"""
+
+    cache_write_tokens: int
+    cache_write_1h_tokens: int
+    service_tier: str | None
+    batch: bool
+    other_units: Mapping[str, int] | None
+    at: date | datetime | None
 
 
 class InvalidUsageError(CostError):
