@@ -1,6 +1,6 @@
 """章の全体を動かす: ``python -m chapter8_samples``。
 
-引数なしでシナリオを実行する。ほかに ``report``(レポートを作る)、``doctor``(設定を診る)、
+引数なしでシナリオを実行する。ほかに ``report``(レポートを作る)、``doctor``(設定を確認する)、
 ``serve``(チャット画面)、``ui``(手元のデータベースで MLflow UI を開く)がある。
 """
 
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     _add_output(root)
     commands = root.add_subparsers(dest="command", metavar="{report,doctor,serve,ui}")
     _add_report(commands.add_parser("report", help="保存されたトレースからレポートを作る"))
-    doctor = commands.add_parser("doctor", help="版、接続先、鍵、設定の食い違いを診る")
+    doctor = commands.add_parser("doctor", help="版、接続先、鍵、設定の食い違いを調べる")
     doctor.add_argument("--experiment", help="読み書きできるかを確かめるエクスペリメント")
     doctor.add_argument("--json", action="store_true", help="結果を JSON で出す")
     for name, text, port in (
@@ -53,7 +53,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     report.add_argument("--since", type=_since, help="30m、24h、7d か日時(既定は 24h)")
     report.add_argument("--tracking-uri", help="既定は MLFLOW_TRACKING_URI、なければ手元の SQLite")
     report.add_argument("--alerts", type=Path, help="しきい値にするルール(8.4 の YAML)")
-    report.add_argument("--alert-state", type=Path, help="アラートの見張りの状態ファイル")
+    report.add_argument("--alert-state", type=Path, help="アラートの監視(watch)の状態ファイル")
     report.add_argument(
         "--model", action="append", default=[], help="ロールバックの記録を並べる登録済みモデル"
     )

@@ -102,7 +102,7 @@ def _stub_llm() -> Iterator[StubLlm]:
         from .llm.server import StubLlm
     except ModuleNotFoundError as error:
         raise SystemExit(
-            f"LLM スタブに {error.name} が要ります: pip install -r requirements.txt "
+            f"LLM スタブには {error.name} が必要です: pip install -r requirements.txt "
             "(または OPENAI_API_KEY と OPENAI_BASE_URL で LLM の接続先を設定します)"
         ) from error
     with StubLlm() as stub:

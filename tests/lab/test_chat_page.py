@@ -273,7 +273,7 @@ def test_bad_release_is_noticed_rolled_back_and_resolved(site: Site, open_page: 
         assert marks == kinds
         assert "の推移: 最大" in str(chart.get_attribute("aria-label"))
     assert_still(page)
-    again = open_page(site.url)  # 開き直しても、できごとは残っている
+    again = open_page(site.url)  # 開き直しても、出来事は残っている
     expect(again.locator("#timeline li")).to_have_count(4)
     alias = site.client().get_prompt_version_by_alias("support-bot", "production")
     assert str(alias.version) == "1"

@@ -34,9 +34,9 @@ from .setup_problems import (
 SECONDS = 5.0
 TAG, OPENED = "chapter8.doctor", "を開けました"
 _OPTIONAL = {
-    "openai": "LLM を呼ぶサンプルに要ります",
-    "opentelemetry-exporter-otlp": "8.5(OTLP の送信)に要ります",
-    "databricks-agents": "Databricks でのバックフィルだけに要ります",
+    "openai": "LLM を呼ぶサンプルで使います",
+    "opentelemetry-exporter-otlp": "8.5(OTLP の送信)で使います",
+    "databricks-agents": "Databricks でのバックフィルだけで使います",
 }
 Environment = Mapping[str, str]
 
@@ -208,16 +208,18 @@ def _server_version(uri: str) -> str:
     return text if answer.status_code == 200 and numbers_of(text) and len(text) < 40 else ""
 
 
-def call_server(uri: str, method: str, path: str, body: object | None = None) -> Any:
+def call_server(
+    uri: str, method: str, path: str, body: object | None = None, *, seconds: float | None = None
+) -> Any:
     """MLflow サーバーの API を 1 回だけ(再試行なしで)呼ぶ。認証は MLflow の環境変数のもの。"""
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
     creds: Any = get_default_host_creds(uri)
-    more: dict[str, Any] = {} if body is None else {"json": body}
-    return http_request(
-        creds, path, method, max_retries=0, timeout=SECONDS, raise_on_status=False, **more
-    )
+    more: dict[str, Any] = {"timeout": seconds or SECONDS, "max_retries": 0}
+    if body is not None:
+        more["json"] = body
+    return http_request(creds, path, method, raise_on_status=False, **more)
 
 
 def _sqlite(uri: str) -> Finding:
@@ -323,7 +325,8 @@ def _server_scoring(uri: str, experiment_id: str) -> Iterator[Finding]:
         return
     # 引数のないジョブは受け付けられない。ジョブが無効なら、引数を見る前にそう答える
     body = {"job_name": "run_online_trace_scorer", "params": {}}
-    answer = bounded(lambda: call_server(uri, "POST", "/ajax-api/3.0/jobs/", body), SECONDS + 1)
+    path, limit = "/ajax-api/3.0/jobs/", 3 * SECONDS  # 最初の 1 回は、サーバーが採点の部品を読む
+    answer = bounded(lambda: call_server(uri, "POST", path, body, seconds=limit), limit + 1)
     if "not enabled" in answer.text:
         yield Finding(
             "サーバーでの採点",

@@ -22,7 +22,7 @@ def judge(environment: Environment) -> Iterator[Finding]:
     uri = environment.get("MLFLOW_TRACKING_URI", "")
     model = environment.get("MLFLOW_GENAI_JUDGE_DEFAULT_MODEL", "")
     if uri.startswith("databricks") and not model:
-        yield Finding("ジャッジ", "ok", "Databricks のジャッジ(鍵は要りません)")
+        yield Finding("ジャッジ", "ok", "Databricks のジャッジ(鍵は不要です)")
         return
     model = model or DEFAULT_JUDGE
     provider, _, name = model.partition(":/")
@@ -58,7 +58,7 @@ def _gateway(uri: str, name: str) -> Finding:
     fix = "8.3 の ensure_judge_endpoint で作るか、MLFLOW_TRACKING_URI を直してください。"
     if not uri.startswith("http"):
         detail = (
-            f"gateway:/{name} には MLflow サーバーが要りますが、接続先がサーバーではありません。"
+            f"gateway:/{name} には MLflow サーバーが必要ですが、接続先がサーバーではありません。"
         )
         return Finding("ジャッジ", "error", detail, fix)
     path = "/api/3.0/mlflow/gateway/endpoints/list"

@@ -113,7 +113,7 @@ def numbers_of(text: str) -> tuple[int, ...]:
 
 
 def backend_problem(uri: str, timeout_seconds: float = 5.0) -> Problem | None:
-    """接続先が答えない、または断る理由。MLflow の長い再試行(数分)に入る前に分かる。"""
+    """接続先が答えない、または受け付けない理由。MLflow の長い再試行(数分)に入る前に分かる。"""
     if not uri.startswith(("http://", "https://", "databricks")):
         return _database_problem(uri, timeout_seconds)
     try:

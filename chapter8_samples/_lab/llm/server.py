@@ -96,7 +96,7 @@ class StubLlm:
     """スタブのサーバー 1 つ。`with StubLlm() as llm:` の間だけ `llm.base_url` で答える。
 
     Attributes:
-        requests: 受け取った本文(chat と embeddings、障害で断ったものも含む)。古い順。
+        requests: 受け取った本文(chat と embeddings、障害として失敗させたものも含む)。古い順。
     """
 
     def __init__(self, *, port: int = 0) -> None:

@@ -143,7 +143,7 @@ def _subtitle(request: ReportRequest, infos: Sequence[TraceInfo], ended: datetim
 
 def _about_limits(request: ReportRequest) -> str:
     source = request.alerts.name if request.alerts else "標準のルール(AlertConfig.default())"
-    alerts = "状態ファイルの記録" if request.alert_state else "保存されたトレースにルールを適用した結果"
+    alerts = "状態ファイルの記録" if request.alert_state else "トレースにルールを適用した結果"
     return (
         f"しきい値は{source}、ルールにない合格率は {QUALITY_FLOOR:.0%} 以上。"
         f"アラートは{alerts}です。件数・割合・コストは、サンプリングの重みで補正しています。"

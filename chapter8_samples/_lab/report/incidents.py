@@ -1,7 +1,7 @@
 """レポートの時間軸に並べる出来事。
 
-リリースとロールバックは、8.4 がレジストリのタグに残した記録から読む。アラートは、見張りの状態
-ファイルがあればそこから読み、なければ、保存されたトレースに同じルールをかけ直して求める。
+リリースとロールバックは、8.4 がレジストリのタグに残した記録から読む。アラートは、監視の状態
+ファイルがあればそこから読み、なければ、保存されたトレースに同じルールを適用して求める。
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _JOURNAL = re.compile(r"rollback_(\w+)_\d+")  # releases.journal のタグ
 _ACTIONS = {
     "promote": ("release", "をリリース"),
     "rollback": ("rollback", "へロールバック"),
-    "undo": ("rollback", "へ戻し直し"),
+    "undo": ("rollback", "へ復帰"),
 }
 MOMENTS = 720
-"""ルールをかけ直す回数の目安。24 時間なら 2 分おき。"""
+"""ルールを評価する回数の目安。24 時間なら 2 分おき。"""
 
 
 @dataclass(frozen=True, order=True)
@@ -75,7 +75,7 @@ def _changes(name: str, tags: Mapping[str, str]) -> Iterator[Event]:
 
 
 def replayed_alerts(config: AlertConfig, rows: Sequence[TraceRow]) -> tuple[list[Event], list[str]]:
-    """ルールをかけ直して求めた発報と解消。計算できないルールは、理由を 2 番目に返す。"""
+    """トレースにルールを適用して求めた発報と解消。2 番目は、計算できないルールの理由。"""
     usable, problems = _usable(config, rows)
     if not rows or not usable.rules:
         return [], problems
@@ -138,7 +138,7 @@ def _value_at(rule: Any, rows: Sequence[TraceRow], at: datetime) -> str:
 
 
 def recorded_alerts(config: AlertConfig, state: Path, rows: Sequence[TraceRow]) -> list[Event]:
-    """見張りの状態ファイルにある、ルールごとの最後の発報(と解消)。
+    """監視の状態ファイルにある、ルールごとの最後の発報(と解消)。
 
     Raises:
         OSError: ファイルを読めない、または状態ファイルでない。

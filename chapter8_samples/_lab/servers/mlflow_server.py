@@ -1,6 +1,6 @@
 """本物の `mlflow server` を SQLite の上で起動し、必ず片付ける。
 
-サーバーは見張り(process_guard)の子として、独立したプロセスグループで動く。見張りとはパイプでつながって
+サーバーは監視プロセス(process_guard)の子として、独立したプロセスグループで動く。パイプでつながって
 いて、こちらが `stop()` しても、例外や SIGKILL で終わっても、パイプが閉じてグループごと終わる。
 """
 
@@ -91,7 +91,7 @@ class MlflowServer:
 
     @property
     def pid(self) -> int:
-        """プロセスグループの先頭(見張り)の pid。止まっていれば RuntimeError。"""
+        """プロセスグループの先頭(監視プロセス)の pid。止まっていれば RuntimeError。"""
         if self._guard is None:
             raise RuntimeError("MlflowServer is not running")
         return self._guard.pid

@@ -1,8 +1,8 @@
-"""親がどう終わっても子のプロセスグループを残さないための見張り(標準ライブラリーだけで動く)。
+"""親がどう終わっても子のプロセスグループを残さないための監視プロセス(標準ライブラリーだけで動く)。
 
 親はこのスクリプトを新しいセッションで起動し、標準入力のパイプを握っておく。親が終われば
 (SIGKILL でも)OS がパイプを閉じるので、読み取りの終わり(EOF)が「止めよ」の合図になる。
-パイプの写しを持つプロセス(親が fork した子)が残っても気づけるように、親が替わったかも見る。
+パイプを引き継いだプロセス(親が fork した子)が残っても気づけるように、親が替わったかも見る。
 正常な停止も同じ道を通る::
 
     python process_guard.py GRACE_SECONDS COMMAND [ARG ...]
@@ -52,7 +52,7 @@ def stop_after(
 
 
 def main() -> None:
-    """コマンドを起動して見張り、終わったら残りのプロセスを片付ける。"""
+    """コマンドを起動して監視し、終わったら残りのプロセスを片付ける。"""
     grace_seconds, command = float(sys.argv[1]), sys.argv[2:]
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     for wait in (end_of_input, end_of_parent):

@@ -1,4 +1,4 @@
-"""チャット画面の横で動く運用: 採点し、アラートを見張り、リリースを戻し、起きたことを並べる。
+"""チャット画面の横で動く運用: 採点し、アラートを評価し、リリースを戻し、起きたことを並べる。
 
 本番と違うのはアラートの集計期間だけで、結果をすぐ見られるように 30 秒に縮めてある。
 """
@@ -131,7 +131,7 @@ class Operations:
             self._note("rollback", f"v{change.from_version} から v{change.to_version} に戻しました")
 
     def send_burst(self) -> None:
-        """サンプルの質問を、背後で ``BURST`` 件送る。"""
+        """サンプルの質問を、別のスレッドで ``BURST`` 件送る。"""
         if not self._sending.acquire(blocking=False):
             raise OperationRefusedError("質問を送っている途中です。終わるまで待ってください。")
         self._start(self._burst, "chat-burst")
@@ -140,16 +140,16 @@ class Operations:
         """本番のプロンプトの版。"""
         return str(self.releases.current_version())
 
-    # 見張り ----------------------------------------------------------------
+    # 監視 ------------------------------------------------------------------
 
     def start_watching(self) -> None:
-        """背後で、採点とアラートの評価を続ける。"""
+        """別のスレッドで、採点とアラートの評価を続ける。"""
         # ジャッジが答えないと採点は数分かかるので、アラートの評価とは別に進める
         self._start(lambda: self._repeat(self.score), "chat-scoring")
         self._start(lambda: self._repeat(self.check), "chat-watch")
 
     def stop(self) -> None:
-        """背後の処理を、始めた分だけ終わらせて止める。"""
+        """スレッドを、始めた分だけ終わらせて止める。"""
         self._stop.set()
         for thread in self._threads:
             thread.join(15)
@@ -228,7 +228,7 @@ class Operations:
         if self._firing():
             return "前の版に戻してください。"
         if not healthy:
-            return "質問を送ってください。答えが採点されると、アラートが気づきます。"
+            return "質問を送ってください。答えが採点されると、アラートが検知します。"
         return "悪いプロンプトをリリースすると、アラートとロールバックを試せます。"
 
     def _note(self, kind: EventKind, text: str, url: str = "") -> None:
@@ -270,7 +270,7 @@ class Operations:
             try:
                 work()
                 self._problems.pop(work.__name__, None)
-            except Exception as error:  # 見張りが止まるより、理由を出して次の回に賭ける
+            except Exception as error:  # 監視を止めず、理由を画面に出して次の回を待つ
                 logger.warning("%s failed: %s", work.__name__, error)
                 self._problems[work.__name__] = (
                     "トレースを読めません。端末の表示を確かめてください。"
