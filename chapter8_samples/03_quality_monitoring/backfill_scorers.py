@@ -22,32 +22,31 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import mlflow
-from mlflow.entities import Experiment
-from mlflow.exceptions import MlflowException
-from mlflow.genai.scorers import Scorer, list_scorers
+from mlflow.genai.scorers import Scorer
 
 from chapter8_samples.quality_monitoring import (
     BackfillError,
     BackfillReport,
     ScorerPlan,
     ScorerSetupError,
-    ScoringError,
     ScoringOptions,
     ScoringTarget,
     setup_scorers,
 )
-from chapter8_samples.quality_monitoring.scoring.engine import score_traces
-from chapter8_samples.quality_monitoring.scoring.operations import check_window, submit_backfill
-from chapter8_samples.quality_monitoring.scoring.plan import (
-    ProgressCallback,
-    show_progress,
+from chapter8_samples.quality_monitoring.scoring.backfills import (
+    check_window,
+    experiment_of,
+    registered_targets,
+    submit_backfill,
+    target_of,
+    whole_days,
 )
-from chapter8_samples.quality_monitoring.scoring.registry import find_status
+from chapter8_samples.quality_monitoring.scoring.engine import score_traces
+from chapter8_samples.quality_monitoring.scoring.plan import ProgressCallback, show_progress
 
 
 def backfill_with_scorer_names(
@@ -61,10 +60,7 @@ def backfill_with_scorer_names(
 
     期間と ``run`` は ``backfill()`` を参照。停止中のスコアラーは、割合がないので例外になる。
     """
-    experiment_id = _experiment(experiment_id).experiment_id
-    if isinstance(scorer_names, str):
-        raise BackfillError(f"scorer_names must be a list, got the string {scorer_names!r}")
-    targets = [_registered(experiment_id, name) for name in scorer_names]
+    targets = registered_targets(experiment_id, scorer_names)
     return backfill(experiment_id, targets, start_time=start_time, end_time=end_time, **run)
 
 
@@ -76,7 +72,7 @@ def backfill_with_custom_sample_rates(
     **run: Any,
 ) -> BackfillReport:
     """``{"scorer": ..., "sample_rate": 0.8}`` か ``ScoringTarget`` で、割合を決めて採点する。"""
-    targets = [c if isinstance(c, ScoringTarget) else _target(**c) for c in scorer_configs]
+    targets = [c if isinstance(c, ScoringTarget) else target_of(**c) for c in scorer_configs]
     return backfill(experiment_id, targets, start_time=start_time, end_time=end_time, **run)
 
 
@@ -98,14 +94,7 @@ def backfill_date_range(
     **run: Any,
 ) -> BackfillReport:
     """``date`` か ``"2025-01-31"`` の形の、両端の日を含めて採点する。"""
-    try:
-        zone = ZoneInfo(tz)
-        start = datetime.combine(_day(start_date, zone), time(), zone)
-        end = datetime.combine(_day(end_date, zone) + timedelta(days=1), time(), zone)
-    except (ValueError, TypeError, KeyError, OSError, OverflowError) as error:
-        raise BackfillError(
-            f"need dates (2025-01-31), a zone: {start_date!r}, {end_date!r}, {tz!r}: {error}"
-        ) from error
+    start, end = whole_days(start_date, end_date, tz)
     return backfill_with_scorer_names(experiment_id, scorer_names, start, end, **run)
 
 
@@ -122,8 +111,8 @@ def backfill_new_scorer(
     """新しいスコアラーを登録・開始し、``days_back`` 日前までさかのぼって採点する。"""
     end = datetime.now(timezone.utc)
     start, _ = check_window(end - timedelta(days=days_back), end)
-    target = _target(scorer=new_scorer, sample_rate=sample_rate)
-    experiment = _experiment(experiment_id)
+    target = target_of(scorer=new_scorer, sample_rate=sample_rate)
+    experiment = experiment_of(experiment_id)
     if not (dry_run or (options and options.dry_run)):
         # 開始していないスコアラーを、Databricks のジョブは採点しない
         plan = ScorerPlan(scorer=new_scorer, sample_rate=sample_rate)
@@ -160,7 +149,7 @@ def backfill(
     rates = {target.name: target.sample_rate for target in targets}
     if not targets or len(rates) != len(targets):
         raise BackfillError(f"need at least one scorer, with unique names, got {list(rates)}")
-    experiment_id = _experiment(experiment_id).experiment_id
+    experiment_id = experiment_of(experiment_id).experiment_id
     runs = "databricks" if mlflow.get_tracking_uri().startswith("databricks") else "client"
     report = BackfillReport(
         job_id=uuid.uuid4().hex[:12],
@@ -176,41 +165,6 @@ def backfill(
     scoring = score_traces(experiment_id, targets, start=start, end=end, **run)
     run["on_progress"](scoring)  # 終わったことも知らせる
     return replace(report, scoring=scoring)
-
-
-def _day(value: date | str, zone: ZoneInfo) -> date:
-    if isinstance(value, str):
-        return date.fromisoformat(value)
-    if isinstance(value, datetime):
-        return (value.astimezone(zone) if value.tzinfo else value).date()
-    return value
-
-
-def _experiment(given: str) -> Experiment:
-    try:
-        return mlflow.MlflowClient().get_experiment(str(given))
-    except MlflowException as error:
-        raise BackfillError(f"no experiment with id {given!r}: {error.message}") from error
-
-
-def _target(**config: Any) -> ScoringTarget:
-    try:
-        return ScoringTarget(**config)
-    except (ScoringError, TypeError) as error:
-        raise BackfillError(str(error)) from error
-
-
-def _registered(experiment_id: str, name: str) -> ScoringTarget:
-    status = find_status(experiment_id, name)
-    if status is None:
-        known = [scorer.name for scorer in list_scorers(experiment_id=experiment_id)]
-        raise BackfillError(f"no scorer {name!r} in {experiment_id}; registered: {known}")
-    if status.sample_rate == 0:
-        raise BackfillError(
-            f"scorer {name!r} is stopped: resume it, or use backfill_with_custom_sample_rates()"
-        )
-    where = {"sample_rate": status.sample_rate, "filter_string": status.filter_string}
-    return _target(scorer=status.scorer, **where)
 
 
 def main() -> None:

@@ -42,7 +42,8 @@ _MODULES = {
     "scoring.judge_endpoint": "JudgeEndpointError ensure_judge_endpoint",
     "scoring.judges": "BudgetError JudgeNotConfiguredError JudgePrice ScoringError",
     "scoring.lease": "ScoringBusyError",
-    "scoring.operations": "BackfillError BackfillReport server_scored_until set_trace_archive",
+    "scoring.backfills": "BackfillError BackfillReport",
+    "scoring.operations": "server_scored_until set_trace_archive",
     "scoring.plan": "ScoringOptions ScoringReport ScoringTarget",
     "scoring.registry": (
         "ScorerNotFoundError ScorerPlan ScorerSetupError ScorerStatus setup_scorers"

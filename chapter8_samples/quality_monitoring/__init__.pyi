@@ -44,6 +44,8 @@ from .scorer_setup import evaluate_with_scorers as evaluate_with_scorers
 from .scorer_setup import setup_builtin_scorers as setup_builtin_scorers
 from .scorer_setup import setup_custom_guidelines_scorer as setup_custom_guidelines_scorer
 from .scorer_setup import setup_quality_scorers as setup_quality_scorers
+from .scoring.backfills import BackfillError as BackfillError
+from .scoring.backfills import BackfillReport as BackfillReport
 from .scoring.custom import CustomScorerError as CustomScorerError
 from .scoring.custom import setup_custom_code_scorer as setup_custom_code_scorer
 from .scoring.custom import validate_custom_scorer as validate_custom_scorer
@@ -58,8 +60,6 @@ from .scoring.judges import JudgeNotConfiguredError as JudgeNotConfiguredError
 from .scoring.judges import JudgePrice as JudgePrice
 from .scoring.judges import ScoringError as ScoringError
 from .scoring.lease import ScoringBusyError as ScoringBusyError
-from .scoring.operations import BackfillError as BackfillError
-from .scoring.operations import BackfillReport as BackfillReport
 from .scoring.operations import server_scored_until as server_scored_until
 from .scoring.operations import set_trace_archive as set_trace_archive
 from .scoring.plan import ScoringOptions as ScoringOptions
