@@ -692,6 +692,16 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, text: str) -> None:
     assert error.value.problems[0].startswith(f"{path}: ")
 
 
+def test_prices_that_are_not_there_are_named(tmp_path: Path) -> None:
+    for missing in (tmp_path / "prices.json", tmp_path):
+        with pytest.raises(FileNotFoundError) as error:
+            CostCalculator(pricing_file=missing)
+        assert str(error.value).startswith(f"{missing}: no such price file; today's prices: python")
+    odd: Any = ["gpt-4o"]
+    with pytest.raises(PriceTableError, match=r"expected a mapping of models, got \['gpt-4o'\]"):
+        CostCalculator(pricing=odd)
+
+
 def test_a_file_saved_by_notepad(tmp_path: Path) -> None:
     path = tmp_path / "prices.json"
     path.write_text('{"m": {"input": 0.001, "output": 0.002}}', encoding="utf-8-sig")

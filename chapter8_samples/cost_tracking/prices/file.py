@@ -48,9 +48,12 @@ def load_file(path: str | Path) -> Mapping[str, Any]:
     """JSON か YAML(拡張子 .yaml、.yml)のファイルを読む。数は 10 進数のまま読む。
 
     Raises:
+        FileNotFoundError: その名前のファイルがない。
         PriceTableError: JSON や YAML として読めないか、中身が辞書でない。
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such price file; today's prices: {IMPORT_COMMAND}")
     parse = _parse_yaml if path.suffix.lower() in {".yaml", ".yml"} else _parse_json
     try:
         data = parse(path.read_text(encoding="utf-8-sig"))  # メモ帳が付ける BOM は読み飛ばす
@@ -97,6 +100,8 @@ def read_prices(data: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, str
     Raises:
         PriceTableError: 誤りがある。``problems`` にすべて並ぶ。
     """
+    if not isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PriceTableError([f"expected a mapping of models, got {data!r:.60}"])
     data = {key: value for key, value in data.items() if not str(key).startswith("_")}  # 覚え書き
     if any("litellm_provider" in row for row in data.values() if isinstance(row, Mapping)):
         command = IMPORT_COMMAND.replace("genai-prices", "PATH")
