@@ -33,8 +33,8 @@ from samples import ROOT, run_as_reader
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
 from chapter8_samples.opentelemetry import flush_all, setup_otlp_export
 
-from .collector_rules import PII
 from .conftest import CONFIG, Collector, wait_until
+from .pii_cases import CREDENTIALS, HARMLESS, PII
 
 # 初回は Collector を作る(2 コアで 5 分ほど)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -118,9 +118,12 @@ def test_traces_reach_an_mlflow_server_and_a_second_sink_without_personal_data(
         MLFLOW_EXPERIMENT_ID=experiment,
     )
     setup_otlp_export(running.grpc_endpoint, "bot", mode="otlp_only", genai_semconv=False)
-    made = [_leaky_trace(text) for text in PII]
+    made = [_leaky_trace(text) for text in (*PII, *CREDENTIALS)]
+    with mlflow.start_span("harmless") as harmless:
+        harmless.set_attribute("texts", list(HARMLESS))
+    made.append(harmless.trace_id)
     assert flush_all().complete
-    everything = 2 * len(PII)
+    everything = 2 * len(made) - 1
     wait_until(lambda: len(otlp.spans) >= everything, 30, lambda: running.log.read_text()[-2000:])
     wait_until(lambda: _stored_spans(experiment) >= everything, 30)
     stored = _stored(experiment)
@@ -128,10 +131,13 @@ def test_traces_reach_an_mlflow_server_and_a_second_sink_without_personal_data(
     assert {f"tr-{span.trace_id}" for span in otlp.spans} == set(made)
     at_sink = json.dumps([vars(span) for span in otlp.spans], default=vars, ensure_ascii=False)
     at_mlflow = json.dumps([trace.to_dict() for trace in stored], ensure_ascii=False)
-    for text in PII:
+    for text in (*PII, *CREDENTIALS.values()):
         assert text not in at_sink, text
         assert text not in at_mlflow, text
+    (kept,) = (span for span in otlp.spans if span.name == "harmless")
+    assert json.loads(kept.attributes["texts"]) == list(HARMLESS)
     assert "お問い合わせ" in at_sink and "お問い合わせ" in at_mlflow
+    stored = [trace for trace in stored if trace.info.trace_id != harmless.trace_id]
     assert {trace.info.tags["release"] for trace in stored} == {"v1"}
     # 伏せた後も JSON のまま(文字列に崩れていない)
     assert all(set(trace.data.spans[0].inputs) == {"question", "lines"} for trace in stored)
