@@ -10,12 +10,15 @@ import sys
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 from ports import free_port
 
 from chapter8_samples._lab.servers.receivers import WebhookReceiver
+from chapter8_samples.alerting import Alert, Delivery, MultiChannelNotifier, NotificationHandler
+from chapter8_samples.alerting import __main__ as commands
 from chapter8_samples.alerting.__main__ import main
 from chapter8_samples.alerting.engine.file import StateFile
 
@@ -167,6 +170,38 @@ def test_a_patient_watchdog_waits_over_several_runs(
     down = ["--tracking-uri", f"http://127.0.0.1:{free_port()}"]
     assert main(["once", str(patient), *down, "--state", str(tmp_path / "s.db")]) == 3
     assert capsys.readouterr().out == ""
+
+
+class Patient(NotificationHandler):
+    """1 件に 0.3 秒かかる通知先。"""
+
+    sent: ClassVar[list[str]] = []
+
+    def deliver(self, alert: Alert) -> Delivery:
+        time.sleep(0.3)
+        self.sent.append(alert.name)
+        return self.result(alert, ok=True)
+
+
+class Impatient(MultiChannelNotifier):
+    """コマンドが何秒待つように言っても、すぐに待つのをやめる。"""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, 0.01 if name == "wait_seconds" else value)
+
+
+def test_a_run_that_ends_while_it_sends_leaves_the_rest_to_the_next_and_repeats_nothing(
+    config: str, failed_trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Path(config).read_text(encoding="utf-8")
+    rules = "".join(f"  - {RULE.replace('errors', name)}\n" for name in "bc")
+    Path(config).write_text(text + rules, encoding="utf-8")
+    made = Impatient().add_handler("slow", Patient())
+    monkeypatch.setattr(commands, "notifier_from_config", lambda _: made)
+    for sent in (1, 2, 3, 3):
+        assert main(["once", config, "--state", str(tmp_path / "state.db")]) == 1
+        assert len(Patient.sent) == sent
+    assert sorted(Patient.sent) == ["b", "c", "errors"]
 
 
 def test_a_second_engine_is_refused_and_told_who_holds_the_state(
