@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
-from typing_extensions import dataclass_transform
 
 from .values import near, short
+
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:  # 型検査のためのもので、実行時には何もしない
+
+    def dataclass_transform(**_):
+        return lambda decorator: decorator
+
 
 Model = TypeVar("Model")
 Problem = tuple[str, str]

@@ -36,7 +36,7 @@ def short(value: object) -> str:
 def near(value: object, known: Iterable[object]) -> str:
     """近い名前を勧める文。なければ空。"""
     text = value if isinstance(value, str) else ""
-    close = difflib.get_close_matches(text, [str(name) for name in known], 1)
+    close = difflib.get_close_matches(text, [name for name in known if isinstance(name, str)], 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
