@@ -6,13 +6,15 @@ Databricks とは戻り値も違う。その違いを隠し、休止しても割
 実行::
 
     $ python chapter8_samples/03_quality_monitoring/scorer_lifecycle.py
-    登録前            UNREGISTERED
-    登録・開始        STARTED         50%  status = 'OK'
-    割合を変更        STARTED         20%  status = 'OK'
-    休止              STOPPED          0%  status = 'OK'
-    再開              STARTED         20%  status = 'OK'
-    一覧              safety_check 版 1  採点: client
-    削除              UNREGISTERED
+    操作        状態          割合  採点するトレース
+    ----------  ------------  ----  ----------------
+    登録前      UNREGISTERED
+    登録・開始  STARTED        50%  status = 'OK'
+    割合を変更  STARTED        20%  status = 'OK'
+    休止        STOPPED         0%  status = 'OK'
+    再開        STARTED        20%  status = 'OK'
+    削除        UNREGISTERED
+    再開後の一覧: safety_check 版 1、採点は client(run_scoring_cycle を呼ぶ側)
     推奨の割合で月 100 万件を採点するコスト: 約 874 USD
 
 Databricks でも同じ関数を使う。割合とフィルターは毎回両方を渡すので、どちらでも結果は同じになる。
@@ -20,15 +22,13 @@ Databricks でも同じ関数を使う。割合とフィルターは毎回両方
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from decimal import Decimal
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import delete_scorer, list_scorers
 
+from chapter8_samples.quality_monitoring.scoring.estimates import estimate_monthly_judge_cost
 from chapter8_samples.quality_monitoring.scoring.registry import (
     KeptSetting,
     ScorerNotFoundError,
@@ -45,8 +45,6 @@ from chapter8_samples.quality_monitoring.scoring.registry import (
     setup_scorers,
     status_of,
 )
-
-State = Literal["UNREGISTERED", "STARTED", "STOPPED"]
 
 RECOMMENDED_SAMPLE_RATES = {
     "safety": 1.0,
@@ -81,15 +79,6 @@ def get_scorer_status(experiment_name: str, name: str) -> ScorerStatus:
     if status is None:
         raise ScorerNotFoundError(f"no scorer {name!r} is registered in {experiment_name!r}")
     return status
-
-
-def state_of(experiment_name: str, name: str) -> State:
-    """スコアラーの状態。"""
-    try:
-        status = get_scorer_status(experiment_name, name)
-    except ScorerNotFoundError:
-        return "UNREGISTERED"
-    return "STARTED" if status.sample_rate > 0 else "STOPPED"
 
 
 def change_sample_rate(
@@ -167,37 +156,11 @@ def delete_all_scorers(experiment_name: str, confirm: bool = False) -> list[str]
     return names
 
 
-def estimate_monthly_judge_cost(
-    traffic: float,
-    rates: Mapping[str, float],
-    judge_price: tuple[float, float] | tuple[Decimal, Decimal] | float | Decimal = (0.40, 1.60),
-    *,
-    tokens_per_call: tuple[int, int] = (600, 60),
-) -> float:
-    """1 か月のトレースの数 ``traffic`` と割合から、ジャッジのコスト(USD / 月)を見積もる。
-
-    ``judge_price`` は、入力と出力の単価(USD / 100 万トークン、``JudgePrice`` でもよい)か、ジャッジ
-    1 回の額(USD)。既定は gpt-4.1-mini。
-    """
-    prices = judge_price if isinstance(judge_price, tuple) else (judge_price,)
-    if not all(math.isfinite(n) and n >= 0 for n in (traffic, *prices, *tokens_per_call)):
-        raise ScorerSetupError(
-            "traffic, prices and tokens must be finite and not negative, "
-            f"got {traffic}, {judge_price}, {tokens_per_call}"
-        )
-    calls = traffic * sum(check_sample_rate(name, rate) for name, rate in rates.items())
-    if not isinstance(judge_price, tuple):
-        return calls * float(judge_price)
-    pairs = zip(judge_price, tokens_per_call, strict=True)
-    return calls * sum(float(price) * tokens for price, tokens in pairs) / 1_000_000
-
-
-@dataclass(frozen=True)
-class LifecycleStep:
+class LifecycleStep(NamedTuple):
     """操作を 1 つ終えたあとの、保存先から読み直した状態。"""
 
     operation: str
-    state: State
+    state: Literal["UNREGISTERED", "STARTED", "STOPPED"] = "UNREGISTERED"
     sample_rate: float = 0.0
     filter_string: str | None = None
 
@@ -215,35 +178,37 @@ def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iter
     }
     for operation, do in operations.items():
         do()
-        state = state_of(experiment_name, name)
-        if state == "UNREGISTERED":
-            yield LifecycleStep(operation, state)
-        else:
+        try:
             status = get_scorer_status(experiment_name, name)
-            yield LifecycleStep(operation, state, status.sample_rate, status.filter_string)
+        except ScorerNotFoundError:
+            yield LifecycleStep(operation)
+            continue
+        state = "STARTED" if status.sample_rate else "STOPPED"
+        yield LifecycleStep(operation, state, status.sample_rate, status.filter_string)
 
 
 def main() -> None:
-    """サンプルを実行する。"""
+    """スコアラーの一生を、操作のたびに読み直して表にする。"""
     from mlflow.genai.scorers import Safety
 
     from chapter8_samples import _lab
+    from chapter8_samples._lab.console import table
 
-    name = "ch8-scorer-lifecycle"
+    name, rows = "ch8-scorer-lifecycle", list[list[str]]()
+    listed: list[ScorerStatus] = []
     with _lab.sample(name):
         safety = Safety(name="safety_check", model="openai:/gpt-4.1-mini")
         for step in demonstrate_scorer_lifecycle(name, ScorerPlan(scorer=safety, sample_rate=0.5)):
-            line = f"{step.operation}{' ' * (18 - 2 * len(step.operation))}{step.state}"
+            rows.append([step.operation, step.state, "", ""])
             if step.state != "UNREGISTERED":
-                rate = f"{step.sample_rate:6.0%}  {step.filter_string}"
-                line = f"{line:{30 - len(step.operation)}} {rate}"
-            print(line)
+                rows[-1][2:] = f"{step.sample_rate:.0%}", str(step.filter_string)
             if step.operation == "再開":
-                for status in list_scorer_statuses(name):
-                    about = f"{status.name} 版 {status.version}  採点: {status.runs}"
-                    print(f"一覧              {about}")
-        cost = estimate_monthly_judge_cost(1_000_000, RECOMMENDED_SAMPLE_RATES)
-        print(f"推奨の割合で月 100 万件を採点するコスト: 約 {cost:,.0f} USD")
+                listed = list_scorer_statuses(name)
+    print(table(["操作", "状態", "割合", "採点するトレース"], rows, "<<><"))
+    for s in listed:
+        print(f"再開後の一覧: {s.name} 版 {s.version}、採点は {s.runs}(run_scoring_cycle を呼ぶ側)")
+    cost = estimate_monthly_judge_cost(1_000_000, RECOMMENDED_SAMPLE_RATES)
+    print(f"推奨の割合で月 100 万件を採点するコスト: 約 {cost:,.0f} USD")
 
 
 if __name__ == "__main__":

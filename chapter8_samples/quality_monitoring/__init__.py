@@ -17,7 +17,7 @@ _MODULES = {
     ),
     "scorer_lifecycle": (
         "RECOMMENDED_SAMPLE_RATES change_sample_rate delete_all_scorers "
-        "demonstrate_scorer_lifecycle estimate_monthly_judge_cost get_scorer_status "
+        "demonstrate_scorer_lifecycle get_scorer_status "
         "list_scorer_statuses pause_scorer remove_scorer resume_scorer stop_all_scorers"
     ),
     "feedback_collection": (
@@ -38,6 +38,7 @@ _MODULES = {
     "feedback.summary": "FeedbackSummary summarize_feedback",
     "scoring.custom": "CustomScorerError setup_custom_code_scorer validate_custom_scorer",
     "scoring.cycle": "run_scoring_cycle",
+    "scoring.estimates": "estimate_monthly_judge_cost",
     "scoring.gate": "ReleaseComparison ReleaseRun compare_releases",
     "scoring.judge_endpoint": "JudgeEndpointError ensure_judge_endpoint",
     "scoring.judges": "BudgetError JudgeNotConfiguredError JudgePrice ScoringError",

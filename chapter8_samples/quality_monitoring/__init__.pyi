@@ -33,7 +33,6 @@ from .scorer_lifecycle import RECOMMENDED_SAMPLE_RATES as RECOMMENDED_SAMPLE_RAT
 from .scorer_lifecycle import change_sample_rate as change_sample_rate
 from .scorer_lifecycle import delete_all_scorers as delete_all_scorers
 from .scorer_lifecycle import demonstrate_scorer_lifecycle as demonstrate_scorer_lifecycle
-from .scorer_lifecycle import estimate_monthly_judge_cost as estimate_monthly_judge_cost
 from .scorer_lifecycle import get_scorer_status as get_scorer_status
 from .scorer_lifecycle import list_scorer_statuses as list_scorer_statuses
 from .scorer_lifecycle import pause_scorer as pause_scorer
@@ -50,6 +49,7 @@ from .scoring.custom import CustomScorerError as CustomScorerError
 from .scoring.custom import setup_custom_code_scorer as setup_custom_code_scorer
 from .scoring.custom import validate_custom_scorer as validate_custom_scorer
 from .scoring.cycle import run_scoring_cycle as run_scoring_cycle
+from .scoring.estimates import estimate_monthly_judge_cost as estimate_monthly_judge_cost
 from .scoring.gate import ReleaseComparison as ReleaseComparison
 from .scoring.gate import ReleaseRun as ReleaseRun
 from .scoring.gate import compare_releases as compare_releases

@@ -1,11 +1,8 @@
 """8.3.4 スコアラーの状態を変える: 一覧、割合の変更、休止、再開、削除(リスト8.12)。"""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from decimal import Decimal
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 from .scoring.registry import ScorerPlan, ScorerStatus
-State = Literal['UNREGISTERED', 'STARTED', 'STOPPED']
 RECOMMENDED_SAMPLE_RATES = {'safety': 1.0, 'relevance': 0.5, 'groundedness': 0.5, 'guidelines': 0.5, 'complex_custom': 0.1}
 
 def list_scorer_statuses(experiment_name: str) -> list[ScorerStatus]:
@@ -17,9 +14,6 @@ def list_scorer_statuses(experiment_name: str) -> list[ScorerStatus]:
 
 def get_scorer_status(experiment_name: str, name: str) -> ScorerStatus:
     """スコアラー 1 つの状態。なければ ``ScorerNotFoundError``。"""
-
-def state_of(experiment_name: str, name: str) -> State:
-    """スコアラーの状態。"""
 
 def change_sample_rate(experiment_name: str, name: str, sample_rate: float, *, filter_string: str | Literal['keep'] | None='keep') -> ScorerStatus:
     """割合を変える。フィルターは、渡さなければそのまま残り、``None`` を渡すとなくなる。
@@ -42,18 +36,10 @@ def remove_scorer(experiment_name: str, name: str) -> None:
 def delete_all_scorers(experiment_name: str, confirm: bool=False) -> list[str]:
     """すべてのスコアラーを削除し、名前を返す。``confirm=True`` がなければ何もしない。"""
 
-def estimate_monthly_judge_cost(traffic: float, rates: Mapping[str, float], judge_price: tuple[float, float] | tuple[Decimal, Decimal] | float | Decimal=(0.4, 1.6), *, tokens_per_call: tuple[int, int]=(600, 60)) -> float:
-    """1 か月のトレースの数 ``traffic`` と割合から、ジャッジのコスト(USD / 月)を見積もる。
-
-    ``judge_price`` は、入力と出力の単価(USD / 100 万トークン、``JudgePrice`` でもよい)か、ジャッジ
-    1 回の額(USD)。既定は gpt-4.1-mini。
-    """
-
-@dataclass(frozen=True)
-class LifecycleStep:
+class LifecycleStep(NamedTuple):
     """操作を 1 つ終えたあとの、保存先から読み直した状態。"""
     operation: str
-    state: State
+    state: Literal['UNREGISTERED', 'STARTED', 'STOPPED'] = 'UNREGISTERED'
     sample_rate: float = 0.0
     filter_string: str | None = None
 
@@ -61,4 +47,4 @@ def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iter
     """登録から削除までを行い、操作のたびに保存先から読み直した状態を返す。"""
 
 def main() -> None:
-    """サンプルを実行する。"""
+    """スコアラーの一生を、操作のたびに読み直して表にする。"""
