@@ -315,6 +315,7 @@ def test_labels_and_splits_that_mean_nothing_are_refused() -> None:
         ("pass_rate", "write pass_rate:<assessment name>"),
         ("passrate:relevance", "did you mean 'pass_rate'"),
         ("slow_rate:fast", "write slow_rate:3s"),
+        ("pass_rate: relevance", "write pass_rate:relevance"),
     ],
 )
 def test_a_metric_that_does_not_exist_is_refused_in_python_too(metric: str, hint: str) -> None:

@@ -122,7 +122,7 @@ def _text(detail: Any, inner: Exception | None, known: Iterable[str]) -> str:
         return f"{short(value)} is not one of {', '.join(choices)}{near(value, choices)}"
     if kind in WANTED:
         return f"{short(value)} is not {WANTED[kind]}"
-    return str(inner or detail["msg"])
+    return str(inner) if inner else f"{short(value)}: {detail['msg']}"
 
 
 def sentence(problem: Problem) -> str:

@@ -24,6 +24,9 @@ def check_metric(metric: str, rule: Fields) -> None:
     """知っている指標か。"""
     if problem := metric_problem(metric):
         raise ValueError(problem)
+    kind, _, name = metric.partition(":")
+    if name != name.strip():
+        raise ValueError(f"{metric!r} has a space around the name; write {kind}:{name.strip()}")
 
 
 def check_labels(labels: Mapping[str, str], rule: Fields) -> None:

@@ -29,6 +29,7 @@ from .values import (
     Text,
     Whole,
     parse_duration,
+    short,
 )
 
 FEW_SAMPLES = 200
@@ -90,7 +91,7 @@ class BaseRule:
     @staticmethod
     def heading(fields: Mapping[str, Any]) -> str:
         """誤りの文の前に付ける言葉。"""
-        return f"rule {fields.get('name')!r}: "
+        return f"rule {short(fields.get('name'))}: "
 
     def no_data_verdict(self) -> bool | None:
         """標本がないときの判定。``None`` は状態を変えない。"""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
 from .checking import SECRET_LIKE, AlertConfigError, Problem, keys_of, model, read
 from .values import Length, Name, Severity, Some, near, short
@@ -16,14 +16,15 @@ from .values import Length, Name, Severity, Some, near, short
 NO_SECRET = "secrets stay out of the file"
 
 
-def _variable(value: str) -> str:
+def _variable(value: Any) -> Any:
     # 値を文に入れない: 変数の名前の代わりに、秘密そのものが書かれているかもしれない
-    if not re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII) or SECRET_LIKE.search(value):
+    named = isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII)
+    if not named or SECRET_LIKE.search(value):
         raise ValueError(f"not the name of an environment variable; {NO_SECRET}")
     return value
 
 
-Variable = Annotated[Name, AfterValidator(_variable)]
+Variable = Annotated[str, BeforeValidator(_variable)]
 
 
 @model
