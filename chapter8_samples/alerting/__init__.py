@@ -20,7 +20,7 @@ _MODULES = {
     "rules": ("AlertConfig AlertConfigError AlertRule BurnRateRule Inhibit MuteWindow load_config"),
     "metrics": "MetricSample MetricSourceError",
     "slo": "Slo",
-    "engine": "AlertEngine",
+    "engine": "AlertEngine StateHeldError",
     "delivery": (
         "Alert AlertSeverity AlertStatus Delivery NotificationConfigError NotificationHandler "
         "RetryPolicy AlertmanagerNotificationHandler EmailNotificationHandler "

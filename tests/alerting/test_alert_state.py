@@ -399,6 +399,17 @@ def test_a_volume_gets_whole_files_and_keeps_every_promise(volume: Path, tmp_pat
     assert (volume / "alerts.db.bad").exists() and log.read()[2:] == ["firing"]
 
 
+def test_who_does_not_hold_it_writes_nothing_to_a_volume(volume: Path) -> None:
+    """書き戻すと、持ち主がその間に書いたものを消してしまう。"""
+    path = volume / "alerts.db"
+    StateFile(path).hold()
+    before, other = path.stat().st_mtime_ns, StateFile(path)
+    with pytest.raises(StateHeldError):
+        other.hold()
+    other.release()
+    assert path.stat().st_mtime_ns == before
+
+
 def test_of_two_that_wrote_at_once_on_a_volume_the_last_one_has_it(volume: Path) -> None:
     path = volume / "alerts.db"
     second = StateFile(path, sleep=lambda _: None)

@@ -168,7 +168,8 @@ def test_a_patient_watchdog_waits_over_several_runs(
     text = Path(config).read_text(encoding="utf-8") + "evaluation_failure_for: 30m\n"
     patient.write_text(text, encoding="utf-8")
     down = ["--tracking-uri", f"http://127.0.0.1:{free_port()}"]
-    assert main(["once", str(patient), *down, "--state", str(tmp_path / "s.db")]) == 3
+    for command in ("once", "watch"):
+        assert main([command, str(patient), *down, "--state", str(tmp_path / "s.db")]) == 3
     assert capsys.readouterr().out == ""
 
 

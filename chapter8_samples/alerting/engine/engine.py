@@ -132,7 +132,7 @@ class AlertEngine(RuleBoard):
             self._stays = False
             if self._pending:
                 with self._held():
-                    self._send([self._outbox[key] for key in self._pending])
+                    self._send([u for key, u in self._outbox.items() if key in self._pending])
                     self._save()
             else:
                 self._use_file(StateFile.release)

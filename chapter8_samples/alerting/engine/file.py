@@ -18,7 +18,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Generator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -109,15 +109,14 @@ class StateFile:
         """
         self._unsaved = True
         with self._open() as saved:
-            self._extend(saved)
+            self._extend(saved, self.lease)
             saved.rules, saved.outbox = rules, outbox
         self._unsaved = False
 
     def release(self) -> None:
         """手放す。ほかの見張りが使っていれば、何もしない。"""
-        with self._open() as saved:
-            if saved.holder and saved.holder.id == self._me:
-                saved.holder = replace(saved.holder, until=self._clock())
+        with suppress(StateHeldError), self._open() as saved:
+            self._extend(saved, timedelta(0))
 
     def _hold(self) -> Saved | None:
         _check_header(self.path)
@@ -127,20 +126,20 @@ class StateFile:
             if last and (last.until <= self._clock() or is_gone(last.machine, last.pid)):
                 saved.holder = None
             again = saved.holder is not None
-            self._extend(saved)
+            self._extend(saved, self.lease)
         if not self._in_place and not again:
             self._sleep(SETTLE_SECONDS)
             with self._open() as seen:
-                self._extend(seen)
+                self._extend(seen, self.lease)
         return None if mine and self._unsaved else saved
 
     @property
     def _me(self) -> str:
         return f"{self._token}-{os.getpid()}"  # fork した先は、別の見張り
 
-    def _extend(self, saved: Saved) -> None:
-        """ほかの見張りのものでないことを確かめて、期限を延ばす。"""
-        last, until = saved.holder, self._clock() + self.lease
+    def _extend(self, saved: Saved, lease: timedelta) -> None:
+        """ほかの見張りのものでないことを確かめて、期限を変える。"""
+        last, until = saved.holder, self._clock() + lease
         if last and last.id != self._me:
             since, free = (f"{at:%Y-%m-%d %H:%M:%S} UTC" for at in (last.since, last.until))
             raise StateHeldError(
