@@ -7,7 +7,7 @@ import random
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from statistics import quantiles
 from typing import Any
@@ -21,6 +21,7 @@ from ports import free_port
 from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
 from chapter8_samples.alerting.delivery.posting import NotificationConfigError
+from chapter8_samples.alerting.engine import AlertEngine
 from chapter8_samples.alerting.metrics.labels import split_rows
 from chapter8_samples.alerting.metrics.measures import (
     MetricSourceError,
@@ -287,6 +288,31 @@ def test_the_server_and_the_search_agree_with_the_truth(
     assert (empty.value, empty.n) == (None, 0)
     assert source.sample("cost_usd_per_hour", WINDOW, AT + timedelta(days=9)).value == 0.0
     assert source.sample("error_rate", WINDOW, AT + timedelta(days=9)).value is None
+
+
+@pytest.mark.slow
+def test_the_default_rules_ask_for_each_metric_and_window_once(
+    mlflow_server_url: str, experiment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = traffic(60)
+    record(requests)
+    asked: list[str] = []
+
+    def counted(uri: str, body: Any) -> Any:
+        asked.append(json.dumps(body))
+        return query_metrics(uri, body)
+
+    monkeypatch.setattr(sys.modules[query_metrics.__module__], "query_metrics", counted)
+    engine = AlertEngine(replace(AlertConfig.default(), offset="0s"), metric_source(experiment))
+    engine.evaluate(AT)
+    assert engine.failures == {}
+    assert len(asked) == len({*asked}) <= 18
+    truth = RecordedTraces([as_row(request, index) for index, request in enumerate(requests)])
+    for rule in engine.config.rules:
+        ((metric, window),) = rule.queries()
+        found, expected = engine.last_samples()[rule.name], truth.sample(metric, window, AT)
+        assert found.n == expected.n
+        assert found.value == (expected.value and pytest.approx(expected.value, rel=1e-9))
 
 
 @pytest.mark.slow
