@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import mlflow
+import numpy as np
 import pytest
 from cost_tracking.llm_spans import DECEMBER, MODEL, USAGE, call, end
 from hypothesis import given
@@ -232,7 +234,8 @@ def test_the_attributes_of_this_mlflow_are_json_texts(tracking_uri: str) -> None
     "usage",
     [
         {"input_tokens": True, "output_tokens": 5},
-        {"input_tokens": "10", "output_tokens": 5},
+        {"input_tokens": "ten", "output_tokens": 5},
+        {"input_tokens": 10, "output_tokens": "5.5"},
         {"input_tokens": 10, "output_tokens": 5.5},
         {"input_tokens": 10, "output_tokens": 5, "cache_read_input_tokens": [3]},
     ],
@@ -249,10 +252,15 @@ def test_counts_that_are_no_integers_are_not_read_as_numbers(
     assert costs.priced == 0
 
 
-def test_whole_numbers_that_came_back_as_floats_count(tracking_uri: str) -> None:
+@pytest.mark.parametrize("number", [float, np.int64])
+def test_whole_numbers_count_in_the_form_that_mlflow_stores(
+    costs: CostTracking, number: Callable[[int], Any]
+) -> None:
+    """小数は小数のまま、numpy の整数は文字列で残る。"""
     span = call("gpt-4o", None)
-    span.set_attribute(USAGE, {"input_tokens": 1000.0, "output_tokens": 500.0})
+    span.set_attribute(USAGE, {"input_tokens": number(1000), "output_tokens": number(500)})
     assert price_trace(end(span)).total_usd == Decimal("0.0075")
+    assert costs.priced == 1
 
 
 def test_the_otel_native_integrations_of_this_mlflow_are_known() -> None:

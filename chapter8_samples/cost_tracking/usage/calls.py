@@ -85,8 +85,9 @@ class TokenUsage:
 
 
 def _whole(name: str, count: Any) -> int:
-    """保存先によっては、整数が小数(1000.0)で返る。"""
-    if isinstance(count, float) and count.is_integer():
+    """整数が、保存先によっては小数(1000.0)で返り、numpy の値は MLflow が文字列にする。"""
+    is_whole = isinstance(count, float) and count.is_integer()
+    if is_whole or (isinstance(count, str) and count.isdecimal()):
         return int(count)
     raise ValueError(f"{name} must be an integer, got {count!r}")
 
@@ -243,8 +244,9 @@ def _usage(stored: Mapping[str, Any], outputs: Any, model: str) -> tuple[TokenUs
     """使用量と、そのうち金額にできない部分。ほかの道具が書いた別の形は、報告がないのと同じ。"""
     data = _value(stored, USAGE_ATTRIBUTE)
     if not data and _value(stored, SPAN_TYPE) == SpanType.EMBEDDING:  # MLflow は拾わない
-        data = {"input_tokens": _dig(outputs, "usage", "prompt_tokens")}
-    if not isinstance(data, dict) or not any(cast("dict[str, Any]", data).values()):
+        tokens = _dig(outputs, "usage", "prompt_tokens")
+        data = {"input_tokens": tokens} if tokens else None
+    if not data or not isinstance(data, dict):
         return None, ""
     counts = cast("dict[str, Any]", data)
     if _OTEL_TOTAL in stored:
