@@ -29,6 +29,9 @@ from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
+from .deadlines import run_in_time
+from .endpoint import split_endpoint
+
 F = TypeVar("F", bound=Callable[..., Any])
 _TYPE, _INPUTS, _OUTPUTS = "mlflow.spanType", "mlflow.spanInputs", "mlflow.spanOutputs"
 _NATIVE, _NO_PARENT = context.create_key("native-span"), context.Context()
@@ -72,12 +75,7 @@ class NativeTracing:
         return self._run([one.shutdown for one in self._destinations.values()], timeout_seconds)
 
     def _run(self, jobs: list[Callable[[], Any]], seconds: float) -> dict[str, NativeStatus]:
-        deadline = time.monotonic() + seconds  # SDK は期限を守らないので、別のスレッドで待つ
-        threads = [threading.Thread(target=job, daemon=True) for job in jobs]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        run_in_time(jobs, seconds)
         return self.status()
 
 
@@ -121,11 +119,13 @@ def setup_native_tracing(
 
 
 def _base_url(url: str) -> str:
-    base = url.strip().rstrip("/").removesuffix("/v1/traces")
-    if not re.fullmatch(r"https?://[^/@?#\s]+[^@?#\s]*", base):
-        safe = re.sub("[^/]*@|[?#].*", "", base)  # 鍵かもしれないところは、文面に出さない
-        raise ValueError(f"endpoint {safe!r} is wrong; write http://HOST:PORT, and keys in headers")
-    return base
+    try:
+        parts = split_endpoint(url)
+    except ValueError as error:
+        safe = re.sub("[^/]*@|[?#].*", "", url.strip())  # 鍵かもしれないところは、文面に出さない
+        write = "write http://HOST:PORT, and keys in headers"
+        raise ValueError(f"endpoint {safe!r} is wrong; {write} ({error})") from None
+    return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/").removesuffix("/v1/traces")
 
 
 def _experiment_id(server: str, name: str, headers: Mapping[str, str]) -> str:

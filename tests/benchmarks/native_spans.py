@@ -4,9 +4,15 @@
 入れ替えて測る。送り先は、受け取るだけの別プロセス。書き出しは、測る間には起きないように、周の
 間に行う。CPU 時間(``time.thread_time_ns``)と経過時間の、周ごとの中央値の比を出す。
 
+``--sustained N`` では、1 トレース 5 スパンを休まず作って送り終えるまでの速さと、失った数を測る
+(``tracing_throughput.py`` と同じやり方。受け取るだけの相手と、保存する MLflow のサーバー 1 つへ)。
+
+Langfuse と Phoenix は、入っていれば測る(``pip install langfuse arize-phoenix-otel``)。
+
 実行::
 
     python tests/benchmarks/native_spans.py --rounds 9 --calls 400
+    python tests/benchmarks/native_spans.py --sustained 3
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,8 +34,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import tracing_throughput as throughput
 from bench_report import print_table
 from caller_cost import QUIET
+from tracing_burst import environment
 from tracing_overhead import langfuse, phoenix
 
 SDK, OURS, MLFLOW = "OpenTelemetry SDK(同じ属性)", "native", "MLflow @mlflow.trace"
@@ -184,12 +193,99 @@ def show(found: dict[str, Variant | None], rounds: int, calls: int) -> None:
     print_table("比(周ごとの中央値の比の中央値)", ("測るもの", "比べる相手", "CPU", "経過"), ratios)
 
 
+# ---- 続けて送る速さ ----
+
+
+def native_setup(experiment: str | None) -> throughput.Setup:
+    """``traced``。待ち行列は、ほかの作り方と同じ 100,000 に広げる。"""
+
+    def setup(url: str) -> Any:
+        from chapter8_samples.opentelemetry import setup_native_tracing, traced
+
+        tracing = setup_native_tracing(url, experiment, "bench", max_queue_spans=100_000)
+        return traced(span_type="CHAIN"), lambda: tracing.flush(600)
+
+    return setup
+
+
+TO_SERVER = "native(MLflow のサーバーへ)"
+throughput.TO_SINK[OURS] = native_setup(None)
+throughput.TO_SERVER[TO_SERVER] = native_setup("throughput")
+
+
+def sustained(rounds: int, sink_traces: int, server_traces: int) -> dict[str, throughput.Measured]:
+    """作り方ごとに別のプロセスで、1 周ずつ、順番を入れ替えて測る。"""
+    found = {
+        name: throughput.Measured(stored=name in throughput.TO_SERVER)
+        for name in throughput.TO_SINK | throughput.TO_SERVER
+    }
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        with throughput.sink() as received, throughput.store(home) as stored:
+            for _ in range(rounds):
+                for name, one in random.sample(list(found.items()), len(found)):
+                    target = stored if one.stored else received
+                    sustain(name, one, *target, server_traces if one.stored else sink_traces, home)
+    return found
+
+
+def sustain(
+    name: str,
+    one: throughput.Measured,
+    url: str,
+    count: Callable[[], int],
+    traces: int,
+    home: Path,
+) -> None:
+    """1 回測って ``one`` に足す。"""
+    command = [sys.executable, __file__, "--child", name, "--url", url, "--traces", str(traces)]
+    settings = environment() | {"OTEL_BSP_MAX_QUEUE_SIZE": "100000"}
+    run = subprocess.run(
+        command, cwd=home, env=settings, capture_output=True, text=True, timeout=900
+    )
+    if run.returncode:
+        raise RuntimeError(f"{name}: {run.stderr}")
+    seconds = json.loads(run.stdout.splitlines()[-1])
+    if isinstance(seconds, str):
+        one.missing = seconds
+        return
+    arrived = count()
+    one.rates.append(arrived / seconds)
+    one.lost += traces * throughput.SPANS - arrived
+
+
+def show_sustained(found: dict[str, throughput.Measured], rounds: int) -> None:
+    """届いたスパン/秒と失った数、native との比。"""
+    rows = list[tuple[Any, ...]]()
+    for name, one in found.items():
+        mine = found[TO_SERVER if one.stored else OURS]
+        if one.missing:
+            rows.append((name, "未インストール", "-", "-"))
+        else:
+            rate = f"{statistics.median(one.rates):,.0f}"
+            rows.append((name, rate, one.lost, throughput.ratio(mine, one)))
+    columns = ("作り方", "スパン/秒", "失ったスパン", "native はその何倍か")
+    print_table(f"続けて送る速さ({rounds} 周の中央値)", columns, rows)
+
+
 def main() -> None:
     """測って表を出す。"""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--calls", type=int, default=400, help="1 周の回数")
+    parser.add_argument("--sustained", type=int, metavar="ROUNDS", help="続けて送る速さを測る")
+    parser.add_argument("--traces", type=int, default=2_000, help="受け取るだけのときの件数")
+    parser.add_argument("--server-traces", type=int, default=500, help="保存するときの件数")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.child:
+        throughput.child(chosen.child, chosen.url, chosen.traces)
+        return
+    if chosen.sustained:
+        found = sustained(chosen.sustained, chosen.traces, chosen.server_traces)
+        show_sustained(found, chosen.sustained)
+        return
     show(measure(chosen.rounds, chosen.calls), chosen.rounds, chosen.calls)
 
 

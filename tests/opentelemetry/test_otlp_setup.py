@@ -79,9 +79,7 @@ def test_dual_mode_delivers_every_trace_twice_with_equal_ids(
     mlflow.set_experiment("dual")
     status = setup_otlp_export(endpoint_of(otlp, protocol), "bot", protocol)
     made = {answer(n, tags={"release": "v1"}) for n in range(5)}
-    report = flush_all(
-        timeout_seconds=60
-    )  # 最初は、litellm を読み込む
+    report = flush_all(timeout_seconds=60)  # 最初は、litellm を読み込む
     assert report.complete and (report.accepted, report.delivered, report.lost) == (15, 15, 0)
     assert {f"tr-{span.trace_id}" for span in otlp.spans} == made == stored_ids("dual")
     assert len(otlp.spans) == 15

@@ -1,7 +1,7 @@
-"""8.5.3 OTLP が届いたことの確認。
+"""8.5.3 OTLP が届いたことの確認: 届いた数と失われた数、送り先が受け取るか。
 
 OpenTelemetry の ``force_flush()`` は、全部失われていても True を返し、渡した期限も守らない。
-期限を守って書き出し、届いた数と失われた数で結果を返す。
+期限を守って書き出し、数で結果を返す。
 
 Databricks でも同じ。``flush_all`` は MLflow への書き出しと OTLP への書き出しの両方を待つ。
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExportResult
 
 from .._internals import change_before_export, processors_of, unwrapped, wrapped_by
+from ..deadlines import run_in_time
 from .config import OtlpConfig, OtlpConfigError
 
 
@@ -142,33 +143,14 @@ def flush_all(timeout_seconds: float = 10.0) -> FlushReport:
     (``os._exit`` やシグナルのハンドラーの中)では、代わりにこれを呼ぶ。
     """
     _count_spans()
-    accepted_before = delivery_counts().accepted
-    deadline = time.monotonic() + timeout_seconds
-    jobs = [_Job(mlflow.flush_trace_async_logging), _Job(_flush_otlp)]
-    mlflow_seconds, otlp_seconds = [job.wait(deadline) for job in jobs]
+    before = delivery_counts()
+    jobs = [mlflow.flush_trace_async_logging, _flush_otlp]
+    mlflow_seconds, otlp_seconds = run_in_time(jobs, timeout_seconds)
     counts = delivery_counts()
     lost = counts.lost
     if otlp_seconds is not None:  # 書き出しが終わっても結果のないものは、キューからあふれた
-        lost = max(lost, accepted_before - counts.delivered)
+        lost = max(lost, before.accepted - counts.delivered)
     return FlushReport(mlflow_seconds, otlp_seconds, counts.accepted, counts.delivered, lost)
-
-
-class _Job:
-    """期限を守らない関数を、別のスレッドで動かして待つ。"""
-
-    def __init__(self, function: Callable[[], object]) -> None:
-        self._seconds: float | None = None
-        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
-        self._thread.start()
-
-    def _run(self, function: Callable[[], object]) -> None:
-        started = time.monotonic()
-        function()
-        self._seconds = time.monotonic() - started
-
-    def wait(self, deadline: float) -> float | None:
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        return self._seconds
 
 
 def _flush_otlp() -> None:
@@ -176,6 +158,9 @@ def _flush_otlp() -> None:
         # 包むほう(テールサンプリングなど)は、中身だけを書き出す
         if not (wrapped_by(processor) or isinstance(processor, BaseMlflowSpanProcessor)):
             processor.force_flush()
+
+
+# ---- 送り先が本当に受け取るか ----
 
 
 @dataclass(frozen=True)
@@ -230,28 +215,16 @@ def check_otlp_connection(
     if isinstance(endpoint, OtlpConfig):
         return check_config(endpoint, timeout_seconds)
     started, known = time.monotonic(), dict(headers or {})
-    mistake = _mistake(
-        endpoint=endpoint,
-        protocol=protocol,
-        headers=known,
-        timeout_seconds=timeout_seconds,
-        certificate_file=certificate_file,
-    )
-    if mistake:
-        return ConnectionCheck(False, "invalid", f"{mistake}; {_FIXES['invalid']}", 0.0)
-    probe = _grpc_probe if protocol == "grpc" else _http_probe
+    given: Any = {"endpoint": endpoint, "protocol": protocol, "headers": known}
+    given |= {"timeout_seconds": timeout_seconds, "certificate_file": certificate_file}
+    try:
+        OtlpConfig(service_name="otlp-connection-check", **given)
+    except OtlpConfigError as error:
+        return ConnectionCheck(False, "invalid", f"{error}; {_FIXES['invalid']}", 0.0)
+    probe, endpoint = _grpc_probe if protocol == "grpc" else _http_probe, endpoint.strip()
     reason, answer = probe(endpoint, known, timeout_seconds, certificate_file)
     detail = f"{endpoint}: {answer}; {_FIXES[reason]}"
     return ConnectionCheck(reason == "ok", reason, detail, time.monotonic() - started)
-
-
-def _mistake(**settings: Any) -> str:
-    """送る前に分かる誤り。"""
-    try:
-        OtlpConfig(service_name="otlp-connection-check", **settings)
-    except OtlpConfigError as error:
-        return str(error)
-    return ""
 
 
 def check_config(config: OtlpConfig, timeout_seconds: float = 10.0) -> ConnectionCheck:
@@ -288,11 +261,20 @@ def _http_probe(
             session.verify = certificate or True
             response = session.post(endpoint, body, headers=headers | content, timeout=timeout)
     except OSError as error:  # requests の例外と、環境変数の指すファイルがないとき
-        return _http_failure(error), _shorten(str(error))
-    reason = _HTTP_REASONS.get(response.status_code) or _by_class(response.status_code)
+        return _failure(str(error), "wrong_protocol"), _shorten(str(error))
     said = _shorten(response.content.decode(errors="replace"))
-    reason = _http_receipt(response) if reason == "ok" else reason
-    return reason, f"HTTP {response.status_code} {said}".strip()
+    return _http_reason(response), f"HTTP {response.status_code} {said}".strip()
+
+
+def _http_reason(response: Any) -> str:
+    status = response.status_code
+    if status in (401, 403):
+        return "unauthorized"
+    if status in (404, 405):
+        return "not_found"
+    if status in (429, 502, 503, 504):
+        return "busy"
+    return _http_receipt(response) if status // 100 == 2 else "rejected"
 
 
 def _http_receipt(response: Any) -> str:
@@ -312,35 +294,28 @@ def _http_receipt(response: Any) -> str:
     return "rejected" if receipt.partial_success.rejected_spans else "ok"
 
 
-_HTTP_REASONS = {401: "unauthorized", 403: "unauthorized", 404: "not_found", 405: "not_found"}
+_SIGNS = {
+    "dns": ("resolv", "Name or service not known", "getaddrinfo"),
+    "tls": ("SSL", "Ssl", "TLS", "certificate"),
+    "refused": ("refused", "FD shutdown", "unreachable"),
+    "timeout": ("timed out", "timeout="),
+    "wrong_protocol": ("connect", "ndshake"),
+}
 
 
-def _by_class(status: int) -> str:
-    if status // 100 == 2:
-        return "ok"
-    return "busy" if status in (429, 502, 503, 504) else "rejected"
-
-
-def _http_failure(error: Exception) -> str:
-    import requests
-
-    text = str(error)
-    if isinstance(error, requests.exceptions.SSLError):
-        return "tls"
-    if isinstance(error, requests.exceptions.Timeout):
-        return "timeout"
-    return _connection_failure(text)
-
-
-def _connection_failure(text: str, otherwise: str = "wrong_protocol") -> str:
-    signs = {
-        "dns": ("resolv", "Name or service not known", "getaddrinfo"),
-        "tls": ("SSL", "Ssl", "TLS", "certificate"),
-        "refused": ("refused", "FD shutdown", "unreachable"),
-        "wrong_protocol": ("connect", "ndshake"),
-    }
-    found = (reason for reason, words in signs.items() if any(word in text for word in words))
+def _failure(text: str, otherwise: str) -> str:
+    """つながらなかった理由を、例外の文面から。"""
+    found = (reason for reason, words in _SIGNS.items() if any(word in text for word in words))
     return next(found, otherwise)
+
+
+_GRPC_REASONS = {
+    "UNAUTHENTICATED": "unauthorized",
+    "PERMISSION_DENIED": "unauthorized",
+    "UNIMPLEMENTED": "not_found",
+    "DEADLINE_EXCEEDED": "timeout",
+    "RESOURCE_EXHAUSTED": "busy",
+}
 
 
 def _grpc_probe(
@@ -351,15 +326,10 @@ def _grpc_probe(
 
     url = urlsplit(endpoint)
     roots = Path(certificate).read_bytes() if certificate else None
-    credentials = grpc.ssl_channel_credentials(roots)
-    secure = url.scheme == "https"
-    channel: Any = (
-        grpc.secure_channel(url.netloc, credentials)
-        if secure
-        else grpc.insecure_channel(url.netloc)
-    )
+    secure = (grpc.ssl_channel_credentials(roots),) if url.scheme == "https" else ()
+    open_channel: Any = grpc.secure_channel if secure else grpc.insecure_channel
     metadata = [(name.lower(), value) for name, value in headers.items()]
-    with channel:
+    with open_channel(url.netloc, *secure) as channel:
         stub: Any = TraceServiceStub(channel)
         try:
             receipt = stub.Export(_probe_request(), timeout=timeout, metadata=metadata)
@@ -372,16 +342,10 @@ def _grpc_probe(
 
 def _grpc_failure(error: Any) -> tuple[str, str]:
     code, details = error.code().name, _shorten(error.details() or "")
-    reasons = {
-        "UNAUTHENTICATED": "unauthorized",
-        "PERMISSION_DENIED": "unauthorized",
-        "UNIMPLEMENTED": "not_found",
-        "DEADLINE_EXCEEDED": "timeout",
-        "RESOURCE_EXHAUSTED": "busy",
-    }
+    reason = _GRPC_REASONS.get(code, "rejected")
     if code == "UNAVAILABLE":
-        return _connection_failure(details, "busy"), f"{code} {details}"
-    return reasons.get(code, "rejected"), f"{code} {details}"
+        reason = _failure(details, "busy")
+    return reason, f"{code} {details}"
 
 
 def _shorten(text: str, limit: int = 200) -> str:

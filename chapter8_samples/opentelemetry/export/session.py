@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -29,6 +28,7 @@ from .._internals import (
     unwrapped,
     wrapped_by,
 )
+from ..deadlines import run_in_time
 from .attributes import add_export_attributes
 from .config import Mode, OtlpConfig, OtlpConfigError, OtlpSetupError, OtlpStatus
 from .delivery import watch_delivery
@@ -242,14 +242,12 @@ def disable_otlp_export(timeout_seconds: float = 10.0) -> OtlpStatus:
 
 def _drain(timeout_seconds: float) -> None:
     """OTLP を書き出す。期限を過ぎたら送信をやめるので、終了処理が待たされない。"""
-    deadline = time.monotonic() + timeout_seconds
-    for processor in unwrapped(processors_of(current_provider())):
-        if isinstance(processor, OtelSpanProcessor):
-            worker = threading.Thread(target=processor.force_flush, daemon=True)
-            worker.start()
-            worker.join(max(0.0, deadline - time.monotonic()))
-            if worker.is_alive():
-                _abandon(processor)
+    found = unwrapped(processors_of(current_provider()))
+    sending = [p for p in found if isinstance(p, OtelSpanProcessor)]
+    took = run_in_time([processor.force_flush for processor in sending], timeout_seconds)
+    for processor, seconds in zip(sending, took, strict=True):
+        if seconds is None:
+            _abandon(processor)
 
 
 def _abandon(processor: OtelSpanProcessor) -> None:

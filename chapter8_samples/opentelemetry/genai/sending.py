@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._internals import exporter_class
+from ..deadlines import run_in_time
 from ..endpoint import signal_url, split_endpoint
 
 
@@ -40,8 +40,5 @@ def last_results(exporter: Any) -> Sequence[Any]:
 
 def flush_in_time(provider: Any, results: Sequence[Any], timeout_seconds: float) -> bool:
     """残りを送り、受け取られたかを返す。``timeout_seconds`` 秒で必ず戻る。"""
-    worker = threading.Thread(target=provider.force_flush, daemon=True)
-    worker.start()
-    worker.join(timeout_seconds)
-    failed = any(result.name == "FAILURE" for result in results)
-    return not (worker.is_alive() or failed)
+    (seconds,) = run_in_time([provider.force_flush], timeout_seconds)
+    return seconds is not None and not any(result.name == "FAILURE" for result in results)
