@@ -6,6 +6,7 @@
 実行::
 
     $ python chapter8_samples/03_quality_monitoring/backfill_scorers.py
+    safety_check で 40 件のトレースを採点する
     見積もり: 採点 40、済み 0、0.0134 USD
     予算 0.002 USD で実行: 採点 ...、済み 0、0.00... USD
     残りを実行: 採点 ...、済み ...、0.00... USD
@@ -185,6 +186,7 @@ def main() -> None:
         mlflow.flush_trace_async_logging()
         window = {"start_time": datetime.now(timezone.utc) - timedelta(days=1)}
         safety = Safety(name="safety_check", model="openai:/gpt-4.1-mini")
+        print(f"{safety.name} で 40 件のトレースを採点する")
         show("見積もり", dry_run=True)
         show("予算 0.002 USD で実行", options=ScoringOptions(budget_usd=0.002))
         show("残りを実行")

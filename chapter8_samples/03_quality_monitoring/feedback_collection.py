@@ -6,11 +6,12 @@
 実行::
 
     $ python chapter8_samples/03_quality_monitoring/feedback_collection.py
-    応答の直後 {'user_thumbs': False}
-    考え直した後 {'user_thumbs': True}
-    点数も付けた {'user_rating': 4, 'user_thumbs': True}
-    点数を取り下げた後 {'user_thumbs': True}
-    拒否された入力: rating must be between 1 and 5, got 99
+    操作したあとの、トレースの有効な評価
+    低評価(応答の直後): {'user_thumbs': False}
+    高評価に変更: {'user_thumbs': True}
+    点数も付ける: {'user_rating': 4, 'user_thumbs': True}
+    点数を取り下げる: {'user_thumbs': True}
+    99 点を付ける: FeedbackValidationError(範囲の外): rating must be between 1 and 5, got 99
 
 本番サーバーには ``mlflow-tracing`` だけがあればよい。Databricks でも同じコードで動く
 (``MLFLOW_TRACKING_URI=databricks``)。トレース ID は応答と一緒に画面へ返し、画面から受け取る。
@@ -168,25 +169,26 @@ class FeedbackCollector:
 
 
 def main() -> None:
-    """サンプルを実行する。"""
+    """1 人のユーザーが評価し、考え直し、取り下げる。"""
     from chapter8_samples import _lab
 
     with _lab.sample("ch8-feedback"):
         with mlflow.start_span("answer") as span:
             span.set_outputs("返品には 3 営業日かかります。")
         user = FeedbackCollector("user-123", span.trace_id)
+        print("操作したあとの、トレースの有効な評価")
         user.thumbs_down("送料のことが書かれていない")
-        print("応答の直後", _valid(user))
+        print("低評価(応答の直後):", _valid(user))
         user.thumbs_up()
-        print("考え直した後", _valid(user))
+        print("高評価に変更:", _valid(user))
         user.rate(4)
-        print("点数も付けた", _valid(user))
+        print("点数も付ける:", _valid(user))
         user.withdraw(FeedbackType.RATING)
-        print("点数を取り下げた後", _valid(user))
+        print("点数を取り下げる:", _valid(user))
         try:
             user.rate(99)
         except FeedbackValidationError as error:
-            print("拒否された入力:", error)
+            print(f"99 点を付ける: {type(error).__name__}(範囲の外): {error}")
 
 
 def _valid(user: FeedbackCollector) -> dict[str, object]:

@@ -21,7 +21,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,22 +33,15 @@ from mlflow.genai.scorers import (
     Scorer,
 )
 
-from chapter8_samples.quality_monitoring.scoring.judge_endpoint import (
-    JudgeEndpointError,
-    ensure_judge_endpoint,
-    judge_endpoint_exists,
-)
-from chapter8_samples.quality_monitoring.scoring.judges import DEFAULT_JUDGE, require_judges
+from chapter8_samples.quality_monitoring.scoring.judge_endpoint import resolve_judge_model
+from chapter8_samples.quality_monitoring.scoring.judges import require_judges
 from chapter8_samples.quality_monitoring.scoring.plan import FINISHED_TRACES
 from chapter8_samples.quality_monitoring.scoring.registry import (
     ScorerPlan,
     ScorerSetupError,
     ScorerStatus,
-    detect_backend,
     setup_scorers,
 )
-
-JUDGE_ENDPOINT = "judge"
 
 
 def setup_quality_scorers(
@@ -71,7 +63,8 @@ def setup_quality_scorers(
     Args:
         safety_sample_rate: 安全性を採点する割合(0 より大きく 1 以下)。ほかは ``quality_...``。
         custom_guidelines: 自然言語の採点基準(1 つでも複数でもよい)。
-        judge_model: すべてのジャッジのモデル。省略の仕方は ``resolve_judge_model()``。
+        judge_model: すべてのジャッジのモデル。省くと、Databricks では用意されたもの、ほかでは
+            ``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、gpt-4.1-mini の順。
         filter_string: 採点の対象にするトレース。``extra``: 追加のスコアラー。
         create_judge_endpoint: サーバーに接続先がなければ、``OPENAI_API_KEY`` を保存して作る。
         tracking_uri: MLflow の接続先。省略すると環境変数か、手元の SQLite。
@@ -91,35 +84,6 @@ def setup_quality_scorers(
         rated.append((_guidelines(custom_guidelines, model), quality_sample_rate))
     plans = [ScorerPlan(scorer=s, sample_rate=r, filter_string=filter_string) for s, r in rated]
     return setup_scorers(experiment_name, [*plans, *extra])
-
-
-def resolve_judge_model(
-    judge_model: str | None = None, *, create_judge_endpoint: bool = False
-) -> str | None:
-    """使うジャッジのモデル。Databricks では ``None``(用意されたジャッジ)。
-
-    省くと、``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、既定の順。
-    """
-    backend = detect_backend()
-    if backend == "databricks" or judge_model:
-        return judge_model
-    if override := os.environ.get("MLFLOW_GENAI_JUDGE_DEFAULT_MODEL"):
-        return override
-    return (backend == "oss_http" and _server_judge(create_judge_endpoint)) or DEFAULT_JUDGE
-
-
-def _server_judge(create: bool) -> str | None:
-    key, base = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
-    try:
-        if judge_endpoint_exists(JUDGE_ENDPOINT):
-            return f"gateway:/{JUDGE_ENDPOINT}"
-        if create and not key:
-            raise ScorerSetupError("create_judge_endpoint=True needs OPENAI_API_KEY")
-        if create and key:
-            return ensure_judge_endpoint(JUDGE_ENDPOINT, api_key=key, api_base=base)
-    except JudgeEndpointError as error:
-        raise ScorerSetupError(str(error)) from error
-    return None
 
 
 def setup_builtin_scorers(

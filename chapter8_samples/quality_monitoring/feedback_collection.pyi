@@ -72,4 +72,4 @@ class FeedbackCollector:
         ...
 
 def main() -> None:
-    """サンプルを実行する。"""
+    """1 人のユーザーが評価し、考え直し、取り下げる。"""

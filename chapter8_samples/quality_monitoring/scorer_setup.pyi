@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 from .scoring.plan import FINISHED_TRACES
 from .scoring.registry import ScorerPlan, ScorerStatus
-JUDGE_ENDPOINT = 'judge'
 
 def setup_quality_scorers(experiment_name: str, safety_sample_rate: float=1.0, quality_sample_rate: float=0.5, custom_guidelines: str | Sequence[str] | None=None, *, judge_model: str | None=None, filter_string: str | None=FINISHED_TRACES, extra: Sequence[ScorerPlan]=(), create_judge_endpoint: bool=False, tracking_uri: str | None=None) -> list[ScorerStatus]:
     """本番の品質監視に使うスコアラーをまとめて登録し、開始する。
@@ -14,19 +13,14 @@ def setup_quality_scorers(experiment_name: str, safety_sample_rate: float=1.0, q
     Args:
         safety_sample_rate: 安全性を採点する割合(0 より大きく 1 以下)。ほかは ``quality_...``。
         custom_guidelines: 自然言語の採点基準(1 つでも複数でもよい)。
-        judge_model: すべてのジャッジのモデル。省略の仕方は ``resolve_judge_model()``。
+        judge_model: すべてのジャッジのモデル。省くと、Databricks では用意されたもの、ほかでは
+            ``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、gpt-4.1-mini の順。
         filter_string: 採点の対象にするトレース。``extra``: 追加のスコアラー。
         create_judge_endpoint: サーバーに接続先がなければ、``OPENAI_API_KEY`` を保存して作る。
         tracking_uri: MLflow の接続先。省略すると環境変数か、手元の SQLite。
 
     Raises:
         ScorerSetupError: 割合が範囲外、サーバーが拒否した、など。
-    """
-
-def resolve_judge_model(judge_model: str | None=None, *, create_judge_endpoint: bool=False) -> str | None:
-    """使うジャッジのモデル。Databricks では ``None``(用意されたジャッジ)。
-
-    省くと、``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、既定の順。
     """
 
 def setup_builtin_scorers(experiment_name: str, safety_sample_rate: float=1.0, quality_sample_rate: float=0.5, *, judge_model: str | None=None) -> list[ScorerStatus]:

@@ -45,7 +45,7 @@ from chapter8_samples.quality_monitoring import (
     setup_scorers,
     stop_all_scorers,
 )
-from chapter8_samples.quality_monitoring.scorer_setup import resolve_judge_model
+from chapter8_samples.quality_monitoring.scoring.judge_endpoint import resolve_judge_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,6 +9,7 @@ API キーを守るために ``MLFLOW_CRYPTO_KEK_PASSPHRASE`` を設定して起
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import mlflow
@@ -20,6 +21,10 @@ from mlflow.utils.credentials import (
 )
 from mlflow.utils.rest_utils import http_request  # pyright: ignore[reportUnknownVariableType]
 
+from .judges import DEFAULT_JUDGE
+from .registry import ScorerSetupError, detect_backend
+
+_NAME = "judge"
 _HINTS = {
     "scheme": "; start the server with MLFLOW_GATEWAY_API_BASE_ALLOWED_SCHEMES=http,https",
     "private": "; start the server with MLFLOW_GATEWAY_API_BASE_ALLOW_PRIVATE_IPS=true",
@@ -31,7 +36,7 @@ class JudgeEndpointError(Exception):
 
 
 def ensure_judge_endpoint(
-    name: str = "judge",
+    name: str = _NAME,
     *,
     api_key: str,
     model: str = "gpt-4.1-mini",
@@ -62,9 +67,38 @@ def ensure_judge_endpoint(
     return f"gateway:/{name}"
 
 
-def judge_endpoint_exists(name: str = "judge") -> bool:
+def judge_endpoint_exists(name: str = _NAME) -> bool:
     """接続先の MLflow サーバーに、その名前のジャッジの接続先があるか。"""
     return _find("endpoints", "name", name) is not None
+
+
+def resolve_judge_model(
+    judge_model: str | None = None, *, create_judge_endpoint: bool = False
+) -> str | None:
+    """使うジャッジのモデル。Databricks では ``None``(用意されたジャッジ)。
+
+    省くと、``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、既定の順。
+    """
+    backend = detect_backend()
+    if backend == "databricks" or judge_model:
+        return judge_model
+    if override := os.environ.get("MLFLOW_GENAI_JUDGE_DEFAULT_MODEL"):
+        return override
+    return (backend == "oss_http" and _server_judge(create_judge_endpoint)) or DEFAULT_JUDGE
+
+
+def _server_judge(create: bool) -> str | None:
+    key, base = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
+    try:
+        if judge_endpoint_exists():
+            return f"gateway:/{_NAME}"
+        if create and not key:
+            raise ScorerSetupError("create_judge_endpoint=True needs OPENAI_API_KEY")
+        if create and key:
+            return ensure_judge_endpoint(api_key=key, api_base=base)
+    except JudgeEndpointError as error:
+        raise ScorerSetupError(str(error)) from error
+    return None
 
 
 def _ensure(
