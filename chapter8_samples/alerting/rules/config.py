@@ -126,9 +126,7 @@ class AlertConfig:
 
     experiment: Text = ""
     rules: Sequence[Annotated[Rule, PlainValidator(_rule)]] = ()
-    burn_rates: tuple[
-        Annotated[BurnRateRule, PlainValidator(partial(read, BurnRateRule))], ...
-    ] = ()
+    burn_rates: tuple[Annotated[BurnRateRule, _part(BurnRateRule)], ...] = ()
     offset: Length = "30s"
     repeat: Length | None = None
     evaluation_failure_for: Length = "1m"
