@@ -73,7 +73,8 @@ class RuleBoard:
             logger.warning("rule %s could not be evaluated: %s", rule.name, error)
             self.failures[rule.name] = f"{type(error).__name__}: {error}"
             return
-        self._let_go(rule, found, at)
+        if _by(rule):
+            self._let_go(rule, found, at)
 
     def _read(self, rule: Rule, end: datetime) -> Samples:
         by, ago = _by(rule), getattr(rule, "ago", None)
@@ -159,8 +160,10 @@ class RuleBoard:
         return [*self.config.rules, self.config.watchdog]
 
     def _pairs(self) -> list[tuple[Rule, RuleState]]:
-        states = list(self._states.values())
-        return [(rule, s) for rule in self._rules() for s in states if s.rule == rule.name]
+        own: dict[str, list[RuleState]] = {}
+        for state in self._states.values():
+            own.setdefault(state.rule, []).append(state)
+        return [(rule, state) for rule in self._rules() for state in own.get(rule.name, ())]
 
     def _state(self, rule: Rule, label: str) -> RuleState:
         return self._states.setdefault(self._key(rule, label), RuleState(rule.name, label))
