@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
-
 from chapter8_samples._lab.llm import answers, rules
 from chapter8_samples._lab.llm.rules import Case
 from chapter8_samples._lab.llm.text import count_tokens, sentences
@@ -69,18 +67,3 @@ def test_good_answers_are_grounded_and_bad_ones_are_not() -> None:
         assert not rules.no_promise(Case(answer=bad)).passed
         assert rules.polite(Case(answer=good)).passed, good
         assert 3.5 <= count_tokens(bad) / count_tokens(good) <= 5.5
-
-
-@pytest.mark.slow
-def test_embeddings_bring_the_right_document_near() -> None:
-    vectors = {d.id: answers.embed(d.title + d.text) for d in DOCUMENTS.values()}
-
-    def nearest(text: str) -> list[str]:
-        wanted = answers.embed(text)
-        by_distance = sorted(
-            vectors, key=lambda i: -sum(a * b for a, b in zip(wanted, vectors[i], strict=True))
-        )
-        return by_distance[:3]
-
-    found = [q.expected_document in nearest(q.question) for q in QUESTIONS]
-    assert sum(found) / len(found) > 0.9

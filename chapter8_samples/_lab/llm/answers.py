@@ -8,14 +8,12 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from .text import (
     bigrams,
@@ -27,7 +25,7 @@ from .text import (
     system_text,
 )
 
-__all__ = ["GROUNDED_PHRASE", "NOT_FOUND", "answer", "embed", "embeddings"]
+__all__ = ["GROUNDED_PHRASE", "NOT_FOUND", "answer"]
 
 GROUNDED_PHRASE = "参考資料だけ"
 NOT_FOUND = "参考資料には、ご質問への答えが見つかりませんでした。担当者に確認します。"
@@ -39,7 +37,6 @@ LEAST_CLOSENESS = 0.05
 """これより遠い資料は、話題が違うとみなす。"""
 LATER_DOCUMENT = 0.6
 """資料は近い順に並んでいるとみなし、1 つ後ろになるごとに掛ける倍率。"""
-EMBEDDING_DIMENSIONS = 1024
 
 _DOCUMENTS = re.compile(r"<documents>(.*?)</documents>", re.DOTALL)
 _LABEL = re.compile(r"^\s*(?:[-*・]\s*)?(?:\[[^\]\n]*\]\s*)?(?:[^。\n]{0,40}?[:：]\s*)?")
@@ -126,32 +123,3 @@ def _invent(question: str, tokens: int) -> str:
         text += sentence.format(n=2 + digest[order % len(digest)] % 27)
         order += 1
     return text
-
-
-def embeddings(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`/v1/embeddings` の本文。`encoding_format` が base64 なら float32 の並びを符号化する。"""
-    given = body["input"]
-    inputs = cast(list[Any], given) if isinstance(given, list) else [given]
-    dimensions = int(body.get("dimensions") or EMBEDDING_DIMENSIONS)
-    vectors = [embed(str(text), dimensions) for text in inputs]
-    encode = _base64 if body.get("encoding_format") == "base64" else list[float]
-    data = [
-        {"object": "embedding", "index": i, "embedding": encode(v)} for i, v in enumerate(vectors)
-    ]
-    tokens = sum(count_tokens(str(text)) for text in inputs)
-    counted = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": body["model"], "usage": counted}
-
-
-def embed(text: str, dimensions: int = EMBEDDING_DIMENSIONS) -> list[float]:
-    """文字の 2 つ組をハッシュで振り分けた、長さ 1 のベクトル。似た文は近くなる。"""
-    vector = [0.0] * dimensions
-    for gram in bigrams(text) or {""}:
-        hashed = int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "big")
-        vector[hashed % dimensions] += gram_weight(gram)
-    length = math.sqrt(sum(x * x for x in vector))
-    return [x / length for x in vector]
-
-
-def _base64(vector: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

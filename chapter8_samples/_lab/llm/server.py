@@ -18,12 +18,13 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from starlette.exceptions import HTTPException
 
 from . import answers, judge
@@ -45,7 +46,11 @@ SNAPSHOTS = {
 """別名と、応答に入る日付付きの名前。表にない名前はそのまま返す。"""
 
 
-@dataclass(frozen=True)
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 class Faults:
     """注入する障害。割合は 0 から 1、時間は秒。
 
@@ -54,30 +59,11 @@ class Faults:
     プロンプトによらず参考資料にない長い答えを返す。
     """
 
-    latency_seconds: float = 0.0
-    error_rate: float = 0.0
-    rate_limit_rate: float = 0.0
-    retry_after_seconds: float = 1.0
+    latency_seconds: Seconds = 0.0
+    error_rate: Share = 0.0
+    rate_limit_rate: Share = 0.0
+    retry_after_seconds: Seconds = 1.0
     bad_release: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("latency_seconds", "retry_after_seconds"):
-            _check_number(name, getattr(self, name), math.inf)
-        for name in ("error_rate", "rate_limit_rate"):
-            _check_number(name, getattr(self, name), 1.0)
-        _check_bool("bad_release", self.bad_release)
-
-
-def _check_number(name: str, value: Any, highest: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    if not (0 <= value <= highest and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number from 0 to {highest}, got {value!r}")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
 
 
 class _Share:
@@ -96,7 +82,7 @@ class StubLlm:
     """スタブのサーバー 1 つ。`with StubLlm() as llm:` の間だけ `llm.base_url` で答える。
 
     Attributes:
-        requests: 受け取った本文(chat と embeddings、障害として失敗させたものも含む)。古い順。
+        requests: 受け取った本文(障害として失敗させたものも含む)。古い順。
     """
 
     def __init__(self, *, port: int = 0) -> None:
@@ -123,8 +109,7 @@ class StubLlm:
         """障害を設定し直す。挙げなかったものは既定値に戻る(引数なしなら障害なし)。
 
         Raises:
-            TypeError: 知らない名前。
-            ValueError: 範囲の外の値。
+            ValueError: 知らない名前か、範囲の外の値。
         """
         new = Faults(**faults)
         with self._lock:
@@ -168,7 +153,7 @@ class StubLlm:
 
 
 def create_app(stub: StubLlm) -> FastAPI:
-    """OpenAI 互換のエンドポイントと、障害を操作する `/control/faults` を持つアプリ。"""
+    """OpenAI 互換のエンドポイントを持つアプリ。"""
     app = FastAPI(title="stub-llm", openapi_url=None)
 
     async def chat(request: Request) -> Response:
@@ -179,32 +164,33 @@ def create_app(stub: StubLlm) -> FastAPI:
 
     async def embeddings(request: Request) -> Response:
         body = await read_body(request, EmbeddingsBody)
-        refused = stub.admit(body)
-        await asyncio.sleep(stub.faults.latency_seconds)
-        return refused or JSONResponse(answers.embeddings(body))
+        return stub.admit(body) or JSONResponse(_embeddings(body))
 
     async def models() -> dict[str, Any]:
-        names = [*SNAPSHOTS, *SNAPSHOTS.values(), "text-embedding-3-small"]
+        names = [*SNAPSHOTS, *SNAPSHOTS.values()]
         data = [{"id": n, "object": "model", "created": 0, "owned_by": "stub"} for n in names]
         return {"object": "list", "data": data}
-
-    async def get_faults() -> dict[str, Any]:
-        return asdict(stub.faults)
-
-    async def set_faults(request: Request) -> Response:
-        try:
-            return JSONResponse(asdict(stub.set_faults(**await request.json())))
-        except (TypeError, ValueError) as error:
-            return _error(422, str(error), "invalid_request_error")
 
     app.add_exception_handler(InvalidRequestError, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/embeddings", embeddings, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", models, methods=["GET"])
-    app.add_api_route("/control/faults", get_faults, methods=["GET"])
-    app.add_api_route("/control/faults", set_faults, methods=["POST"], response_model=None)
     return app
+
+
+def _embeddings(body: dict[str, Any]) -> dict[str, Any]:
+    """トークン数だけが本物らしい答え(ベクトルはどれも同じ)。"""
+    given: str | list[str] = body["input"]
+    texts = [given] if isinstance(given, str) else given
+    vector = {"object": "embedding", "embedding": [1.0]}
+    tokens = sum(map(count_tokens, texts))
+    return {
+        "object": "list",
+        "data": [{**vector, "index": index} for index in range(len(texts))],
+        "model": body["model"],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -68,9 +68,7 @@ class EmbeddingsBody(_Body):
     """``/v1/embeddings`` の本文のうち、スタブが読む項目。"""
 
     model: str = Field(min_length=1)
-    input: str | list[str] | list[int] | list[list[int]] = Field(min_length=1)
-    dimensions: int | None = Field(None, ge=1, le=3072)
-    encoding_format: Literal["float", "base64"] | None = None
+    input: str | list[str] = Field(min_length=1)
 
 
 async def read_body(request: Request, kind: type[BaseModel]) -> dict[str, Any]:
