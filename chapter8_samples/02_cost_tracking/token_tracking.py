@@ -39,7 +39,6 @@ import mlflow
 from mlflow.entities import Trace
 
 from chapter8_samples.cost_tracking import CostCalculator
-from chapter8_samples.cost_tracking.archive import parquet
 from chapter8_samples.cost_tracking.tracker import BaseCostTracker, Calculator
 from chapter8_samples.cost_tracking.usage import reader
 from chapter8_samples.cost_tracking.usage.calls import TokenUsage, llm_calls
@@ -48,7 +47,6 @@ from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
 from chapter8_samples.cost_tracking.usage.summary import TokenUsageSummary
 
 logger = logging.getLogger(__name__)
-export_traces_to_parquet = parquet.export_traces_to_parquet  # 書き出しも、読者はここで探す
 
 # これらのスパンは OpenTelemetry が直接作り、MLflow のスパンの処理(コストの記録)を通らない
 OTEL_NATIVE = ("haystack", "semantic_kernel", "strands")

@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any
 import mlflow
 from mlflow.entities import Trace
-from .archive import parquet
 from .tracker import BaseCostTracker, Calculator
 from .usage import reader
 from .usage.calls import TokenUsage
@@ -15,7 +14,6 @@ from .usage.pricing import TraceCost
 from .usage.span_costs import CostTracking
 from .usage.summary import TokenUsageSummary
 logger = logging.getLogger(__name__)
-export_traces_to_parquet = parquet.export_traces_to_parquet
 OTEL_NATIVE = ('haystack', 'semantic_kernel', 'strands')
 
 @dataclass(frozen=True, slots=True)
