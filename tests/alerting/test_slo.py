@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chapter8_samples._lab.report.budget import budget_table
+from chapter8_samples._lab.report.health import Point
 from chapter8_samples.alerting import AlertConfig, AlertConfigError, Slo, replay
 from chapter8_samples.alerting.metrics import TraceRow
 from chapter8_samples.alerting.tools import RecordedTraces
@@ -99,6 +101,20 @@ def test_an_slo_that_means_nothing_is_refused(
 ) -> None:
     with pytest.raises(AlertConfigError, match=problem):
         Slo(metric, objective, window)
+
+
+def test_the_health_report_shows_the_budget_left() -> None:
+    bad = requests(100, 1, *range(5), state="ERROR", assessments=(("tone", "no"),))
+    people: dict[str, Any] = {"version": None, "models": {}, "prompts": (), "human": ()}
+    history = [Point(row=row, at=0.0, user="", **people) for row in bad]
+    limits = {"error_rate": 0.1, "latency_p95_ms": 3000.0, "cost_usd": 1.0}
+    table = budget_table(limits | {"pass_rate:tone": 0.8, "pass_rate:unused": 0.8}, history)
+    assert table.rows == [
+        ("エラーのない応答", "90%", "95.00%", "50%"),
+        ("3,000 ms 以内の応答", "95%", "100.00%", "100%"),
+        ("tone", "80%", "0.00%", "400% の超過"),
+    ]
+    assert budget_table({}, history).rows == []
 
 
 @given(st.floats(0.01, 0.99999), st.floats(0, 1))

@@ -11,6 +11,7 @@ from chapter8_samples.quality_monitoring.feedback.summary import Rate, agreement
 
 from ..console import shortened
 from . import health
+from .budget import budget_table
 from .charts import KINDS, LineChart, Marker, Series, bars
 from .health import Point
 from .incidents import Event
@@ -176,6 +177,7 @@ def sections(subject: Subject) -> list[Section]:
         _section(subject, "8.1", "応答時間とエラー", *_speed(subject)),
         _section(subject, "8.2", "コスト", *_cost(subject)),
         _section(subject, "8.3", "品質", *_quality(subject)),
+        *_budget(subject),
         _section(subject, "8.4", "アラートとロールバック", [], _incidents(subject)),
     ]
 
@@ -333,6 +335,18 @@ def _incidents(subject: Subject) -> list[Table]:
     rows = [(_clock(e.at), KINDS[e.kind], e.label, e.detail or "-") for e in shown]
     table = Table(title, ("時刻", "種類", "内容", "詳しく"), rows, shown=True)
     return [table, *subject.extra_tables]
+
+
+def _budget(subject: Subject) -> list[Section]:
+    table = budget_table(_limits(subject), subject.history)
+    comment = "しきい値を目標としたときの、許される失敗(エラー予算)の残りです。"
+    return [Section("8.4", "SLO とエラー予算", comment, (), [table])] if table.rows else []
+
+
+def _limits(subject: Subject) -> dict[str, float]:
+    metrics = ["error_rate", "latency_p95_ms", *(f"pass_rate:{n}" for n in subject.ratings())]
+    found = {metric: subject.limit(metric) for metric in metrics}
+    return {metric: limit.value for metric, limit in found.items() if limit}
 
 
 def _clock(at: datetime) -> str:
