@@ -113,7 +113,9 @@ def setup_cost_tracking(
     スパンに ``mlflow.llm.cost`` と ``cost.price_source``、トレースに ``cost.by_model``、両方に
     ``cost.status`` と ``cost.reason`` を付ける。``set_experiment`` や ``set_tracking_uri`` の後も
     動く。ほかの処理の ``mlflow.tracing.configure`` や ``reset`` で外れたら、件数を読んだときに
-    警告する(``install()`` で戻る)。二度呼ぶと新しいほうに替わる。
+    警告する(``install()`` で戻る)。二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えが
+    0 円になるのは、チェーンの最後の呼び出しだけである。ほかの答えには印が残らないので、
+    スパンの ``cost.status`` を ``"cache_hit"`` にして知らせる。
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
