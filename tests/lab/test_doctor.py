@@ -444,9 +444,9 @@ def test_a_judge_that_is_no_model_is_named() -> None:
 
 
 def test_the_default_judge_is_the_one_of_the_chapter() -> None:
-    from chapter8_samples.quality_monitoring import scorer_setup
+    from chapter8_samples.quality_monitoring.scoring import judges
 
-    assert services.DEFAULT_JUDGE == scorer_setup.DEFAULT_JUDGE
+    assert services.DEFAULT_JUDGE == judges.DEFAULT_JUDGE
 
 
 # 終了ステータスと、壊れた環境 ----------------------------------------------

@@ -275,71 +275,43 @@ def _port_problem(error: BaseException) -> Problem | None:
     return None
 
 
-_TEXTS = (
-    (
-        r"Connection refused|Max retries|Failed to establish|Read timed out|NameResolution",
-        lambda: no_server(_current_uri()),
-    ),
-    (
-        r"(?:code|HTTP|status)\W{1,3}40[13]\b|UNAUTHENTICATED|PERMISSION_DENIED|not authenticated",
-        lambda: wrong_key(_current_uri()),
-    ),
-    (r"filesystem tracking backend", file_store),
-    (
-        r"unsupported URI",
-        lambda: Problem(
-            f"接続先 {shown(_current_uri())} の種類は使えません。",
-            "http://HOST:PORT、sqlite:///mlflow.db、databricks のように書いてください。",
-        ),
-    ),
-    (
-        r"file is not a database",
-        lambda: Problem(
-            f"{shown(_current_uri())} は SQLite のデータベースではありません。",
-            "パスを直すか、壊れたファイルなら控えから戻してください。",
-        ),
-    ),
-    (
-        r"No Experiment with id",
-        lambda: Problem(
-            f"その番号のエクスペリメントは {shown(_current_uri())} にありません。",
-            "MLFLOW_EXPERIMENT_ID と MLFLOW_TRACKING_URI を確かめてください。",
-        ),
-    ),
-    (
-        r"deleted experiment|in deleted state",
-        lambda: Problem(
-            "そのエクスペリメントは削除されています。",
-            "別の名前にするか、復元してください: mlflow experiments restore -x ID",
-        ),
-    ),
-    (
-        r"absolute path|Got an invalid experiment name",
-        lambda: Problem(
-            "エクスペリメントの名前が、この接続先では使えません。",
-            "Databricks では /Shared/my-app のような、ワークスペースの絶対パスにしてください。",
-        ),
-    ),
-    (
-        r"out-of-date database schema|Can't locate revision",
-        lambda: Problem(
-            "データベースが、別の版の MLflow で作られています。",
-            "控えを取ってから mlflow db upgrade <URI> を実行するか、手元のデータなら "
-            "python -m chapter8_samples --fresh で作り直してください。",
-        ),
-    ),
-    (
-        r"readonly database|unable to open database file",
-        lambda: Problem(
-            "SQLite のファイルを開けないか、書き込めません。",
-            "ファイルとフォルダーの権限を確かめるか、CHAPTER8_LAB で別の場所を指定してください。",
-        ),
-    ),
-    (
-        r"default auth: cannot configure|cannot be used without a Databricks|Reading Databricks",
-        lambda: no_server("databricks"),
-    ),
+_NO_SERVER = r"Connection refused|Max retries|Failed to establish|Read timed out|NameResolution"
+_NO_DATABRICKS = r"default auth: cannot|cannot be used without a Databricks|Reading Databricks"
+_WRONG_KEY = (
+    r"(?:code|HTTP|status)\W{1,3}40[13]\b|UNAUTHENTICATED|PERMISSION_DENIED|not authenticated"
 )
+# 例外の文 -> (何が起きたか, 直し方)。{uri} は接続先
+_TEXTS = {
+    r"unsupported URI": (
+        "接続先 {uri} の種類は使えません。",
+        "http://HOST:PORT、sqlite:///mlflow.db、databricks のように書いてください。",
+    ),
+    r"file is not a database": (
+        "{uri} は SQLite のデータベースではありません。",
+        "パスを直すか、壊れたファイルならバックアップから戻してください。",
+    ),
+    r"No Experiment with id": (
+        "その番号のエクスペリメントは {uri} にありません。",
+        "MLFLOW_EXPERIMENT_ID と MLFLOW_TRACKING_URI を確かめてください。",
+    ),
+    r"deleted experiment|in deleted state": (
+        "そのエクスペリメントは削除されています。",
+        "別の名前にするか、復元してください: mlflow experiments restore -x ID",
+    ),
+    r"absolute path|Got an invalid experiment name": (
+        "エクスペリメントの名前が、この接続先では使えません。",
+        "Databricks では /Shared/my-app のような、ワークスペースの絶対パスにしてください。",
+    ),
+    r"out-of-date database schema|Can't locate revision": (
+        "データベースが、別の版の MLflow で作られています。",
+        "バックアップを取ってから mlflow db upgrade <URI> を実行するか、手元のデータなら "
+        "python -m chapter8_samples --fresh で作り直してください。",
+    ),
+    r"readonly database|unable to open database file": (
+        "SQLite のファイルを開けないか、書き込めません。",
+        "ファイルとフォルダーの権限を確かめるか、CHAPTER8_LAB で別の場所を指定してください。",
+    ),
+}
 
 
 def _mlflow_problem(error: BaseException) -> Problem | None:
@@ -353,7 +325,20 @@ def _mlflow_problem(error: BaseException) -> Problem | None:
     if model := re.search(r"Registered Model with name=(.+) not found", text):
         what = f"登録済みモデル {model[1]!r} は {shown(_current_uri())} にありません。"
         return Problem(what, "名前と MLFLOW_TRACKING_URI を確かめてください。")
-    return next((make() for pattern, make in _TEXTS if re.search(pattern, text)), None)
+    return _known_text(text, _current_uri())
+
+
+def _known_text(text: str, uri: str) -> Problem | None:
+    if re.search(_NO_SERVER, text):
+        return no_server(uri)
+    if re.search(_WRONG_KEY, text):
+        return wrong_key(uri)
+    if "filesystem tracking backend" in text:
+        return file_store()
+    for pattern, (what, fix) in _TEXTS.items():
+        if re.search(pattern, text):
+            return Problem(what.format(uri=shown(uri)), fix)
+    return no_server("databricks") if re.search(_NO_DATABRICKS, text) else None
 
 
 def _from_mlflow(error: BaseException) -> bool:
