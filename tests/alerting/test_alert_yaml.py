@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -496,3 +499,27 @@ def test_alertmanager_holds_an_alert_until_after_the_next_evaluation(
     assert problems({**yaml.safe_load(RULES), "interval": "0s"}) == (
         "interval: must be longer than 0s",
     )
+
+
+ODD: list[Any] = [None, True, -1, 22, 0.5, math.nan, 10**400, 10**5000, "", "x", "5m", [], {}, [1],
+                  [[]], {1: 2}, b"x", object(), {"a": {"b": 1}}]  # fmt: skip
+
+
+def places(data: Any) -> Iterator[tuple[Any, Any]]:
+    """書き換えられるところ(入れ物と、その中の位置)。"""
+    pairs = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in pairs:
+        yield data, key
+        if isinstance(value, dict | list):
+            yield from places(value)
+
+
+def test_any_value_at_any_place_of_the_example_is_a_mistake_with_a_place_or_fine() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    original = yaml.safe_load(text)
+    for i in range(len(list(places(original)))):
+        for odd in random.Random(i).sample(ODD, 3):
+            data = copy.deepcopy(original)
+            holder, key = list(places(data))[i]
+            holder[key] = odd
+            check_config_or_config_error(data)

@@ -34,7 +34,7 @@ def reference_problems(fields: Mapping[str, Any]) -> list[Problem]:
     for place, inhibit in _items(fields, "inhibit"):
         if inhibit.get("when") and inhibit.get("when") == inhibit.get("mute"):
             found.append((place, "when and mute are the same; alerts never mute each other"))
-        unknown = (key for key in _names(inhibit.get("equal")) if key not in labels)
+        unknown = [key for key in _names(inhibit.get("equal")) if key not in list(labels)]
         found += [(f"{place}.equal", _no_label(key, labels)) for key in unknown]
     return found
 
