@@ -1,4 +1,4 @@
-"""8.4.4 アラートのコマンド: 検査、1 回の評価、見張り、再生、書き出し。
+"""8.4.4 アラートのコマンド: 検査、1 回の評価、見張り、再生、書き出し、指標の公開。
 
     python -m chapter8_samples.alerting check alerts.yaml
 
@@ -38,8 +38,10 @@ from . import (
     to_prometheus_rules,
 )
 from .engine import StateHeldError
-from .metrics import MetricSample, TraceSearch, to_ms
+from .metrics import MetricSample, TraceSearch, metric_source, to_ms
+from .metrics.exporter import MetricsCollector, serve_metrics
 from .rules import parse_duration
+from .tools import watched_series
 
 CRON_STEP = timedelta(minutes=1)
 """cron で動かせる、最も短い間隔。"""
@@ -79,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     once = command(commands, "once", _once, "1 回だけ評価して通知する")
     watch = command(commands, "watch", _watch, "評価し続ける")
     past = command(commands, "replay", _replay, "過去のトレースで試す")
-    for made in (once, watch, past):
+    metrics = command(commands, "serve-metrics", _serve_metrics, "Prometheus に指標を公開する")
+    metrics.add_argument("--port", type=int, default=9464)
+    metrics.add_argument("--address", default="127.0.0.1", help="待ち受けるアドレス")
+    for made in (once, watch, past, metrics):
         made.add_argument("--experiment", help="設定の experiment の代わりに使う")
         made.add_argument("--tracking-uri")
     for made in (once, watch):
@@ -131,13 +136,11 @@ def _once(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
-    config, stop = load_config(options.config), threading.Event()
+    config, stop = load_config(options.config), _stop_on_signal()
     interval = timedelta(seconds=options.interval or 30)
     if options.interval is None and config.interval is not None:
         interval = parse_duration(config.interval)
     engine, notifier = _engine(options, replace(config, interval=interval))
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.set())
 
     def heartbeat() -> None:
         now = datetime.now(timezone.utc)
@@ -147,6 +150,13 @@ def _watch(options: argparse.Namespace) -> int:
     engine.run_forever(interval.total_seconds(), stop=stop, heartbeat=beat)
     _finish(engine, notifier)
     return FIRING if engine.active() else OK
+
+
+def _stop_on_signal() -> threading.Event:
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.set())
+    return stop
 
 
 def _engine(
@@ -216,6 +226,22 @@ def _replay(options: argparse.Namespace) -> int:
     print(result.table())
     if options.svg:
         options.svg.write_text(result.svg(), encoding="utf-8")
+    return OK
+
+
+def _serve_metrics(options: argparse.Namespace) -> int:
+    config = load_config(options.config)
+    source = metric_source(_experiment(options, config), options.tracking_uri)
+    series, offset = watched_series(config), parse_duration(config.offset)
+    stop = _stop_on_signal()
+    try:
+        collector = MetricsCollector(series, source, offset=offset)
+        server = serve_metrics(collector, port=options.port, address=options.address)
+    except ImportError as error:
+        raise AlertConfigError([f"{error}; run: pip install prometheus-client"]) from error
+    print(f"http://{options.address}:{options.port}/metrics", flush=True)
+    stop.wait()
+    server.shutdown()
     return OK
 
 

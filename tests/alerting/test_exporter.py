@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
@@ -25,6 +27,7 @@ from chapter8_samples.alerting.rules import AlertConfig, AlertRule, BurnRateRule
 from chapter8_samples.alerting.tools import RecordedTraces, to_prometheus_rules, watched_series
 from chapter8_samples.alerting.tools.exports import series_of
 
+ROOT = Path(__file__).resolve().parents[2]
 AT = datetime(2026, 1, 8, tzinfo=timezone.utc)
 METRICS = [
     *PLAIN_METRICS,
@@ -273,6 +276,32 @@ def wait_for(url: str, names: set[str]) -> dict[str, dict[str, str]]:
         assert time.monotonic() < deadline, f"only {sorted(firing(url))} fired"
         time.sleep(0.2)
     return firing(url)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_the_command_publishes_the_rules_of_the_file(tracking_uri: str, tmp_path: Path) -> None:
+    import mlflow
+
+    mlflow.set_experiment("app")
+    for failed in (True, False):
+        with mlflow.start_span("answer") as span:
+            span.set_status("ERROR" if failed else "OK")
+    mlflow.flush_trace_async_logging()
+    rules = [{"name": "errors", "metric": "error_rate", "window": "1h", "threshold": 0.1}]
+    config = {"experiment": "app", "offset": "0s", "rules": rules}
+    (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "chapter8_samples.alerting", "serve-metrics"]
+    command += [str(tmp_path / "alerts.yaml"), "--tracking-uri", tracking_uri]
+    with subprocess.Popen(
+        [*command, "--port", str(free_port())], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        text = requests.get(process.stdout.readline().strip(), timeout=60).text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert 'llm_app_error_ratio{window="1h"} 0.5\n' in text
+    assert "llm_app_read_failures_total 0.0\n" in text
 
 
 @pytest.mark.slow
