@@ -81,7 +81,7 @@ class StateFile:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.path, self.lease, self._clock, self._sleep = Path(path), lease, clock, sleep
-        self._token, self._in_place, self._unsaved = uuid.uuid4().hex, True, False
+        self._token, self._in_place, self._unsaved = uuid.uuid4().hex, False, False
 
     def hold(self) -> Saved | None:
         """使い始めて(使っている間なら、期限を延ばして)、中身を返す。壊れていれば脇に退ける。
@@ -93,7 +93,7 @@ class StateFile:
             OSError: 読み書きできない。
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._in_place = _takes_sqlite(self.path.parent)
+        self._in_place = self._in_place or _takes_sqlite(self.path.parent)
         try:
             return self._hold()
         except _BrokenError as error:
