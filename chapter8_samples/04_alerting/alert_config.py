@@ -12,7 +12,8 @@ YAML で書いた例は、部品の ``alerting/rules/alerts.yaml`` にある。
     エラー率: 最小 0.00 最大 0.80
     値をそのまま 5% と比べていたら: 通知 15 通
 
-Databricks では ``tracking_uri="databricks"`` とし、``once`` を定期ジョブにする。
+Databricks では ``tracking_uri="databricks"`` とし、``once`` を定期ジョブにする。状態ファイルは
+Volume に置く。
 """
 
 from __future__ import annotations
