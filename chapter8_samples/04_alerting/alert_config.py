@@ -57,7 +57,7 @@ def support_bot_alerts() -> AlertConfig:
     )
     quality = AlertRule(
         name="ungrounded_answers",
-        metric="pass_rate:groundedness",  # 8.3 のスコアラーの名前を続ける
+        metric="pass_rate:groundedness_check",  # 8.3 のスコアラーの名前を続ける
         window="6h",
         op="<",
         threshold=0.8,
