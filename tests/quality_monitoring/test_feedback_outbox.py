@@ -25,6 +25,7 @@ from chapter8_samples.quality_monitoring import (
     FeedbackError,
     FeedbackOutbox,
     FeedbackRequest,
+    FeedbackValidationError,
     OutboxStatus,
     TraceNotFoundError,
     send_feedback,
@@ -100,6 +101,39 @@ def test_a_row_of_another_version_is_set_aside(tmp_path: Path) -> None:
     assert outbox.replay().rejected == 1
     ((body, reason),) = outbox.rejected()
     assert body["stars"] == 5 and "stars" in reason
+
+
+def test_rows_that_cannot_be_read_hold_up_nothing(tmp_path: Path) -> None:
+    sent: list[str] = []
+
+    def send(request: FeedbackRequest, **_: Any) -> None:
+        sent.append(request.trace_id)
+        if request.trace_id == "tr-odd":
+            raise TypeError("the client cannot send this")
+
+    outbox = FeedbackOutbox(tmp_path / "box.db", send=send)
+    for trace_id in ("tr-1", "tr-2", "tr-3", "tr-odd", "tr-good"):
+        outbox.keep(request(trace_id))
+    with sqlite3.connect(tmp_path / "box.db") as database:
+        for number, body in enumerate(("{not json", "[]", '{"trace_id": 1}'), 1):
+            where = f"%tr-{number}%"
+            database.execute("UPDATE feedback SET body = ? WHERE subject LIKE ?", [body, where])
+    assert outbox.replay() == (1, 4, 0)
+    assert sent == ["tr-odd", "tr-good"]
+    told = [body for body, _ in outbox.rejected()]
+    assert {"unreadable": "{not json"} in told and outbox.status().rejected == 4
+
+
+def test_what_cannot_be_kept_or_sent_is_refused_at_once() -> None:
+    wrong: list[dict[str, Any]] = [
+        {"given_at_ms": "now"},
+        {"metadata": {"category": 5}},
+        {"metadata": {"category": "\ud800"}},
+        {"metadata": {"\ud800": "x"}},
+    ]
+    for fields in wrong:
+        with pytest.raises(FeedbackValidationError, match=r"metadata|given_at_ms"):
+            replace(request("tr-1"), **fields)
 
 
 def test_what_the_outbox_takes_is_public_too() -> None:

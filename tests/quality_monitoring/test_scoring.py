@@ -498,6 +498,10 @@ def test_options_and_rates_that_cannot_work_are_refused() -> None:
         ("calls_per_second", -1.0),
         ("budget_usd", -0.01),
         ("budget_usd", math.nan),
+        ("budget_usd", True),
+        ("budget_usd", "1"),
+        ("concurrency", "8"),
+        ("concurrency", None),
     ]
     for name, value in options:
         with pytest.raises(ScoringError, match=f"{name} must"):

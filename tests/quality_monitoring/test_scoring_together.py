@@ -326,6 +326,17 @@ def test_a_crashed_holder_does_not_block(store: str, ask: Any) -> None:
     assert backfill(store, [pii]).failed == 0
 
 
+def test_a_claim_that_cannot_be_read_does_not_block(store: str, ask: Any) -> None:
+    """人が書き換えた、別の版が書いた。"""
+    ask(1)
+    pii = ScoringTarget(scorer=PIIDetection(name="pii"))
+    soon = {"token": "0", "host": "h", "pid": 1, "names": ["pii"], "until": "tomorrow"}
+    for text in ("{", "[]", "null", "{}", json.dumps(soon)):
+        MlflowClient().set_experiment_tag(store, LEASE_TAG + "0", text)
+        assert backfill(store, [pii]).failed == 0, text
+        assert LEASE_TAG + "0" not in MlflowClient().get_experiment(store).tags
+
+
 def test_a_run_that_lost_its_lease_stops(
     store: str, ask: Any, infos: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,6 +110,11 @@ class FeedbackRequest:
         if _LEAVES_THE_URL.search(self.trace_id):
             told = shortened(self.trace_id)
             raise FeedbackValidationError(f"trace_id must be an id as MLflow made it, got {told}")
+        for key, told in self.metadata.items():
+            check_text("metadata", key, MAX_ID_CHARS)
+            check_text(f"metadata {key!r}", told, MAX_TEXT_CHARS)
+        if not isinstance(self.given_at_ms, int):  # pyright: ignore
+            raise FeedbackValidationError(f"given_at_ms must be an int, got {self.given_at_ms!r}")
         if self.rationale is not None:
             check_text("rationale", self.rationale, MAX_TEXT_CHARS)
         if isinstance(self.value, str):

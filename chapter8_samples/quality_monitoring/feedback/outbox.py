@@ -104,9 +104,12 @@ class FeedbackOutbox:
         self._run("DELETE FROM feedback WHERE subject = ?", _subject(request))
 
     def rejected(self) -> list[tuple[dict[str, Any], str]]:
-        """送っても無駄だった評価(``FeedbackRequest.to_dict()`` の形)と、その理由。"""
+        """送っても無駄だった評価(``FeedbackRequest.to_dict()`` の形)と、その理由。
+
+        読めない行は、``{"unreadable": ...}`` になる。
+        """
         found = self._run("SELECT body, reason FROM feedback WHERE reason IS NOT NULL")
-        return [(json.loads(body), reason) for body, reason in found]
+        return [(_readable(body), reason) for body, reason in found]
 
     def clear_rejected(self) -> None:
         """確かめ終わった ``rejected()`` を消す。"""
@@ -148,9 +151,12 @@ class FeedbackOutbox:
     def _send_again(self, body: str, timeout_seconds: float) -> None:
         try:
             request = FeedbackRequest.from_dict(json.loads(body))
-        except TypeError as error:  # 別の版が残したもの
-            raise FeedbackError(f"this version cannot read it: {error}") from error
-        if is_superseded(request, self._send(request, timeout_seconds=timeout_seconds)):
+            stored = self._send(request, timeout_seconds=timeout_seconds)
+        except (FeedbackError, OSError):
+            raise
+        except Exception as error:  # 別の版が残した、壊れている: 残りの評価を止めない
+            raise FeedbackError(f"it cannot be read or sent: {error!r}") from error
+        if is_superseded(request, stored):
             raise FeedbackError("a newer vote of this user is stored")
 
     def _run(self, statement: str, *values: object) -> list[Any]:
@@ -172,3 +178,10 @@ class FeedbackOutbox:
 
 def _subject(request: FeedbackRequest) -> str:
     return json.dumps([request.trace_id, request.user_id, request.name])
+
+
+def _readable(body: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(body))
+    except (TypeError, ValueError):
+        return {"unreadable": body}

@@ -14,10 +14,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TypedDict, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from pydantic import TypeAdapter, ValidationError
 
 from .judges import ScoringError
 
@@ -29,7 +31,8 @@ _held: set[str] = set()  # このプロセスが持っている権利
 T = TypeVar("T")
 
 
-class Claim(TypedDict):
+@dataclass(frozen=True)
+class Claim:
     """タグに書く、採点の権利 1 つ。"""
 
     token: str
@@ -43,8 +46,8 @@ class ScoringBusyError(ScoringError):
     """同じスコアラーを、ほかの実行が採点している。"""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
-        self.names = {name for claim in claims for name in claim["names"]}
-        holders = {f"process {claim['pid']} on {claim['host']}" for claim in claims}
+        self.names = {name for claim in claims for name in claim.names}
+        holders = {f"process {claim.pid} on {claim.host}" for claim in claims}
         busy = ", ".join(sorted(self.names))
         super().__init__(f"{busy}: being scored by {', '.join(sorted(holders))}; wait for its end")
 
@@ -65,8 +68,8 @@ class Lease:
         try:
             self._write()
             deadline = time.monotonic() + _WITHDRAW_SECONDS
-            while rivals := [c for c in self._claims() if c["token"] != self._token]:
-                smallest = min(claim["token"] for claim in rivals)
+            while rivals := [c for c in self._claims() if c.token != self._token]:
+                smallest = min(claim.token for claim in rivals)
                 if smallest < self._token or time.monotonic() > deadline:
                     raise ScoringBusyError(rivals)
                 time.sleep(0.05)
@@ -83,7 +86,7 @@ class Lease:
         """採点している間、ときどき呼ぶ。"""
         if time.monotonic() >= self._renew_at:
             claims = self._claims()
-            if self._token not in {claim["token"] for claim in claims}:
+            if self._token not in {claim.token for claim in claims}:
                 raise ScoringError(f"the lease of this run expired; now claimed by {claims}")
             self._write()
 
@@ -92,34 +95,44 @@ class Lease:
         until = time.time() + _LEASE_SECONDS
         host, pid = socket.gethostname(), os.getpid()
         claim = Claim(token=self._token, host=host, pid=pid, names=self._names, until=until)
-        key, value = _TAG + self._token, json.dumps(claim)
+        key, value = _TAG + self._token, json.dumps(asdict(claim))
         patiently(lambda: MlflowClient().set_experiment_tag(self._experiment_id, key, value))
 
     def _claims(self) -> list[Claim]:
-        """同じスコアラーを採点する、生きている権利。死んだものは消す。"""
+        """同じスコアラーを採点する、生きている権利。死んだものと、読めないものは消す。"""
         tags = patiently(lambda: MlflowClient().get_experiment(self._experiment_id).tags)
-        claims: list[Claim] = [json.loads(v) for key, v in tags.items() if key.startswith(_TAG)]
-        dead = [claim["token"] for claim in claims if _is_dead(claim)]
-        for token in dead:
-            self._delete(token)
-        alive = [claim for claim in claims if claim["token"] not in dead]
-        return [claim for claim in alive if {*claim["names"]} & {*self._names}]
+        claims: list[Claim] = []
+        for key in (key for key in tags if key.startswith(_TAG)):
+            claim = _read(tags[key])
+            if claim is None or _is_dead(claim):
+                self._delete(key.removeprefix(_TAG))
+            elif {*claim.names} & {*self._names}:
+                claims.append(claim)
+        return claims
 
     def _delete(self, token: str) -> None:
         with suppress(MlflowException):
             MlflowClient().delete_experiment_tag(self._experiment_id, _TAG + token)
 
 
+def _read(text: str) -> Claim | None:
+    """読めなければ ``None``(人や別の版が書いたものに、いつまでも止められない)。"""
+    try:
+        return TypeAdapter(Claim).validate_json(text)
+    except ValidationError:
+        return None
+
+
 def _is_dead(claim: Claim) -> bool:
     """期限が過ぎたか、持ち主のプロセスがもうない。"""
-    if claim["until"] < time.time():
+    if claim.until < time.time():
         return True
-    if claim["host"] != socket.gethostname() or sys.platform == "win32":
+    if claim.host != socket.gethostname() or sys.platform == "win32":
         return False
-    if claim["pid"] == os.getpid():
-        return claim["token"] not in _held
+    if claim.pid == os.getpid():
+        return claim.token not in _held
     try:
-        os.kill(claim["pid"], 0)
+        os.kill(claim.pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:  # ほかの利用者のプロセス

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+from typing import TypeGuard
 
 from mlflow.genai.scorers import Scorer
 
@@ -21,7 +22,11 @@ FINISHED_TRACES = "status = 'OK'"  # 失敗したトレースには出力がな�
 
 def is_sample_rate(rate: object) -> bool:
     """0 より大きく 1 以下の数か(MLflow は、真偽値や 5.0 も受け入れる)。"""
-    return isinstance(rate, int | float) and not isinstance(rate, bool) and 0 < rate <= 1
+    return _is_number(rate) and 0 < rate <= 1
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +70,14 @@ class ScoringOptions:
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "max_consecutive_failures", "page_size"):
-            if not getattr(self, name) >= 1:
-                raise ScoringError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.calls_per_second is not None and not self.calls_per_second > 0:
-            raise ScoringError(f"calls_per_second must be positive, got {self.calls_per_second}")
-        if self.budget_usd is not None and not self.budget_usd >= 0:
-            raise ScoringError(f"budget_usd must not be negative, got {self.budget_usd}")
+            value = getattr(self, name)
+            if not _is_number(value) or not value >= 1:
+                raise ScoringError(f"{name} must be at least 1, got {value!r}")
+        rate, budget = self.calls_per_second, self.budget_usd
+        if rate is not None and (not _is_number(rate) or not rate > 0):
+            raise ScoringError(f"calls_per_second must be positive, got {rate!r}")
+        if budget is not None and (not _is_number(budget) or not budget >= 0):
+            raise ScoringError(f"budget_usd must not be negative, got {budget!r}")
 
 
 @dataclass
