@@ -72,6 +72,8 @@ def _send(chosen: argparse.Namespace) -> int:
     status = setup_otlp_export(_config(chosen, mode=chosen.mode or known))
     try:
         print(f"送信({status.mode}): {', '.join(status.processors)}")
+        for warning in status.warnings:
+            print(f"注意: {warning}")
         print(three_requests())
         counts = delivery_counts()
         return 0 if counts.delivered == counts.accepted else 1

@@ -98,11 +98,12 @@ def answer(question: str, top_k: int = 3) -> str:
 @pytest.fixture
 def answered(mlflow_server_url: str, setup: Setup, request: pytest.FixtureRequest) -> Any:
     """成功と失敗のトレースが 1 件ずつあるエクスペリメント。"""
+    os.environ["OTEL_EXPORTER_OTLP_TIMEOUT"] = "60"  # サーバーは、最初に litellm を読み込む
     tracing = setup(mlflow_server_url, f"native {request.node.name}")
     answer("返品したい")
     with pytest.raises(TimeoutError):
         answer("fail")
-    (status,) = tracing.flush().values()
+    (status,) = tracing.flush(60).values()
     assert (status.ended, status.delivered) == (6, 6)
     return tracing
 
