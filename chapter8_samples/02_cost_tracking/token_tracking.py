@@ -39,6 +39,7 @@ import mlflow
 from mlflow.entities import Trace
 
 from chapter8_samples.cost_tracking import CostCalculator
+from chapter8_samples.cost_tracking.archive import parquet
 from chapter8_samples.cost_tracking.tracker import BaseCostTracker, Calculator
 from chapter8_samples.cost_tracking.usage import reader
 from chapter8_samples.cost_tracking.usage.calls import TokenUsage, llm_calls
@@ -47,6 +48,7 @@ from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
 from chapter8_samples.cost_tracking.usage.summary import TokenUsageSummary
 
 logger = logging.getLogger(__name__)
+export_traces_to_parquet = parquet.export_traces_to_parquet  # 書き出しも、読者はここで探す
 
 # これらのスパンは OpenTelemetry が直接作り、MLflow のスパンの処理(コストの記録)を通らない
 OTEL_NATIVE = ("haystack", "semantic_kernel", "strands")
@@ -113,9 +115,8 @@ def setup_cost_tracking(
     スパンに ``mlflow.llm.cost`` と ``cost.price_source``、トレースに ``cost.by_model``、両方に
     ``cost.status`` と ``cost.reason`` を付ける。``set_experiment`` や ``set_tracking_uri`` の後も
     動く。ほかの処理の ``mlflow.tracing.configure`` や ``reset`` で外れたら、件数を読んだときに
-    警告する(``install()`` で戻る)。二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えが
-    0 円になるのは、チェーンの最後の呼び出しだけである。ほかの答えには印が残らないので、
-    スパンの ``cost.status`` を ``"cache_hit"`` にして知らせる。
+    警告する(``install()`` で戻る)。二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えは、
+    チェーンの最後だけ 0 円になる(ほかは、スパンの ``cost.status`` を ``"cache_hit"`` にする)。
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
@@ -231,8 +232,7 @@ def main() -> None:
 @mlflow.trace
 def answer_with_two_models(client: Any, question: str) -> str:
     """小さいモデルで言い換えてから、大きいモデルで答える。ストリームは 2 通りの書き方で読む。"""
-    messages = [{"role": "user", "content": question}]
-    ask = partial(client.chat.completions.create, messages=messages)
+    ask = partial(client.chat.completions.create, messages=[{"role": "user", "content": question}])
     ask(model="gpt-4o-mini")
     for options in ({"stream_options": {"include_usage": True}}, {}):
         for _ in ask(model="gpt-4o-mini", stream=True, **options):

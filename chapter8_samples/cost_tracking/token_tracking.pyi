@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 import mlflow
 from mlflow.entities import Trace
+from .archive import parquet
 from .tracker import BaseCostTracker, Calculator
 from .usage import reader
 from .usage.calls import TokenUsage
@@ -14,6 +15,7 @@ from .usage.pricing import TraceCost
 from .usage.span_costs import CostTracking
 from .usage.summary import TokenUsageSummary
 logger = logging.getLogger(__name__)
+export_traces_to_parquet = parquet.export_traces_to_parquet
 OTEL_NATIVE = ('haystack', 'semantic_kernel', 'strands')
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,8 @@ def setup_cost_tracking(calculator: Calculator | None=None, *, tracker: BaseCost
     スパンに ``mlflow.llm.cost`` と ``cost.price_source``、トレースに ``cost.by_model``、両方に
     ``cost.status`` と ``cost.reason`` を付ける。``set_experiment`` や ``set_tracking_uri`` の後も
     動く。ほかの処理の ``mlflow.tracing.configure`` や ``reset`` で外れたら、件数を読んだときに
-    警告する(``install()`` で戻る)。二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えが
-    0 円になるのは、チェーンの最後の呼び出しだけである。ほかの答えには印が残らないので、
-    スパンの ``cost.status`` を ``"cache_hit"`` にして知らせる。
+    警告する(``install()`` で戻る)。二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えは、
+    チェーンの最後だけ 0 円になる(ほかは、スパンの ``cost.status`` を ``"cache_hit"`` にする)。
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
