@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -83,6 +84,28 @@ def test_sigterm_ends_like_ctrl_c(command: str, tmp_path: Path) -> None:
         assert job.returncode == 143, out
         assert "起動していたものはすべて止めました" in out and "Traceback" not in out
         assert alive(tmp_path) == []
+
+
+def ports_of(pid: int) -> set[int]:
+    """プロセスが待ち受けているポート。"""
+    inodes = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = [row for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
+    return {int(row[1].rpartition(":")[2], 16) for row in listening}
+
+
+@pytest.mark.slow
+def test_the_story_leaves_no_process_and_no_port(tmp_path: Path) -> None:
+    mark = {"CHAPTER8_TEST": str(tmp_path)}
+    with started(["-m", "chapter8_samples"], tmp_path, READY[""], **mark) as job:
+        ports = ports_of(job.pid)
+        assert len(ports) >= 4 and alive(tmp_path)  # LLM、OTLP 2 つ、Slack、PagerDuty
+        out, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, out
+        assert alive(tmp_path) == []
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0, port
 
 
 def test_a_second_sigterm_does_not_interrupt_the_clean_up() -> None:
