@@ -88,7 +88,10 @@ def test_sigterm_ends_like_ctrl_c(command: str, tmp_path: Path) -> None:
 
 def ports_of(pid: int) -> set[int]:
     """プロセスが待ち受けているポート。"""
-    inodes = {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    inodes: set[str] = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # 見ているあいだに閉じたもの
+            inodes.add(str(entry.readlink()))
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     listening = [row for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes]
     return {int(row[1].rpartition(":")[2], 16) for row in listening}
