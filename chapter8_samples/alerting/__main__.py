@@ -68,20 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="終了コード: 0 正常、1 発報中、2 設定の誤り、3 指標を読めない",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(
-        group: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
-    ) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
-        made.add_argument("config", help="alerts.yaml")
-        made.set_defaults(run=run)
-        return made
-
-    command(commands, "check", _check, "設定を検査する")
-    once = command(commands, "once", _once, "1 回だけ評価して通知する")
-    watch = command(commands, "watch", _watch, "評価し続ける")
-    past = command(commands, "replay", _replay, "過去のトレースで試す")
-    metrics = command(commands, "serve-metrics", _serve_metrics, "Prometheus に指標を公開する")
+    _command(commands, "check", _check, "設定を検査する")
+    once = _command(commands, "once", _once, "1 回だけ評価して通知する")
+    watch = _command(commands, "watch", _watch, "評価し続ける")
+    past = _command(commands, "replay", _replay, "過去のトレースで試す")
+    metrics = _command(commands, "serve-metrics", _serve_metrics, "Prometheus に指標を公開する")
     metrics.add_argument("--port", type=int, default=9464)
     metrics.add_argument("--address", default="127.0.0.1", help="待ち受けるアドレス")
     for made in (once, watch, past, metrics):
@@ -98,10 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     past.add_argument("--svg", type=Path, help="図の書き出し先")
     export = commands.add_parser("export", help="ほかの監視基盤の形で書き出す")
     formats = export.add_subparsers(required=True, metavar="FORMAT")
-    command(formats, "prometheus", _export_prometheus, "Prometheus のルールにする")
-    made = command(formats, "alertmanager", _export_alertmanager, "Alertmanager の設定にする")
+    _command(formats, "prometheus", _export_prometheus, "Prometheus のルールにする")
+    made = _command(formats, "alertmanager", _export_alertmanager, "Alertmanager の設定にする")
     made.add_argument("--url", action="append", default=[], metavar="RECEIVER=URL")
     return parser
+
+
+def _command(
+    group: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
+    made.add_argument("config", help="alerts.yaml")
+    made.set_defaults(run=run)
+    return made
 
 
 def _positive(text: str) -> float:
