@@ -24,19 +24,17 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 from chapter8_samples.alerting import (
+    AlertConfig,
+    AlertRule,
     ConsoleNotificationHandler,
+    Inhibit,
     MultiChannelNotifier,
+    MuteWindow,
+    load_config,
     notifier_from_config,
 )
 from chapter8_samples.alerting.engine import AlertEngine, Notifier
 from chapter8_samples.alerting.metrics import TraceSearch, metric_source
-from chapter8_samples.alerting.rules import (
-    AlertConfig,
-    AlertRule,
-    Inhibit,
-    MuteWindow,
-    load_config,
-)
 
 
 def support_bot_alerts() -> AlertConfig:

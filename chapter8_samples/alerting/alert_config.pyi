@@ -3,8 +3,8 @@
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from . import AlertConfig
 from .engine import AlertEngine, Notifier
-from .rules import AlertConfig
 
 def support_bot_alerts() -> AlertConfig:
     """サポートボットのルール。数値は、自分のアプリの目標に合わせて変える。"""
