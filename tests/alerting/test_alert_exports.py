@@ -90,7 +90,7 @@ def test_promtool_accepts_the_rules_and_their_behaviour(tmp_path: Path) -> None:
         summary="LLMHighErrorRate",
         value="0.2",
         runbook_url="https://runbooks.example/errors",
-        not_exported="clear_threshold, confidence",
+        not_exported="clear_threshold",
     )
     at = lambda moment, name, alerts: {  # noqa: E731
         "eval_time": moment, "alertname": name, "exp_alerts": alerts
@@ -98,6 +98,7 @@ def test_promtool_accepts_the_rules_and_their_behaviour(tmp_path: Path) -> None:
     high = [
         series('error_ratio{window="5m"}', "0.01x9 0.2x9 0.01x30"),
         series('error_ratio_samples{window="5m"}', "100x60"),
+        series('error_ratio_significant{window="5m",rule="LLMHighErrorRate"}', "0x9 1x60"),
         series('traces{window="10m"}', "100x60"),
         series("read_failures_total", "0x9 1x50"),
     ]
@@ -148,12 +149,15 @@ def test_amtool_accepts_the_config(tmp_path: Path) -> None:
 def test_the_default_rules_become_these_expressions() -> None:
     expressions = {rule.name: expression(rule) for rule in AlertConfig.default().rules}
     wanted = {
-        "high_error_rate": 'llm_app_error_ratio{window="5m"} > 0.05',
+        "high_error_rate": '(llm_app_error_ratio{window="5m"} > 0.05) and ignoring(rule) '
+        '(llm_app_error_ratio_significant{window="5m",rule="high_error_rate"} == 1)',
         "slow_p95": '(llm_app_latency_p95_seconds{window="10m"} > 10) '
         'and (llm_app_latency_p95_seconds_samples{window="10m"} >= 30)',
         "no_traffic": 'llm_app_traces{window="1h"} < 1',
-        "thumbs_down_rising": "llm_app_thumbs_down_ratio_vs_earlier"
-        '{window="1h",compare="1d",assessment="user_thumbs"} > 1.3',
+        "thumbs_down_rising": "(llm_app_thumbs_down_ratio_vs_earlier"
+        '{window="1h",compare="1d",assessment="user_thumbs"} > 1.3) and ignoring(rule) '
+        "(llm_app_thumbs_down_ratio_vs_earlier_significant"
+        '{window="1h",compare="1d",rule="thumbs_down_rising",assessment="user_thumbs"} == 1)',
         "traffic_drop": '(llm_app_traces_vs_earlier{window="10m",compare="7d"} < 0.05) '
         'and (llm_app_traces_vs_earlier_samples{window="10m",compare="7d"} >= 100)',
     }

@@ -50,6 +50,19 @@ def threshold(metric: str, *, compare: str | None, **_: Any) -> float:
 EVERYTHING: list[Rule] = [
     *(
         AlertRule(
+            name=f"gate {metric} {by}",
+            metric=metric,
+            threshold=2,
+            compare="1w",
+            by=by,
+            confidence=0.99,
+        )
+        for metric in METRICS
+        for by in (None, "model")
+        if metric.partition(":")[0] in RATE_METRICS
+    ),
+    *(
+        AlertRule(
             name=f"{metric} {shape}",
             metric=metric,
             threshold=threshold(metric, **shape),
@@ -168,6 +181,19 @@ def test_values_are_in_the_units_of_the_name_and_ratios_have_none() -> None:
         '(llm_app_latency_p95_seconds_vs_earlier{window="5m",compare="7d"} > 2) '
         'and (llm_app_latency_p95_seconds_vs_earlier_samples{window="5m",compare="7d"} >= 30)'
     )
+
+
+@pytest.mark.slow
+def test_one_failed_request_at_night_is_no_incident_in_prometheus_either() -> None:
+    config = AlertConfig(rules=[r for r in AlertConfig.default().rules if r.metric == "error_rate"])
+    night = [TraceRow(trace_id="t", at_ms=ms(AT), state="ERROR")]
+    day = [TraceRow(trace_id=f"t{i}", at_ms=ms(AT), state="ERROR") for i in range(100)]
+    gates = {
+        name: {value for (key, _), value in collected(config, RecordedTraces(rows)).items()
+               if key == "llm_app_error_ratio_significant"}
+        for name, rows in (("night", night), ("day", day))
+    }  # fmt: skip
+    assert gates == {"night": {0.0}, "day": {1.0}}
 
 
 @pytest.mark.slow

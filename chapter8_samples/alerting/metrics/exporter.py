@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from threading import Lock
@@ -20,6 +20,7 @@ from .measures import SLOW_RATE, MetricSample, MetricSource
 
 logger = logging.getLogger(__name__)
 
+Gate = Callable[[Sequence[MetricSample]], bool]
 PREFIX = "llm_app_"
 FAILURES = f"{PREFIX}read_failures_total"
 """読めなかった値の累計。書き出したルールは、これが増えることと、ないことを見張る。"""
@@ -44,6 +45,10 @@ class Series:
     by: str | None = None
     counts: bool = False
     """値の代わりに、標本の数を出す(前の窓との比では、前の窓の標本の数)。"""
+    gate: Gate | None = None
+    """値の代わりに、偶然の揺れでないか(1 か 0)を出す。"""
+    rule: str = ""
+    """``gate`` を使うルール。"""
 
     @property
     def name(self) -> str:
@@ -56,7 +61,8 @@ class Series:
         base = IRREGULAR.get(kind) or re.sub("_rate$", "_ratio", re.sub("_ms$", "_seconds", kind))
         compared = "_vs_earlier" if self.ago is not None else ""
         split = f"_by_{self.by_label}" if self.by else ""
-        return f"{PREFIX}{base}{compared}{split}{'_samples' if self.counts else ''}"
+        kind_of_value = "_significant" if self.gate else "_samples" if self.counts else ""
+        return f"{PREFIX}{base}{compared}{split}{kind_of_value}"
 
     @property
     def by_label(self) -> str:
@@ -72,7 +78,7 @@ class Series:
     def labels(self) -> dict[str, str]:
         """``by`` のほかのラベル。"""
         kind, _, name = self.metric.partition(":")
-        found = {"window": self.window_label, "compare": self.compare_label}
+        found = {"window": self.window_label, "compare": self.compare_label, "rule": self.rule}
         found["limit" if kind == SLOW_RATE else "assessment"] = name
         return {key: value for key, value in found.items() if value}
 
@@ -98,12 +104,16 @@ class Series:
     def _value(self, sample: MetricSample) -> float | None:
         if self.counts:
             return sample.n
-        return None if sample.value is None else sample.value * self.scale
+        if sample.value is None:
+            return None
+        return float(self.gate([sample])) if self.gate else sample.value * self.scale
 
     def _ratio(self, now: MetricSample, earlier: MetricSample) -> float | None:
         if self.counts:
             return earlier.n
-        return now.value / earlier.value if now.value is not None and earlier.value else None
+        if now.value is None or not earlier.value:
+            return None
+        return float(self.gate([now, earlier])) if self.gate else now.value / earlier.value
 
     def _samples(self, source: MetricSource, at: datetime) -> dict[str, MetricSample]:
         if self.by is None:

@@ -8,8 +8,8 @@ VOTES, SCORER = "user_thumbs", "groundedness_check"
 """8.3 のページが付ける評価の名前。ほかの名前なら、そのルールだけを書き換える。"""
 
 DEFAULT_RULES: tuple[Rule, ...] = (
-    # 1 秒に 0.01 から 20 件、エラー率 0.2 から 2% の平穏な 360 日で、誤った呼び出しは平均 0.5 件、
-    # 多くて 2 件(tests/benchmarks/alert_traffic.py --seeds 12)
+    # 1 秒に 0.01 から 20 件、エラー率 0.2 から 2% の平穏な 360 日で、誤った呼び出しは平均 0.3 件、
+    # 多くて 1 件(tests/benchmarks/alert_traffic.py --seeds 12)
     AlertRule(
         name="high_error_rate",
         metric="error_rate",

@@ -143,14 +143,20 @@ class AlertRule(BaseRule):
         if samples[-1].n < self.min_samples:
             return None
         if not firing:
-            return self._beyond(value, self.threshold) and self._is_no_chance(samples)
+            return self._beyond(value, self.threshold) and self.is_no_chance(samples)
         clear = self.threshold if self.clear_threshold is None else self.clear_threshold
         return self._beyond(value, clear)
 
     def _beyond(self, value: float, limit: float) -> bool:
         return value > limit if self.op == ">" else value < limit
 
-    def _is_no_chance(self, samples: Sequence[MetricSample]) -> bool:
+    @property
+    def is_gated(self) -> bool:
+        """偶然の揺れかどうかを検定するか。"""
+        return self.confidence is not None or self.low_traffic_confidence is not None
+
+    def is_no_chance(self, samples: Sequence[MetricSample]) -> bool:
+        """偶然の揺れでは説明できないか。検定しないルールでは、いつも真。"""
         now, confidence = samples[0], self.confidence
         if now.n < FEW_SAMPLES and self.low_traffic_confidence is not None:
             confidence = self.low_traffic_confidence

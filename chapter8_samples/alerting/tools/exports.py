@@ -34,7 +34,7 @@ def watched_series(config: AlertConfig) -> list[Series]:
 
 
 def series_of(rule: Rule) -> list[Series]:
-    """一つのルールが見る系列。長い窓が先で、``min_samples`` があれば、その標本数が最後。"""
+    """一つのルールが見る系列。値(長い窓が先)、標本の数、偶然の揺れでないかの順。"""
     compare = rule.compare if isinstance(rule, AlertRule) else None
     found = [
         Series(
@@ -47,11 +47,15 @@ def series_of(rule: Rule) -> list[Series]:
         )
         for metric, window in rule.queries()
     ]
-    return found + [replace(found[0], counts=True)] * (rule.min_samples > 0)
+    if rule.min_samples:
+        found.append(replace(found[0], counts=True))
+    if isinstance(rule, AlertRule) and rule.is_gated:
+        found.append(replace(found[0], gate=rule.is_no_chance, rule=rule.name))
+    return found
 
 
 def expression(rule: Rule) -> str:
-    """PromQL の条件式。信頼区間は式にできないので、件数の下限だけを移す。"""
+    """PromQL の条件式。二項検定は式にできないので、その結果も公開する。"""
     series = series_of(rule)
     limit = f"{rule.threshold * series[0].scale:g}"
     if isinstance(rule, BurnRateRule):
@@ -60,7 +64,10 @@ def expression(rule: Rule) -> str:
     else:
         found = f"{series[0].selector()} {rule.op} {limit}"
     if rule.min_samples:
-        found = f"({found}) and ({series[-1].selector()} >= {rule.min_samples})"
+        samples = next(one.selector() for one in series if one.counts)
+        found = f"({found}) and ({samples} >= {rule.min_samples})"
+    if series[-1].gate:
+        found = f"({found}) and ignoring(rule) ({series[-1].selector()} == 1)"
     if rule.no_data == "alert":
         found = f"({found}) or absent({series[0].selector()})"
     return found
@@ -70,7 +77,7 @@ def to_prometheus_rules(config: AlertConfig, *, interval: str = "30s") -> dict[s
     """Prometheus のルールファイル。
 
     指標を読めないことと、公開が止まったことも見張る。
-    Prometheus にない ``clear_threshold`` と ``confidence`` などは、アノテーションに残して知らせる。
+    Prometheus にない ``clear_threshold`` は、アノテーションに残して知らせる。
     """
     rules = [_prometheus_rule(rule, expression(rule), config.labels) for rule in config.rules]
     broken = f"increase({FAILURES}[5m]) > 0 or absent({FAILURES})"
@@ -83,10 +90,8 @@ def _prometheus_rule(rule: Rule, expr: str, labels: Mapping[str, str]) -> dict[s
     annotations["value"] = "{{ $value }}"
     if rule.runbook_url:
         annotations["runbook_url"] = _plain(rule.runbook_url)
-    only_here = ("clear_threshold", "confidence", "low_traffic_confidence")
-    lost = [key for key in only_here if getattr(rule, key, None) is not None]
-    if lost:
-        annotations["not_exported"] = ", ".join(lost)
+    if getattr(rule, "clear_threshold", None) is not None:
+        annotations["not_exported"] = "clear_threshold"
     made: dict[str, Any] = {
         "alert": rule.name,
         "expr": expr,
