@@ -366,8 +366,10 @@ def test_what_http_cannot_carry_is_a_failure_not_a_stop(store: str, ask: Any, in
     assert report.scorers["length"].scored == 1
     stored = [a for a in infos()[trace_id].assessments if a.name in odd]
     assert {a.name for a in stored} == set(odd)
+    told = {a.name: a.feedback.error.error_message for a in stored}
+    assert all("cannot be stored" in told[name] for name in ("nan", "infinity", "huge", "metadata"))
     for assessment in stored:
-        assert assessment.feedback.error.error_message.strip(), assessment.name
+        assert told[assessment.name].strip(), assessment.name
         MessageToJson(assessment.to_proto())  # エラーの文も HTTP で送れる
 
 
