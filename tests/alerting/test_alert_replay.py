@@ -142,6 +142,19 @@ def test_the_time_axis_has_few_marks_for_any_length(minutes: int, labels: int) -
     assert len(list(texts)) - 1 == labels
 
 
+def test_a_rule_against_an_earlier_window_is_drawn_as_the_ratio() -> None:
+    start = round(datetime(2026, 1, 1, tzinfo=timezone.utc).timestamp() * 1000)
+    seconds = [*range(3600), *range(3600, 7200, 20)]  # 2 時間目は 20 分の 1
+    rows = [TraceRow(trace_id=f"t{s}", at_ms=start + s * 1000) for s in seconds]
+    rule = AlertRule(
+        name="drop", metric="trace_count", window="10m", compare="1h", op="<", threshold=0.1
+    )
+    (found,) = replay(AlertConfig(rules=[rule]), rows).rules
+    ratios = [value for _, value in found.values if value is not None]
+    assert len(found.firings) == 1 and found.naive_notifications > 50
+    assert min(ratios) == ratios[-1] == pytest.approx(0.05)
+
+
 def test_nothing_to_replay_is_said() -> None:
     with pytest.raises(ValueError, match="no traces to replay"):
         replay(AlertConfig(rules=[CAREFUL]), [])

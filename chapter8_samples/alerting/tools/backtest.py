@@ -21,6 +21,7 @@ from ..delivery import Alert, AlertStatus
 from ..engine import AlertEngine
 from ..metrics import MetricSample, RowNumbers, TraceRow, sample_of, split_samples
 from ..rules import AlertConfig, Rule
+from ..rules.model import ratio
 
 logger = logging.getLogger(__name__)
 
@@ -227,11 +228,12 @@ def replay(
     events: list[tuple[datetime, Alert]] = []
     samples: dict[str, list[tuple[datetime, MetricSample]]] = {r.name: [] for r in config.rules}
     failed: dict[str, list[str]] = {r.name: [] for r in config.rules}
+    rules = {rule.name: rule for rule in config.rules}
     for at in moments:
         events += [(at, alert) for alert in engine.evaluate(at)]
         for name, sample in engine.last_samples().items():
             if name in samples and name not in engine.failures:  # 失敗した回に残るのは、前の値
-                samples[name].append((at, sample))
+                samples[name].append((at, _compared(rules[name], sample, source)))
         for name, reason in engine.failures.items():
             failed[name].append(reason)
     judged = [_judge(rule, events, samples[rule.name], incidents) for rule in config.rules]
@@ -240,6 +242,15 @@ def replay(
         for rule in judged
     ]
     return Replay(rules=tuple(results), span=(start, end), incidents=tuple(incidents))
+
+
+def _compared(rule: Rule, sample: MetricSample, source: RecordedTraces) -> MetricSample:
+    """しきい値と比べる値。前の窓と比べるルールでは、比。"""
+    ago = getattr(rule, "ago", None)
+    if ago is None:
+        return sample
+    earlier = source.sample(sample.metric, sample.end - sample.start, sample.end - ago)
+    return replace(sample, value=ratio(sample, earlier))
 
 
 def _moments(first: datetime, last: datetime, step: timedelta) -> Iterator[datetime]:
