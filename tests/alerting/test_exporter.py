@@ -36,7 +36,7 @@ METRICS = [
 ]
 SHAPES: list[dict[str, Any]] = [
     {"compare": compare, "by": by, "min_samples": count}
-    for compare, by, count in product((None, "1w"), (None, "model", "tag:テナント"), (0, 30))
+    for compare, by, count in product((None, "1d", "1w"), (None, "model", "tag:テナント"), (0, 30))
 ]
 FAILURE_RATES = {*RATE_METRICS} - {"pass_rate", "feedback_rate"}
 
@@ -106,11 +106,10 @@ def collected(
     config: AlertConfig, source: Any
 ) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     collector = MetricsCollector(watched_series(config), source, clock=lambda: AT)
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in collector.collect()
-        for sample in family.samples
-    }
+    samples = [sample for family in collector.collect() for sample in family.samples]
+    found = {(s.name, tuple(sorted(s.labels.items()))): s.value for s in samples}
+    assert len(found) == len(samples)  # 同じ系列を二度出すと、Prometheus は全体を捨てる
+    return found
 
 
 def selected(config: AlertConfig) -> set[tuple[str, tuple[tuple[str, str], ...]]]:
