@@ -15,7 +15,7 @@
 --             入れた表では、trace_id の重複を先に確かめること
 --   requests  推定のリクエスト数。間引いた分を重み sampling.weight で補う(ないもの、正の数でないもの、1,000 万以上は 1)
 --   cost_usd  推定のコスト(USD)。補い方は requests と同じ
---   unpriced  コストを計算しきれなかったトレースの数。0 でなければ、cost_usd は下限でしかない
+--   unpriced  コストを計算しきれなかったトレースの数。0 でなければ、cost_usd は下限になる
 --
 -- 注意
 --   * convert_timezone は TIMESTAMP をセッションの時間帯で読む。先に SET TIME ZONE 'UTC' を実行する。

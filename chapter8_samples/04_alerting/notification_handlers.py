@@ -231,7 +231,7 @@ def main() -> None:
             for delivery in notifier.notify(told):
                 result = "届いた" if delivery.ok else f"失敗: {delivery.error}"
                 print(f"{word} {delivery.handler:8} 試行 {delivery.attempts} 回 {result}")
-        for request in slack.received[1:]:  # 最初の 1 回は、429 で断られた
+        for request in slack.received[1:]:  # 最初の 1 回は、429 で拒否された
             print("Slack:", request.json["text"])
         for request in pagerduty.received:
             print("PagerDuty:", request.json["event_action"], request.json["dedup_key"])

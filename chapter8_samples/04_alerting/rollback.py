@@ -43,13 +43,13 @@ def quick_rollback(
     """エイリアスを 1 行で戻す(リスト8.13)。版を省略すると、記録にある一つ前に戻る。
 
     付け替えだけなら ``client.set_registered_model_alias(model_name, alias, "1")`` で済む。ここでは
-    さらに、戻る先を確かめ、記録を残し、同時の変更を断る。
+    さらに、戻る先を確かめ、記録を残し、同時の変更を拒否する。
 
     Args:
         options: ``dry_run``、``force``、``expected``、``request_id``(``releases/switch.py``)。
 
     Raises:
-        RollbackError: 断る理由ごとの子クラス(``releases/errors.py``)。
+        RollbackError: 拒否する理由ごとの子クラス(``releases/errors.py``)。
     """
     return ModelRollbackManager(model_name).rollback(target_version, alias, reason, **options)
 
@@ -82,7 +82,7 @@ class _Manager:
         """``alias`` を前の(または指定の)バージョンへ戻す。
 
         Raises:
-            RollbackError: 断る理由ごとの子クラス(``releases/errors.py``)。
+            RollbackError: 拒否する理由ごとの子クラス(``releases/errors.py``)。
         """
         return self.for_alias(alias).rollback(target_version, reason or "", **options)
 

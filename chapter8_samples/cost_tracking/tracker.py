@@ -6,7 +6,7 @@
 ここでの合計はプロセス 1 つの分である。サービス全体の合計は、Databricks でも OSS の MLflow でも、
 トレースから cost_analysis.sql の ``budget`` で求める。呼び出しを止めたいなら、``mlflow server`` の
 AI Gateway に予算のポリシーがある(MLflow 3.17)。全体、ワークスペース、エンドポイント、ユーザーの
-どれかに期間ごとの USD の上限を決め、超えたら webhook で知らせる(ALERT)か 429 で断る(REJECT)。
+どれかに期間ごとの USD の上限を決め、超えたら webhook で知らせる(ALERT)か 429 で拒否する(REJECT)。
 数えるのは Gateway を通った呼び出しだけで、MLflow が料金を知らないモデルは 0 円になる。
 """
 
@@ -80,7 +80,7 @@ class CostTotals:
 class BudgetAlert:
     """予算の何割に達したか(0.8 なら 80%)。0.0 は、料金の決まらない呼び出しがあるという知らせ。
 
-    ``unpriced_requests`` が 0 でなければ、``spent_usd`` (USD) は下限でしかない。
+    ``unpriced_requests`` が 0 でなければ、``spent_usd`` (USD) は下限になる。
     """
 
     threshold: float
@@ -91,7 +91,7 @@ class BudgetAlert:
 
 @dataclass(slots=True)
 class CostSnapshot:
-    """ある瞬間の合計の写し。``by_model`` と ``by_user`` の合計は、必ず ``total`` と一致する。"""
+    """ある瞬間の合計のコピー。``by_model`` と ``by_user`` の合計は、必ず ``total`` と一致する。"""
 
     budget_usd: Decimal | None
     total: CostTotals = field(default_factory=CostTotals)
@@ -171,7 +171,7 @@ class BaseCostTracker:
             self._notify(now, alert, item.model)
 
     def snapshot(self) -> CostSnapshot:
-        """合計の写し。ほかのスレッドが記録している最中でも、途中の値は見えない。"""
+        """合計のコピー。ほかのスレッドが記録している最中でも、途中の値は見えない。"""
         with self._lock:
             return deepcopy(self._now)
 

@@ -132,7 +132,7 @@ def _experiment_id(server: str, name: str, headers: Mapping[str, str]) -> str:
     api, session, found = f"{server}/api/2.0/mlflow/experiments", requests.Session(), {}
     session.headers.update(headers)
     try:
-        session.post(f"{api}/create", json={"name": name}, timeout=10)  # あれば、断られるだけ
+        session.post(f"{api}/create", json={"name": name}, timeout=10)  # あれば、拒否されるだけ
         answer = session.get(f"{api}/get-by-name", params={"experiment_name": name}, timeout=10)
         said, found = f"HTTP {answer.status_code}", answer.json().get("experiment", {})
     except (requests.RequestException, ValueError) as error:
@@ -363,7 +363,7 @@ def annotate_span(*, inputs: Any = None, outputs: Any = None, **values: Any) -> 
     if "gen_ai.prompt.version" in given:
         given["gen_ai.prompt.version"] = str(given["gen_ai.prompt.version"])
     for name in given.keys() & {"session.id", "user.id"}:
-        given[name] = str(given[name])[:250]  # これより長いと、サーバーは 1 回分のスパンを全部断る
+        given[name] = str(given[name])[:250]  # これより長いと、1 回分のスパンを全部拒否される
     span.set_attributes(given)
     _write(span, _INPUTS, inputs)
     _write(span, _OUTPUTS, outputs)

@@ -36,7 +36,7 @@ from .signature import SignedWebhookNotificationHandler
 from .texts import facts, links, title
 
 TEAMS_MAX_BYTES = 21_000
-"""Teams の上限は 28 KB だが、実際にはこのあたりから断られる。"""
+"""Teams の上限は 28 KB だが、実際にはこのあたりから拒否される。"""
 
 
 class TeamsNotificationHandler(HttpHandler):
@@ -126,7 +126,7 @@ class AlertmanagerNotificationHandler(HttpHandler):
 
 
 def label_name(key: str) -> str:
-    """Prometheus のラベルの名前(英数字と ``_``)にする。ほかの文字があると、400 で断られる。
+    """Prometheus のラベルの名前(英数字と ``_``)にする。ほかの文字があると、400 で拒否される。
 
     >>> label_name("team-name")
     'team_name'
@@ -196,7 +196,7 @@ class EmailNotificationHandler(NotificationHandler):
             if refused is None:  # 受け取られた後の失敗(QUIT への答えなど)では、送り直さない
                 reason = f"{type(error).__name__} from {self.host}"
                 return self.result(alert, ok=False, error=reason, retryable=_may_retry(error))
-        # 一部の宛先だけが断られた: 送り直すと、届いた宛先に二重に届く
+        # 一部の宛先だけが拒否された: 送り直すと、届いた宛先に二重に届く
         note = f"refused: {', '.join(sorted(refused))}" if refused else ""
         seconds = (self._clock() - started).total_seconds()
         return self.result(alert, ok=True, error=note, elapsed_seconds=seconds)

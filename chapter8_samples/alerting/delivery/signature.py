@@ -1,7 +1,7 @@
 """8.4.3 署名付き Webhook: 送る、確かめる、MLflow の Webhook をアラートにする。
 
 誰でも呼べる Webhook をそのまま信じると、偽の通知でロールバックまで起こせる。署名と時刻と配送 ID を
-確かめ、書き換え、古いもの、再送を断る。MLflow の Webhook は Standard Webhooks と同じ署名である。
+確かめ、書き換え、古いもの、再送を拒否する。MLflow の Webhook の署名は Standard Webhooks と同じ。
 
 Databricks の Webhook も同じ形なら使える。MLflow サーバーでは、再起動や複数ワーカーでも読めるように
 ``MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY`` を必ず固定する。
@@ -138,8 +138,8 @@ def verify_signature(
 
     Args:
         body: 受け取ったままのバイト列。JSON に直してから戻したものでは署名が合わない。
-        seen: 渡すと、同じ配送 ID を二度目から断る。処理に失敗しうるなら、渡さずに ``seen.once`` を
-            使うか、失敗したときに ``seen.forget`` を呼ぶ。
+        seen: 渡すと、同じ配送 ID を二度目から拒否する。処理が失敗しうるなら、代わりに ``seen.once``
+            を使うか、失敗したときに ``seen.forget`` を呼ぶ。
 
     Raises:
         NotificationConfigError: ``secret`` が空、または ``whsec_`` の後が base64 でない。
@@ -174,7 +174,7 @@ class SignedWebhookNotificationHandler(HttpHandler):
     ) -> None:
         self._secret, self._now = secret, clock
         self._unsettled: OrderedDict[tuple[str, ...], str] = OrderedDict()
-        _key(secret, "standard")  # 空の秘密や読めない秘密は、送るときではなく作るときに断る
+        _key(secret, "standard")  # 空の秘密や読めない秘密は、送るときではなく作るときに拒否する
         self.poster = HttpPoster(url, idempotent=True, secrets=[secret], **http)
 
     def payload(self, alert: Alert) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def facts(alert: Alert) -> Iterator[tuple[str, str]]:
     if alert.n is not None:
         yield "標本数", str(alert.n)
     if alert.window_seconds is not None:
-        yield "窓", f"{alert.window_seconds:g} 秒"
+        yield "集計期間", f"{alert.window_seconds:g} 秒"
     yield "開始", alert.starts_at.astimezone(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     yield from alert.labels.items()
 

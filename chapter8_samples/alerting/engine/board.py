@@ -53,7 +53,7 @@ class RuleBoard:
     def _judge(self, at: datetime) -> list[Alert]:
         """すべてのルールを評価し、知らせるべき変化を返す。"""
         closed = self._close_removed_rules(at)
-        # 長い窓から読むと、短い窓は読んだものの一部で済む
+        # 長い期間から読むと、短い期間は読んだものの一部で済む
         for rule in sorted(self.config.rules, key=lambda r: -r.queries()[0][1]):
             self._evaluate(rule, at)
         watchdog = self.config.watchdog
@@ -90,7 +90,7 @@ class RuleBoard:
         }
 
     def _let_go(self, rule: Rule, labels: Collection[str], at: datetime) -> None:
-        """窓から消えたラベル(古い版など)の異常は、``no_data: alert`` でなければ終わる。"""
+        """集計期間から消えたラベル(古い版など)の異常は、``no_data: alert`` でなければ終わる。"""
         for state in [s for _, s in self._pairs() if s.rule == rule.name and s.label not in labels]:
             self._advance(rule, state, bool(rule.no_data_verdict()), at)
             self._samples.pop(_title(rule, state.label), None)
@@ -205,5 +205,5 @@ def _title(rule: Rule, label: str) -> str:
 
 
 def _shown(rule: Rule, samples: list[MetricSample]) -> float | None:
-    """アラートに載せる値。前の窓と比べるルールでは、比。"""
+    """アラートに載せる値。前の期間と比べるルールでは、比。"""
     return ratio(samples[0], samples[1]) if getattr(rule, "ago", None) else samples[0].value

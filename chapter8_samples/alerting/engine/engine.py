@@ -144,7 +144,7 @@ class AlertEngine(RuleBoard):
                 heartbeat()
         except StateHeldError as error:
             logger.warning("standing by: %s", error)
-        except Exception:  # 監視そのものが止まるより、記録して次の回に賭ける
+        except Exception:  # 監視そのものが止まるより、記録して次の回に任せる
             logger.exception("alert evaluation failed")
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""8.4.5 ロールバックを断る理由。"""
+"""8.4.5 ロールバックを拒否する理由。"""
 
 
 class RollbackError(RuntimeError):

@@ -65,7 +65,7 @@ def auto_rollback(
     ``outcome="none"`` と理由を返す。
 
     Raises:
-        ValueError: ``mode`` の書き誤り(提案だけで済んだと思い込まないように断る)。
+        ValueError: ``mode`` の書き誤り(提案だけで済んだと思い込まないように拒否する)。
         RollbackError: 同時の変更、または確認の失敗。
     """
     if mode not in ("suggest", "apply"):

@@ -37,7 +37,7 @@ class AliasTarget:
         raise NotImplementedError
 
     def check(self, version: str) -> None:
-        """使えるバージョンでなければ ``UnknownVersionError``。``latest`` や ``02`` も断る。"""
+        """使えるバージョンでなければ ``UnknownVersionError``。``latest`` や ``02`` も拒否する。"""
         noun = self.noun.removeprefix("registered_")
         found = self._existing(f"get_{noun}_version", f"has no version {version}", version)
         if str(found.version) != version:

@@ -1,7 +1,7 @@
 """8.4.5 Databricks のモデルサービングで、トラフィックを前の版に戻す。
 
 エイリアスを戻しても、サービングのエンドポイントは同じ版を配り続ける。前の版を 0% で残しておけば、
-割合を入れ替えるだけで戻せる。残っていない相手、準備のできていない相手、更新中のエンドポイントは断る。
+割合を入れ替えるだけで戻せる。残っていない相手、準備のできていない相手、更新中のエンドポイントは拒否する。
 
 Databricks では ``workspace`` を省略し、環境の認証を使う(``databricks-sdk`` が要る)。休止している版
 (scale-to-zero)に切り替えると、最初のリクエストは起動を待つ。
@@ -40,7 +40,7 @@ def shift_serving_traffic(
         すでに 100% なら、何も送らず ``changed`` が ``False`` になる。
 
     Raises:
-        ServingTrafficError: 断る理由、または Databricks の答え。
+        ServingTrafficError: 拒否する理由、または Databricks の答え。
     """
     from databricks.sdk import WorkspaceClient
     from databricks.sdk.errors import OperationFailed

@@ -24,7 +24,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         action="rollback",
         summary="エラー率が 5% 超",
     ),
-    AlertRule(  # 短い全断。5 分の窓では薄まる
+    AlertRule(  # 短い全断。5 分の集計期間では薄まる
         name="outage",
         metric="error_rate",
         window="2m",
@@ -37,7 +37,7 @@ DEFAULT_RULES: tuple[Rule, ...] = (
         action="rollback",
         summary="2 分間のエラー率が 10% 超",
     ),
-    AlertRule(  # 夜のように少ない通信では、5 分の窓に標本が足りない
+    AlertRule(  # 夜のように少ない通信では、5 分の集計期間に標本が足りない
         name="errors_for_an_hour",
         metric="error_rate",
         window="1h",

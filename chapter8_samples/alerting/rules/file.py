@@ -110,7 +110,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 def _strict_loader() -> Any:
-    """同じキーが二度あれば断る(既定では、先に書いたほうが黙って消える)。値は YAML 1.2 で読む。"""
+    """同じキーの繰り返しを拒否する(既定では、先のほうが黙って消える)。値は YAML 1.2 で読む。"""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -36,7 +36,7 @@ def check_labels(labels: Mapping[str, str], rule: Fields) -> None:
 
 
 def check_compare(compare: Any, rule: Fields) -> None:
-    """比べる二つの窓が重ならないか。"""
+    """比べる二つの期間が重ならないか。"""
     window = rule.get("window", "0s")
     if compare is not None and parse_duration(compare) < parse_duration(window):
         raise ValueError(f"{compare} is shorter than window {window}; the two would overlap")
@@ -158,7 +158,7 @@ def check_factor(value: float, rule: Fields) -> None:
 
 
 def check_short(value: Any, rule: Fields) -> None:
-    """短い窓のほうが短いか。"""
+    """短い期間のほうが短いか。"""
     if "long" in rule and parse_duration(value) >= parse_duration(rule["long"]):
         raise ValueError(f"{value} is not shorter than long: {rule['long']}")
 

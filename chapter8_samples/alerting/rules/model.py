@@ -1,7 +1,7 @@
 """8.4.1 アラートのルール: しきい値、待ち時間、統計的な判定。
 
-LLM アプリの通信量では、5 分の窓に数十件しか入らない。割合をそのまま比べると偶然の揺れで呼び出される
-ので、しきい値どおりの割合では説明できないときだけ「越えた」と判断する(``confidence``、二項検定)。
+LLM アプリの通信量では、5 分に数十件しか入らない。割合をそのまま比べると偶然の揺れで呼び出される。
+しきい値どおりの割合では説明できないときだけ「越えた」と判断する(``confidence``、二項検定)。
 
 Databricks でもそのまま使う。
 """
@@ -33,7 +33,7 @@ from .values import (
 )
 
 FEW_SAMPLES = 200
-"""標本がこれより少ない窓では、``low_traffic_confidence`` を使う。"""
+"""標本がこれより少ない集計期間では、``low_traffic_confidence`` を使う。"""
 
 
 def chance_of_at_least(count: int, n: int, rate: float) -> float:
@@ -58,7 +58,7 @@ def chance_of_at_least(count: int, n: int, rate: float) -> float:
 
 
 def ratio(now: MetricSample, earlier: MetricSample) -> float | None:
-    """前の窓の値に対する、今の値の比。前の値がないか 0 なら ``None``。"""
+    """前の期間の値に対する、今の値の比。前の値がないか 0 なら ``None``。"""
     return now.value / earlier.value if now.value is not None and earlier.value else None
 
 
@@ -100,19 +100,19 @@ class BaseRule:
 
 @model
 class AlertRule(BaseRule):
-    """一つの指標を一つの窓でしきい値と比べるルール。
+    """一つの指標を一つの集計期間でしきい値と比べるルール。
 
     Args:
-        compare: これだけ前の同じ長さの窓と比べる。しきい値は、前の値に対する比になる
+        compare: これだけ前の同じ長さの集計期間と比べる。しきい値は、前の値に対する比になる
             (``trace_count``、``compare="1w"``、``op="<"``、``threshold=0.05`` は、先週の 5% 未満)。
         by: ラベルの値ごとに判定する。``model``、``prompt_version``、``tag:名前`` のどれか。
             ラベルの値ごとに 1 件のアラートになり、そのラベルが付く。
         clear_threshold: 解消に使うしきい値。発報中は、値そのものをこれと比べる。
         confidence: 0.5 から 1。割合の指標で、しきい値どおりの割合なら ``1 - confidence`` 以下の
-            確率でしか起きない偏りのときに「越えた」とする。``compare`` では、二つの窓の割合の比
+            確率でしか起きない偏りのときに「越えた」とする。``compare`` では、二つの期間の割合の比
             がしきい値どおりなら、と読み替える。
-        low_traffic_confidence: 標本が 200 件に満たない窓で、代わりに使う。エラーは固まって起きる
-            ので、少ない標本は、独立とみなした確率よりずっと偏りやすい。
+        low_traffic_confidence: 標本が 200 件に満たないときに使う。エラーは固まって起き、
+            少ない標本は、独立とみなした確率よりずっと偏りやすい。
     """
 
     window: PositiveLength = "5m"
@@ -126,11 +126,11 @@ class AlertRule(BaseRule):
 
     @property
     def ago(self) -> timedelta | None:
-        """どれだけ前の窓と比べるか。比べないルールでは ``None``。"""
+        """どれだけ前の期間と比べるか。比べないルールでは ``None``。"""
         return None if self.compare is None else parse_duration(self.compare)
 
     def queries(self) -> list[tuple[str, timedelta]]:
-        """判定に要る(指標, 窓)。"""
+        """判定に要る(指標, 集計期間)。"""
         return [(self.metric, parse_duration(self.window))]
 
     def judge(self, samples: Sequence[MetricSample], firing: bool) -> bool | None:
@@ -139,7 +139,7 @@ class AlertRule(BaseRule):
         value = sample.value if self.compare is None else ratio(sample, samples[1])
         if value is None:
             return self.no_data_verdict()
-        # 前の窓と比べるときは、前の窓の標本数で決める(今の件数が減ったことを見つけたい)
+        # 前の期間と比べるときは、前の期間の標本数で決める(今の件数が減ったことを見つけたい)
         if samples[-1].n < self.min_samples:
             return None
         if not firing:
@@ -173,7 +173,7 @@ class AlertRule(BaseRule):
         return math.floor(sample.n - hits + 1e-9), sample.n, 1 - self.threshold
 
     def _share(self, now: MetricSample, earlier: MetricSample) -> tuple[int, int, float]:
-        """しきい値どおりの比なら、両方の窓の当たりのうち ``share`` が今の窓に入る。"""
+        """しきい値どおりの比なら、両方の期間の当たりのうち ``share`` が今の期間に入る。"""
         hits = now.successes or 0.0
         both = round(hits + (earlier.successes or 0.0))
         share = self.threshold * now.n / (self.threshold * now.n + earlier.n)
@@ -184,9 +184,9 @@ class AlertRule(BaseRule):
 
 @model
 class BurnRateRule(BaseRule):
-    """SLO のエラー予算を、長短二つの窓で速く使いすぎていないかを見るルール。
+    """SLO のエラー予算を、長短二つの期間で速く使いすぎていないかを見るルール。
 
-    ``objective=0.99``、``factor=14.4`` なら、エラー率が 14.4% を両方の窓で超えたら発報する
+    ``objective=0.99``、``factor=14.4`` なら、エラー率が 14.4% を両方の期間で超えたら発報する
     (SRE ワークブック 5 章: 30 日の予算の 2% を 1 時間で使う速さ)。
     """
 
@@ -203,20 +203,20 @@ class BurnRateRule(BaseRule):
 
     @property
     def threshold(self) -> float:
-        """両方の窓の割合と比べる値。"""
+        """両方の期間の割合と比べる値。"""
         return round(self.factor * (1 - self.objective), 12)
 
     @property
     def window(self) -> Duration:
-        """長いほうの窓。"""
+        """長いほうの期間。"""
         return self.long
 
     def queries(self) -> list[tuple[str, timedelta]]:
-        """判定に要る(指標, 窓)。長い窓が先。"""
+        """判定に要る(指標, 集計期間)。長い期間が先。"""
         return [(self.metric, parse_duration(w)) for w in (self.long, self.short)]
 
     def judge(self, samples: Sequence[MetricSample], firing: bool) -> bool | None:
-        """両方の窓で越えているか。"""
+        """両方の期間で越えているか。"""
         values = [s.value for s in samples if s.value is not None]
         if len(values) < 2:
             return self.no_data_verdict()

@@ -15,7 +15,7 @@ Duration = str | timedelta
 """``"30s"``、``"5m"``、``"1h30m"``、``"500ms"`` のような文字列か ``timedelta``。"""
 
 MAX_DURATION = timedelta(days=3650)
-"""これより長い期間は、書き誤りとして断る。"""
+"""これより長い期間は、書き誤りとして拒否する。"""
 MAX_NUMBER = 1e300
 SEVERITIES = ("info", "warning", "error", "critical")
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -78,7 +78,7 @@ def format_duration(value: Duration) -> str:
 def parse_clock(value: Any) -> timedelta:
     """一日の中の時刻を、0 時からの長さとして読む。``24:00`` は一日の終わり。
 
-    整数は断る: YAML 1.1 は引用符のない 22:00 を 1320 と読むので、22 が 0 時 22 分になりかねない。
+    整数は拒否する: YAML 1.1 は引用符のない 22:00 を 1320 と読み、22 なら 0 時 22 分になる。
 
     >>> parse_clock("22:30"), parse_clock("24:00")
     (datetime.timedelta(seconds=81000), datetime.timedelta(days=1))

@@ -128,7 +128,7 @@ class LlmCall:
 
     @property
     def total_usd(self) -> Decimal:
-        """入力側と出力の合計。``partial`` なら下限でしかない。"""
+        """入力側と出力の合計。``partial`` なら下限になる。"""
         return self.prompt_usd + self.output_usd
 
     @property

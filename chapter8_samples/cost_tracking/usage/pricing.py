@@ -1,7 +1,7 @@
 """8.2.3 呼び出しにコストを付け、トレース 1 件分にまとめる(本書にリストなし)。
 
 料金表になかったモデルは、後から行を足せば計算できる。合計に未計算が混ざっているかどうかを
-必ず一緒に返すので、下限でしかない金額を、正しい合計と取り違えない。
+必ず一緒に返すので、下限の金額を、正しい合計と取り違えない。
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ZERO = Decimal(0)
 
 @dataclass(frozen=True, slots=True)
 class TraceCost:
-    """トレース 1 件のコスト。``complete`` が偽なら、``total_usd`` は下限でしかない。"""
+    """トレース 1 件のコスト。``complete`` が偽なら、``total_usd`` は下限になる。"""
 
     total_usd: Decimal
     by_model: dict[str, Decimal]

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_export_attributes() -> None:
-    """OTLP に渡すスパンを、属性を足した写しに替える(プロセス全体で 1 回だけ)。
+    """OTLP に渡すスパンを、属性を足したコピーに替える(プロセス全体で 1 回だけ)。
 
     opentelemetry-sdk 1.43 以降は終わったスパンの属性を書き換えられない。MLflow 3.17 は
     OTLP だけの送信でルートにタグを書こうとして失敗し、ルートスパンが黙って消える。

@@ -278,7 +278,7 @@ def _http_reason(response: Any) -> str:
 
 
 def _http_receipt(response: Any) -> str:
-    """2xx でも受領とは限らない(Web 画面、ログイン画面への転送、スパンを断る部分的成功)。"""
+    """2xx でも受領とは限らない(Web 画面、ログイン画面への転送、スパンを拒否する部分的成功)。"""
     from google.protobuf.message import DecodeError
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
