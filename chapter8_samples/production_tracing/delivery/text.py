@@ -21,7 +21,7 @@ _SPAN_FIELDS = (
 
 
 def copied_span(span: ReadableSpan, **changed: Any) -> ReadableSpan:
-    """``changed`` だけを替えた写し(終わったスパンは、書き換えられない)。"""
+    """``changed`` だけを替えたコピー(終わったスパンは、書き換えられない)。"""
     same: dict[str, Any] = {name: getattr(span, name) for name in _SPAN_FIELDS.split()}
     return ReadableSpan(**{**same, **changed})
 
@@ -45,7 +45,7 @@ def send_cleaned(send: Callable[..., Any], value: Any) -> Any:
 
 
 def as_utf8(value: Any) -> Any:
-    """UTF-8 にできない文字を置き換えた写し。"""
+    """UTF-8 にできない文字を置き換えたコピー。"""
     if type(value) is str:  # 文字列でもある列挙型は、そのまま
         return _SURROGATE.sub(chr(0xFFFD), value)
     if isinstance(value, Mapping):

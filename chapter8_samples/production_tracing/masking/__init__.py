@@ -56,7 +56,7 @@ class PiiMasker:
         return Pass(self.patterns).text(value)
 
     def value(self, value: Any) -> Any:
-        """辞書やリストの中の文字列まで隠した写しを返す(辞書のキーも含む)。"""
+        """辞書やリストの中の文字列まで隠したコピーを返す(辞書のキーも含む)。"""
         return Pass(self.patterns).value(value)
 
 

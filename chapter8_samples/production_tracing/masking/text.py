@@ -99,7 +99,7 @@ class Pass:
         self._pieces: dict[Path, Iterator[str]] = {}
 
     def value(self, value: Any, key: str = "") -> Any:
-        """辞書やリストの、中の文字列を置き換えた写し。``key`` は、値の名前。"""
+        """辞書やリストの、中の文字列を置き換えたコピー。``key`` は、値の名前。"""
         pieces: dict[Path, list[str]] = defaultdict(list)
         self._collect(value, (key,), pieces)
         self._pieces = {path: iter(self._gathered(texts)) for path, texts in pieces.items()}

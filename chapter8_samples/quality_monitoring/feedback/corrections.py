@@ -51,7 +51,7 @@ def corrections_to_dataset(
 
 
 def _correction(info: TraceInfo) -> Assessment | None:
-    """最後の訂正。``evaluate()`` が、評価のトレースに書き写した正解は除く。"""
+    """最後の訂正。``evaluate()`` が、評価のトレースに転記した正解は除く。"""
     told = [a for a in info.assessments if a.name == CORRECTION]
     told = [a for a in told if "mlflow.assessment.sourceRunId" not in (a.metadata or {})]
     return max(told, key=lambda a: a.last_update_time_ms or 0, default=None)

@@ -129,7 +129,7 @@ def _store(request: FeedbackRequest, authorize: Authorize | None) -> Assessment 
     if mine:
         raise TraceNotFoundError("the earlier vote is stored with its trace, not yet", request)
     # TracingClient.get_trace_info() は、書き出している途中のトレースについては、保存先にもう届いた
-    # 評価のない手元の写しを返す。そこで、保存先に直接尋ねる
+    # 評価のない手元のコピーを返す。そこで、保存先に直接尋ねる
     store: Any = TracingClient().store
     info: TraceInfo = store.get_trace_info(request.trace_id)
     elsewhere = request.experiment_id not in (None, info.experiment_id)

@@ -1,7 +1,7 @@
 """8.3.3 フィードバックの種類と、送る前の検査。
 
-MLflow は、点数の範囲も、長すぎる名前も、保存できない文字も断らない。送ってから失敗したり、黙って
-捨てられたりするものを、ここで断る。本書の関数(リスト8.10)と HTTP の受け口が、同じ検査を使う。
+MLflow は、点数の範囲も、長すぎる名前も、保存できない文字も拒否しない。送ってから失敗したり、黙って
+捨てられたりするものを、ここで拒否する。本書の関数(リスト8.10)と HTTP の受け口が、同じ検査を使う。
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def rating_request(
     (low, high), told = scale, shortened(rating)
     if isinstance(rating, bool) or not isinstance(rating, int | float):
         raise FeedbackValidationError(f"rating must be a number, got {told}")
-    if not low <= rating <= high:  # NaN もここで断る
+    if not low <= rating <= high:  # NaN もここで拒否する
         raise FeedbackValidationError(f"rating must be between {low} and {high}, got {told}")
     metadata = {"scale_min": str(low), "scale_max": str(high)}
     return FeedbackRequest(trace_id, RATING, rating, user_id, rationale or None, metadata)

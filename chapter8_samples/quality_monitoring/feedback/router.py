@@ -134,7 +134,7 @@ def create_feedback_router(
 
 
 async def _read(request: Request, limit: int) -> FeedbackBody:
-    if "json" not in request.headers.get("content-type", ""):  # よそのページのフォームは断る
+    if "json" not in request.headers.get("content-type", ""):  # よそのページのフォームは拒否する
         raise HTTPException(422, "the content type must be application/json")
     body = b""
     async for chunk in request.stream():

@@ -3,7 +3,7 @@
 ``@scorer`` の関数は、ソースコードの文字列として登録され、採点する場所で組み立て直される。外の変数や
 import は付いていかず、1 行で書いた関数は何も返さなくなる。登録は成功し、採点のときに初めて壊れる。
 
-Databricks では登録され、Databricks の上で実行される。OSS 版では登録せず(既定のサーバーは断る)、
+Databricks では登録され、Databricks の上で実行される。OSS 版では登録せず(既定のサーバーは拒否する)、
 ``run_scoring_cycle()`` が手元で採点する。MLflow 3.18 からは、サーバーの運用者が選べば
 (``MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS=true`` と
 ``MLFLOW_JOB_CUSTOM_SCORER_EXECUTOR_BACKEND=docker``)、サーバーもコンテナーの中で採点できる(試験的)。
@@ -57,7 +57,7 @@ def setup_custom_code_scorer(
 
     Raises:
         CustomScorerError: 登録すると動かなくなる書き方をしている。
-        ScorerSetupError: 割合が範囲外、サーバーが断った、など。
+        ScorerSetupError: 割合が範囲外、サーバーが拒否した、など。
     """
     validate_custom_scorer(scorer, sample)
     plan = ScorerPlan(scorer=scorer, sample_rate=sample_rate, filter_string=filter_string)

@@ -351,8 +351,8 @@ def _log_once(trace_id: str, assessment: Assessment) -> None:
     """評価を 1 件だけ書く。ID は中身から決めてあるので、同じ評価を二度送っても増えない。"""
     try:
         mlflow.log_assessment(trace_id, assessment)
-    except MlflowException:  # 書けたのに応答だけが失われ、再試行が「同じ ID がある」と断られた
-        store: Any = TracingClient().store  # 書き出している途中のトレースでも、手元の写しを見ない
+    except MlflowException:  # 書けたのに応答だけが失われ、再試行が「同じ ID がある」と拒否された
+        store: Any = TracingClient().store  # 書き出している途中のトレースでも、手元のコピーを見ない
         stored = store.get_trace_info(trace_id).assessments
         if assessment.assessment_id not in {a.assessment_id for a in stored}:
             raise

@@ -49,7 +49,7 @@ def ensure_judge_endpoint(
     残っているキーやモデルを、今回のものに直して続ける。``api_base`` は互換サーバーの URL。
 
     Raises:
-        JudgeEndpointError: 接続先が MLflow サーバーでない、サーバーが断った、など。
+        JudgeEndpointError: 接続先が MLflow サーバーでない、サーバーが拒否した、など。
     """
     if not api_key:  # サーバーは空の鍵も保存し、採点のたびに失敗する
         raise JudgeEndpointError("api_key must not be empty")
