@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +49,16 @@ groups:
       summary: alert rules could not be read
       value: '{{ $value }}'
 """
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """``watch`` は、プロセスのシグナルの扱いを変える。"""
+    names = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(name) for name in names]
+    yield
+    for name, handler in zip(names, handlers, strict=True):
+        signal.signal(name, handler)
 
 
 @pytest.fixture
