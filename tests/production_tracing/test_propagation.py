@@ -485,6 +485,7 @@ def test_a_flask_response_that_nobody_closes_leaves_no_scope_behind(
     """テストクライアントの応答は、ふつう閉じられない。"""
     from flask import Flask
 
+    gc.collect()  # ほかのテストが閉じなかった応答
     complaints: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
     left: list[str] = []
