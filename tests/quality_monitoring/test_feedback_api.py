@@ -402,6 +402,7 @@ RATHER_FINE = st.fixed_dictionaries({"trace_id": st.text() | ANY, "type": st.sam
 BODY = st.builds(lambda a, b: {**a, **b}, FIELDS, RATHER_FINE) | FIELDS | ANY
 
 
+@pytest.mark.slow
 @settings(
     max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -411,6 +412,7 @@ def test_no_body_breaks_the_router(store: str, body: bytes) -> None:
     assert answer.status_code in (403, 413, 422, 502, 503), (body, answer.text)
 
 
+@pytest.mark.slow
 def test_120_unknown_ids_hold_neither_the_event_loop_nor_the_threads(
     store: str, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
