@@ -166,24 +166,32 @@ def main() -> None:
     }
     random.seed(2)  # 残るかどうかはトレース ID で決まる。何度実行しても同じものが残るようにする
     with _lab.sample("ch8-sampling", fresh_store=True):
+        experiments = {name: _record(name, sampler) for name, sampler in samplers.items()}
+        mlflow.flush_trace_async_logging()
         print("300 リクエスト(うちエラー 6 件 = 2.0%)。残ったトレースから求めたエラー率と件数:")
-        for name, sampler in samplers.items():
-            print(_compare(name, sampler))
+        for name, experiment_id in experiments.items():
+            print(f"{name}: {_estimate(experiment_id)}")
 
 
-def _compare(name: str, sampler: TailSampler) -> str:
-    mlflow.set_experiment(f"ch8-sampling {name}")
+def _record(name: str, sampler: TailSampler) -> str:
+    """300 リクエストを間引いて記録し、エクスペリメントの ID を返す。"""
+    experiment = mlflow.set_experiment(f"ch8-sampling {name}")
     sampler.install()
     for number in range(300):
         with contextlib.suppress(TimeoutError):
             _answer(number)
-    mlflow.flush_trace_async_logging()
     sampler.uninstall()
-    found: Any = mlflow.search_traces(return_type="list", include_spans=False)
+    return experiment.experiment_id
+
+
+def _estimate(experiment_id: str) -> str:
+    found: Any = mlflow.search_traces(
+        locations=[experiment_id], return_type="list", include_spans=False
+    )
     errors = sum(str(trace.info.state).endswith("ERROR") for trace in found)
     estimate = weighted_estimates(found)
     return (
-        f"{name}: {len(found)} 件(エラー {errors})  単純 {errors / max(1, len(found)):.1%}"
+        f"{len(found)} 件(エラー {errors})  単純 {errors / max(1, len(found)):.1%}"
         f" → 重み付き {estimate.error_rate or 0:.1%}、全体は {estimate.count:.0f}"
         f" ± {estimate.count_se:.0f} 件"
     )
