@@ -40,14 +40,14 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
     database_template: Path,
 ) -> Iterator[dict[str, Future[Run]]]:
-    """選ばれたテストに要る実行。互いに影響しないので、2 つずつ行う。
+    """選ばれたテストに要る実行。互いに影響しないので、3 つずつ行う(待っている時間が長い)。
 
     どれも空のディレクトリーから始める。ページの SQLite には、表(作るのに 4 秒かかる)だけがある。
     何もないところからは、章の全体と、``slow`` の全ページを実行する。
     """
     marks = [mark for item in request.session.items for mark in item.iter_markers("needs_run")]
     wanted = {mark.args[0] for mark in marks}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         runs = dict[str, Future[Run]]()
         for name in filter(wanted.__contains__, RUNS):
             directory = tmp_path_factory.mktemp("reader")
