@@ -36,42 +36,44 @@ from chapter8_samples.alerting import (
 from chapter8_samples.alerting.engine import AlertEngine, Notifier
 from chapter8_samples.alerting.metrics import TraceSearch, metric_source
 
+# サポートボットのルール。数値は、自分のアプリの目標に合わせて変える
+ERRORS = AlertRule(
+    name="high_error_rate",
+    metric="error_rate",
+    window="5m",
+    threshold=0.05,
+    clear_threshold=0.03,  # 5% の前後で揺れても、鳴り直さない
+    confidence=0.995,  # 偶然の揺れでは鳴らない(二項検定)
+    low_traffic_confidence=0.9999999,  # 件数の少ない夜は、もっと慎重に
+    for_="30s",
+    keep_firing_for="5m",
+    severity="critical",
+    action="rollback",
+    summary="エラー率が 5% 超",
+)
+QUALITY = AlertRule(
+    name="ungrounded_answers",
+    metric="pass_rate:groundedness_check",  # 8.3 のスコアラーの名前を続ける
+    window="6h",
+    op="<",
+    threshold=0.8,
+    min_samples=50,
+    summary="根拠のある回答が 80% 未満",
+)
+TRAFFIC = AlertRule(
+    name="traffic_lost",
+    metric="trace_count",
+    window="1h",
+    compare="1w",  # しきい値は、先週の同じ時間に対する比になる
+    op="<",
+    threshold=0.05,
+    min_samples=100,
+    summary="リクエストが先週の 5% 未満",
+)
+
 
 def support_bot_alerts() -> AlertConfig:
-    """サポートボットのルール。数値は、自分のアプリの目標に合わせて変える。"""
-    errors = AlertRule(
-        name="high_error_rate",
-        metric="error_rate",
-        window="5m",
-        threshold=0.05,
-        clear_threshold=0.03,  # 5% の前後で揺れても、鳴り直さない
-        confidence=0.995,  # 偶然の揺れでは鳴らない(二項検定)
-        low_traffic_confidence=0.9999999,  # 件数の少ない夜は、もっと慎重に
-        for_="30s",
-        keep_firing_for="5m",
-        severity="critical",
-        action="rollback",
-        summary="エラー率が 5% 超",
-    )
-    quality = AlertRule(
-        name="ungrounded_answers",
-        metric="pass_rate:groundedness_check",  # 8.3 のスコアラーの名前を続ける
-        window="6h",
-        op="<",
-        threshold=0.8,
-        min_samples=50,
-        summary="根拠のある回答が 80% 未満",
-    )
-    traffic = AlertRule(
-        name="traffic_lost",
-        metric="trace_count",
-        window="1h",
-        compare="1w",  # しきい値は、先週の同じ時間に対する比になる
-        op="<",
-        threshold=0.05,
-        min_samples=100,
-        summary="リクエストが先週の 5% 未満",
-    )
+    """ルールに、知らせない時間帯と抑制を添えた設定。"""
     night = MuteWindow(
         match={"severity": "warning"}, start="22:00", end="07:00", timezone="Asia/Tokyo"
     )
@@ -81,7 +83,7 @@ def support_bot_alerts() -> AlertConfig:
     )
     return AlertConfig(
         labels={"service": "support-bot"},
-        rules=(errors, quality, traffic),
+        rules=(ERRORS, QUALITY, TRAFFIC),
         mute=(night,),
         inhibit=(quiet,),
     )

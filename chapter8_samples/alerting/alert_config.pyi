@@ -3,11 +3,14 @@
 import os
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from . import AlertConfig
+from . import AlertConfig, AlertRule
 from .engine import AlertEngine, Notifier
+ERRORS = AlertRule(name='high_error_rate', metric='error_rate', window='5m', threshold=0.05, clear_threshold=0.03, confidence=0.995, low_traffic_confidence=0.9999999, for_='30s', keep_firing_for='5m', severity='critical', action='rollback', summary='エラー率が 5% 超')
+QUALITY = AlertRule(name='ungrounded_answers', metric='pass_rate:groundedness_check', window='6h', op='<', threshold=0.8, min_samples=50, summary='根拠のある回答が 80% 未満')
+TRAFFIC = AlertRule(name='traffic_lost', metric='trace_count', window='1h', compare='1w', op='<', threshold=0.05, min_samples=100, summary='リクエストが先週の 5% 未満')
 
 def support_bot_alerts() -> AlertConfig:
-    """サポートボットのルール。数値は、自分のアプリの目標に合わせて変える。"""
+    """ルールに、知らせない時間帯と抑制を添えた設定。"""
 
 def setup_alerting(experiment_name: str, config: AlertConfig | Mapping[str, object] | str | os.PathLike[str] | None=None, notifier: Notifier | None=None, *, tracking_uri: str | None=None, state_path: str | os.PathLike[str] | None=None, clock: Callable[[], datetime]=lambda: datetime.now(timezone.utc)) -> AlertEngine:
     """エクスペリメントのトレースを見張る ``AlertEngine`` を作る。
