@@ -236,11 +236,14 @@ def test_spawned_children_lose_nothing(program: Any, stored: Any, where: str) ->
     assert len(stored("child", include_spans=False)) == 40
 
 
+# os._exit() は、たまっている印字を捨てる
+FLUSHED_CHILD = "    print(flush_traces(), flush=True)\n    os._exit(0)\nos.wait()\n"
+
+
 @pytest.mark.slow
 def test_forked_child_keeps_the_span_processors(program: Any, stored: Any) -> None:
     body = "mlflow.tracing.configure(span_processors=[lambda s: s.set_inputs('masked')])\n"
-    body += SETUP + "work(1)\nif os.fork() == 0:\n    work(2)\n    print(flush_traces())\n"
-    body += "    os._exit(0)\nos.wait()\n"
+    body += SETUP + "work(1)\nif os.fork() == 0:\n    work(2)\n" + FLUSHED_CHILD
     assert program.run(body)[0] == 0
     assert [trace.data.spans[0].inputs for trace in stored("child")] == ["masked"] * 2
 
@@ -251,7 +254,9 @@ def test_forked_child_keeps_the_destination(program: Any, stored: Any) -> None:
     body = "from mlflow.entities.trace_location import MlflowExperimentLocation\n"
     body += "other = mlflow.create_experiment('destination')\n"
     body += "mlflow.tracing.set_destination(MlflowExperimentLocation(other))\n"
-    body += SETUP + "work(1)\nif os.fork() == 0:\n    work(2)\n    print(flush_traces())\n"
+    body += (
+        SETUP + "work(1)\nif os.fork() == 0:\n    work(2)\n    print(flush_traces(), flush=True)\n"
+    )
     body += "    os._exit(0)\nos.wait()\n"
     code, out, err = program.run(body)
     assert code == 0 and "ok=True" in out, err
@@ -261,9 +266,7 @@ def test_forked_child_keeps_the_destination(program: Any, stored: Any) -> None:
 @pytest.mark.slow
 def test_forked_child_stays_disabled(program: Any, stored: Any) -> None:
     body = "mlflow.tracing.disable()\n" + SETUP
-    body += (
-        "if os.fork() == 0:\n    work(1)\n    print(flush_traces())\n    os._exit(0)\nos.wait()\n"
-    )
+    body += "if os.fork() == 0:\n    work(1)\n    print(flush_traces(), flush=True)\n    os._exit(0)\nos.wait()\n"
     code, out, err = program.run(body)
     assert code == 0 and "ok=True" in out, err
     assert stored("child") == []

@@ -66,7 +66,7 @@ def tracing_burst(rows: Table) -> None:
 
 def cost_engine(rows: Table) -> None:
     assert rows[0][0] == "CostCalculator.calculate"
-    assert [row[0] for row in rows[-2:]] == ["コストの記録", "(参考)スパンの開始と属性"]
+    assert [row[0] for row in rows[-2:]] == ["呼び出しのコストの記録", "トレースの合計の記録"]
 
 
 def cost_aggregation(rows: Table) -> None:
