@@ -266,7 +266,7 @@ def test_forked_child_keeps_the_destination(program: Any, stored: Any) -> None:
 @pytest.mark.slow
 def test_forked_child_stays_disabled(program: Any, stored: Any) -> None:
     body = "mlflow.tracing.disable()\n" + SETUP
-    body += "if os.fork() == 0:\n    work(1)\n    print(flush_traces(), flush=True)\n    os._exit(0)\nos.wait()\n"
+    body += "if os.fork() == 0:\n    work(1)\n" + FLUSHED_CHILD
     code, out, err = program.run(body)
     assert code == 0 and "ok=True" in out, err
     assert stored("child") == []
