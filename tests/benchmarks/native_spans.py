@@ -37,7 +37,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import tracing_throughput as throughput
 from bench_report import print_table
 from caller_cost import QUIET
-from tracing_burst import environment
 from tracing_overhead import langfuse, phoenix
 
 SDK, OURS, MLFLOW = "OpenTelemetry SDK(同じ属性)", "native", "MLflow @mlflow.trace"
@@ -225,33 +224,9 @@ def sustained(rounds: int, sink_traces: int, server_traces: int) -> dict[str, th
             for _ in range(rounds):
                 for name, one in random.sample(list(found.items()), len(found)):
                     target = stored if one.stored else received
-                    sustain(name, one, *target, server_traces if one.stored else sink_traces, home)
+                    traces = server_traces if one.stored else sink_traces
+                    throughput.run(name, one, *target, traces, home, script=__file__)
     return found
-
-
-def sustain(
-    name: str,
-    one: throughput.Measured,
-    url: str,
-    count: Callable[[], int],
-    traces: int,
-    home: Path,
-) -> None:
-    """1 回測って ``one`` に足す。"""
-    command = [sys.executable, __file__, "--child", name, "--url", url, "--traces", str(traces)]
-    settings = environment() | {"OTEL_BSP_MAX_QUEUE_SIZE": "100000"}
-    run = subprocess.run(
-        command, cwd=home, env=settings, capture_output=True, text=True, timeout=900
-    )
-    if run.returncode:
-        raise RuntimeError(f"{name}: {run.stderr}")
-    seconds = json.loads(run.stdout.splitlines()[-1])
-    if isinstance(seconds, str):
-        one.missing = seconds
-        return
-    arrived = count()
-    one.rates.append(arrived / seconds)
-    one.lost += traces * throughput.SPANS - arrived
 
 
 def show_sustained(found: dict[str, throughput.Measured], rounds: int) -> None:

@@ -236,10 +236,16 @@ def measure(rounds: int, sink_traces: int, server_traces: int) -> dict[str, Meas
 
 
 def run(
-    name: str, one: Measured, url: str, count: Callable[[], int], traces: int, home: Path
+    name: str,
+    one: Measured,
+    url: str,
+    count: Callable[[], int],
+    traces: int,
+    home: Path,
+    script: str = __file__,
 ) -> None:
-    """1 回測って ``one`` に足す。"""
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", name, "--url", url]
+    """``script`` を子プロセスで 1 回動かして測り、``one`` に足す。"""
+    command = [sys.executable, str(Path(script).resolve()), "--child", name, "--url", url]
     done = subprocess.run(
         [*command, "--traces", str(traces)],
         cwd=home,

@@ -208,6 +208,16 @@ def test_settings_that_fight_each_other() -> None:
         assert found[name].level == level and found[name].fix, (environment, found)
 
 
+def test_a_wrong_value_is_named() -> None:
+    for name, value in (
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_TIMEOUT", "10s"),
+        ("MLFLOW_TRACE_SAMPLING_RATIO", "10"),
+    ):
+        (wrong,) = rules.Settings({**DUAL, **GRPC, name: value}).wrong
+        assert repr(value) in wrong.detail, wrong
+
+
 GOOD: list[dict[str, str]] = [
     {**GRPC, "MLFLOW_ENABLE_OTLP_EXPORTER": "false"},
     {"MLFLOW_TRACE_SAMPLING_RATIO": "1.0"},

@@ -67,7 +67,7 @@ class Settings:
             self.values = Values.model_validate(given)
         except ValidationError as error:
             names = [str(item["loc"][0]) for item in error.errors()]
-            self.wrong = [_wrong(name) for name in names]
+            self.wrong = [_wrong(name, given[name]) for name in names]
             rest = {name: value for name, value in given.items() if name not in names}
             self.values = Values.model_validate(rest)
 
@@ -102,14 +102,14 @@ class Settings:
         return (sys.stdout.encoding or locale.getpreferredencoding(False)).lower()
 
 
-def _wrong(name: str) -> Finding:
+def _wrong(name: str, value: str) -> Finding:
     kind = name.removeprefix(_OTLP).removeprefix("TRACES_").lower()
     must_be = _MUST_BE.get("ratio" if kind.endswith("ratio") else kind, "1 以上の整数(例: 20000)")
     fix = f"{must_be}に直してください。"
     if name.startswith(_OTLP):
-        detail = f"{name} の値が誤っているので、トレースがすべて無効になります。"
+        detail = f"{name} の値 {value!r:.60} は使えず、トレースがすべて無効になります。"
         return Finding(OTLP_VALUE, "error", detail, fix)
-    return Finding(name, "error", "値が誤っています。", fix)
+    return Finding(name, "error", f"値 {value!r:.60} は使えません。", fix)
 
 
 def _endpoint(s: Settings) -> Iterator[Finding]:

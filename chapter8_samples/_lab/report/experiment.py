@@ -120,7 +120,7 @@ def _alerts(
 
 
 def limits_of(config: AlertConfig) -> Mapping[str, Limit]:
-    """ルールの指標ごとのしきい値(前の窓との比を除く)。合格率には、既定の下限を加える。"""
+    """ルールの指標ごとのしきい値(前の期間との比を除く)。合格率には、既定の下限を加える。"""
     rules = [r for r in config.rules if isinstance(r, AlertRule) and r.compare is None]
     found = {rule.metric: Limit(rule.op, rule.threshold) for rule in rules}
     return {"pass_rate": Limit("<", QUALITY_FLOOR), **found}

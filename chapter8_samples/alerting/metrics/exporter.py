@@ -38,13 +38,13 @@ class Series:
     metric: str
     window: timedelta
     window_label: str
-    """``5m`` のような、ラベルに書く窓の長さ。"""
+    """``5m`` のような、ラベルに書く集計期間の長さ。"""
     ago: timedelta | None = None
-    """これだけ前の窓との比にする。"""
+    """これだけ前の期間との比にする。"""
     compare_label: str = ""
     by: str | None = None
     counts: bool = False
-    """値の代わりに、標本の数を出す(前の窓との比では、前の窓の標本の数)。"""
+    """値の代わりに、標本の数を出す(前の期間との比では、前の期間の標本の数)。"""
     gate: Gate | None = None
     """値の代わりに、偶然の揺れでないか(1 か 0)を出す。"""
     rule: str = ""
@@ -140,7 +140,7 @@ class MetricsCollector:
         offset: timedelta = timedelta(0),
         clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
     ) -> None:
-        # 長い窓から読むと、短い窓は読んだものの一部で済む
+        # 長い期間から読むと、短い期間は読んだものの一部で済む
         self._series = sorted(dict.fromkeys(series), key=lambda one: -one.window)
         self._source, self._offset, self._clock = source, offset, clock
         self._lock = Lock()  # 出どころは、一度に一つの問い合わせだけを受ける

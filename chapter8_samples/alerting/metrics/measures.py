@@ -50,7 +50,7 @@ class MetricSourceError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSample:
-    """一つの窓の指標の値。"""
+    """一つの集計期間の指標の値。"""
 
     metric: str
     value: float | None
@@ -135,7 +135,7 @@ class Tally(NamedTuple):
 
 
 class Numbers(Protocol):
-    """一つの窓の集計値。サーバーに集計させても、行から数えても、同じ式で指標になる。"""
+    """一つの集計期間の集計値。サーバーに集計させても、行から数えても、同じ式で指標になる。"""
 
     def states(self) -> Mapping[str, Tally]:
         """トレースの状態(OK、ERROR、...)ごとの件数。"""

@@ -1,7 +1,7 @@
 """8.4.1 アラートの指標を MLflow から読む。
 
 MLflow サーバーには集計させ(``/traces/metrics``)、サーバーがないか古いときは ``search_traces`` で
-集めて数える。値は同じで、5,000 件の窓なら集計は 50 ミリ秒ほど、検索は 2 秒ほどかかる。
+集めて数える。値は同じで、5,000 件なら集計は 50 ミリ秒ほど、検索は 2 秒ほどかかる。
 
 Databricks では ``search_traces`` で数える(集計の API がないと分かった時点で切り替わる)。
 """
@@ -35,7 +35,7 @@ Key = TypeVar("Key")
 Kept = TypeVar("Kept")
 
 MAX_TRACES = 50_000
-"""一つの窓で集めるトレースの上限。"""
+"""一つの集計期間で集めるトレースの上限。"""
 PAGE_SIZE = 500
 """``search_traces`` の 1 ページの上限。"""
 WEIGHT_KEY = "sampling.weight"
@@ -158,15 +158,15 @@ def hide_password(text: str, mask: str = "***@") -> str:
 
 
 class SearchTracesMetricSource:
-    """トレースを集めて数える、どこでも動く出どころ。一度集めた窓は、同じ時刻の間は使い回す。"""
+    """トレースを集めて数える、どこでも動く出どころ。一度集めた期間は、同じ時刻の間は使い回す。"""
 
     def __init__(self, search: TraceSearch) -> None:
         self.search = search
         self._reads: dict[int, tuple[int, list[TraceRow]]] = {}
-        """窓の終わり -> (始まり, 行)。"""
+        """集計期間の終わり -> (始まり, 行)。"""
 
     def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
-        """窓の中の行。"""
+        """集計期間の中の行。"""
         start, end = bounds(window, at)
         if end not in self._reads or start < self._reads[end][0]:
             self._reads.pop(end, None)
@@ -194,7 +194,7 @@ def _keep(cache: dict[Key, Kept], key: Key, value: Kept, limit: int) -> None:
 
 
 def bounds(window: timedelta, at: datetime) -> tuple[int, int]:
-    """窓の(始まり, 終わり)。"""
+    """集計期間の(始まり, 終わり)。"""
     end = to_ms(at)
     return end - round(window.total_seconds() * 1000), end
 
@@ -215,7 +215,7 @@ class ServerNumbers:
 
     def __init__(self, search: TraceSearch, start_ms: int, end_ms: int) -> None:
         self._search, self._start_ms, self._end_ms = search, start_ms, end_ms
-        # サーバーの窓は両端を含むので、始まりを 1 ミリ秒だけ後ろにして (start, end] に合わせる
+        # サーバーは両端を含めるので、始まりを 1 ミリ秒だけ後ろにして (start, end] に合わせる
         self._body = {
             "experiment_ids": [search.experiment_id],
             "start_time_ms": start_ms + 1,
@@ -307,7 +307,7 @@ def query_metrics(tracking_uri: str, body: Mapping[str, Any]) -> list[dict[str, 
 
     Raises:
         EndpointMissingError: このサーバーに API がない。
-        MetricSourceError: 届かない、または断られた。
+        MetricSourceError: 届かない、または拒否された。
     """
     answer = _rest(tracking_uri, ENDPOINT, "POST", json=dict(body))
     if answer.status_code in (404, 501) or "ENDPOINT_NOT_FOUND" in answer.text[:300]:
@@ -330,7 +330,7 @@ def _rest(tracking_uri: str, endpoint: str, method: str, **more: Any) -> Any:
 class ServerMetricSource:
     """サーバーに集計させ、できないときは検索して数える。
 
-    間引いたトレース(``sampling.weight``)はサーバーでは補正できないので、その窓も検索して数える。
+    間引いたトレース(``sampling.weight``)はサーバーでは補正できないので、その期間も検索して数える。
     """
 
     def __init__(self, search: TraceSearch, fallback: SearchTracesMetricSource) -> None:
@@ -378,7 +378,7 @@ class ServerMetricSource:
 def sample_of(
     metric: str, window: timedelta, at: datetime, numbers: Numbers, label: str = ""
 ) -> MetricSample:
-    """集計値から求めた、一つの窓の指標。"""
+    """集計値から求めた、一つの集計期間の指標。"""
     value, n, successes = measure(metric, window.total_seconds(), numbers)
     return MetricSample(
         metric=metric,
@@ -394,7 +394,7 @@ def sample_of(
 def split_samples(
     metric: str, window: timedelta, at: datetime, numbers: RowNumbers, by: str
 ) -> list[MetricSample]:
-    """``by`` の値ごとに求めた、一つの窓の指標。"""
+    """``by`` の値ごとに求めた、一つの集計期間の指標。"""
     groups = split_rows(numbers.rows, by)
     return [
         sample_of(metric, window, at, RowNumbers(rows), label) for label, rows in groups.items()

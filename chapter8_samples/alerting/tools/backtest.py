@@ -212,7 +212,7 @@ def replay(
     発報中の繰り返し(``repeat``)は数えない。
 
     Args:
-        incidents: 障害だった期間。終わってから最も長い窓の分は、障害のうちとみなす。
+        incidents: 障害だった期間。終わってから最も長い期間の分は、障害のうちとみなす。
 
     Raises:
         ValueError: トレースかルールがない、または ``step`` が正でない。
@@ -245,7 +245,7 @@ def replay(
 
 
 def _compared(rule: Rule, sample: MetricSample, source: RecordedTraces) -> MetricSample:
-    """しきい値と比べる値。前の窓と比べるルールでは、比。"""
+    """しきい値と比べる値。前の期間と比べるルールでは、比。"""
     ago = getattr(rule, "ago", None)
     if ago is None:
         return sample

@@ -34,7 +34,7 @@ def watched_series(config: AlertConfig) -> list[Series]:
 
 
 def series_of(rule: Rule) -> list[Series]:
-    """一つのルールが見る系列。値(長い窓が先)、標本の数、偶然の揺れでないかの順。"""
+    """一つのルールが見る系列。値(長い期間が先)、標本の数、偶然の揺れでないかの順。"""
     compare = rule.compare if isinstance(rule, AlertRule) else None
     found = [
         Series(
@@ -205,7 +205,7 @@ def to_databricks_alert(
         destination_ids: 通知先の ID。
 
     Raises:
-        AlertConfigError: 二つの窓を見る burn rate は、一つの SQL アラートにできない。
+        AlertConfigError: 二つの期間を見る burn rate は、一つの SQL アラートにできない。
     """
     if not isinstance(rule, AlertRule):
         raise AlertConfigError(

@@ -200,11 +200,8 @@ class _Desk:
         def attempt() -> Assessment | None:
             return store_feedback(request, timeout_seconds=left, authorize=allowed)
 
-        loop, deadline, delay = (
-            asyncio.get_running_loop(),
-            time.monotonic() + self.timeout_seconds,
-            0.1,
-        )
+        loop = asyncio.get_running_loop()
+        deadline, delay = time.monotonic() + self.timeout_seconds, 0.1
         with self.arrivals.of(request.trace_id) as arrival:
             try:
                 await asyncio.wait_for(asyncio.wrap_future(arrival), self.timeout_seconds)
