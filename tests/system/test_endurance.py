@@ -23,7 +23,7 @@ def test_what_comes_in_is_stored_or_reported(
     import endurance
 
     outcome = endurance.run(
-        0.5, tmp_path, think_seconds=0.15, error_rate=0.08, otlp_timeout_seconds=1
+        0.7, tmp_path, think_seconds=0.15, error_rate=0.08, otlp_timeout_seconds=1
     )
     counts = outcome.traffic.counts
     assert list(outcome.problems()) == []
