@@ -36,26 +36,19 @@ from collections.abc import Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from chapter8_samples.cost_tracking.prices import (
-    CostError,
-    InvalidUsageError,
-    NoPriceError,
+from chapter8_samples.cost_tracking.prices.call import (
     PriceBreakdown,
-    PriceOptions,
-    PriceTable,
-    Rates,
     Usage,
+    checked_tier,
     checked_usage,
 )
+from chapter8_samples.cost_tracking.prices.model import CostError, NoPriceError, Rates
+from chapter8_samples.cost_tracking.prices.table import PriceTable
 from chapter8_samples.cost_tracking.tracker import BaseCostTracker
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 _ZERO, _MILLION = Decimal(0), Decimal(1_000_000)
-_STANDARD_TIERS = ("", "default", "standard", "auto", "on_demand")
 
 
 class CostCalculator:
@@ -64,7 +57,7 @@ class CostCalculator:
     Args:
         pricing: 既定の表に足す料金。辞書の形は ``PriceTable.from_mapping`` にある。``{}`` は
             空の表で、``PriceTable`` を渡せばその表だけを使う。
-        pricing_file: 既定の表の代わりに使う、JSON か YAML の料金表(``prices import`` の出力など)。
+        pricing_file: 既定の表の代わりに使う、JSON の料金表(``prices import`` の出力など)。
         on_unknown: ``"raise"`` は ``NoPriceError``、``"unpriced"`` は NaN を返す。0 にはしない。
         aliases: 社内の名前(Azure のデプロイ名など)から料金表のモデル名への対応。
     """
@@ -77,17 +70,9 @@ class CostCalculator:
         on_unknown: Literal["raise", "unpriced"] = "raise",
         aliases: Mapping[str, str] | None = None,
     ) -> None:
-        if pricing is not None and pricing_file is not None:
-            how = "PriceTable.from_file(pricing_file).with_overrides(pricing)"
-            raise CostError(f"pass either pricing or pricing_file, not both; to add, pass {how}")
         if on_unknown not in ("raise", "unpriced"):
             raise CostError(f"on_unknown must be 'raise' or 'unpriced', got {on_unknown!r}")
-        table = PriceTable.from_file(pricing_file) if pricing_file else PriceTable.default()
-        if isinstance(pricing, PriceTable):
-            table = pricing
-        elif pricing is not None:
-            table = table.with_overrides(pricing) if pricing else PriceTable({})
-        self.table: PriceTable = table.with_aliases(aliases) if aliases else table
+        self.table = PriceTable.chosen(pricing, pricing_file, aliases or {})
         self.on_unknown = on_unknown
 
     def calculate(
@@ -96,9 +81,9 @@ class CostCalculator:
         input_tokens: int,
         output_tokens: int,
         cached_input_tokens: int = 0,
-        **options: Unpack[PriceOptions],
+        **options: Any,
     ) -> float:
-        """``price`` の合計を ``float`` で返す。料金が決まらないときは、例外か NaN。"""
+        """``price`` の合計を ``float`` で返す。引数は同じ。料金が決まらないときは、例外か NaN。"""
         item = self.price(model, input_tokens, output_tokens, cached_input_tokens, **options)
         return float(item.total_usd)
 
@@ -138,10 +123,11 @@ class CostCalculator:
             input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
             cache_write_1h_tokens,
         )  # fmt: skip
-        tier = _tier(service_tier, batch) if service_tier or batch else ""
+        tier = checked_tier(service_tier, batch)
         try:
-            if other_units and (odd := [name for name, count in other_units.items() if count]):
-                raise NoPriceError(f"{model!r}: a price table has no price for {', '.join(odd)}")
+            if other_units and any(other_units.values()):
+                odd = ", ".join(name for name, count in other_units.items() if count)
+                raise NoPriceError(f"{model!r}: a price table has no price for {odd}")
             match = self.table.resolve(model)
             row = self.table.price_at(match.name, at)
             amounts = _amounts(row.rates(usage[0], tier, match.name), usage)
@@ -151,15 +137,8 @@ class CostCalculator:
             return PriceBreakdown(model, "unpriced", *usage[:2], tier, reason=str(error))
         source = f"{self.table.name}/{match.name}"
         return PriceBreakdown(
-            model, "priced", *usage[:2], tier, *amounts, match.name, match.kind, source, row
+            model, "priced", *usage[:2], tier, *amounts, match.name, match.kind, source
         )
-
-
-def _tier(service_tier: str | None, batch: bool) -> str:
-    name = (service_tier or "").strip().lower()
-    if batch and name not in (*_STANDARD_TIERS, "batch"):
-        raise InvalidUsageError(f"batch=True and service_tier={service_tier!r} contradict")
-    return "batch" if batch else "" if name in _STANDARD_TIERS else name
 
 
 def _amounts(rates: Rates, usage: Usage) -> tuple[Decimal, Decimal, Decimal, Decimal]:

@@ -29,7 +29,7 @@ OSS の MLflow でも古いトレースを減らせる(3.17)。``mlflow server -
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -42,7 +42,8 @@ from chapter8_samples.cost_tracking import CostCalculator
 from chapter8_samples.cost_tracking.archive import parquet
 from chapter8_samples.cost_tracking.tracker import BaseCostTracker, Calculator
 from chapter8_samples.cost_tracking.usage import reader
-from chapter8_samples.cost_tracking.usage.calls import TokenUsage, llm_calls
+from chapter8_samples.cost_tracking.usage.calls import TokenUsage
+from chapter8_samples.cost_tracking.usage.leaves import llm_calls
 from chapter8_samples.cost_tracking.usage.pricing import TraceCost, price_spans, trace_cost
 from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
 from chapter8_samples.cost_tracking.usage.summary import TokenUsageSummary
@@ -58,7 +59,6 @@ OTEL_NATIVE = ("haystack", "semantic_kernel", "strands")
 class TokenTracking:
     """``setup_token_tracking`` の結果。``unseen`` のコストは ``price_trace`` で計算する。"""
 
-    providers: tuple[str, ...]
     costs: CostTracking | None
     unseen: tuple[str, ...] = ()
 
@@ -77,52 +77,37 @@ def setup_token_tracking(
 
     Args:
         providers: ``mlflow.<名前>.autolog`` のある名前("openai"、"anthropic"、"langchain" など)。
-            知らない名前は ``ValueError``、SDK が入っていなければ ``ImportError``。
         include_cost: ``setup_cost_tracking(calculator, tracker=tracker)`` も行うか。
     """
     for provider in providers:
-        _autolog(provider)
+        flavor: Any = getattr(mlflow, provider, None)
+        if not hasattr(flavor, "autolog"):
+            raise ValueError(f"unknown provider {provider!r}: no mlflow.{provider}.autolog")
+        flavor.autolog()
     if not include_cost:
-        return TokenTracking(tuple(providers), None)
+        return TokenTracking(None)
     unseen = tuple(provider for provider in providers if provider in OTEL_NATIVE)
     if unseen:
         logger.warning("spans of %s get no cost when they end; use price_trace()", unseen)
-    costs = setup_cost_tracking(calculator, tracker=tracker)
-    return TokenTracking(tuple(providers), costs, unseen)
-
-
-def _autolog(provider: str) -> None:
-    flavor = getattr(mlflow, provider, None)
-    if flavor is None:
-        raise ValueError(f"unknown provider {provider!r}: no mlflow.{provider}")
-    try:
-        enable = flavor.autolog  # mlflow.openai などは、ここで初めて読み込まれる
-    except ModuleNotFoundError as error:
-        raise ImportError(f"provider {provider!r} needs {error.name!r}; install it") from error
-    except AttributeError as error:
-        raise ValueError(f"mlflow.{provider} has no autolog()") from error
-    enable()
+    return TokenTracking(setup_cost_tracking(calculator, tracker=tracker), unseen)
 
 
 def setup_cost_tracking(
-    calculator: Calculator | None = None,
-    *,
-    tracker: BaseCostTracker | None = None,
-    current_user: Callable[[], str | None] | None = None,
+    calculator: Calculator | None = None, *, tracker: BaseCostTracker | None = None
 ) -> CostTracking:
     """LLM のスパンが終わるたびに、コストをトレースへ記録する。料金は呼び出しが始まった日のもの。
 
     スパンに ``mlflow.llm.cost`` と ``cost.price_source``、トレースに ``cost.by_model``、両方に
-    ``cost.status`` と ``cost.reason`` を付ける。``set_experiment`` や ``set_tracking_uri`` の後も
-    動く。ほかの処理の ``mlflow.tracing.configure`` や ``reset`` で外れたら、件数を読んだときに
-    警告する(``install()`` で戻る)。二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えは、
-    チェーンの最後だけ 0 円になる(ほかは、スパンの ``cost.status`` を ``"cache_hit"`` にする)。
+    ``cost.status`` と ``cost.reason`` を付ける。``mlflow.set_tracking_uri`` で接続先を変えると、
+    MLflow はこの登録を消すので、そのあとに呼ぶ(消されたら、件数を読んだときに警告する)。
+    二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えは、チェーンの最後だけ 0 円になる
+    (ほかは、スパンの ``cost.status`` を ``"cache_hit"`` にする)。
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
-        tracker: 同じコストを足す ``CostTracker``。ユーザー別の合計には ``current_user`` を使う。
+        tracker: 同じコストを足す ``CostTracker``。
     """
-    return CostTracking(calculator or CostCalculator(), tracker, current_user).install()
+    return CostTracking(calculator or CostCalculator(), tracker).install()
 
 
 def get_token_usage_from_trace(trace: Trace | str) -> TokenUsage | None:
@@ -170,31 +155,19 @@ def aggregate_token_usage_from_traces(
     end: datetime | None = None,
     *,
     filter_string: str | None = None,
-    max_traces: int | None = None,
     page_size: int = reader.PAGE_SIZE,
-    include_cost: bool = True,
 ) -> TokenUsageSummary:
     """エクスペリメントのトークン数とコストを、タイムゾーン付きの [start, end) について合計する。
 
     スパンを読まずにページをめくる。件数で黙って打ち切らず、メモリーは 1 ページ分しか使わない。
-    金額が要らず、絞り込みも間引きもなければ、1 件も読まずに保存先の集計 API に足してもらう
-    (``include_cost=False``、``source`` が ``server_metrics``)。金額は親子を二重に数えるので頼まない
-    (MLflow 3.17)。``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。
-    ``max_traces`` で止めたら ``truncated=True`` を返す。
+    ``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。
     """
-    experiment_id = reader.find_experiment_id(experiment_name)
-    if not (include_cost or filter_string or max_traces is not None):
-        found = reader.totals_from_store(experiment_id, start, end)
-        if found is not None:
-            return TokenUsageSummary.of_store(experiment_id, found)
-    summary = TokenUsageSummary(experiment_id=experiment_id)
-    options: dict[str, Any] = {"filter_string": filter_string, "page_size": page_size}
-    for trace in reader.iter_traces(experiment_id, start, end, **options):
-        if summary.trace_count == max_traces:
-            summary.truncated = True
-            break
+    summary = TokenUsageSummary(experiment_id=reader.find_experiment_id(experiment_name))
+    for trace in reader.iter_traces(
+        summary.experiment_id, start, end, filter_string=filter_string, page_size=page_size
+    ):
         summary.add(trace.info)
-    return summary if include_cost else summary.without_cost()
+    return summary
 
 
 def main() -> None:

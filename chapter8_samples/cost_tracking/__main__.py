@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import tempfile
 import unicodedata
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -42,7 +40,6 @@ _TOO_FEW = Query(
   GROUP BY tags['mlflow.traceName']
 ) x WHERE priced < 15 ORDER BY priced DESC, trace_name""",
 )
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # Excel が式とみなす始まり
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,15 +69,10 @@ def _parser() -> argparse.ArgumentParser:
         help="cost_analysis.sql を手元で実行する",
         description="cost_analysis.sql を手元で実行する。--start の既定は 30 日前。",
     )
-    sql.add_argument(
-        "source", help="Parquet のファイルかフォルダー、またはエクスペリメントの名前か ID"
-    )
+    sql.add_argument("source", help="Parquet のファイルかフォルダー、またはエクスペリメントの名前")
     sql.add_argument("--query", action="append", help="クエリ名(複数可)。省略時は全部")
     sql.add_argument("--engine", choices=sorted(ENGINES), default="duckdb")
     sql.add_argument("--budget", default="100", help="月の予算(USD)")
-    sql.add_argument("--limit", type=int, help="表示する行数")
-    sql.add_argument("--csv", metavar="DIR", help="結果を CSV でも保存するフォルダー")
-    sql.add_argument("--archive", metavar="DIR", help="書き出しを残すフォルダー(次回は差分だけ)")
     sql.set_defaults(run=_sql)
 
     export = commands.add_parser(
@@ -89,10 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         help="トレースを Parquet に書き出す",
         description="トレースを DIR/day=YYYY-MM-DD/traces.parquet に書き出す。日は UTC で区切る。",
     )
-    export.add_argument("experiment", help="エクスペリメントの名前か ID")
+    export.add_argument("experiment", help="エクスペリメントの名前")
     export.add_argument("directory", metavar="DIR", help="書き出し先(次回は差分だけ)")
-    export.add_argument("--no-spans", action="store_true", help="スパンを書かない(速い)")
-    export.add_argument("--content", action="store_true", help="入力と出力も書く(個人情報に注意)")
     export.set_defaults(run=_export)
     return parser
 
@@ -156,43 +146,31 @@ def _sql(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(options.source)
         if not source.exists():
-            source = Path(options.archive or scratch)
+            source = Path(scratch)
             _export_for(options.source, source, start, end)
         *tables, few = ENGINES[options.engine](source, [*chosen, _TOO_FEW], parameters)
+    stdout: Any = sys.stdout
+    stdout.reconfigure(errors="replace")  # Windows の cp932 で表せない絵文字などは ? にする
     for table in tables:
         print(f"== {table.query.name}: {table.query.description}")
-        note = _few_samples(few) if table.query.name == "anomalies" else ""
-        text = format_table(table, options.limit) + note + "\n"
-        print(printable(text, sys.stdout.encoding))
-        if options.csv:
-            write_csv(table, options.csv)
+        print(format_table(table))
+        if table.query.name == "anomalies" and few.rows:
+            print(_few_samples(few))
+        print()
     return 0
 
 
 def _few_samples(few: ResultTable) -> str:
-    if not few.rows:
-        return ""
     names = "、".join(f"{_cell(name)}({count} 件)" for name, count in few.rows[:5])
     more = f"、ほか {len(few.rows) - 5} 個" if len(few.rows) > 5 else ""
-    return f"\n注意: コストの分かるトレースが 15 件に満たない名前では見つからない: {names}{more}"
+    return f"注意: コストの分かるトレースが 15 件に満たない名前では見つからない: {names}{more}"
 
 
 def _export_for(experiment: str, directory: Path, start: datetime, end: datetime) -> None:
     from .archive.parquet import export_traces_to_parquet  # Parquet を読むだけなら要らない
 
     month = end - timedelta(days=32)  # budget は、期間より前でも月の初めから読む
-    export_traces_to_parquet(_experiment_name(experiment), directory, min(start, month), end)
-
-
-def _experiment_name(name_or_id: str) -> str:
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracing.client import TracingClient
-
-    store: Any = TracingClient().store
-    if name_or_id.isdigit() and store.get_experiment_by_name(name_or_id) is None:
-        with suppress(MlflowException):  # その ID もなければ、その名前がないと報告する
-            return store.get_experiment(name_or_id).name
-    return name_or_id
+    export_traces_to_parquet(experiment, directory, min(start, month), end)
 
 
 def _period(options: argparse.Namespace) -> tuple[datetime | None, datetime | None]:
@@ -211,33 +189,22 @@ def _period(options: argparse.Namespace) -> tuple[datetime | None, datetime | No
 def _export(options: argparse.Namespace) -> int:
     from .archive.parquet import export_traces_to_parquet
 
-    def report(day: date, traces: int | None) -> None:
-        print(f"{day}: {'済み' if traces is None else f'{traces} 件'}")
-
-    result = export_traces_to_parquet(
-        _experiment_name(options.experiment),
-        options.directory,
-        *_period(options),
-        include_spans=not options.no_spans,
-        include_content=options.content,
-        progress=report,
-    )
+    result = export_traces_to_parquet(options.experiment, options.directory, *_period(options))
     print(f"書いた件数 {result.traces}、飛ばした日 {result.days_skipped}")
     if result.traces_without_spans:
         print(f"スパンなしで書いたトレース {result.traces_without_spans}")
     return 0
 
 
-def format_table(table: ResultTable, limit: int | None = None) -> str:
-    """結果を、全角文字の幅もそろえた表にする。``limit`` は表示する行数。"""
-    cells = [table.columns, *(tuple(map(_cell, row)) for row in table.rows[:limit])]
+def format_table(table: ResultTable) -> str:
+    """結果を、全角文字の幅もそろえた表にする。"""
+    cells = [table.columns, *(tuple(map(_cell, row)) for row in table.rows)]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(" " * (w - _width(text)) + text for text, w in zip(row, widths, strict=True))
-        for row in cells
-    ]
-    hidden = len(table.rows) - len(cells) + 1
-    return "\n".join([*lines, *([f"(ほか {hidden} 行)"] if hidden else [])])
+    lines: list[str] = []
+    for row in cells:
+        padded = [" " * (w - _width(text)) + text for text, w in zip(row, widths, strict=True)]
+        lines.append("  ".join(padded))
+    return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:
@@ -252,27 +219,6 @@ def _cell(value: Any) -> str:
 
 def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "FWA" else 1 for c in text)
-
-
-def printable(text: str, encoding: str | None) -> str:
-    """その文字コードで表せない文字(Windows の cp932 での絵文字など)を ``?`` にする。"""
-    return text.encode(encoding or "utf-8", "replace").decode(encoding or "utf-8")
-
-
-def write_csv(table: ResultTable, directory: str | Path) -> Path:
-    """結果を ``<directory>/<クエリ名>.csv`` に書く(Excel で開ける BOM 付き UTF-8)。"""
-    path = Path(directory) / f"{table.query.name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(table.columns)
-        writer.writerows([*map(_not_a_formula, row)] for row in table.rows)
-    return path
-
-
-def _not_a_formula(value: Any) -> Any:
-    """Excel は = などで始まる文字を式として実行する。外から来る名前を、ただの文字に留める。"""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 if __name__ == "__main__":

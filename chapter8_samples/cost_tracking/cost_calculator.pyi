@@ -5,9 +5,9 @@ from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
-from .prices import PriceBreakdown, PriceOptions, PriceTable
+from .prices.call import PriceBreakdown
+from .prices.table import PriceTable
 from .tracker import BaseCostTracker
-from typing_extensions import Unpack
 
 class CostCalculator:
     """モデル名とトークン数から USD を計算する。スレッド間で共有してよい。
@@ -15,17 +15,16 @@ class CostCalculator:
     Args:
         pricing: 既定の表に足す料金。辞書の形は ``PriceTable.from_mapping`` にある。``{}`` は
             空の表で、``PriceTable`` を渡せばその表だけを使う。
-        pricing_file: 既定の表の代わりに使う、JSON か YAML の料金表(``prices import`` の出力など)。
+        pricing_file: 既定の表の代わりに使う、JSON の料金表(``prices import`` の出力など)。
         on_unknown: ``"raise"`` は ``NoPriceError``、``"unpriced"`` は NaN を返す。0 にはしない。
         aliases: 社内の名前(Azure のデプロイ名など)から料金表のモデル名への対応。
     """
 
     def __init__(self, pricing: PriceTable | Mapping[str, Any] | None=None, pricing_file: str | Path | None=None, *, on_unknown: Literal['raise', 'unpriced']='raise', aliases: Mapping[str, str] | None=None) -> None:
-        self.table: PriceTable
         self.on_unknown = on_unknown
 
-    def calculate(self, model: str, input_tokens: int, output_tokens: int, cached_input_tokens: int=0, **options: Unpack[PriceOptions]) -> float:
-        """``price`` の合計を ``float`` で返す。料金が決まらないときは、例外か NaN。"""
+    def calculate(self, model: str, input_tokens: int, output_tokens: int, cached_input_tokens: int=0, **options: Any) -> float:
+        """``price`` の合計を ``float`` で返す。引数は同じ。料金が決まらないときは、例外か NaN。"""
 
     def price(self, model: str, input_tokens: int, output_tokens: int, cached_input_tokens: int=0, *, cache_write_tokens: int=0, cache_write_1h_tokens: int=0, service_tier: str | None=None, batch: bool=False, other_units: Mapping[str, int] | None=None, at: date | datetime | None=None) -> PriceBreakdown:
         """コストの内訳と根拠を返す。

@@ -1,7 +1,7 @@
 """8.2.3 トークン使用量の自動追跡(リスト8.9)。"""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -21,7 +21,6 @@ OTEL_NATIVE = ('haystack', 'semantic_kernel', 'strands')
 @dataclass(frozen=True, slots=True)
 class TokenTracking:
     """``setup_token_tracking`` の結果。``unseen`` のコストは ``price_trace`` で計算する。"""
-    providers: tuple[str, ...]
     costs: CostTracking | None
     unseen: tuple[str, ...] = ()
 
@@ -33,22 +32,21 @@ def setup_token_tracking(providers: Sequence[str]=('openai',), *, include_cost: 
 
     Args:
         providers: ``mlflow.<名前>.autolog`` のある名前("openai"、"anthropic"、"langchain" など)。
-            知らない名前は ``ValueError``、SDK が入っていなければ ``ImportError``。
         include_cost: ``setup_cost_tracking(calculator, tracker=tracker)`` も行うか。
     """
 
-def setup_cost_tracking(calculator: Calculator | None=None, *, tracker: BaseCostTracker | None=None, current_user: Callable[[], str | None] | None=None) -> CostTracking:
+def setup_cost_tracking(calculator: Calculator | None=None, *, tracker: BaseCostTracker | None=None) -> CostTracking:
     """LLM のスパンが終わるたびに、コストをトレースへ記録する。料金は呼び出しが始まった日のもの。
 
     スパンに ``mlflow.llm.cost`` と ``cost.price_source``、トレースに ``cost.by_model``、両方に
-    ``cost.status`` と ``cost.reason`` を付ける。``set_experiment`` や ``set_tracking_uri`` の後も
-    動く。ほかの処理の ``mlflow.tracing.configure`` や ``reset`` で外れたら、件数を読んだときに
-    警告する(``install()`` で戻る)。二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えは、
-    チェーンの最後だけ 0 円になる(ほかは、スパンの ``cost.status`` を ``"cache_hit"`` にする)。
+    ``cost.status`` と ``cost.reason`` を付ける。``mlflow.set_tracking_uri`` で接続先を変えると、
+    MLflow はこの登録を消すので、そのあとに呼ぶ(消されたら、件数を読んだときに警告する)。
+    二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えは、チェーンの最後だけ 0 円になる
+    (ほかは、スパンの ``cost.status`` を ``"cache_hit"`` にする)。
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
-        tracker: 同じコストを足す ``CostTracker``。ユーザー別の合計には ``current_user`` を使う。
+        tracker: 同じコストを足す ``CostTracker``。
     """
 
 def get_token_usage_from_trace(trace: Trace | str) -> TokenUsage | None:
@@ -68,14 +66,11 @@ def usage_by_model(trace: Trace | str) -> list[ModelUsage]:
 def price_trace(trace: Trace | str, calculator: Calculator | None=None, *, at: datetime | None=None) -> TraceCost:
     """保存済みのトレースを計算し直す。``at`` がなければ、それぞれの呼び出しが始まった日の料金。"""
 
-def aggregate_token_usage_from_traces(experiment_name: str, start: datetime | None=None, end: datetime | None=None, *, filter_string: str | None=None, max_traces: int | None=None, page_size: int=reader.PAGE_SIZE, include_cost: bool=True) -> TokenUsageSummary:
+def aggregate_token_usage_from_traces(experiment_name: str, start: datetime | None=None, end: datetime | None=None, *, filter_string: str | None=None, page_size: int=reader.PAGE_SIZE) -> TokenUsageSummary:
     """エクスペリメントのトークン数とコストを、タイムゾーン付きの [start, end) について合計する。
 
     スパンを読まずにページをめくる。件数で黙って打ち切らず、メモリーは 1 ページ分しか使わない。
-    金額が要らず、絞り込みも間引きもなければ、1 件も読まずに保存先の集計 API に足してもらう
-    (``include_cost=False``、``source`` が ``server_metrics``)。金額は親子を二重に数えるので頼まない
-    (MLflow 3.17)。``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。
-    ``max_traces`` で止めたら ``truncated=True`` を返す。
+    ``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。
     """
 
 def main() -> None:

@@ -18,41 +18,22 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .prices.call import PriceOptions
+from .prices.call import PriceBreakdown
 
 logger = logging.getLogger(__name__)
 
-OTHER = "(other)"  # 上限を超えたモデルやユーザーは、ここへまとめて数える
+OTHER = "(other)"  # 種類が上限を超えたら、新しいモデルはここへまとめて数える
+_MAX_MODELS = 10_000
 _NOTICES = tuple(10**power for power in range(19))  # 未計算が 1、10、100 ... 件になったら知らせる
 
 
-class PricedCall(Protocol):
-    """1 回の呼び出しのコスト(``PriceBreakdown`` など)。料金が決まらなければ金額は NaN。"""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def matched_model(self) -> str: ...
-    @property
-    def input_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def total_usd(self) -> Decimal: ...
-    @property
-    def priced(self) -> bool: ...
-
-
 class Calculator(Protocol):
-    """``CostCalculator``、または同じ ``price`` を持つもの。結果は ``PriceBreakdown`` の形。"""
+    """``CostCalculator``、または同じ ``price`` を持つもの。"""
 
     @property
-    def price(self) -> Callable[..., Any]: ...
+    def price(self) -> Callable[..., PriceBreakdown]: ...
 
 
 @dataclass(slots=True)
@@ -65,7 +46,7 @@ class CostTotals:
     output_tokens: int = 0
     cost_usd: Decimal = Decimal(0)
 
-    def add(self, item: PricedCall) -> None:
+    def add(self, item: PriceBreakdown) -> None:
         """1 回分を足す。"""
         self.requests += 1
         self.input_tokens += item.input_tokens
@@ -91,26 +72,17 @@ class BudgetAlert:
 
 @dataclass(slots=True)
 class CostSnapshot:
-    """ある瞬間の合計のコピー。``by_model`` と ``by_user`` の合計は、必ず ``total`` と一致する。"""
+    """ある瞬間の合計のコピー。``by_model`` の合計は、必ず ``total`` と一致する。"""
 
-    budget_usd: Decimal | None
     total: CostTotals = field(default_factory=CostTotals)
     by_model: dict[str, CostTotals] = field(default_factory=dict[str, CostTotals])
-    by_user: dict[str, CostTotals] = field(default_factory=dict[str, CostTotals])
-    thresholds_crossed: tuple[float, ...] = ()
-    callback_failures: int = 0
-
-    @property
-    def budget_used(self) -> float | None:
-        """予算に対する割合(0.8 = 80%)。未計算があれば下限。予算がなければ ``None``。"""
-        return float(self.total.cost_usd / self.budget_usd) if self.budget_usd else None
 
 
 class BaseCostTracker:
     """コストを集計し、予算の割合に達したら一度だけ知らせる。スレッド間で共有してよい。
 
-    覚えるのは合計だけで、履歴は持たない。モデルとユーザーの種類が ``max_keys`` を超えた分は
-    ``"(other)"`` にまとめるので、動かし続けてもメモリーは増えない。
+    覚えるのは合計だけで、履歴は持たない。モデルの種類が多すぎれば ``"(other)"`` にまとめるので、
+    動かし続けてもメモリーは増えない。
 
     Args:
         on_budget: しきい値を初めて超えたときと、未計算の呼び出しが 1、10、100 ... 件になったときに
@@ -125,19 +97,19 @@ class BaseCostTracker:
         thresholds: Sequence[float] = (0.5, 0.8, 1.0),
         *,
         calculator: Calculator | None = None,
-        max_keys: int = 10_000,
     ) -> None:
-        self.budget_usd = None if budget_usd is None else Decimal(str(budget_usd))
         if budget_usd is not None and not budget_usd > 0:
             raise ValueError(f"budget_usd must be > 0, got {budget_usd!r}")
+        for share in thresholds:
+            if not 0 < share < 10:  # 80 は 80% ではない
+                raise ValueError(f"thresholds must be like 0.8 for 80%, got {share!r}")
+        self.budget_usd = None if budget_usd is None else Decimal(str(budget_usd))
         self.on_budget = on_budget
-        if wrong := [share for share in thresholds if not 0 < share < 10]:  # 80 は 80% ではない
-            raise ValueError(f"thresholds must be like 0.8 for 80%, got {wrong[0]!r}")
         self.thresholds = tuple(sorted(thresholds))
         self.calculator: Calculator = calculator or self.default_calculator()
-        self.max_keys = max_keys
         self._lock = threading.Lock()
-        self._now = CostSnapshot(self.budget_usd)
+        self._now = CostSnapshot()
+        self._crossed: set[float] = set()
 
     def default_calculator(self) -> Calculator:
         """``calculator`` を渡さないときの計算器。"""
@@ -149,26 +121,27 @@ class BaseCostTracker:
         input_tokens: int,
         output_tokens: int,
         cached_input_tokens: int = 0,
-        *,
-        user: str | None = None,
-        **options: Unpack[PriceOptions],
-    ) -> PricedCall:
+        **options: Any,
+    ) -> PriceBreakdown:
         """1 回の呼び出しを計算して足す。引数は ``CostCalculator.price`` と同じ。"""
-        price = self.calculator.price
-        item: PricedCall = price(model, input_tokens, output_tokens, cached_input_tokens, **options)
-        self.add(item, user=user)
+        item = self.calculator.price(
+            model, input_tokens, output_tokens, cached_input_tokens, **options
+        )
+        self.add(item)
         return item
 
-    def add(self, item: PricedCall, *, user: str | None = None) -> None:
+    def add(self, item: PriceBreakdown) -> None:
         """計算済みの内訳を足す。"""
+        model = item.matched_model or item.model
         with self._lock:
-            now = self._now
-            now.total.add(item)
-            self._bucket(now.by_model, item.matched_model or item.model).add(item)
-            self._bucket(now.by_user, user or "(unknown)").add(item)
-            alerts = self._new_alerts(now, item)
+            by_model = self._now.by_model
+            if model not in by_model and len(by_model) >= _MAX_MODELS:
+                model = OTHER
+            by_model.setdefault(model, CostTotals()).add(item)
+            self._now.total.add(item)
+            alerts = self._new_alerts(item)
         for alert in alerts:  # 通知先が遅くても、ほかのスレッドの記録を待たせない
-            self._notify(now, alert, item.model)
+            self._notify(alert, item.model)
 
     def snapshot(self) -> CostSnapshot:
         """合計のコピー。ほかのスレッドが記録している最中でも、途中の値は見えない。"""
@@ -178,26 +151,22 @@ class BaseCostTracker:
     def reset(self) -> CostSnapshot:
         """0 に戻し、直前までの合計を返す。間に入った記録が失われることはない。"""
         with self._lock:
-            last, self._now = deepcopy(self._now), CostSnapshot(self.budget_usd)
-            return last
+            last, self._now = self._now, CostSnapshot()
+            self._crossed.clear()
+        return last
 
-    def _bucket(self, buckets: dict[str, CostTotals], key: str) -> CostTotals:
-        if key not in buckets and len(buckets) >= self.max_keys:
-            key = OTHER
-        return buckets.setdefault(key, CostTotals())
-
-    def _new_alerts(self, now: CostSnapshot, item: PricedCall) -> list[BudgetAlert]:
-        budget, total = self.budget_usd, now.total
+    def _new_alerts(self, item: PriceBreakdown) -> list[BudgetAlert]:
+        budget, total = self.budget_usd, self._now.total
         if budget is None:
             return []
-        crossed = {t for t in self.thresholds if total.cost_usd >= budget * Decimal(str(t))}
-        new = sorted(crossed.difference(now.thresholds_crossed))
-        now.thresholds_crossed += tuple(new)
+        reached = [t for t in self.thresholds if total.cost_usd >= budget * Decimal(str(t))]
+        new = [threshold for threshold in reached if threshold not in self._crossed]
+        self._crossed.update(new)
         if not item.priced and total.unpriced_requests in _NOTICES:
             new.append(0.0)
         return [BudgetAlert(t, total.cost_usd, budget, total.unpriced_requests) for t in new]
 
-    def _notify(self, now: CostSnapshot, alert: BudgetAlert, model: str) -> None:
+    def _notify(self, alert: BudgetAlert, model: str) -> None:
         what = f"threshold {alert.threshold} reached" if alert.threshold else f"blind to {model!r}"
         logger.warning("budget %s: %s", what, alert)
         if self.on_budget is None:
@@ -206,5 +175,3 @@ class BaseCostTracker:
             self.on_budget(alert)
         except Exception:  # 通知先の不具合で、ユーザーへの応答を止めない
             logger.exception("budget callback failed at threshold %s", alert.threshold)
-            with self._lock:
-                now.callback_failures += 1

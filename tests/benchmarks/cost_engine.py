@@ -40,7 +40,7 @@ def ours() -> Call:
 
 def large_table(rows: int = 4000) -> Any:
     """取り込んだ料金と同じくらいの大きさの表。"""
-    book = import_module("chapter8_samples.cost_tracking.prices").PriceTable.default()
+    book = import_module("chapter8_samples.cost_tracking").PriceTable.default()
     row = book.rows["gpt-4o"]
     return replace(book, rows={**book.rows, **{f"v{i % 40}/model-{i}x": row for i in range(rows)}})
 
@@ -170,7 +170,7 @@ def show(rows: list[list[str]], spans: int) -> None:
     """料金計算の表と、スパンの処理を測った表を出す。"""
     columns = ("計算(入力 1200、うちキャッシュ 1024、出力 300)", "us/回", "比", "import ms")
     print_table("料金計算", columns, rows)
-    book = import_module("chapter8_samples.cost_tracking.prices").PriceTable.default()
+    book = import_module("chapter8_samples.cost_tracking").PriceTable.default()
     unknown = [
         ["本書の表", f"{first_unknown_ms(book):.1f}"],
         ["4,000 行", f"{first_unknown_ms(large_table()):.1f}"],

@@ -16,11 +16,9 @@ from typing import Any
 import pytest
 
 from chapter8_samples.cost_tracking import __main__ as commands
-from chapter8_samples.cost_tracking.__main__ import find_queries, write_csv
+from chapter8_samples.cost_tracking.__main__ import find_queries
 from chapter8_samples.cost_tracking.__main__ import main as command
 from chapter8_samples.cost_tracking.archive.sql import (
-    ResultTable,
-    SqlRunnerError,
     cost_parameters,
     run_on_duckdb,
     run_on_spark,
@@ -177,18 +175,18 @@ def test_empty_archive_gives_empty_tables(empty_parquet: Path) -> None:
 
 @pytest.mark.parametrize("name", ["t; DROP TABLE x", "a.b.c.d", "`x`", "", "a b", "x--"])
 def test_unchecked_table_names_never_reach_sql(name: str) -> None:
-    with pytest.raises(SqlRunnerError, match="trace_table"):
+    with pytest.raises(ValueError, match="trace_table"):
         cost_parameters(START, END, trace_table=name)
 
 
 def test_values_are_bound_not_pasted(edge_parquet: Path) -> None:
     evil = {**PARAMETERS, "tz": "Asia/Tokyo'; DROP VIEW archived_traces; --"}
-    with pytest.raises(SqlRunnerError, match="Unknown TimeZone"):
+    with pytest.raises(ValueError, match="Unknown TimeZone"):
         run_on_duckdb(edge_parquet, [find_queries()["by_hour"]], evil)
 
 
 def test_naive_times_are_refused() -> None:
-    with pytest.raises(SqlRunnerError, match="no time zone"):
+    with pytest.raises(ValueError, match="no time zone"):
         cost_parameters(datetime(2026, 1, 1), END)
 
 
@@ -308,10 +306,3 @@ def test_both_engines_give_the_same_ten_results(
         for duck, spark in zip(ours, theirs, strict=True):
             assert duck.columns == spark.columns
             assert normal(duck) == normal(spark), f"{path.name}: {duck.query.name}"
-
-
-def test_a_name_in_a_csv_is_not_run_as_a_formula(tmp_path: Path) -> None:
-    rows: list[tuple[Any, ...]] = [("=HYPERLINK(1)", Decimal("-1.5")), ("user-1", None), ("@x", 0)]
-    table = ResultTable(find_queries()["top_users"], ("user_id", "cost_usd"), rows)
-    lines = write_csv(table, tmp_path).read_text(encoding="utf-8-sig").splitlines()
-    assert lines == ["user_id,cost_usd", "'=HYPERLINK(1),-1.5", "user-1,", "'@x,0"]

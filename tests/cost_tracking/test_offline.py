@@ -46,11 +46,10 @@ for model in ("gpt-4o", "claude-3-5-sonnet-20241022", "my-model"):
 mlflow.flush_trace_async_logging()
 assert price_trace(mlflow.get_trace(span.trace_id)).unpriced_models == ("my-model",)
 assert aggregate_token_usage_from_traces("offline").trace_count == 3
-assert command(["sql", "offline", "--archive", "archive", "--csv", "csv"]) == 0
-assert len(list(Path("csv").iterdir())) == 10
+assert command(["sql", "offline"]) == 0
 assert command(["export", "offline", "archive"]) == 0
-Path("prices.yaml").write_text("models: {my-model: {input: 1, output: 2}}", encoding="utf-8")
-assert CostCalculator(pricing_file="prices.yaml").calculate("my-model", 10**6, 0) == 1
+Path("prices.json").write_text('{"models": {"my-model": {"input": 1, "output": 2}}}')
+assert CostCalculator(pricing_file="prices.json").calculate("my-model", 10**6, 0) == 1
 assert (costs.priced, costs.unpriced) == (2, 1)
 assert not attempts, attempts
 print("no connection")

@@ -7,19 +7,19 @@ Parquet を読む。Databricks では書き出す代わりに、``enable_trace_a
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import Trace
+from mlflow.entities import Span, Trace
 
 from ..usage.reader import find_experiment_id, iter_traces, with_time_zone
 from . import extra
 
-_LABEL = b"chapter8.export"  # ファイルに残す印: エクスペリメント、書いたもの、書き終わった日か
+_LABEL = b"chapter8.export"  # ファイルに残す印: エクスペリメントの ID と、書き終わった日か
 _DAY, _GRACE = timedelta(days=1), timedelta(hours=1)  # 日をまたぐリクエストが終わるのを待つ
 _CONTENT = ("mlflow.traceInputs", "mlflow.traceOutputs")
 _KEPT_ATTRIBUTES = (
@@ -50,7 +50,7 @@ def archive_schema() -> Any:
     return pa.schema([
         ("trace_id", text), ("client_request_id", text), ("state", text),
         ("request_time", pa.timestamp("us", tz="UTC")),
-        ("execution_duration_ms", pa.decimal128(30, 9)), ("request", text), ("response", text),
+        ("execution_duration_ms", pa.decimal128(30, 9)),
         ("trace_metadata", strings), ("tags", strings), ("spans", pa.list_(span)),
     ])  # fmt: skip
 
@@ -61,18 +61,14 @@ def export_traces_to_parquet(
     start: datetime | None = None,
     end: datetime | None = None,
     *,
-    include_spans: bool = True,
-    include_content: bool = False,
-    progress: Callable[[date, int | None], object] = lambda _day, _traces: None,
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> ExportResult:
     """トレースを ``<directory>/day=YYYY-MM-DD/traces.parquet`` に、1 件 1 行で書き出す。
 
     UTC の日ごとに、``start`` の日(既定は最初のトレースの日)から ``end``(既定はいま)の手前まで。
     書き終わった日は飛ばし、途中で止まっても壊れたファイルは残らない。書き終わった日に後から届いた
-    トレースは、その日のフォルダーを消して呼ぶと加わる。モデル別の分析にはスパンが要る。入力と出力は
-    個人情報が入りうるので、``include_content`` のときだけ書く。1 日ごとに ``progress`` に日と件数
-    (飛ばした日は ``None``)を渡す。別のエクスペリメントの書き出しがある場所では ``ValueError``。
+    トレースは、その日のフォルダーを消して呼ぶと加わる。入力と出力は個人情報が入りうるので書かない。
+    別のエクスペリメントの書き出しがある場所では ``ValueError``。
     """
     archive_schema()  # 追加パッケージがないことは、トレースを探す前に分かる
     experiment_id, result = find_experiment_id(experiment_name), ExportResult()
@@ -82,20 +78,17 @@ def export_traces_to_parquet(
         message = f"{directory} holds experiment {min(owners)}, not {experiment_id}"
         raise ValueError(f"{message}; use one directory per experiment")
     start, stop = start and with_time_zone("start", start), with_time_zone("end", end or now())
-    label = f"{experiment_id} spans={include_spans} content={include_content}"
     for day in _days(experiment_id, start, stop):
         path = Path(directory, f"day={day:%Y-%m-%d}", "traces.parquet")
-        if _label_of(path) == f"{label} complete":
+        if _label_of(path) == f"{experiment_id} complete":
             result.days_skipped += 1
-            progress(day.date(), None)
             continue
-        closed = day + _DAY + _GRACE <= min(stop, now())  # この日の行は、もう増えない
-        window = experiment_id, day, min(day + _DAY, stop)
-        rows = _rows(window, include_spans, include_content, result)
-        count = _write(path, rows, f"{label} complete" if closed else label)
-        result.traces += count
+        label = experiment_id
+        if day + _DAY + _GRACE <= min(stop, now()):  # この日の行は、もう増えない
+            label += " complete"
+        rows = _rows((experiment_id, day, min(day + _DAY, stop)), result)
+        result.traces += _write(path, rows, label)
         result.files.append(path)
-        progress(day.date(), count)
     return result
 
 
@@ -118,19 +111,16 @@ def _label_of(path: Path) -> str:
     return metadata.get(_LABEL, b"").decode()
 
 
-def _rows(
-    window: tuple[str, datetime, datetime], spans: bool, content: bool, result: ExportResult
-) -> Iterator[dict[str, Any]]:
+def _rows(window: tuple[str, datetime, datetime], result: ExportResult) -> Iterator[dict[str, Any]]:
     """期間の行。MLflow はスパンの欠けたトレースを検索結果から黙って落とすので、後から補う。"""
     seen: set[str] = set()
-    if spans:
-        for trace in iter_traces(*window, include_spans=True, page_size=100):
-            seen.add(trace.info.trace_id)
-            yield {**_trace_row(trace, content), "spans": [*_span_rows(trace, content)]}
+    for trace in iter_traces(*window, include_spans=True, page_size=100):
+        seen.add(trace.info.trace_id)
+        yield _row(trace)
     for trace in iter_traces(*window):
         if trace.info.trace_id not in seen:
-            result.traces_without_spans += spans
-            yield _trace_row(trace, content)
+            result.traces_without_spans += 1
+            yield _row(trace)
 
 
 def _write(path: Path, rows: Iterator[dict[str, Any]], label: str) -> int:
@@ -149,36 +139,34 @@ def _write(path: Path, rows: Iterator[dict[str, Any]], label: str) -> int:
     return count
 
 
-def _trace_row(trace: Trace, content: bool) -> dict[str, Any]:
+def _row(trace: Trace) -> dict[str, Any]:
     info = trace.info
-    metadata = info.trace_metadata.items()
     return {
         "trace_id": info.trace_id,
         "client_request_id": info.client_request_id,
         "request_time": info.request_time * 1000,  # マイクロ秒
         "state": info.state.value,
         "execution_duration_ms": Decimal(info.execution_duration or 0),
-        "request": info.request_preview if content else None,
-        "response": info.response_preview if content else None,
-        "trace_metadata": [(k, v) for k, v in metadata if content or k not in _CONTENT],
+        "trace_metadata": [(k, v) for k, v in info.trace_metadata.items() if k not in _CONTENT],
         "tags": list(info.tags.items()),
+        "spans": [_span(span) for span in trace.data.spans],
     }
 
 
-def _span_rows(trace: Trace, content: bool) -> Iterator[dict[str, Any]]:
-    for span in trace.data.spans:
-        kept = [key for key in span.attributes if content or key in _KEPT_ATTRIBUTES]
-        yield {
-            "span_id": span.span_id,
-            "parent_span_id": span.parent_id,
-            "name": span.name,
-            "start_time_unix_nano": span.start_time_ns,
-            "end_time_unix_nano": span.end_time_ns,
-            "attributes": [
-                (key, json.dumps(span.attributes[key], ensure_ascii=False, default=str))
-                for key in kept
-            ],
-        }
+def _span(span: Span) -> dict[str, Any]:
+    kept = {key: span.get_attribute(key) for key in _KEPT_ATTRIBUTES}
+    return {
+        "span_id": span.span_id,
+        "parent_span_id": span.parent_id,
+        "name": span.name,
+        "start_time_unix_nano": span.start_time_ns,
+        "end_time_unix_nano": span.end_time_ns,
+        "attributes": [
+            (key, json.dumps(value, ensure_ascii=False, default=str))
+            for key, value in kept.items()
+            if value is not None
+        ],
+    }
 
 
 def enable_trace_archive(experiment_name: str, table: str) -> None:

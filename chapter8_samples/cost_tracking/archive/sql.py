@@ -32,10 +32,6 @@ _SPARK_SETTINGS = (
 )  # fmt: skip
 
 
-class SqlRunnerError(ValueError):
-    """クエリの名前、パラメーター、入力の場所や中身のいずれかが正しくない。"""
-
-
 @dataclass(frozen=True, slots=True)
 class Query:
     """SQL ファイルの中の 1 つ。``description`` は、その中のコメント。"""
@@ -78,9 +74,9 @@ def cost_parameters(
     monthly_budget_usd: float | Decimal | str = 100,
     trace_table: str = TABLE,
 ) -> dict[str, Any]:
-    """クエリに渡すパラメーター。時刻は UTC の文字列に直す。誤りは ``SqlRunnerError``。"""
+    """クエリに渡すパラメーター。時刻は UTC の文字列に直す。誤りは ``ValueError``。"""
     if not re.fullmatch(r"\w+(\.\w+){0,2}", trace_table, re.ASCII):
-        raise SqlRunnerError(f"trace_table must be catalog.schema.table, got {trace_table!r}")
+        raise ValueError(f"trace_table must be catalog.schema.table, got {trace_table!r}")
     return {
         "trace_table": trace_table,
         "start_time": _utc_text("start", start),
@@ -97,12 +93,12 @@ def _budget_text(usd: float | Decimal | str) -> str:
             return f"{Decimal(str(usd)):f}"
     except ArithmeticError:  # 数でない、NaN、無限大
         pass
-    raise SqlRunnerError(f"monthly_budget_usd must be a number > 0, got {usd!r}")
+    raise ValueError(f"monthly_budget_usd must be a number > 0, got {usd!r}")
 
 
 def _utc_text(name: str, at: datetime) -> str:
     if at.tzinfo is None:
-        raise SqlRunnerError(f"{name}={at!r} has no time zone; use datetime(..., tzinfo=...)")
+        raise ValueError(f"{name}={at!r} has no time zone; use datetime(..., tzinfo=...)")
     return f"{at.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S.%f}"
 
 
@@ -125,7 +121,7 @@ def run_on_duckdb(
                 columns = tuple(column[0] for column in cursor.description)
                 found.append(ResultTable(query, columns, cursor.fetchall()))
         except duckdb.Error as error:
-            raise SqlRunnerError(f"cannot query {parquet}: {error}") from error
+            raise ValueError(f"cannot query {parquet}: {error}") from error
     return found
 
 
@@ -154,5 +150,5 @@ def _parquet_files(path: str | Path) -> list[str]:
     path = Path(path)
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].exists():
-        raise SqlRunnerError(f"no Parquet file at {path}; run export_traces_to_parquet() first")
+        raise ValueError(f"no Parquet file at {path}; run export_traces_to_parquet() first")
     return [str(file) for file in files]

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import date, datetime
 from decimal import Decimal
 from operator import index
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple
 
-from .model import CostError, ModelPrice
+from .model import CostError
 
 _NAN = Decimal("NaN")
 _NAMES = ("input", "output", "cached_input", "cache_write", "cache_write_1h")
+_STANDARD_TIERS = ("", "default", "standard", "auto", "on_demand")
 Usage = tuple[int, int, int, int, int]  # _NAMES の順のトークン数
-
-
-class PriceOptions(TypedDict, total=False):
-    """``CostCalculator.price`` の、名前で渡す引数。意味はそこにある。"""
-
-    cache_write_tokens: int
-    cache_write_1h_tokens: int
-    service_tier: str | None
-    batch: bool
-    other_units: Mapping[str, int] | None
-    at: date | datetime | None
 
 
 class InvalidUsageError(CostError):
@@ -34,11 +22,12 @@ class PriceBreakdown(NamedTuple):
     """1 回の呼び出しのコストの内訳。金額はすべて USD の ``Decimal``。
 
     料金が決まらなかったとき(``status="unpriced"``)の金額は NaN で、訳は ``reason`` にある。
-    0 ではないので、合計に混ぜれば合計も NaN になり、見落とせない。
+    0 ではないので、合計に混ぜれば合計も NaN になり、見落とせない。トレースから読んだ呼び出しには、
+    決まった分だけの ``"partial"``、報告のない ``"missing_usage"``、無料の ``"cache_hit"`` もある。
     """
 
     model: str
-    status: Literal["priced", "unpriced"]
+    status: Literal["priced", "unpriced", "partial", "missing_usage", "cache_hit"]
     input_tokens: int
     output_tokens: int
     service_tier: str = ""
@@ -49,7 +38,6 @@ class PriceBreakdown(NamedTuple):
     matched_model: str = ""
     match_kind: str = ""
     price_source: str = ""
-    row: ModelPrice | None = None
     reason: str = ""
 
     @property
@@ -64,8 +52,8 @@ class PriceBreakdown(NamedTuple):
 
     @property
     def priced(self) -> bool:
-        """料金が決まったか。"""
-        return self.status == "priced"
+        """すべてのトークンの料金が決まったか。"""
+        return self.status in ("priced", "cache_hit")
 
 
 def checked_usage(*counts: int) -> Usage:
@@ -87,6 +75,16 @@ def checked_usage(*counts: int) -> Usage:
             f"cache_write_1h_tokens ({write_1h}) exceeds cache_write_tokens ({write})"
         )
     return total, output, read, write, write_1h
+
+
+def checked_tier(service_tier: str | None, batch: bool) -> str:
+    """料金表でのサービスティアの名前。``""`` は標準。``batch`` と食い違えば例外。"""
+    name = (service_tier or "").strip().lower()
+    if name in _STANDARD_TIERS:
+        name = ""
+    if batch and name not in ("", "batch"):
+        raise InvalidUsageError(f"batch=True and service_tier={service_tier!r} contradict")
+    return "batch" if batch else name
 
 
 def _count(value: int, name: str) -> int:

@@ -10,11 +10,9 @@ Decimal('2.5000')
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -41,22 +39,19 @@ class _File(BaseModel):
     models: dict[str, Any] = {}
 
 
-_KEYS = [*_File.model_fields, *(item.name for item in fields(ModelPrice)), "above_input_tokens"]
-
-
 def load_file(path: str | Path) -> Mapping[str, Any]:
-    """JSON か YAML(拡張子 .yaml、.yml)のファイルを読む。数は 10 進数のまま読む。
+    """JSON のファイルを読む。数は 10 進数のまま読む。
 
     Raises:
         FileNotFoundError: その名前のファイルがない。
-        PriceTableError: JSON や YAML として読めないか、中身が辞書でない。
+        PriceTableError: JSON として読めないか、中身が辞書でない。
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such price file; today's prices: {IMPORT_COMMAND}")
-    parse = _parse_yaml if path.suffix.lower() in {".yaml", ".yml"} else _parse_json
+    text = path.read_text(encoding="utf-8-sig")  # メモ帳が付ける BOM は読み飛ばす
     try:
-        data = parse(path.read_text(encoding="utf-8-sig"))  # メモ帳が付ける BOM は読み飛ばす
+        data = json.loads(text, parse_float=Decimal, object_pairs_hook=_once)
     except ValueError as error:
         raise PriceTableError([f"{path}: {error}"]) from error
     if not isinstance(data, Mapping):
@@ -64,34 +59,14 @@ def load_file(path: str | Path) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], data)
 
 
-def _marked(pairs: Iterable[tuple[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
-    """辞書。2 度書かれた鍵は、読み取りの部品が黙って捨てるので、知らない鍵として残す。"""
-    repeated = [key for key, count in Counter(keys).items() if count > 1]
-    return {**dict(pairs), **{f"{key} (given twice)": None for key in repeated}}
-
-
-def _parse_json(text: str) -> Any:
-    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return _marked(pairs, [key for key, _ in pairs])
-
-    return json.loads(text, parse_float=Decimal, object_pairs_hook=keep)
-
-
-def _parse_yaml(text: str) -> Any:
-    import yaml  # 料金表を YAML で持つ人だけが使う
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def keep(loader: Any, node: Any) -> dict[str, Any]:
-        keys = [str(key.value) for key, _ in node.value]  # << で取り込む前の、書かれた鍵
-        return _marked(loader.construct_mapping(node, deep=True).items(), keys)
-
-    Loader.add_constructor("tag:yaml.org,2002:map", keep)
-    try:
-        return yaml.load(text, Loader)  # SafeLoader と同じく、任意のオブジェクトは作らない
-    except yaml.YAMLError as error:
-        raise ValueError(error) from error
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """2 度書かれた鍵は、そのまま読むと、最後の値だけが黙って残る。"""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is given twice")
+        found[key] = value
+    return found
 
 
 def read_prices(data: Mapping[str, Any]) -> tuple[dict[str, Rows], dict[str, str], _File]:
@@ -152,7 +127,8 @@ def _with_batch(entry: Any) -> Any:
     if isinstance(services, Mapping):
         named = cast(Mapping[object, Any], services).items()
         services = {str(name).strip().lower(): rates for name, rates in named}
-        services |= {"batch": batch} if batch else {}
+        if batch:
+            services["batch"] = batch
     return {**row, "service_tiers": services}
 
 
@@ -167,14 +143,12 @@ def _scaled(rates: _AnyRates) -> _AnyRates:
 
 def _aliases(rows: Mapping[str, Rows], problems: list[str]) -> dict[str, str]:
     aliases: dict[str, str] = {}
-    pairs = (
-        (alias, name) for name, found in rows.items() for row in found for alias in row.aliases
-    )
-    for alias, name in ((alias.strip().lower(), name) for alias, name in pairs):
-        if aliases.setdefault(alias, name) != name:
-            problems.append(f"{name}.aliases: {alias!r} is already {aliases[alias]!r}")
-        if alias in rows and alias != name:
-            problems.append(f"{name}.aliases: {alias!r} is another model of this table")
+    for name, found in rows.items():
+        for alias in (alias.strip().lower() for row in found for alias in row.aliases):
+            if aliases.setdefault(alias, name) != name:
+                problems.append(f"{name}.aliases: {alias!r} is already {aliases[alias]!r}")
+            if alias in rows and alias != name:
+                problems.append(f"{name}.aliases: {alias!r} is another model of this table")
     return aliases
 
 
@@ -182,9 +156,10 @@ def _explain(name: str, error: ValidationError) -> list[str]:
     problems: list[str] = []
     for item in error.errors(include_url=False):
         path = [name, *(part for part in item["loc"] if isinstance(part, str))]
-        why = item["msg"] + ("" if item["type"] == "missing" else f", got {item['input']!r:.60}")
+        why = f"{item['msg']}, got {item['input']!r:.60}"
+        if item["type"] == "missing":
+            why = item["msg"]
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            near = difflib.get_close_matches(path[-1], _KEYS, 1, 0.7)
-            why = f"unknown key (did you mean {near[0]!r}?)" if near else "unknown key"
+            why = "unknown key"
         problems.append(f"{'.'.join(filter(None, path))}: {why}")
     return problems

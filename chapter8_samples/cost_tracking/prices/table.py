@@ -16,11 +16,11 @@ Decimal('1')
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timezone
 from decimal import Decimal
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,6 @@ from .model import (
     PriceTier,
     Rates,
     UnknownModelError,
-    row_problems,
 )
 from .names import MAKERS, RESELLERS, family, spellings, undated
 
@@ -62,19 +61,6 @@ class PriceTable:
     name: str = "custom"
     as_of: date | None = None
     not_carried: Mapping[str, str] = field(default_factory=dict[str, str])
-    _resolved: dict[str, Match | list[str]] = field(  # 見つからなかった名前には、近い名前
-        default_factory=dict[str, "Match | list[str]"], init=False, repr=False, compare=False
-    )
-
-    def __post_init__(self) -> None:
-        problems = [p for name, rows in self.rows.items() for p in row_problems(name, rows)]
-        problems += [
-            f"alias {alias!r} points to unknown model {name!r}"
-            for alias, name in self.aliases.items()
-            if name not in self.rows and name not in self.not_carried
-        ]
-        if problems:
-            raise PriceTableError(problems)
 
     @classmethod
     def default(cls) -> PriceTable:
@@ -100,19 +86,39 @@ class PriceTable:
 
     @classmethod
     def from_file(cls, path: str | Path) -> PriceTable:
-        """JSON または YAML のファイルから作る。形は ``from_mapping`` と同じ。"""
+        """JSON のファイルから作る。形は ``from_mapping`` と同じ。"""
         from .file import load_file
 
         return cls.from_mapping(load_file(path), name=Path(path).stem)
 
-    def with_overrides(self, data: Mapping[str, Any] | str | Path) -> PriceTable:
+    @classmethod
+    def chosen(
+        cls,
+        pricing: PriceTable | Mapping[str, Any] | None,
+        pricing_file: str | Path | None,
+        aliases: Mapping[str, str],
+    ) -> PriceTable:
+        """``CostCalculator`` の引数に応じた表。"""
+        if pricing is not None and pricing_file is not None:
+            how = "PriceTable.from_file(pricing_file).with_overrides(pricing)"
+            raise CostError(f"pass either pricing or pricing_file, not both; to add, pass {how}")
+        if isinstance(pricing, PriceTable):
+            table = pricing
+        elif pricing_file:
+            table = cls.from_file(pricing_file)
+        elif pricing is None:
+            table = cls.default()
+        else:
+            table = cls.default().with_overrides(pricing) if pricing else cls({})
+        return table.with_aliases(aliases) if aliases else table
+
+    def with_overrides(self, data: Mapping[str, Any]) -> PriceTable:
         """同じ名前の行を置き換え、ない名前の行を足した、新しい表。
 
-        ``data`` は ``from_mapping`` と同じ形の辞書か、その形の JSON または YAML のファイル。
-        ``effective_from`` のある行は、その日からの料金。それより前は元の行で計算する。
+        ``data`` の形は ``from_mapping`` と同じ。``effective_from`` のある行は、その日からの料金で、
+        それより前は元の行で計算する。
         """
-        is_path = isinstance(data, (str, Path))
-        other = PriceTable.from_file(data) if is_path else PriceTable.from_mapping(data)
+        other = PriceTable.from_mapping(data)
         pairs = {name: (self._rows_of(name), new) for name, new in other.rows.items()}
         if problems := [text for name, pair in pairs.items() for text in _jump(name, *pair)]:
             raise PriceTableError(problems)
@@ -136,12 +142,7 @@ class PriceTable:
         Raises:
             UnknownModelError: 見つからないか、単価の違う行があって決められないとき。
         """
-        found = self._resolved.get(model)
-        if found is None:
-            found = self._look_up(model)
-            if len(self._resolved) >= _CACHE_LIMIT:
-                self._resolved.clear()
-            self._resolved[model] = found
+        found = self._look_up_once(model)
         if isinstance(found, Match):
             return found
         raise UnknownModelError(model, found, f"{self.name} (as of {self.as_of or 'unknown'})")
@@ -163,6 +164,10 @@ class PriceTable:
                 return row
         periods = ", ".join(row.period for row in rows)
         raise PriceNotEffectiveError(f"no price row of {name!r} covers {day} (rows: {periods})")
+
+    @cached_property
+    def _look_up_once(self) -> Callable[[str], Match | list[str]]:
+        return lru_cache(_CACHE_LIMIT)(self._look_up)
 
     def _look_up(self, model: str) -> Match | list[str]:
         if not isinstance(model, str) or len(model) > 300:  # pyright: ignore[reportUnnecessaryIsInstance]

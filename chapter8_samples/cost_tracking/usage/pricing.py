@@ -13,10 +13,13 @@ from decimal import Decimal
 
 from mlflow.entities import Span
 
+from ..prices.call import PriceBreakdown
 from ..tracker import Calculator
-from .calls import UNATTRIBUTED, LlmCall, TokenUsage, llm_calls
+from .calls import LlmCall, TokenUsage
+from .leaves import UNATTRIBUTED, llm_calls
 
 _ZERO = Decimal(0)
+_CACHE = "framework cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,61 +49,56 @@ def price_spans(
 ) -> list[LlmCall]:
     """スパンの並びから呼び出しを取り出し、コストのないものに付ける。``known`` は計算済みのもの。"""
     calls = llm_calls(spans, known)
-    return [call if call.status else price_call(call, calculator, at) for call in calls]
+    for call in calls:
+        call.cost = call.cost or price_call(call, calculator, at)
+    return calls
 
 
-def price_call(call: LlmCall, calculator: Calculator, at: datetime | None = None) -> LlmCall:
-    """呼び出しにコストを書く。料金が決まらなければ ``unpriced`` とし、理由を書く。"""
-    call.status = "unpriced"
+def price_call(call: LlmCall, calculator: Calculator, at: datetime | None = None) -> PriceBreakdown:
+    """呼び出し 1 回のコスト。料金が決まらなければ ``unpriced`` とし、理由を書く。"""
+    usage = call.usage or TokenUsage()
+    counts = usage.input_tokens, usage.output_tokens
     if call.cache_hit:
-        call.status, call.price_source = "cache_hit", "framework cache"
-        call.prompt_usd = call.output_usd = _ZERO
-    elif call.usage is None:
-        call.status = "missing_usage"
-        call.reason = call.reason or "no token usage was reported"
-    elif call.model != UNATTRIBUTED:
-        _ask_price(call, call.usage, calculator, at or call.started_at)
-    return call
-
-
-def _ask_price(call: LlmCall, usage: TokenUsage, calculator: Calculator, at: datetime) -> None:
+        free = _ZERO, _ZERO, _ZERO, _ZERO
+        return PriceBreakdown(call.model, "cache_hit", *counts, "", *free, price_source=_CACHE)
+    if call.usage is None:
+        reason = call.reason or "no token usage was reported"
+        return PriceBreakdown(call.model, "missing_usage", *counts, reason=reason)
+    if call.model == UNATTRIBUTED:
+        return PriceBreakdown(call.model, "unpriced", *counts, reason=call.reason)
     try:
         item = calculator.price(
             call.model,
-            usage.input_tokens,
-            usage.output_tokens,
+            *counts,
             usage.cache_read_tokens,
             cache_write_tokens=usage.cache_write_tokens,
             cache_write_1h_tokens=usage.cache_write_1h_tokens,
             service_tier=call.service_tier,
-            at=at,
+            at=at or call.started_at,
         )
     except (LookupError, ValueError) as error:  # 未知のモデル、ありえない使用量
-        call.reason = str(error)
-        return
-    if not item.priced:
-        call.reason = item.reason
-        return
-    call.status = "partial" if call.reason else "priced"
-    call.prompt_usd, call.output_usd = item.prompt_usd, item.output_usd
-    call.matched_model, call.price_source = item.matched_model, item.price_source
+        return PriceBreakdown(call.model, "unpriced", *counts, reason=str(error))
+    if item.priced and call.reason:
+        return item._replace(status="partial", reason=call.reason)
+    return item
 
 
 def trace_cost(calls: Sequence[LlmCall]) -> TraceCost:
-    """呼び出しのコストを、トレース 1 件分にまとめる。"""
-    known = [call for call in calls if not call.total_usd.is_nan()]
+    """計算した呼び出しのコストを、トレース 1 件分にまとめる。"""
+    items = [call.cost for call in calls if call.cost]
+    known = [item for item in items if not item.total_usd.is_nan()]
     by_model: dict[str, Decimal] = {}
-    for call in known:
-        by_model[call.model] = by_model.get(call.model, _ZERO) + call.total_usd
-    kinds = {"priced" if call.priced else call.status for call in calls} or {"priced"}
+    for item in known:
+        by_model[item.model] = by_model.get(item.model, _ZERO) + item.total_usd
+    kinds = {"priced" if item.priced else item.status for item in items} or {"priced"}
     mixed = len(kinds) > 1 and not kinds.isdisjoint(("priced", "partial"))
     return TraceCost(
         total_usd=sum(by_model.values(), _ZERO),
         by_model=by_model,
-        unpriced_models=tuple(dict.fromkeys(c.model for c in calls if c.status == "unpriced")),
-        calls_without_usage=sum(call.status == "missing_usage" for call in calls),
+        unpriced_models=tuple(dict.fromkeys(i.model for i in items if i.status == "unpriced")),
+        calls_without_usage=sum(item.status == "missing_usage" for item in items),
         status="partial" if mixed else max(kinds),  # missing_usage より unpriced を先に伝える
-        reasons=tuple(dict.fromkeys(f"{c.model}: {c.reason}" for c in calls if not c.priced)),
-        prompt_usd=sum((call.prompt_usd for call in known), _ZERO),
-        output_usd=sum((call.output_usd for call in known), _ZERO),
+        reasons=tuple(dict.fromkeys(f"{i.model}: {i.reason}" for i in items if not i.priced)),
+        prompt_usd=sum((item.prompt_usd for item in known), _ZERO),
+        output_usd=sum((item.output_usd for item in known), _ZERO),
     )

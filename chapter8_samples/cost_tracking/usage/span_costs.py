@@ -14,10 +14,9 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from operator import add
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,15 +24,13 @@ from mlflow.entities import LiveSpan
 from mlflow.tracing import configure
 from mlflow.tracing.config import get_config  # 登録済みのプロセッサーを読む公開 API はない
 from mlflow.tracing.trace_manager import InMemoryTraceManager
-from mlflow.tracing.utils import (
-    SpanAggregationNode,
-    aggregate_cost_from_span_nodes,
-    aggregate_usage_from_spans,
-)
+from mlflow.tracing.utils import aggregate_cost_from_spans, aggregate_usage_from_spans
 
-from .._internals import outlive_set_tracking_uri
+from .._internals import store_attributes
+from ..prices.call import PriceBreakdown
 from ..tracker import BaseCostTracker, Calculator
-from .calls import STATUS_KEY, UNATTRIBUTED, USAGE_ATTRIBUTE, LlmCall, read_call
+from .calls import STATUS_KEY, USAGE_ATTRIBUTE, LlmCall, read_call
+from .leaves import UNATTRIBUTED
 from .pricing import TraceCost, price_call, price_spans, trace_cost
 
 logger = logging.getLogger(__name__)
@@ -43,6 +40,7 @@ TRACE_COST_KEY, TRACE_USAGE_KEY = "mlflow.trace.cost", "mlflow.trace.tokenUsage"
 SOURCE_KEY, REASON_KEY = "cost.price_source", "cost.reason"
 BY_MODEL_TAG = "cost.by_model"  # {"モデル": [回数, 入力, 出力, "USD" か null]}
 _MAX_TAG_LENGTH = 4096  # MLflow のどの保存先でも入る、タグの値の上限
+_OURS = ("priced", "partial", "cache_hit", "rollup")  # このとき、スパンの金額はここで書いたもの
 _REMOVED = "cost tracking was removed by tracing.configure or reset; call install() again"
 
 
@@ -57,24 +55,14 @@ class _Seen:
 class CostTracking:
     """``setup_cost_tracking`` の結果。数は、このプロセスで終わったスパンの累計。"""
 
-    def __init__(
-        self,
-        calculator: Calculator,
-        tracker: BaseCostTracker | None,
-        current_user: Callable[[], str | None] | None,
-    ) -> None:
+    def __init__(self, calculator: Calculator, tracker: BaseCostTracker | None) -> None:
+        self.__name__ = "price_span_on_end"  # MLflow が、失敗したときのログに書く
         self._calculator = calculator
         self._tracker = tracker
-        self._current_user = current_user
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()  # (cost.status、モデル) ごと
         self._seen: WeakKeyDictionary[LiveSpan, _Seen] = WeakKeyDictionary()  # ルートごと
         self._expected = False  # 登録したあと、自分では外していない
-
-        def price_span_on_end(span: LiveSpan) -> None:
-            self._on_end(span)
-
-        self._processor = price_span_on_end
 
     @property
     def priced(self) -> int:
@@ -115,30 +103,30 @@ class CostTracking:
     @property
     def installed(self) -> bool:
         """いまも動いているか。外されたことに気づいたら、警告を 1 回ログに出す。"""
-        processors = get_config().span_processors
-        if self._processor in processors:
+        ours = [p for p in get_config().span_processors if isinstance(p, CostTracking)]
+        if self in ours:
             return True
-        if self._expected and not any(map(_prices_spans, processors)):
+        if self._expected and not ours:
             logger.warning(_REMOVED)
         self._expected = False
         return False
 
     def install(self) -> CostTracking:
         """ほかのプロセッサーを残して登録する。何度呼んでもよい。"""
-        outlive_set_tracking_uri(_prices_spans)
         if not self.installed:
-            kept = [p for p in get_config().span_processors if not _prices_spans(p)]
-            configure(span_processors=[*kept, self._processor])
+            kept = [p for p in get_config().span_processors if not isinstance(p, CostTracking)]
+            configure(span_processors=[*kept, self])
         self._expected = True
         return self
 
     def uninstall(self) -> None:
         """登録を外す。ほかのプロセッサーは残る。"""
-        kept = [p for p in get_config().span_processors if p is not self._processor]
+        kept = [p for p in get_config().span_processors if p is not self]
         configure(span_processors=kept)
         self._expected = False
 
-    def _on_end(self, span: LiveSpan) -> None:
+    def __call__(self, span: LiveSpan) -> None:
+        """終わったスパンにコストを書く。MLflow が呼ぶ。"""
         with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
             family = trace.span_dict if trace else {span.span_id: span}  # 始まった順に並ぶ
         root = next(iter(family.values()))
@@ -164,36 +152,40 @@ class CostTracking:
             seen.parents.add(parent)
             parent = family[parent].parent_id
         if span.span_id not in seen.parents:
-            seen.calls[span.span_id] = price_call(call, self._calculator)
-            self._write_call(span, call)
+            call.cost = price_call(call, self._calculator)
+            seen.calls[span.span_id] = call
+            self._write_call(span, call, call.cost)
             return
         calls = price_spans(_subtree(span, family), self._calculator, known=seen.calls)
-        own = [c for c in calls if c.span_id == span.span_id and c.model != UNATTRIBUTED]
-        if own:
-            self._write_call(span, own[0])
-        elif call.usage:  # 使用量は子孫で数え済み。親には合計を書き、二重に数えない
+        for own in calls:
+            if own.span_id == span.span_id and own.model != UNATTRIBUTED and own.cost:
+                self._write_call(span, own, own.cost)
+                return
+        if call.usage:  # 使用量は子孫で数え済み。親には合計を書き、二重に数えない
             total = trace_cost(calls)
             if total.by_model:
                 span.set_attribute(COST_ATTRIBUTE, _usd(total))
             span.set_attribute(STATUS_KEY, "rollup")
 
-    def _write_call(self, span: LiveSpan, call: LlmCall) -> None:
-        no_output = call.usage and not call.output_tokens
-        if no_output and not span.get_attribute(USAGE_ATTRIBUTE):  # 埋め込みの使用量を補う
-            usage = {"input_tokens": call.input_tokens, "total_tokens": call.input_tokens}
-            span.set_attribute(USAGE_ATTRIBUTE, {**usage, "output_tokens": 0})
-        if not call.total_usd.is_nan():
+    def _write_call(self, span: LiveSpan, call: LlmCall, cost: PriceBreakdown) -> None:
+        found: dict[str, Any] = {STATUS_KEY: cost.status}
+        if cost.price_source:
+            found[SOURCE_KEY] = cost.price_source
+        if cost.reason:
+            found[REASON_KEY] = cost.reason
+        if not cost.total_usd.is_nan():
             # 料金未定のときに None を書くと、MLflow 3.17 はトレースのスパンを 1 つも保存しなくなる
-            span.set_attribute(COST_ATTRIBUTE, _usd(call))
-        span.set_attribute(STATUS_KEY, call.status)
-        for key, value in ((SOURCE_KEY, call.price_source), (REASON_KEY, call.reason)):
-            if value:
-                span.set_attribute(key, value)
-        first = self._count(call.status, call.model) == 1
-        if first and call.status in ("unpriced", "partial"):
-            logger.warning("cost.status=%s, model %r: %s", call.status, call.model, call.reason)
+            found[COST_ATTRIBUTE] = _usd(cost)
+        if call.usage and not cost.output_tokens and not span.get_attribute(USAGE_ATTRIBUTE):
+            tokens = cost.input_tokens  # 埋め込みの使用量を補う
+            usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
+            found[USAGE_ATTRIBUTE] = usage
+        store_attributes(span, found)
+        first = self._count(cost.status, cost.model) == 1
+        if first and cost.status in ("unpriced", "partial"):
+            logger.warning("cost.status=%s, model %r: %s", cost.status, cost.model, cost.reason)
         if self._tracker is not None and call.usage:
-            self._tracker.add(call, user=self._current_user() if self._current_user else None)
+            self._tracker.add(cost)
 
     def _count(self, status: str, name: str) -> int:
         with self._lock:
@@ -211,7 +203,7 @@ class CostTracking:
             for key in (STATUS_KEY, REASON_KEY, BY_MODEL_TAG):  # 前に書いた合計は残さない
                 trace.info.tags.pop(key, None)
             trace.info.tags.update(_tags(calls, total))
-            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, calls, total)}
+            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, total)}
             if span.parent_id is not None:  # ルートが終わったときの分は、このあと MLflow が書く
                 metadata[TRACE_USAGE_KEY] = aggregate_usage_from_spans(spans)
             for key, value in metadata.items():
@@ -221,42 +213,37 @@ class CostTracking:
 
 def _tags(calls: Sequence[LlmCall], total: TraceCost) -> dict[str, str]:
     """スパンを読まなくても、未計算とモデル別の内訳が分かるようにする。"""
-    models: dict[str, tuple[Any, ...]] = {}
-    for call in calls:  # 料金の決まらない呼び出しが混ざったモデルの USD は、NaN になる
-        if call.usage:
-            numbers = (1, call.input_tokens, call.output_tokens, call.total_usd)
-            models[call.model] = tuple(map(add, models.get(call.model, (0, 0, 0, 0)), numbers))
+    models: dict[str, list[Any]] = {}
+    for call in calls:
+        if call.usage and call.cost:
+            numbers = models.setdefault(call.model, [0, 0, 0, Decimal(0)])
+            numbers[0] += 1
+            numbers[1] += call.usage.input_tokens
+            numbers[2] += call.usage.output_tokens
+            numbers[3] += call.cost.total_usd  # 料金の決まらない呼び出しが混ざると NaN になる
+    for numbers in models.values():
+        numbers[3] = None if numbers[3].is_nan() else f"{numbers[3]:f}"
     tags = {
         STATUS_KEY: total.status if calls else "",
         REASON_KEY: "; ".join(total.reasons)[:_MAX_TAG_LENGTH],
-        BY_MODEL_TAG: json.dumps(models, separators=(",", ":"), default=_text) if models else "",
+        BY_MODEL_TAG: json.dumps(models, separators=(",", ":")) if models else "",
     }
     return {key: value for key, value in tags.items() if 0 < len(value) <= _MAX_TAG_LENGTH}
 
 
-def _text(usd: Decimal) -> str | None:
-    return None if usd.is_nan() else f"{usd:f}"
-
-
-def _total_usd(
-    spans: Sequence[LiveSpan], calls: Sequence[LlmCall], total: TraceCost
-) -> dict[str, float] | None:
+def _total_usd(spans: Sequence[LiveSpan], total: TraceCost) -> dict[str, float] | None:
     """トレースの合計を、トークン数の合計と同じように、保存する前に決めておく。
 
     決めなければ保存先がスパンから計算するが、非同期の書き込みが前後すると、後から届いたスパンの
     分が合計から抜ける(MLflow 3.17)。手で書かれた金額があれば、MLflow の規則で一緒に足す。
     """
-    own = {call.span_id: call for call in calls if not call.total_usd.is_nan()}
-    rest = [span for span in spans if span.span_id not in own]
-    by_hand = {s.span_id: usd for s in rest if (usd := s.get_attribute(COST_ATTRIBUTE))}
-    if all(s.get_attribute(STATUS_KEY) == "rollup" for s in rest if s.span_id in by_hand):
-        return _usd(total) if own else None
-    costs = {**by_hand, **{key: _usd(call) for key, call in own.items()}}
-    nodes = [SpanAggregationNode(s.span_id, s.parent_id, costs.get(s.span_id)) for s in spans]
-    return aggregate_cost_from_span_nodes(nodes)
+    for span in spans:
+        if span.get_attribute(COST_ATTRIBUTE) and span.get_attribute(STATUS_KEY) not in _OURS:
+            return aggregate_cost_from_spans(list(spans))
+    return _usd(total) if total.by_model else None
 
 
-def _usd(item: LlmCall | TraceCost) -> dict[str, float]:
+def _usd(item: PriceBreakdown | TraceCost) -> dict[str, float]:
     return {
         "input_cost": float(item.prompt_usd),
         "output_cost": float(item.output_usd),
@@ -271,7 +258,3 @@ def _subtree(span: LiveSpan, family: Mapping[str, LiveSpan]) -> list[LiveSpan]:
         if other.parent_id in found:
             found[other.span_id] = other
     return list(found.values())
-
-
-def _prices_spans(processor: Callable[[LiveSpan], None]) -> bool:
-    return getattr(processor, "__name__", "") == "price_span_on_end"
