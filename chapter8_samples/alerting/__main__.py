@@ -17,16 +17,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 
 from . import (
     AlertConfig,
     AlertConfigError,
     AlertEngine,
-    ConsoleNotificationHandler,
     MetricSourceError,
     MultiChannelNotifier,
     NotificationConfigError,
@@ -34,11 +32,10 @@ from . import (
     notifier_from_config,
     replay,
     setup_alerting,
-    to_alertmanager_config,
     to_prometheus_rules,
 )
 from .engine import StateHeldError
-from .metrics import MetricSample, TraceSearch, metric_source, to_ms
+from .metrics import RowNumbers, RowSource, TraceSearch, metric_source, to_ms
 from .metrics.exporter import MetricsCollector, serve_metrics
 from .rules import parse_duration
 from .tools import watched_series
@@ -80,18 +77,13 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--tracking-uri")
     for made in (once, watch):
         made.add_argument("--state", default="alert_state.db", help="状態ファイル")
-        made.add_argument("--dry-run", action="store_true", help="送らずに標準出力へ書く")
     once.set_defaults(wait_seconds=120.0)  # すぐに終わるので、送り終えるまで待つ
     watch.set_defaults(wait_seconds=5.0)
     watch.add_argument("--interval", type=_positive, help="評価の間隔(秒)。既定は設定の値か 30")
-    watch.add_argument("--heartbeat", type=Path, help="評価のたびに時刻を書くファイル")
     past.add_argument("--hours", type=_positive, default=24.0, help="遡る時間")
-    past.add_argument("--svg", type=Path, help="図の書き出し先")
     export = commands.add_parser("export", help="ほかの監視基盤の形で書き出す")
     formats = export.add_subparsers(required=True, metavar="FORMAT")
     _command(formats, "prometheus", _export_prometheus, "Prometheus のルールにする")
-    made = _command(formats, "alertmanager", _export_alertmanager, "Alertmanager の設定にする")
-    made.add_argument("--url", action="append", default=[], metavar="RECEIVER=URL")
     return parser
 
 
@@ -118,7 +110,8 @@ def _check(options: argparse.Namespace) -> int:
 
 def _once(options: argparse.Namespace) -> int:
     config = load_config(options.config)
-    if config.interval is None and "alertmanager" in _receiver_types(config):
+    receivers = {settings["type"] for settings in config.receivers.values()}
+    if config.interval is None and "alertmanager" in receivers:
         problem = "interval: missing; Alertmanager keeps an alert for three of them (interval: 10m)"
         raise AlertConfigError([problem])
     if parse_duration(config.evaluation_failure_for) <= CRON_STEP:  # 次の回は、その後になる
@@ -136,18 +129,13 @@ def _once(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace) -> int:
-    config, stop = load_config(options.config), _stop_on_signal()
-    interval = timedelta(seconds=options.interval or 30)
-    if options.interval is None and config.interval is not None:
-        interval = parse_duration(config.interval)
+    config = load_config(options.config)
+    stop = _stop_on_signal()
+    interval = parse_duration(config.interval or "30s")
+    if options.interval:
+        interval = timedelta(seconds=options.interval)
     engine, notifier = _engine(options, replace(config, interval=interval))
-
-    def heartbeat() -> None:
-        now = datetime.now(timezone.utc)
-        options.heartbeat.write_text(now.isoformat(), encoding="utf-8")
-
-    beat = heartbeat if options.heartbeat else None
-    engine.run_forever(interval.total_seconds(), stop=stop, heartbeat=beat)
+    engine.run_forever(interval.total_seconds(), stop=stop)
     _finish(engine, notifier)
     return FIRING if engine.active() else OK
 
@@ -162,23 +150,20 @@ def _stop_on_signal() -> threading.Event:
 def _engine(
     options: argparse.Namespace, config: AlertConfig
 ) -> tuple[AlertEngine, MultiChannelNotifier]:
-    notifier = (
-        MultiChannelNotifier().add_handler("console", ConsoleNotificationHandler())
-        if options.dry_run
-        else notifier_from_config(config)
-    )
+    name = _experiment(options, config)
+    notifier = notifier_from_config(config)
     notifier.wait_seconds = options.wait_seconds
-    # 試した発報を、本番の状態ファイルに「知らせた」と残さない
-    state = f"{options.state}.dry-run" if options.dry_run else options.state
-    name, uri = _experiment(options, config), options.tracking_uri
     try:
-        return setup_alerting(name, config, notifier, tracking_uri=uri, state_path=state), notifier
+        engine = setup_alerting(
+            name, config, notifier, tracking_uri=options.tracking_uri, state_path=options.state
+        )
     except MetricSourceError as error:
         # 見張れないことも知らせる。届いていなかった通知も送る
-        blind = AlertEngine(config, _Unreadable(error), notifier, state_path=state)
+        blind = AlertEngine(config, _Unreadable(error), notifier, state_path=options.state)
         blind.evaluate()
         _finish(blind, notifier)
         raise
+    return engine, notifier
 
 
 def _finish(engine: AlertEngine, notifier: MultiChannelNotifier) -> None:
@@ -186,24 +171,14 @@ def _finish(engine: AlertEngine, notifier: MultiChannelNotifier) -> None:
     engine.close()
 
 
-@dataclass(frozen=True)
-class _Unreadable:
+class _Unreadable(RowSource):
     """接続できなかった、指標の出どころ。"""
 
-    error: MetricSourceError
+    def __init__(self, error: MetricSourceError) -> None:
+        self._error = error
 
-    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
-        raise self.error
-
-    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
-        raise self.error
-
-    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
-        raise self.error
-
-
-def _receiver_types(config: AlertConfig) -> set[str]:
-    return {str(settings.get("type")) for settings in config.receivers.values()}
+    def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
+        raise self._error
 
 
 def _experiment(options: argparse.Namespace, config: AlertConfig) -> str:
@@ -222,20 +197,18 @@ def _replay(options: argparse.Namespace) -> int:
     if not rows:
         hours = f"{options.hours:g}"
         raise MetricSourceError(f"no traces in the last {hours} hours; raise --hours")
-    result = replay(config, rows)
-    print(result.table())
-    if options.svg:
-        options.svg.write_text(result.svg(), encoding="utf-8")
+    print(replay(config, rows).table())
     return OK
 
 
 def _serve_metrics(options: argparse.Namespace) -> int:
     config = load_config(options.config)
     source = metric_source(_experiment(options, config), options.tracking_uri)
-    series, offset = watched_series(config), parse_duration(config.offset)
     stop = _stop_on_signal()
     try:
-        collector = MetricsCollector(series, source, offset=offset)
+        collector = MetricsCollector(
+            watched_series(config), source, offset=parse_duration(config.offset)
+        )
         server = serve_metrics(collector, port=options.port, address=options.address)
     except ImportError as error:
         raise AlertConfigError([f"{error}; run: pip install prometheus-client"]) from error
@@ -246,18 +219,10 @@ def _serve_metrics(options: argparse.Namespace) -> int:
 
 
 def _export_prometheus(options: argparse.Namespace) -> int:
-    return _print_yaml(to_prometheus_rules(load_config(options.config)))
-
-
-def _export_alertmanager(options: argparse.Namespace) -> int:
-    urls = {name: url for name, _, url in (item.partition("=") for item in options.url)}
-    return _print_yaml(to_alertmanager_config(load_config(options.config), urls))
-
-
-def _print_yaml(data: Any) -> int:
     import yaml
 
-    print(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), end="")
+    rules = to_prometheus_rules(load_config(options.config))
+    print(yaml.safe_dump(rules, sort_keys=False, allow_unicode=True), end="")
     return OK
 
 

@@ -24,6 +24,9 @@ import mlflow
 from bench_report import Headline, machine, markdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from alerting.synthetic_traffic import SyntheticTraffic
 
 from chapter8_samples import _lab
 from chapter8_samples._lab.servers.mlflow_server import MlflowServer
@@ -36,7 +39,6 @@ from chapter8_samples.alerting.metrics.source import (
     TraceSearch,
 )
 from chapter8_samples.alerting.rules import AlertRule, Rule, format_duration
-from chapter8_samples.alerting.tools.backtest import SyntheticTraffic
 
 EXPERIMENT = "alert-evaluation"
 FOUR: list[Rule] = [
@@ -80,7 +82,7 @@ def sources(uri: str, url: str) -> list[Callable[[], MetricSource]]:
     """測るたびに作り直す(前の回に読んだものを使い回さない)出どころ。"""
     served, direct = TraceSearch(EXPERIMENT, url), TraceSearch(EXPERIMENT, uri)
     return [
-        lambda: ServerMetricSource(served, SearchTracesMetricSource(served)),
+        lambda: ServerMetricSource(served),
         lambda: SearchTracesMetricSource(served),
         lambda: SearchTracesMetricSource(direct),
     ]

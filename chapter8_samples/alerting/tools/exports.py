@@ -1,14 +1,13 @@
-"""8.4.4 同じルールを、Prometheus、Alertmanager、Databricks の形で書き出す。
+"""8.4.4 同じルールを、Prometheus と Databricks の形で書き出す。
 
 監視の基盤がすでにあるなら、評価はそちらに任せるほうがよい。ルールを二重に書かずに済むように、ここの
-設定から相手の形を作る。書き出したものは、本物の promtool と amtool で検査している。
+設定から相手の形を作る。書き出したものは、本物の promtool で検査している。
 
 Databricks では ``to_databricks_alert`` で SQL アラートにする(``databricks-sdk`` が要る)。
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,10 +21,7 @@ from ..rules import (
     BurnRateRule,
     Rule,
     format_duration,
-    parse_duration,
 )
-
-logger = logging.getLogger(__name__)
 
 
 def watched_series(config: AlertConfig) -> list[Series]:
@@ -35,16 +31,8 @@ def watched_series(config: AlertConfig) -> list[Series]:
 
 def series_of(rule: Rule) -> list[Series]:
     """一つのルールが見る系列。値(長い期間が先)、標本の数、偶然の揺れでないかの順。"""
-    compare = rule.compare if isinstance(rule, AlertRule) else None
     found = [
-        Series(
-            metric=metric,
-            window=window,
-            window_label=format_duration(window),
-            ago=None if compare is None else parse_duration(compare),
-            compare_label="" if compare is None else format_duration(compare),
-            by=rule.by if isinstance(rule, AlertRule) else None,
-        )
+        Series(metric=metric, window=window, ago=rule.ago, by=rule.by)
         for metric, window in rule.queries()
     ]
     if rule.min_samples:
@@ -86,20 +74,17 @@ def to_prometheus_rules(config: AlertConfig, *, interval: str = "30s") -> dict[s
 
 
 def _prometheus_rule(rule: Rule, expr: str, labels: Mapping[str, str]) -> dict[str, Any]:
-    annotations = {"summary": _plain(rule.summary or rule.name)}
-    annotations["value"] = "{{ $value }}"
+    annotations = {"summary": _plain(rule.summary or rule.name), "value": "{{ $value }}"}
     if rule.runbook_url:
         annotations["runbook_url"] = _plain(rule.runbook_url)
     if getattr(rule, "clear_threshold", None) is not None:
         annotations["not_exported"] = "clear_threshold"
+    own = {label_name(k): _plain(v) for k, v in {**labels, **rule.labels}.items()}
     made: dict[str, Any] = {
         "alert": rule.name,
         "expr": expr,
         "for": format_duration(rule.for_),
-        "labels": {
-            **{label_name(k): _plain(v) for k, v in {**labels, **rule.labels}.items()},
-            "severity": str(rule.severity),
-        },
+        "labels": {**own, "severity": str(rule.severity)},
         "annotations": annotations,
     }
     if format_duration(rule.keep_firing_for) != "0s":
@@ -112,83 +97,6 @@ def _plain(text: str) -> str:
     return text.replace("{{", "{ {")
 
 
-def to_alertmanager_config(config: AlertConfig, urls: Mapping[str, str]) -> dict[str, Any]:
-    """Alertmanager の設定。通知先は、署名の要らない Webhook の中継(``urls``)にする。
-
-    知らせない時間帯(``mute``)は移さず、警告をログに残す。
-
-    Args:
-        urls: 通知先の名前 -> Webhook の URL。秘密の URL は Alertmanager の秘密として渡すこと。
-
-    Raises:
-        AlertConfigError: ``urls`` にない通知先がある。
-    """
-    names = list(config.receivers) or sorted(urls)
-    if missing := [name for name in names if not urls.get(name)]:
-        raise AlertConfigError([f"urls: no URL for receiver {name!r}" for name in missing])
-    if config.mute:
-        logger.warning("mute windows are not exported; write time_intervals in Alertmanager")
-    routes = config.routes or ({"match": {}, "to": names},)
-    tree = [_route(route, names) for route in routes]
-    combos = {tuple(route["to"]) for route in routes}
-    receivers = [
-        {
-            "name": _receiver(names_),
-            "webhook_configs": [
-                {"url": urls[n], "send_resolved": _resolves(config, n)} for n in names_
-            ],
-        }
-        for names_ in sorted(combos)
-    ]
-    inhibit = [
-        {
-            "source_matchers": _matchers(rule.when),
-            "target_matchers": _matchers(rule.mute),
-            "equal": [label_name(key) for key in rule.equal],
-        }
-        for rule in config.inhibit
-    ]
-    return {
-        "route": {
-            "receiver": tree[-1]["receiver"],
-            "group_by": ["alertname", "service"],
-            "group_wait": "10s",
-            "group_interval": "1m",
-            "repeat_interval": format_duration(config.repeat or "4h"),
-            "routes": tree,
-        },
-        "receivers": receivers,
-        "inhibit_rules": inhibit,
-    }
-
-
-def _resolves(config: AlertConfig, name: str) -> bool:
-    return config.receivers.get(name, {}).get("send_resolved", True)
-
-
-def _receiver(names: Sequence[str]) -> str:
-    return "+".join(names) or "nobody"
-
-
-def _route(route: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    made: dict[str, Any] = {"receiver": _receiver(route["to"])}
-    if route.get("match"):
-        made["matchers"] = _matchers(route["match"])
-    if route.get("repeat"):
-        made["repeat_interval"] = format_duration(route["repeat"])
-    return made
-
-
-def _matchers(labels: Mapping[str, str]) -> list[str]:
-    names = {"name": "alertname"}
-    return [
-        '{}="{}"'.format(
-            names.get(key) or label_name(key), value.replace("\\", "\\\\").replace('"', '\\"')
-        )
-        for key, value in labels.items()
-    ]
-
-
 def to_databricks_alert(
     rule: Rule,
     *,
@@ -196,13 +104,13 @@ def to_databricks_alert(
     warehouse_id: str,
     destination_ids: Sequence[str] = (),
     cron: str = "0 */5 * * * ?",
-    timezone: str = "UTC",
 ) -> Any:
     """Databricks の SQL アラート(v2)。``WorkspaceClient().alerts_v2.create_alert(...)`` に渡す。
 
     Args:
         query: 列 ``value`` に指標の値を 1 行だけ返す SQL。
         destination_ids: 通知先の ID。
+        cron: 評価の間隔(Quartz の書き方、UTC)。
 
     Raises:
         AlertConfigError: 二つの期間を見る burn rate は、一つの SQL アラートにできない。
@@ -219,6 +127,7 @@ def to_databricks_alert(
         "keep": sql.AlertEvaluationState.UNKNOWN,
         "alert": sql.AlertEvaluationState.TRIGGERED,
     }
+    value = sql.AlertV2OperandValue(double_value=float(rule.threshold))
     subscriptions = [sql.AlertV2Subscription(destination_id=i) for i in destination_ids]
     return sql.AlertV2(
         display_name=rule.name,
@@ -228,11 +137,9 @@ def to_databricks_alert(
         evaluation=sql.AlertV2Evaluation(
             source=sql.AlertV2OperandColumn(name="value"),
             comparison_operator=compare[rule.op],
-            threshold=sql.AlertV2Operand(
-                value=sql.AlertV2OperandValue(double_value=float(rule.threshold))
-            ),
+            threshold=sql.AlertV2Operand(value=value),
             empty_result_state=empty[rule.no_data],
             notification=sql.AlertV2Notification(notify_on_ok=True, subscriptions=subscriptions),
         ),
-        schedule=sql.CronSchedule(quartz_cron_schedule=cron, timezone_id=timezone),
+        schedule=sql.CronSchedule(quartz_cron_schedule=cron, timezone_id="UTC"),
     )
