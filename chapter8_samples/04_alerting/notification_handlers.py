@@ -63,8 +63,7 @@ class SlackNotificationHandler(HttpHandler):
 
     name = "slack"
 
-    def __init__(self, webhook_url: str, *, send_resolved: bool = True, **http: Any) -> None:
-        self.send_resolved = send_resolved
+    def __init__(self, webhook_url: str, **http: Any) -> None:
         self.poster = HttpPoster(webhook_url, idempotent=False, **http)
 
     def payload(self, alert: Alert) -> dict[str, Any]:
@@ -94,8 +93,9 @@ class PagerDutyNotificationHandler(HttpHandler):
         if not base_url and region not in PAGERDUTY_URLS:
             raise NotificationConfigError(f"region must be 'us' or 'eu', got {region!r}")
         base = (base_url or PAGERDUTY_URLS[region]).rstrip("/")
-        options: dict[str, Any] = {"secrets": [routing_key], "per_second": 2.0, **http}
-        self._routing_key, self.source = routing_key, source
+        options: dict[str, Any] = {"secrets": [routing_key], **http}
+        self._routing_key = routing_key
+        self.source = source
         self.min_severity = AlertSeverity(min_severity)
         self.poster = HttpPoster(f"{base}/v2/enqueue", idempotent=True, **options)
         self._changes = HttpPoster(f"{base}/v2/change/enqueue", idempotent=False, **options)
@@ -163,7 +163,7 @@ class MultiChannelNotifier(Fanout):
     def set_severity_routing(self, routing: Mapping[AlertSeverity | str, Sequence[str]]) -> None:
         """重大度 -> 通知先の名前。書かなかった重大度は全部の通知先へ送る。"""
         routes = [({"severity": AlertSeverity(k).value}, names) for k, names in routing.items()]
-        self.set_routes(routes, complete=False)
+        self.set_routes(routes)
 
     def notify(
         self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None = None

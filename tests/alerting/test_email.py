@@ -22,8 +22,12 @@ from chapter8_samples.alerting import (
     NotificationConfigError,
     notifier_from_config,
 )
-from chapter8_samples.alerting.delivery.channels import EmailNotificationHandler
-from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
+from chapter8_samples.alerting.delivery import (
+    Alert,
+    AlertSeverity,
+    AlertStatus,
+    EmailNotificationHandler,
+)
 
 ALERT = Alert(
     name="high_error_rate",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from chapter8_samples.alerting.delivery.posting import Alert, AlertSeverity, AlertStatus
+from chapter8_samples.alerting.delivery import Alert, AlertSeverity, AlertStatus
 from chapter8_samples.alerting.releases import (
     AliasRollback,
     ConcurrentChangeError,
@@ -331,14 +331,7 @@ def test_the_journal_fits_unity_catalog() -> None:
 
 def test_a_change_survives_its_tag() -> None:
     change = Change(
-        id="a",
-        seq=1,
-        action="promote",
-        to_version="2",
-        at=START,
-        by="me",
-        reason="日本語",
-        verified=True,
+        id="a", seq=1, action="promote", to_version="2", at=START, by="me", reason="日本語"
     )
     assert Change.from_json(change.to_json()) == change
 

@@ -1,5 +1,14 @@
 """アラートの配送: 型、再試行、通知先、署名。"""
 
+from .alert import (
+    Alert,
+    AlertSeverity,
+    AlertStatus,
+    Delivery,
+    NotificationConfigError,
+    NotificationHandler,
+    fingerprint,
+)
 from .channels import (
     AlertmanagerNotificationHandler,
     EmailNotificationHandler,
@@ -8,28 +17,21 @@ from .channels import (
     label_name,
 )
 from .fanout import Fanout, unreached
-from .posting import (
-    Alert,
-    AlertSeverity,
-    AlertStatus,
-    Delivery,
-    HttpHandler,
-    HttpPoster,
-    NotificationConfigError,
-    NotificationHandler,
-    RetryPolicy,
-    encodable,
-    fingerprint,
-    json_bytes,
-)
+from .posting import HttpHandler, HttpPoster, RetryPolicy
 from .signature import (
     ReplayGuard,
     SignedWebhookNotificationHandler,
     WebhookRefusedError,
-    alert_from_mlflow_webhook,
     verify_signature,
 )
-from .texts import one_line, pagerduty_event, pagerduty_payload, slack_message
+from .texts import (
+    encodable,
+    json_bytes,
+    one_line,
+    pagerduty_event,
+    pagerduty_payload,
+    slack_message,
+)
 
 __all__ = [
     "Alert",
@@ -48,7 +50,6 @@ __all__ = [
     "SignedWebhookNotificationHandler",
     "TeamsNotificationHandler",
     "WebhookRefusedError",
-    "alert_from_mlflow_webhook",
     "encodable",
     "fingerprint",
     "handlers_from_config",

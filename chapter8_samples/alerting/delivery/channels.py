@@ -20,20 +20,17 @@ from itertools import islice
 from typing import Any
 
 from ..rules import AlertConfig
-from .posting import (
+from .alert import (
     Alert,
     AlertSeverity,
     AlertStatus,
     Delivery,
-    HttpHandler,
-    HttpPoster,
     NotificationConfigError,
     NotificationHandler,
-    encodable,
-    json_bytes,
 )
+from .posting import HttpHandler, HttpPoster
 from .signature import SignedWebhookNotificationHandler
-from .texts import facts, links, title
+from .texts import encodable, facts, json_bytes, links, title
 
 TEAMS_MAX_BYTES = 21_000
 """Teams の上限は 28 KB だが、実際にはこのあたりから拒否される。"""
@@ -44,8 +41,7 @@ class TeamsNotificationHandler(HttpHandler):
 
     name = "teams"
 
-    def __init__(self, workflow_url: str, *, send_resolved: bool = True, **http: Any) -> None:
-        self.send_resolved = send_resolved
+    def __init__(self, workflow_url: str, **http: Any) -> None:
         self.poster = HttpPoster(workflow_url, idempotent=False, **http)
 
     def payload(self, alert: Alert) -> dict[str, Any]:
@@ -66,19 +62,27 @@ class TeamsNotificationHandler(HttpHandler):
         ]
         if (notes := _markdown_links(alert)) and limit > 20:
             body.append({"type": "TextBlock", "text": notes, "wrap": True})
-        content = {"type": "AdaptiveCard", "version": "1.4", "body": body}
-        content["$schema"] = "http://adaptivecards.io/schemas/adaptive-card.json"
+        card = {
+            "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+            "type": "AdaptiveCard",
+            "version": "1.4",
+            "body": body,
+        }
         kind = "application/vnd.microsoft.card.adaptive"
-        attachment = {"contentType": kind, "contentUrl": None, "content": content}
+        attachment = {"contentType": kind, "contentUrl": None, "content": card}
         return {"type": "message", "attachments": [attachment]}
 
 
 def _markdown_links(alert: Alert) -> str:
     """手順書と例のトレースへのリンク。URL の分からないトレースは ID だけになる。"""
-    found = dict(links(alert)[:1] if alert.runbook_url else [])
-    found |= {trace: alert.links.get(trace, "") for trace in alert.examples} | dict(alert.links)
-    pairs = islice(found.items(), 6)
-    return " / ".join(f"[{k[:100]}]({url})" if 0 < len(url) <= 900 else k[:100] for k, url in pairs)
+    found = {"runbook": alert.runbook_url} if alert.runbook_url else {}
+    found |= {trace: alert.links.get(trace, "") for trace in alert.examples}
+    found |= alert.links
+    notes: list[str] = []
+    for name, url in islice(found.items(), 6):
+        short = name[:100]
+        notes.append(f"[{short}]({url})" if 0 < len(url) <= 900 else short)
+    return " / ".join(notes)
 
 
 class AlertmanagerNotificationHandler(HttpHandler):
@@ -98,15 +102,15 @@ class AlertmanagerNotificationHandler(HttpHandler):
         clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         **http: Any,
     ) -> None:
-        self.hold, self._now = hold, clock
-        options: dict[str, Any] = {"per_second": 50.0, **http}
-        self.poster = HttpPoster(f"{url.rstrip('/')}/api/v2/alerts", idempotent=True, **options)
+        self.hold = hold
+        self._clock = clock
+        self.poster = HttpPoster(f"{url.rstrip('/')}/api/v2/alerts", idempotent=True, **http)
 
     def payload(self, alert: Alert) -> Any:
         """API v2 のアラートの列(1 件)。"""
-        ends_at = self._now() + self.hold
+        ends_at = self._clock() + self.hold
         if alert.status is AlertStatus.RESOLVED:
-            ends_at = alert.ends_at or self._now()
+            ends_at = alert.ends_at or self._clock()
         labels = {label_name(key): value for key, value in alert.labels.items()}
         labels |= {"alertname": alert.name, "severity": alert.severity.value}
         annotations = {"summary": alert.summary, "examples": " ".join(alert.examples)}
@@ -157,24 +161,26 @@ class EmailNotificationHandler(NotificationHandler):
         timeout_seconds: float = 10.0,
         clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
     ) -> None:
-        if not to:
-            raise NotificationConfigError("to must name at least one address")
         if tls not in ("", "starttls", "implicit", "none"):
             raise NotificationConfigError(f"tls must be starttls, implicit or none, got {tls!r}")
-        self.host, self.port, self.sender, self.to = host, port, sender, tuple(to)
+        self._host = host
+        self._port = port
+        self._sender = sender
+        self._to = tuple(to)
         self._tls = tls or ("implicit" if port == 465 else "starttls")
-        self._user, self._password = user, password
-        self._timeout, self._clock = timeout_seconds, clock
-
-    def __repr__(self) -> str:
-        return f"EmailNotificationHandler(host={self.host!r}, to={len(self.to)})"
+        self._user = user
+        self._password = password
+        self._timeout = timeout_seconds
+        self._clock = clock
 
     def message(self, alert: Alert) -> EmailMessage:
         """送る文面。同じアラートのメールは一つのスレッドにまとまる。"""
         mail = EmailMessage()
         mail["Subject"] = encodable(" ".join(f"{title(alert)} {alert.summary}".split())[:200])
-        mail["From"], mail["To"], mail["Date"] = self.sender, ", ".join(self.to), self._clock()
-        domain = parseaddr(self.sender)[1].rpartition("@")[2]
+        mail["From"] = self._sender
+        mail["To"] = ", ".join(self._to)
+        mail["Date"] = self._clock()
+        domain = parseaddr(self._sender)[1].rpartition("@")[2]
         mail["Message-ID"] = make_msgid(domain=domain or "alerts.invalid")
         mail["References"] = f"<{alert.fingerprint}@alerts.invalid>"
         rows = [("重大度", alert.severity.value), *facts(alert)]
@@ -185,34 +191,27 @@ class EmailNotificationHandler(NotificationHandler):
 
     def deliver(self, alert: Alert) -> Delivery:
         """送る。接続できないときは、後で送り直せる失敗になる。"""
-        started = self._clock()
         refused: dict[str, Any] | None = None
         try:
             with self._connect() as server:
+                if self._tls == "starttls":
+                    server.starttls(context=ssl.create_default_context())
                 if self._user:
                     server.login(self._user, self._password)
                 refused = server.send_message(self.message(alert))
         except (OSError, smtplib.SMTPException) as error:
             if refused is None:  # 受け取られた後の失敗(QUIT への答えなど)では、送り直さない
-                reason = f"{type(error).__name__} from {self.host}"
+                reason = f"{type(error).__name__} from {self._host}"
                 return self.result(alert, ok=False, error=reason, retryable=_may_retry(error))
         # 一部の宛先だけが拒否された: 送り直すと、届いた宛先に二重に届く
         note = f"refused: {', '.join(sorted(refused))}" if refused else ""
-        seconds = (self._clock() - started).total_seconds()
-        return self.result(alert, ok=True, error=note, elapsed_seconds=seconds)
+        return self.result(alert, ok=True, error=note)
 
     def _connect(self) -> smtplib.SMTP:
         if self._tls == "implicit":
             context = ssl.create_default_context()
-            return smtplib.SMTP_SSL(self.host, self.port, timeout=self._timeout, context=context)
-        server = smtplib.SMTP(self.host, self.port, timeout=self._timeout)
-        try:
-            if self._tls == "starttls":
-                server.starttls(context=ssl.create_default_context())
-        except BaseException:
-            server.close()
-            raise
-        return server
+            return smtplib.SMTP_SSL(self._host, self._port, timeout=self._timeout, context=context)
+        return smtplib.SMTP(self._host, self._port, timeout=self._timeout)
 
 
 def _may_retry(error: Exception) -> bool:
@@ -250,24 +249,33 @@ def handlers_from_config(
     found: dict[str, NotificationHandler] = {}
     unset: list[str] = []
     for name, settings in (config.receivers or {"console": {"type": "console"}}).items():
-        missing = [v for k, v in settings.items() if k.endswith("_env") and not environ.get(v)]
+        missing = [v for k, v in settings.items() if k.endswith("_env") and not environ.get(str(v))]
         unset += [f"{variable} (receiver {name})" for variable in missing]
         if not missing:
-            found[name] = _handler({**MAKERS, **makers}, settings, environ, config)
+            make = {**MAKERS, **makers}[settings["type"]]
+            found[name] = _handler(make, settings, environ, config)
     if unset:
         raise NotificationConfigError(f"environment variables are not set: {', '.join(unset)}")
     return found
 
 
 def _handler(
-    makers: Makers, settings: Mapping[str, Any], environ: Mapping[str, str], config: AlertConfig
+    make: Callable[..., NotificationHandler],
+    settings: Mapping[str, Any],
+    environ: Mapping[str, str],
+    config: AlertConfig,
 ) -> NotificationHandler:
-    common = ("type", "send_resolved", "min_severity")
-    plain = {k: v for k, v in settings.items() if k not in common and not k.endswith("_env")}
-    secret = {k.removesuffix("_env"): environ[v] for k, v in settings.items() if k.endswith("_env")}
-    hold = {"hold": config.hold} if settings["type"] == "alertmanager" else {}
-    handler = makers[settings["type"]](**plain, **secret, **hold)
+    arguments: dict[str, Any] = {}
+    for key, value in settings.items():
+        if key.endswith("_env"):
+            arguments[key.removesuffix("_env")] = environ[value]
+        elif key not in ("type", "send_resolved", "min_severity"):
+            arguments[key] = value
+    if settings["type"] == "alertmanager":
+        arguments["hold"] = config.hold
+    handler = make(**arguments)
     if "min_severity" in settings:
         handler.min_severity = AlertSeverity(settings["min_severity"])
-    handler.send_resolved = settings.get("send_resolved", handler.send_resolved)
+    if "send_resolved" in settings:
+        handler.send_resolved = settings["send_resolved"]
     return handler

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import datetime
 
-from .posting import (
+from .alert import (
     Alert,
     AlertSeverity,
     AlertStatus,
@@ -24,87 +23,74 @@ MAX_UNCLAIMED = 1000
 """受け取られるのを待つ、結果の数の上限。"""
 
 Key = tuple[str, AlertStatus, AlertSeverity, datetime]
-"""同じ通知か。値だけが違う繰り返しは、まだ列にあるなら一つにまとめる。"""
 Route = tuple[Mapping[str, str], Sequence[str]]
 """(条件, 通知先の名前)。"""
 
 
+def _key(alert: Alert) -> Key:
+    """同じ通知か。値だけが違う繰り返しは、まだ列にあるなら一つにまとめる。"""
+    return (alert.fingerprint, alert.status, alert.severity, alert.starts_at)
+
+
 class ChannelQueue:
-    """一つの通知先の列。送るスレッドは、列が空になれば終わる(プロセスは、送り終えてから終わる)。"""
+    """一つの通知先の列。渡した順に 1 件ずつ送る(プロセスは、送り終えてから終わる)。"""
 
     def __init__(self, handler: NotificationHandler) -> None:
-        self.handler, self.failures = handler, 0
-        self._waiting: deque[tuple[Alert, Future[Delivery]]] = deque()
+        self.handler = handler
         self._jobs: dict[Key, Future[Delivery]] = {}
-        self._lock, self._running = threading.Lock(), False
+        self._last: Future[Delivery] | None = None
+        self._lock = threading.Lock()
+        self._worker = ThreadPoolExecutor(1)
 
     @property
     def busy(self) -> bool:
         """前に渡されたものを、まだ送っているか。"""
-        with self._lock:
-            return self._running
+        return self._last is not None and not self._last.done()
 
-    def put(self, alert: Alert, key: Key, *, again: bool = False) -> Future[Delivery]:
-        """列に加える。同じ通知(``key``)がまだ列にあれば加えない(二重に届く)。
+    def put(self, alert: Alert, *, again: bool = False) -> Future[Delivery]:
+        """列に加える。同じ通知がまだ列にあれば加えない(二重に届く)。
 
         Args:
             again: 送り直しか。待つのをやめた間に済んでいれば、送らずにその結果を返す。
         """
+        key = _key(alert)
         with self._lock:
             job = self._jobs.get(key)
             if job and (again or not job.done()):
                 return job
             if len(self._jobs) >= MAX_UNCLAIMED:
                 self._jobs = {k: kept for k, kept in self._jobs.items() if not kept.done()}
-            job = self._jobs[key] = Future[Delivery]()
-            self._waiting.append((alert, job))
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._work, name=f"notify-{self.handler.name}").start()
-            return job
+            self._last = self._jobs[key] = self._worker.submit(self.send, alert)
+            return self._last
 
-    def take(self, alert: Alert, key: Key, job: Future[Delivery]) -> Delivery:
+    def take(self, alert: Alert, job: Future[Delivery]) -> Delivery:
         """結果。まだなら ``pending`` で、後で ``put(again=True)`` から受け取れる。"""
         if not job.done():
-            return self._unsent(alert, "still being sent; the channel is slow", pending=True)
+            note = "still being sent; the channel is slow"
+            return self.handler.result(
+                alert, ok=False, attempts=0, error=note, retryable=True, pending=True
+            )
         with self._lock:
-            self._jobs.pop(key, None)
+            self._jobs.pop(_key(alert), None)
+        if job.cancelled():
+            note = "not sent: the process is ending"
+            return self.handler.result(alert, ok=False, attempts=0, error=note, retryable=True)
         return job.result()
 
     def stop(self) -> None:
-        """待っているものは送らずに(後で送り直せる失敗として)返し、送っている途中の 1 件を待つ。"""
+        """待っているものは送らずに(後で送り直せる失敗にして)、送っている途中の 1 件を待つ。"""
         with self._lock:
-            dropped, self._waiting = self._waiting, deque()
-            unfinished = [job for job in self._jobs.values() if not job.done()]
-        for alert, job in dropped:
-            job.set_result(self._unsent(alert, "not sent: the process is ending"))
-        wait(unfinished)
-
-    def _unsent(self, alert: Alert, note: str, *, pending: bool = False) -> Delivery:
-        return self.handler.result(
-            alert, ok=False, attempts=0, error=note, retryable=True, pending=pending
-        )
+            ending = self._worker
+            self._worker = ThreadPoolExecutor(1)
+        ending.shutdown(cancel_futures=True)
 
     def send(self, alert: Alert) -> Delivery:
         """列を通さずに送る。"""
-        try:
-            delivery = self.handler.send(alert)
-        except Exception as error:  # 一つのハンドラーの誤りで他を止めない
-            delivery = self.handler.result(alert, ok=False, error=f"raised {type(error).__name__}")
+        delivery = self.handler.send(alert)
         if not delivery.ok:
-            self.failures += 1
             name, reason = self.handler.name, delivery.error
             logger.warning("alert %s not sent by %s: %s", alert.name, name, reason)
         return delivery
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._running = False
-                    return
-                alert, job = self._waiting.popleft()
-            job.set_result(self.send(alert))
 
 
 class Fanout:
@@ -122,19 +108,12 @@ class Fanout:
         handler.name = name
         self.queues[name] = ChannelQueue(handler)
 
-    @property
-    def failures(self) -> int:
-        """これまでに失敗した配送の数。"""
-        return sum(queue.failures for queue in [*self.queues.values(), self.fallback])
-
-    def set_routes(self, routes: Iterable[Route], *, complete: bool = True) -> None:
-        """(条件, 通知先の名前) の列。``complete`` なら、最後は無条件(``{}``)にする。"""
+    def set_routes(self, routes: Iterable[Route]) -> None:
+        """(条件, 通知先の名前) の列。どれにも合わないアラートは、全部の通知先へ送る。"""
         table = [(dict(match), tuple(names)) for match, names in routes]
         if unknown := sorted({n for _, names in table for n in names} - self.queues.keys()):
             known = ", ".join(sorted(self.queues)) or "none"
             raise NotificationConfigError(f"unknown handlers {unknown}; registered: {known}")
-        if complete and (not table or table[-1][0]):
-            raise NotificationConfigError("the last route must match everything: ({}, [...])")
         self._routes = [*table]
 
     def route(self, alert: Alert) -> Sequence[str]:
@@ -162,19 +141,17 @@ class Fanout:
 
         前の分をまだ送っている通知先は待たない。
         """
-        keyed = [
-            (alert, (alert.fingerprint, alert.status, alert.severity, alert.starts_at), names)
-            for alert, names in targets
-        ]
-        behind = {name for name, queue in self.queues.items() if queue.busy}
-        jobs = [
-            (name, alert, key, queue.put(alert, key, again=again))
-            for name, queue in self.queues.items()
-            for alert, key, names in keyed
-            if name in names
-        ]
-        wait([job for name, _, _, job in jobs if name not in behind], timeout=wait_seconds)
-        return [self.queues[name].take(alert, key, job) for name, alert, key, job in jobs]
+        jobs: list[tuple[ChannelQueue, Alert, Future[Delivery]]] = []
+        awaited: list[Future[Delivery]] = []
+        for name, queue in self.queues.items():
+            behind = queue.busy
+            for alert in [alert for alert, names in targets if name in names]:
+                job = queue.put(alert, again=again)
+                jobs.append((queue, alert, job))
+                if not (behind or job.done()):
+                    awaited.append(job)
+        wait(awaited, timeout=wait_seconds)
+        return [queue.take(alert, job) for queue, alert, job in jobs]
 
     def stop(self) -> None:
         """プロセスを終える前に呼ぶ。送っている途中のものだけを待ち、残りは次の回に任せる。"""

@@ -1,4 +1,4 @@
-"""8.4.3 署名付き Webhook: 送る、確かめる、MLflow の Webhook をアラートにする。
+"""8.4.3 署名付き Webhook: 送る、確かめる。
 
 誰でも呼べる Webhook をそのまま信じると、偽の通知でロールバックまで起こせる。署名と時刻と配送 ID を
 確かめ、書き換え、古いもの、再送を拒否する。MLflow の Webhook の署名は Standard Webhooks と同じ。
@@ -18,28 +18,21 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, Literal
 
-from .posting import (
-    Alert,
-    AlertSeverity,
-    Delivery,
-    HttpHandler,
-    HttpPoster,
-    NotificationConfigError,
-)
+from .alert import Alert, AlertStatus, Delivery, NotificationConfigError
+from .posting import HttpHandler, HttpPoster
 
+Event = tuple[datetime, AlertStatus]
 Scheme = Literal["standard", "mlflow"]
 HEADERS: Mapping[Scheme, tuple[str, str, str]] = {
     "standard": ("webhook-id", "webhook-timestamp", "webhook-signature"),
     "mlflow": ("x-mlflow-delivery-id", "x-mlflow-timestamp", "x-mlflow-signature"),
 }
 TOLERANCE_SECONDS = 300
-MAX_UNSETTLED = 1000
-"""ID を覚えておく、まだ届いていない通知の数。"""
 
 
 class WebhookRefusedError(ValueError):
@@ -172,8 +165,10 @@ class SignedWebhookNotificationHandler(HttpHandler):
     def __init__(
         self, url: str, secret: str, *, clock: Callable[[], float] = time.time, **http: Any
     ) -> None:
-        self._secret, self._now = secret, clock
-        self._unsettled: OrderedDict[tuple[str, ...], str] = OrderedDict()
+        self._secret = secret
+        self._clock = clock
+        self._unsettled: dict[str, tuple[Event, str]] = {}
+        """``fingerprint`` -> 届いたか分からない通知と、その ID。"""
         _key(secret, "standard")  # 空の秘密や読めない秘密は、送るときではなく作るときに拒否する
         self.poster = HttpPoster(url, idempotent=True, secrets=[secret], **http)
 
@@ -183,53 +178,21 @@ class SignedWebhookNotificationHandler(HttpHandler):
 
     def headers(self, alert: Alert, body: bytes) -> Mapping[str, str]:
         """署名のヘッダー。届いたか分からない通知を後で送り直すときは、前と同じ ID を使う。"""
-        message_id = self._unsettled.setdefault(_identity(alert), f"msg_{uuid.uuid4().hex}")
-        timestamp = str(int(self._now()))
-        values = (message_id, timestamp, sign(self._secret, message_id, timestamp, body))
-        return dict(zip(HEADERS["standard"], values, strict=True))
+        event = (alert.starts_at, alert.status)
+        before, message_id = self._unsettled.get(alert.fingerprint, (None, ""))
+        if before != event:
+            message_id = f"msg_{uuid.uuid4().hex}"
+            self._unsettled[alert.fingerprint] = (event, message_id)
+        timestamp = str(int(self._clock()))
+        return {
+            "webhook-id": message_id,
+            "webhook-timestamp": timestamp,
+            "webhook-signature": sign(self._secret, message_id, timestamp, body),
+        }
 
     def deliver(self, alert: Alert) -> Delivery:
         """署名を付けて送る。"""
         delivery = super().deliver(alert)
         if not delivery.retryable:
-            self._unsettled.pop(_identity(alert), None)
-        while len(self._unsettled) > MAX_UNSETTLED:
-            self._unsettled.popitem(last=False)
+            self._unsettled.pop(alert.fingerprint, None)
         return delivery
-
-
-def _identity(alert: Alert) -> tuple[str, ...]:
-    return (alert.fingerprint, alert.status.value, alert.starts_at.isoformat())
-
-
-def alert_from_mlflow_webhook(payload: Mapping[str, Any]) -> Alert:
-    """MLflow の Webhook(予算の超過、エイリアスの変更など)をアラートにする。
-
-    予算の超過は error、そのほかは info。知らない種類も、捨てずに info のアラートにする。
-    """
-    entity, action = str(payload.get("entity", "unknown")), str(payload.get("action", "unknown"))
-    raw: Any = payload.get("data")
-    data: dict[str, Any] = dict(raw) if isinstance(raw, Mapping) else {}
-    keys = ("name", "alias", "version", "key", "budget_policy_id", "workspace")
-    labels = {key: str(data[key]) for key in keys if data.get(key) not in (None, "")}
-    if entity == "budget_policy":
-        return Alert(
-            name="mlflow_budget_exceeded",
-            summary="MLflow Gateway の予算を超えました",
-            severity=AlertSeverity.ERROR,
-            metric="gateway_spend_usd",
-            value=_float(data.get("current_spend")),
-            threshold=_float(data.get("budget_amount")),
-            labels=labels,
-        )
-    identity = {key: value for key, value in labels.items() if key != "version"}
-    return Alert(
-        name=f"mlflow_{entity}_{action}",
-        summary=" ".join([entity, action, *(f"{k}={v}" for k, v in labels.items())]),
-        severity=AlertSeverity.INFO,
-        labels=identity,
-    )
-
-
-def _float(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None

@@ -1,17 +1,71 @@
-"""8.4.2 通知の文: 見出し、値の列、リンク。どの通知先でも同じ言葉になる。"""
+"""8.4.2 通知の文: 見出し、値の列、リンク、JSON。どの通知先でも同じ言葉になる。"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import html
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timezone
+from enum import Enum
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
-from .posting import Alert, AlertStatus, encodable, json_bytes, json_ready
+from .alert import Alert, AlertStatus
 
 PAGERDUTY_MAX_BYTES = 300_000
 """イベントの上限は 512 KB。リンクの分を残す。"""
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKS = {AlertStatus.FIRING: "発報", AlertStatus.RESOLVED: "解消"}
+
+
+def encodable(text: str, encoding: str = "utf-8") -> str:
+    """``encoding`` で書けない文字(対になっていないサロゲートなど)を「?」にする。
+
+    >>> encodable("broken \\ud800 text"), encodable("発報 \\U0001f600", "cp932")
+    ('broken ? text', '発報 ?')
+    """
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def clip(text: str, limit: int) -> str:
+    """``limit`` 文字を超えたら切って「…」を付ける。"""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def json_bytes(data: Any, *, ascii_only: bool = False) -> bytes:
+    """UTF-8 の JSON。JSON や UTF-8 にできない値も、失敗させずに近い文字列にする。
+
+    >>> json_bytes({1: float("nan")})
+    b'{"1": "nan"}'
+    """
+    return json.dumps(json_ready(data), ensure_ascii=ascii_only).encode("utf-8", "replace")
+
+
+def json_ready(
+    value: Any, chars: int | None = None, items: int | None = None, depth: int = 20
+) -> Any:
+    """必ず JSON になる値。``chars`` は文字列の、``items`` は列の長さの上限。"""
+    if isinstance(value, Enum):
+        value = value.value
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and abs(value) < 1e300:  # nan と inf は、比べると偽になる
+        return value
+    if depth and isinstance(value, Mapping):
+        pairs = islice(cast("Mapping[Any, Any]", value).items(), items)
+        return {_text(k, chars): json_ready(v, chars, items, depth - 1) for k, v in pairs}
+    if depth and isinstance(value, list | tuple | set | frozenset):
+        found = islice(cast("Iterable[Any]", value), items)
+        return [json_ready(item, chars, items, depth - 1) for item in found]
+    return _text(value, chars)
+
+
+def _text(value: Any, chars: int | None) -> str:
+    try:
+        text = str(value)
+    except Exception:  # 桁の多すぎる整数、壊れた __str__
+        text = f"<{type(value).__name__}>"
+    return text if chars is None else clip(text, chars)
 
 
 def slack_escape(text: str, limit: int) -> str:
@@ -22,25 +76,16 @@ def slack_escape(text: str, limit: int) -> str:
     >>> slack_escape("<<<<", 9)
     '&lt;&lt;…'
     """
-    pieces = [_ENTITIES.get(ch, ch) for ch in text[: limit + 1]]
-    if sum(map(len, pieces)) <= limit:
-        return "".join(pieces)
-    kept, room = list[str](), limit - 1
-    for piece in pieces:  # 実体参照の途中では切らない
-        if (room := room - len(piece)) < 0:
-            break
-        kept.append(piece)
-    return "".join(kept) + "…"
-
-
-def clip(text: str, limit: int) -> str:
-    """``limit`` 文字を超えたら切って「…」を付ける。"""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    escaped = html.escape(text[: limit + 1], quote=False)
+    if len(escaped) <= limit:
+        return escaped
+    cut = re.sub(r"&[a-z]*$", "", escaped[: limit - 1])  # 実体参照の途中では切らない
+    return cut + "…"
 
 
 def title(alert: Alert) -> str:
     """発報か解消かと、名前。"""
-    return f"[{'発報' if alert.status is AlertStatus.FIRING else '解消'}] {alert.name}"
+    return f"[{_MARKS[alert.status]}] {alert.name}"
 
 
 def headline(alert: Alert) -> str:
@@ -49,13 +94,14 @@ def headline(alert: Alert) -> str:
     >>> headline(Alert(name="slow_p95", severity="critical"))
     '[発報] CRITICAL slow_p95'
     """
-    return title(alert).replace("] ", f"] {alert.severity.value.upper()} ", 1)
+    return f"[{_MARKS[alert.status]}] {alert.severity.value.upper()} {alert.name}"
 
 
 def summary(alert: Alert) -> str:
     """本文の 1 文。解消では、書かれているのが発報したときの内容だと分かるようにする。"""
-    resolved = alert.status is AlertStatus.RESOLVED and alert.summary
-    return f"発報時の内容: {alert.summary}" if resolved else alert.summary
+    if alert.summary and alert.status is AlertStatus.RESOLVED:
+        return f"発報時の内容: {alert.summary}"
+    return alert.summary
 
 
 def facts(alert: Alert) -> Iterator[tuple[str, str]]:
