@@ -198,12 +198,6 @@ def test_it_waits_for_the_end_of_the_update(fake: FakeWorkspace, client: Workspa
     assert fake.update == "NOT_UPDATING"
 
 
-def test_without_waiting_the_update_goes_on(fake: FakeWorkspace, client: WorkspaceClient) -> None:
-    fake.busy_polls = 9
-    assert shift_serving_traffic("bot", "m-1", workspace=client, wait=False)["changed"]
-    assert (fake.update, fake.busy_polls) == ("IN_PROGRESS", 9)
-
-
 @pytest.mark.parametrize("end", ["UPDATE_FAILED", "UPDATE_CANCELED"])
 def test_a_failed_update_is_an_error(
     fake: FakeWorkspace, client: WorkspaceClient, end: str

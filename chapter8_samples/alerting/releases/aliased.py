@@ -54,20 +54,17 @@ class Aliased(Generic[T]):
         tracking_uri: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name, self.alias, self.ttl_seconds = name, alias, ttl_seconds
-        self._tracking_uri, self._clock, self._lock = tracking_uri, clock, threading.Lock()
+        self.name = name
+        self.alias = alias
+        self._ttl_seconds = ttl_seconds
+        self._tracking_uri = tracking_uri
+        self._clock = clock
+        self._lock = threading.Lock()
         self._loaded: Loaded[T] | None = None
         self._expires_at = 0.0
-        self.failures = 0
-        """読み直しに失敗した回数。"""
-        self.last_error = ""
 
-    def resolve(self) -> str:
-        """エイリアスの指すバージョン。"""
-        raise NotImplementedError
-
-    def load(self, version: str) -> T:
-        """そのバージョンを読み込む。"""
+    def read(self, before: Loaded[T] | None) -> Loaded[T]:
+        """エイリアスの指すものを読む。版が ``before`` と同じなら、読み込み直さなくてよい。"""
         raise NotImplementedError
 
     def get(self) -> Loaded[T]:
@@ -89,23 +86,21 @@ class Aliased(Generic[T]):
         return self.get().version
 
     def _fresh(self) -> Loaded[T]:
-        loaded = self._loaded
-        if loaded and self._clock() < self._expires_at:
-            return loaded  # 待つ間に、ほかのスレッドが読んだ
+        before = self._loaded
+        if before and self._clock() < self._expires_at:
+            return before  # 待つ間に、ほかのスレッドが読んだ
         try:
-            version = self.resolve()
-            if loaded is None or version != loaded.version:
-                loaded = self._loaded = Loaded(version, self.load(version))
-                logger.info("%s@%s is now version %s", self.name, self.alias, version)
-            self.last_error = ""
+            loaded = self.read(before)
         except Exception as error:  # 何が起きても、最後に読めた版で動き続ける
-            self.failures += 1
-            self.last_error = f"{type(error).__name__}: {error}"
-            if loaded is None:
-                problem = f"cannot load {self.name}@{self.alias}: {self.last_error}"
-                raise AliasUnavailableError(problem) from error
-            logger.warning("keeping %s of %s: %s", loaded.version, self.name, self.last_error)
-        self._expires_at = self._clock() + self.ttl_seconds
+            problem = f"{self.name}@{self.alias}: {type(error).__name__}: {error}"
+            if before is None:
+                raise AliasUnavailableError(f"cannot load {problem}") from error
+            logger.warning("keeping version %s of %s", before.version, problem)
+            loaded = before
+        if before is None or loaded.version != before.version:
+            logger.info("%s@%s is now version %s", self.name, self.alias, loaded.version)
+        self._loaded = loaded
+        self._expires_at = self._clock() + self._ttl_seconds
         return loaded
 
     def _uri(self) -> str:
@@ -140,7 +135,6 @@ class AliasedPrompt(Aliased[Template]):
 
     def __init__(self, name: str, alias: str = "production", **options: Any) -> None:
         super().__init__(name, alias, **options)
-        self._fetched: Template = ""
 
     @property
     def template(self) -> Template:
@@ -154,24 +148,22 @@ class AliasedPrompt(Aliased[Template]):
             raise TypeError(f"{self.name} is a chat prompt; use .template")
         return _VARIABLE.sub(lambda found: str(variables[found[1]]), template)
 
-    def resolve(self) -> str:
-        """エイリアスの指すバージョン(本文も一度に届く)。"""
-        if self._uri().startswith(("http://", "https://")):
+    def read(self, before: Loaded[Template] | None) -> Loaded[Template]:
+        """エイリアスの指すバージョンと本文(一度に届く)。"""
+        uri = self._uri()
+        if uri.startswith(("http://", "https://")):
             found = self._over_rest()
             tags = {tag["key"]: tag["value"] for tag in found.get("tags", [])}
-            text, chat = tags["mlflow.prompt.text"], tags.get("_mlflow_prompt_type") == "chat"
-            self._fetched = json.loads(text) if chat else text
-            return str(found["version"])
+            text = tags["mlflow.prompt.text"]
+            chat = tags.get("_mlflow_prompt_type") == "chat"
+            return Loaded(str(found["version"]), json.loads(text) if chat else text)
         from mlflow import MlflowClient
 
-        client: Any = MlflowClient(tracking_uri=self._uri(), registry_uri=self._uri())
+        # Databricks のプロンプトは、トレースと別の URI(Unity Catalog)にある。MLflow に選ばせる
+        registry = None if uri.startswith("databricks") else uri
+        client: Any = MlflowClient(tracking_uri=uri, registry_uri=registry)
         prompt = client.get_prompt_version_by_alias(self.name, self.alias)
-        self._fetched = prompt.template
-        return str(prompt.version)
-
-    def load(self, version: str) -> Template:
-        """``resolve`` と同じ応答にあった本文。"""
-        return self._fetched
+        return Loaded(str(prompt.version), prompt.template)
 
 
 class AliasedModel(Aliased[Any]):
@@ -193,8 +185,15 @@ class AliasedModel(Aliased[Any]):
         super().__init__(name, alias, **options)
         self._loader = loader
 
-    def resolve(self) -> str:
-        """エイリアスの指すバージョン。"""
+    def read(self, before: Loaded[Any] | None) -> Loaded[Any]:
+        """エイリアスの指すバージョン。版が替わったときだけ読み込む。"""
+        version = self._resolve()
+        if before and before.version == version:
+            return before
+        uri = f"models:/{self.name}/{version}"
+        return Loaded(version, self._loader(uri) if self._loader else self._load(uri))
+
+    def _resolve(self) -> str:
         try:
             from mlflow import MlflowClient
         except ImportError:  # mlflow-tracing だけの環境
@@ -202,15 +201,11 @@ class AliasedModel(Aliased[Any]):
         client: Any = MlflowClient(tracking_uri=self._tracking_uri)
         return str(client.get_model_version_by_alias(self.name, self.alias).version)
 
-    def load(self, version: str) -> Any:
-        """そのバージョンを読み込む。"""
-        uri = f"models:/{self.name}/{version}"
-        if self._loader:
-            return self._loader(uri)
+    def _load(self, uri: str) -> Any:
         import mlflow.pyfunc
 
-        wanted = self._tracking_uri or mlflow.get_registry_uri()
-        if wanted.rstrip("/") != mlflow.get_registry_uri().rstrip("/"):
+        registry = mlflow.get_registry_uri()
+        if self._tracking_uri and self._tracking_uri.rstrip("/") != registry.rstrip("/"):
             raise ValueError(  # load_model には接続先を渡せない: 同じ名前の別のモデルを読んでしまう
                 "tracking_uri is not the registry that mlflow.pyfunc.load_model reads; "
                 "call mlflow.set_registry_uri(tracking_uri), or pass loader"

@@ -52,15 +52,13 @@ class Change:
     state: str = "prepared"
     """prepared、done、aborted(切り替わる前に落ちた)、restored(確認に失敗して戻した)、
     superseded(ほかの誰かが動かした)、dry-run。"""
-    verified: bool = False
-    """切り替えた後の確認まで済んだか。"""
     request_id: str | None = None
     undoes: str | None = None
 
     def to_json(self) -> str:
         """タグの値(1,000 文字以内)。長すぎる理由は切る。"""
         fields = {**asdict(self), "at": self.at.timestamp()}
-        kept = {key: value for key, value in fields.items() if value not in (None, "", False)}
+        kept = {key: value for key, value in fields.items() if value not in (None, "")}
         if (extra := len(_json(kept)) - MAX_TAG_CHARS) > 0:
             kept["reason"] = self.reason[: max(0, len(self.reason) - extra - 8)]
         return _json(kept)
@@ -99,7 +97,7 @@ def find_request(history: list[Change], request_id: str | None) -> Change | None
     return found[-1] if found else None
 
 
-def default_actor() -> str:
+def _default_actor() -> str:
     """誰が変えたか(ユーザー@ホスト:プロセス番号)。"""
     try:
         user = getpass.getuser()
@@ -141,9 +139,13 @@ class Journal:
         sleep: Callable[[float], None] = time.sleep,
         actor: str = "",
     ) -> None:
-        self.target, self.clock, self.actor = target, clock, actor or default_actor()
-        self._lease, self._settle = timedelta(seconds=lease_seconds), settle_seconds
-        self._sleep, self._label = sleep, f"{target.name}@{target.alias}"
+        self.target = target
+        self.clock = clock
+        self.actor = actor or _default_actor()
+        self._lease = timedelta(seconds=lease_seconds)
+        self._settle = settle_seconds
+        self._sleep = sleep
+        self._label = f"{target.name}@{target.alias}"
         # Unity Catalog のタグのキーは . , - = / : を含めない。a-b と a_b の記録は混ぜない
         alias = re.sub(r"[^A-Za-z0-9_]", lambda found: f"_{ord(found[0]):x}_", target.alias)
         self._prefix = f"rollback_{alias}_"
@@ -176,12 +178,13 @@ class Journal:
         Raises:
             ConcurrentChangeError: ほかの誰かが変更中。
         """
-        me, held = uuid.uuid4().hex, self._lock()
+        held = self._lock()
         if held and held.until > self.clock().timestamp() and not is_gone(held.machine, held.pid):
             until = f"{datetime.fromtimestamp(held.until, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
             raise ConcurrentChangeError(
                 f"{self._label} is being changed by {held.by}; its lock expires at {until}"
             )
+        me = uuid.uuid4().hex
         self._write_lock(me)
         self._sleep(self._settle)
         self._keep(me)

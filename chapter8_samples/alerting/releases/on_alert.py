@@ -9,30 +9,16 @@ Databricks でもそのまま使う(``mlflow`` 本体が要る)。
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Literal, Protocol
 
+from ..delivery import Alert, AlertStatus
 from .errors import CooldownError, KnownBadVersionError, NoHistoryError, UnknownVersionError
 from .journal import Change, find_request
 from .switch import AliasRollback
 
 CLOCK_SKEW = timedelta(minutes=1)
 """評価するプロセスと昇格するプロセスの、時計のずれとして許す長さ。"""
-
-
-class AlertLike(Protocol):
-    """``auto_rollback`` が見る、アラートの項目(``Alert``)。"""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def action(self) -> str | None: ...
-    @property
-    def starts_at(self) -> datetime: ...
 
 
 class RollbackManager(Protocol):
@@ -51,7 +37,7 @@ class RollbackDecision:
 
 
 def auto_rollback(
-    alert: AlertLike,
+    alert: Alert,
     manager: RollbackManager,
     *,
     mode: Literal["suggest", "apply"] = "suggest",
@@ -70,7 +56,7 @@ def auto_rollback(
     """
     if mode not in ("suggest", "apply"):
         raise ValueError(f"mode must be 'suggest' or 'apply', got {mode!r}")
-    if alert.status != "firing" or alert.action != "rollback":
+    if alert.status != AlertStatus.FIRING or alert.action != "rollback":
         return RollbackDecision(outcome="none", reason="the alert does not ask for a rollback")
     engine = manager.for_alias(alias)
     request_id = f"{alert.fingerprint[:16]}:{int(alert.starts_at.timestamp())}"
@@ -81,14 +67,19 @@ def auto_rollback(
     last = next((c for c in reversed(history) if c.state in ("done", "prepared")), None)
     if last is None or last.action != "promote":
         return RollbackDecision(outcome="none", reason="the last recorded change is no promotion")
-    now, age = engine.target.current(), engine.journal.clock() - last.at
+    now = engine.target.current()
+    age = engine.journal.clock() - last.at
     if age > max_change_age:
         return RollbackDecision(outcome="none", reason=f"the last promotion is {age} old")
     if reason := _unrelated(alert, last, engine, now):
         return RollbackDecision(outcome="none", reason=reason)
-    wanted = {"request_id": request_id, "dry_run": mode != "apply", "expected": now or ""}
     try:
-        change = engine.rollback(reason=f"alert {alert.name}", **wanted)
+        change = engine.rollback(
+            reason=f"alert {alert.name}",
+            request_id=request_id,
+            dry_run=mode != "apply",
+            expected=now or "",
+        )
     except (NoHistoryError, CooldownError, KnownBadVersionError) as refusal:
         return RollbackDecision(outcome="none", reason=str(refusal))
     return RollbackDecision(
@@ -98,7 +89,7 @@ def auto_rollback(
     )
 
 
-def _unrelated(alert: AlertLike, last: Change, engine: AliasRollback, now: str | None) -> str:
+def _unrelated(alert: Alert, last: Change, engine: AliasRollback, now: str | None) -> str:
     """直近の昇格 ``last`` が、この発報の原因ではない理由。原因らしければ空。"""
     if now != last.to_version and (now or _exists(engine, last.to_version)):
         return f"the alias points at version {now}, no longer at the promoted {last.to_version}"

@@ -73,7 +73,9 @@ class AliasRollback:
         cooldown_seconds: float = 600.0,
         **journal: Any,
     ) -> None:
-        self.target, self.smoke_check, self.gate = target, smoke_check, gate
+        self.target = target
+        self.smoke_check = smoke_check
+        self.gate = gate
         self.cooldown = timedelta(seconds=cooldown_seconds)
         self.journal = Journal(target, **journal)
 
@@ -121,16 +123,19 @@ class AliasRollback:
 
     def _previous(self, history: list[Change]) -> tuple[str, list[str]]:
         """(戻る先, 飛ばした版の理由)。いまの版より前に使った版を、新しいものから確かめる。"""
-        current, bad, done = self.target.current(), known_bad(history), done_changes(history)
-        # 版を消すと、それを指すエイリアスも消える
-        live = done[-1].to_version if current is None and done else current
+        current = self.target.current()
+        done = done_changes(history)
+        live = current
+        if current is None and done:  # 版を消すと、それを指すエイリアスも消える
+            live = done[-1].to_version
         while done and done[-1].to_version != live:
             done.pop()
-        used = [v for change in reversed(done) for v in (change.to_version, change.from_version)]
-        skipped = list[str]()
-        for version in dict.fromkeys(used):
-            if version is None or version == live or version in bad:
+        refused = {live, *known_bad(history)}
+        skipped: list[str] = []
+        for version in [v for c in reversed(done) for v in (c.to_version, c.from_version)]:
+            if version is None or version in refused:
                 continue
+            refused.add(version)
             try:
                 self.target.check(version)
                 return version, skipped
@@ -237,7 +242,7 @@ class AliasRollback:
             note = f"{'restored' if restored else 'NOT restored'} version {change.from_version}"
             problem = f"version {change.to_version} failed after the switch ({note}): {error}"
             raise VerificationError(problem, restored=restored) from error
-        return self.journal.write(replace(change, state="done", verified=True))
+        return self.journal.write(replace(change, state="done"))
 
     def _verify(self, change: Change) -> None:
         if (now := self.target.current()) != change.to_version:
@@ -274,4 +279,4 @@ class AliasRollback:
             logger.exception("recovered %s does not work", self.target.uri())
             self.target.point(change.from_version)
             return self.journal.write(replace(change, state="restored"))
-        return self.journal.write(replace(change, state="done", verified=bool(self.smoke_check)))
+        return self.journal.write(replace(change, state="done"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from databricks.sdk import WorkspaceClient
-    from databricks.sdk.service.serving import ServingEndpointDetailed
+    from databricks.sdk.service.serving import ServingEndpointsAPI
 
 
 class ServingTrafficError(RuntimeError):
@@ -26,14 +26,12 @@ def shift_serving_traffic(
     to_entity: str,
     *,
     workspace: WorkspaceClient | None = None,
-    wait: bool = True,
     timeout_seconds: float = 1200.0,
 ) -> dict[str, Any]:
-    """すべてのトラフィックを、すでに配信中の ``to_entity`` に向ける。
+    """すべてのトラフィックを、すでに配信中の ``to_entity`` に向け、切り替わるまで待つ。
 
     Args:
         to_entity: 配信中のエンティティの名前(モデルの名前ではなく、エンドポイントの中での名前)。
-        wait: 切り替えが終わるまで待ち、結果を確かめる。``False`` なら頼むだけで戻る。
 
     Returns:
         ``endpoint``、``changed``、``before``、``after``(名前 -> 割合)。
@@ -47,68 +45,69 @@ def shift_serving_traffic(
     from databricks.sdk.errors.base import DatabricksError
 
     try:
-        client = workspace or WorkspaceClient()
-        found = client.serving_endpoints.get(endpoint)
-        before = _shares(found)
-        if refusal := _refusal(found, endpoint, to_entity, list(before)):
-            raise ServingTrafficError(refusal)
-        after = {name: 100 * (name == to_entity) for name in before}
-        if after != before:
-            _update(client, found, after, timedelta(seconds=timeout_seconds) if wait else None)
-        return {"endpoint": endpoint, "changed": after != before, "before": before, "after": after}
+        api = (workspace or WorkspaceClient()).serving_endpoints
+        return _shift(api, endpoint, to_entity, timedelta(seconds=timeout_seconds))
     except (DatabricksError, OperationFailed, TimeoutError) as error:
         raise ServingTrafficError(
             f"endpoint {endpoint!r} was not shifted to {to_entity!r}: {error}"
         ) from error
 
 
-def _entities(found: ServingEndpointDetailed) -> list[Any]:
-    config = found.config
-    return list((config.served_entities or config.served_models or []) if config else [])
-
-
-def _routes(found: ServingEndpointDetailed) -> dict[str, Any]:
-    traffic = found.config.traffic_config if found.config else None
-    routes = (traffic.routes or []) if traffic else []
-    return {str(route.served_entity_name or route.served_model_name): route for route in routes}
-
-
-def _shares(found: ServingEndpointDetailed) -> dict[str, int]:
-    routes, names = _routes(found), [str(entity.name) for entity in _entities(found)]
-    return {name: routes[name].traffic_percentage if name in routes else 0 for name in names}
-
-
-def _refusal(
-    found: ServingEndpointDetailed, endpoint: str, to_entity: str, served: list[str]
-) -> str:
-    where = f"endpoint {endpoint!r}"
-    if to_entity not in served:
-        return f"{to_entity!r} is not served by {where}; served: {', '.join(served)}"
-    update = found.state.config_update if found.state else None
-    if found.pending_config or (update and update.value == "IN_PROGRESS"):
-        return f"{where} is being updated; wait until it is NOT_UPDATING and try again"
-    state = next(entity for entity in _entities(found) if entity.name == to_entity).state
-    deployment = state.deployment.value if state and state.deployment else "DEPLOYMENT_READY"
-    ready = deployment == "DEPLOYMENT_READY"
-    return "" if ready else f"{to_entity!r} of {where} is {deployment}, not DEPLOYMENT_READY"
-
-
-def _update(
-    client: WorkspaceClient,
-    found: ServingEndpointDetailed,
-    shares: dict[str, int],
-    timeout: timedelta | None,
-) -> None:
+def _shift(
+    api: ServingEndpointsAPI, endpoint: str, to_entity: str, timeout: timedelta
+) -> dict[str, Any]:
     from databricks.sdk.service.serving import Route, TrafficConfig
 
-    # 古いエンドポイントは served_model_name で経路を持つ。相手が使っている呼び名に合わせる
-    legacy = any(route.served_entity_name is None for route in _routes(found).values())
-    key = "served_model_name" if legacy else "served_entity_name"
-    routes = [Route.from_dict({key: name, "traffic_percentage": n}) for name, n in shares.items()]
-    api, name, traffic = client.serving_endpoints, str(found.name), TrafficConfig(routes=routes)
-    if timeout is None:
-        api.update_config(name, traffic_config=traffic)
-        return
-    now = _shares(api.update_config_and_wait(name, traffic_config=traffic, timeout=timeout))
-    if now != shares:
-        raise ServingTrafficError(f"endpoint {name!r} routes {now} after the update")
+    found = api.get(endpoint).as_dict()
+    if refusal := _refusal(found, f"endpoint {endpoint!r}", to_entity):
+        raise ServingTrafficError(refusal)
+    before = _shares(found)
+    after = {name: 100 if name == to_entity else 0 for name in before}
+    if after != before:
+        key = _name_key(found)
+        routes = [Route.from_dict({key: n, "traffic_percentage": after[n]}) for n in after]
+        traffic = TrafficConfig(routes=routes)
+        done = api.update_config_and_wait(endpoint, traffic_config=traffic, timeout=timeout)
+        now = _shares(done.as_dict())
+        if now != after:
+            raise ServingTrafficError(f"endpoint {endpoint!r} routes {now} after the update")
+    return {"endpoint": endpoint, "changed": after != before, "before": before, "after": after}
+
+
+def _entities(found: dict[str, Any]) -> list[dict[str, Any]]:
+    config: dict[str, Any] = found.get("config", {})
+    return config.get("served_entities") or config.get("served_models") or []
+
+
+def _routes(found: dict[str, Any]) -> list[dict[str, Any]]:
+    return found.get("config", {}).get("traffic_config", {}).get("routes", [])
+
+
+def _shares(found: dict[str, Any]) -> dict[str, int]:
+    """配信中の名前 -> 割合。経路のない相手は 0%。"""
+    shares = {str(entity["name"]): 0 for entity in _entities(found)}
+    for route in _routes(found):
+        name = route.get("served_entity_name") or route.get("served_model_name")
+        if name in shares:
+            shares[name] = route["traffic_percentage"]
+    return shares
+
+
+def _name_key(found: dict[str, Any]) -> str:
+    """古いエンドポイントの経路は served_model_name を使う。相手の呼び名に合わせる。"""
+    legacy = any("served_entity_name" not in route for route in _routes(found))
+    return "served_model_name" if legacy else "served_entity_name"
+
+
+def _refusal(found: dict[str, Any], where: str, to_entity: str) -> str:
+    """切り替えられない理由。切り替えられるなら空。"""
+    served = {entity["name"]: entity for entity in _entities(found)}
+    if to_entity not in served:
+        return f"{to_entity!r} is not served by {where}; served: {', '.join(served)}"
+    updating = found.get("state", {}).get("config_update") == "IN_PROGRESS"
+    if updating or "pending_config" in found:
+        return f"{where} is being updated; wait until it is NOT_UPDATING and try again"
+    deployment = served[to_entity].get("state", {}).get("deployment", "DEPLOYMENT_READY")
+    if deployment != "DEPLOYMENT_READY":
+        return f"{to_entity!r} of {where} is {deployment}, not DEPLOYMENT_READY"
+    return ""
