@@ -9,14 +9,14 @@ Databricks でもそのまま使う。
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from .metrics import MetricSource, metric_problem
-from .rules import AlertConfigError, BurnRateRule, Duration, parse_duration
+from .rules import AlertConfigError, BurnRateRule, Duration, Severity, parse_duration
 
-GOOD = "pass_rate"
-BURN_RATES = (
+BURN_RATES: Sequence[tuple[float, str, str, Severity]] = (
     (14.4, "1h", "5m", "critical"),
     (6.0, "6h", "30m", "critical"),
     (1.0, "3d", "6h", "warning"),
@@ -44,28 +44,24 @@ class Slo:
     window: Duration = "30d"
 
     def __post_init__(self) -> None:
-        if problems := self._problems():
-            raise AlertConfigError([f"slo {self.metric!r}: {problem}" for problem in problems])
-
-    def _problems(self) -> list[str]:
         found = [metric_problem(self.metric, rate_for="an SLO")]
         if self.metric.startswith("latency_"):
             found = ["a latency is no rate; write slow_rate:3s, the share slower than 3 s"]
-        if self.metric.startswith("feedback_rate:"):
-            found = ["feedback_rate is neither good nor bad; use pass_rate or thumbs_down_rate"]
         if not 0 < self.objective < 1:
             found.append(f"objective: {self.objective} is not between 0 and 1; write 0.99 for 99%")
         try:
             parse_duration(self.window)
         except ValueError as error:
             found.append(f"window: {error}")
-        return [problem for problem in found if problem]
+        problems = [f"slo {self.metric!r}: {problem}" for problem in found if problem]
+        if problems:
+            raise AlertConfigError(problems)
 
     @property
     def failures(self) -> str:
         """悪い結果の割合の指標。"""
-        kind, colon, name = self.metric.partition(":")
-        return f"fail_rate:{name}" if kind == GOOD else f"{kind}{colon}{name}"
+        kind, _, name = self.metric.partition(":")
+        return f"fail_rate:{name}" if kind == "pass_rate" else self.metric
 
     def rules(self) -> list[BurnRateRule]:
         """予算を使う速さを見る 3 つのルール。目標が低く、その速さになりえないものは除く。"""

@@ -20,16 +20,13 @@ from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting import notifier_from_config, rules, verify_signature
 from chapter8_samples.alerting.__main__ import main
 from chapter8_samples.alerting.alert_config import AlertConfig, load_config
-from chapter8_samples.alerting.delivery.posting import (
+from chapter8_samples.alerting.delivery import (
     Alert,
-    AlertSeverity,
     AlertStatus,
     NotificationConfigError,
 )
 from chapter8_samples.alerting.rules import AlertConfigError, AlertRule, BurnRateRule
-from chapter8_samples.alerting.rules.checking import keys_of
-from chapter8_samples.alerting.rules.file import config_from_mapping
-from chapter8_samples.alerting.rules.receivers import RECEIVERS
+from chapter8_samples.alerting.rules.receivers import TYPES
 
 GOOD = """
 version: 1
@@ -62,6 +59,11 @@ def write(tmp_path: Path, content: str) -> Path:
     return path
 
 
+def keys_of(kind: type[Any]) -> set[str]:
+    """設定に書けるキー。"""
+    return {name.rstrip("_") for name in kind.__dataclass_fields__}
+
+
 def problems(data: Any) -> tuple[str, ...]:
     with pytest.raises(AlertConfigError) as caught:
         load_config(data)
@@ -74,7 +76,7 @@ def test_a_good_file_is_read_completely(tmp_path: Path) -> None:
     assert isinstance(errors, AlertRule) and isinstance(budget, BurnRateRule)
     assert (errors.for_, errors.confidence, errors.action) == ("1m", 0.95, "rollback")
     assert quality.metric == "pass_rate:relevance"
-    assert config.offset_delta.total_seconds() == 10
+    assert config.offset == "10s"
     assert config.mute[0].timezone == "Asia/Tokyo"
 
 
@@ -171,9 +173,11 @@ def test_every_mistake_is_reported_at_once_with_its_place() -> None:
 )
 def test_a_secret_in_the_file_is_refused_and_not_repeated(receiver: dict[str, str]) -> None:
     rule = {"name": "a", "metric": "error_rate", "window": "5m", "threshold": 0.5}
-    (problem,) = problems({"rules": [rule], "receivers": {"ops": receiver}})
-    assert "secrets stay out of the file" in problem
-    assert not any(str(value) in problem for key, value in receiver.items() if key != "type")
+    found = problems({"rules": [rule], "receivers": {"ops": receiver}})
+    assert "secrets stay out of the file" in found[-1]
+    assert all(problem.startswith("receivers.ops") for problem in found)
+    values = [str(value) for key, value in receiver.items() if key != "type"]
+    assert not any(value in problem for value in values for problem in found)
 
 
 def test_routes_need_a_catch_all() -> None:
@@ -239,19 +243,9 @@ def test_600_inputs_give_a_config_or_a_config_error(data: Any) -> None:
 
 def check_config_or_config_error(data: Any) -> None:
     try:
-        assert isinstance(config_from_mapping(data), AlertConfig)
+        assert isinstance(load_config(data), AlertConfig)
     except AlertConfigError as error:
         assert error.problems
-
-
-def test_a_route_may_repeat_at_its_own_pace(tmp_path: Path) -> None:
-    routes = GOOD.replace("to: [oncall, ops]}", "to: [oncall, ops], repeat: 1h}")
-    config = load_config(write(tmp_path, routes))
-    critical = Alert(name="a", severity=AlertSeverity.CRITICAL)
-    assert config.repeat_for(critical) == timedelta(hours=1)
-    assert config.repeat_for(Alert(name="b")) == timedelta(hours=4)
-    found = problems({**yaml.safe_load(RULES), "routes": [{"match": {}, "to": [], "repeat": "x"}]})
-    assert found == ("routes[0].repeat: 'x' is not a duration; write 30s, 5m, 1h30m or 2d",)
 
 
 def test_times_of_day_may_stand_without_quotes(tmp_path: Path) -> None:
@@ -333,9 +327,10 @@ def test_no_message_repeats_a_secret(receiver: str, tmp_path: Path) -> None:
 
 
 def test_the_hint_for_a_secret_names_a_key_that_exists() -> None:
-    receivers = {"ops": {"type": "slack", "webhook_url": "https://hooks.slack.com/services/X"}}
+    receivers = {"ops": {"type": "slack", "url": "https://hooks.slack.com/services/X"}}
     found = problems({**yaml.safe_load(RULES), "receivers": receivers})
-    assert "write url_env: NAME" in found[0]
+    hint = "unknown key; did you mean 'url_env'? (secrets stay out of the file)"
+    assert found == ("receivers.ops: url_env is missing", f"receivers.ops.url: {hint}")
 
 
 def test_a_broken_last_route_is_not_also_a_missing_catch_all() -> None:
@@ -355,7 +350,7 @@ def test_receivers_written_in_python_are_checked_before_they_are_used() -> None:
     with pytest.raises(AlertConfigError) as caught:
         AlertConfig(rules=[AlertRule(name="a")], receivers=receivers, routes=routes)
     assert "SECRET" not in str(caught.value)
-    for expected in ("write url_env", "unknown receiver 'opps'", "must match everything"):
+    for expected in ("did you mean 'url_env'?", "unknown receiver 'opps'", "must match everything"):
         assert expected in str(caught.value)
 
 
@@ -395,17 +390,13 @@ def test_a_count_too_large_for_a_float_is_a_mistake_with_a_place() -> None:
     data: dict[str, Any] = yaml.safe_load(RULES)
     data["rules"][0]["min_samples"] = 10**400
     (problem,) = problems(data)
-    assert problem.startswith("rules[0].min_samples: 1000") and "is not a number" in problem
+    assert problem.startswith("rules[0].min_samples: 1000") and "is too large" in problem
 
 
 def test_an_empty_list_that_would_silence_everything_is_refused() -> None:
     mail = {"type": "email", "host": "h", "sender": "a@b", "to": []}
-    mute = [{"start": "22:00", "end": "06:00", "days": []}]
-    found = problems({**yaml.safe_load(RULES), "mute": mute, "receivers": {"mail": mail}})
-    assert found == (
-        "mute[0].days: the list is empty; name at least one",
-        "receivers.mail.to: the list is empty; name at least one",
-    )
+    found = problems({**yaml.safe_load(RULES), "receivers": {"mail": mail}})
+    assert found == ("receivers.mail.to: the list is empty; name at least one",)
 
 
 @pytest.mark.parametrize("data", [[1], None, b"x", 5])
@@ -429,8 +420,8 @@ def test_the_example_beside_the_part_is_complete_and_passes_the_check(
     data = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     assert data.keys() == {"version", *keys_of(AlertConfig)}
     written = {key for rule in data["rules"] for key in rule}
-    assert written | {"no_data"} == set(keys_of(AlertRule))
-    assert {r["type"] for r in data["receivers"].values()} == RECEIVERS.keys()
+    assert written | {"no_data"} == keys_of(AlertRule)
+    assert {receiver["type"] for receiver in data["receivers"].values()} == {*TYPES}
     environ = dict.fromkeys(variables(data["receivers"]), "https://example.com/x")
     assert len(notifier_from_config(load_config(EXAMPLE), environ).queues) == 7
 

@@ -38,7 +38,7 @@ SHAPES: list[dict[str, Any]] = [
     {"compare": compare, "by": by, "min_samples": count}
     for compare, by, count in product((None, "1d", "1w"), (None, "model", "tag:テナント"), (0, 30))
 ]
-FAILURE_RATES = {*RATE_METRICS} - {"pass_rate", "feedback_rate"}
+FAILURE_RATES = {*RATE_METRICS} - {"pass_rate"}
 
 
 def threshold(metric: str, *, compare: str | None, **_: Any) -> float:
@@ -129,7 +129,6 @@ def test_names_have_base_units() -> None:
     names = {rule.metric: series_of(rule)[0].name for rule in rules}
     assert len(set(names.values())) == len(METRICS)
     assert names["trace_count"] == "llm_app_traces"
-    assert names["request_rate"] == "llm_app_requests_per_second"
     assert names["time_to_first_chunk_p95_ms"] == "llm_app_time_to_first_chunk_p95_seconds"
     assert names["slow_rate:3s"] == "llm_app_slow_ratio"
     assert names["cost_usd_per_request"] == "llm_app_cost_usd_per_request"

@@ -20,15 +20,15 @@ from ports import free_port
 
 from chapter8_samples._lab.servers.receivers import WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
-from chapter8_samples.alerting.delivery.posting import NotificationConfigError
+from chapter8_samples.alerting.delivery import NotificationConfigError
 from chapter8_samples.alerting.engine import AlertEngine
 from chapter8_samples.alerting.metrics.labels import split_rows
 from chapter8_samples.alerting.metrics.measures import (
     MetricSourceError,
     RowNumbers,
     TraceRow,
-    check_metric,
     measure,
+    metric_problem,
     percentile,
 )
 from chapter8_samples.alerting.metrics.source import (
@@ -140,12 +140,10 @@ def truth(requests: list[Request]) -> dict[str, float]:
     first = [r.first_chunk_ms for r in inside if r.first_chunk_ms is not None]
     return {
         "trace_count": len(inside),
-        "request_rate": len(inside) / 600,
         "error_rate": sum(r.failed for r in inside) / len(inside),
         "latency_p50_ms": cuts[49],
         "latency_p95_ms": cuts[94],
         "latency_p99_ms": cuts[98],
-        "latency_avg_ms": sum(latency) / len(latency),
         "time_to_first_chunk_p95_ms": quantiles(first, n=100, method="inclusive")[94],
         "slow_rate:1.2s": sum(value > 1200 for value in latency) / len(latency),
         "cost_usd": cost,
@@ -157,7 +155,6 @@ def truth(requests: list[Request]) -> dict[str, float]:
         "fail_rate:relevance": 1 - sum(judged) / len(judged),
         "scorer_error_rate:relevance": broken / (broken + len(judged)),
         "thumbs_down_rate:it's ok?": thumbs.count(False) / len(thumbs),
-        "feedback_rate:it's ok?": len(thumbs) / len(inside),
         "assessment_count:relevance": broken + len(judged),
     }
 
@@ -359,11 +356,11 @@ def test_a_missing_endpoint_switches_to_the_search(
     class Search:
         tracking_uri, experiment_id = webhooks.url, "1"
 
-        def rows(self, start: int, end: int, *, where: str = "", limit: int = 9) -> list[TraceRow]:
-            return [] if where else [TraceRow(trace_id="t", at_ms=end)]
+        def rows(self, start: int, end: int) -> list[TraceRow]:
+            return [TraceRow(trace_id="t", at_ms=end)]
 
     search: Any = Search()
-    source = ServerMetricSource(search, SearchTracesMetricSource(search))
+    source = ServerMetricSource(search)
     webhooks.script(404)
     assert source.sample("trace_count", WINDOW, AT).value == 1
     assert source.falls_back
@@ -376,11 +373,8 @@ def test_a_refusing_server_is_an_error_and_not_a_fallback(webhooks: WebhookRecei
     class Search:
         tracking_uri, experiment_id = webhooks.url, "1"
 
-        def rows(self, *args: Any, **kwargs: Any) -> list[TraceRow]:
-            return []
-
     search: Any = Search()
-    source = ServerMetricSource(search, SearchTracesMetricSource(search))
+    source = ServerMetricSource(search)
     webhooks.script(403)
     with pytest.raises(MetricSourceError, match="answered 403"):
         source.sample("trace_count", WINDOW, AT)
@@ -400,8 +394,9 @@ def test_a_refusing_server_is_an_error_and_not_a_fallback(webhooks: WebhookRecei
     ],
 )
 def test_a_misspelt_metric_gets_a_hint(metric: str, hint: str) -> None:
+    assert hint in metric_problem(metric)
     with pytest.raises(MetricSourceError, match=hint):
-        check_metric(metric)
+        measure(metric, 60, RowNumbers([]))
 
 
 def test_a_scorer_without_pass_and_fail_is_refused() -> None:
@@ -486,7 +481,7 @@ def test_a_window_too_large_to_read_completely_is_logged(
     search, now = TraceSearch("app"), to_ms(datetime.now(timezone.utc) + timedelta(minutes=1))
     assert len(search.rows(0, now)) == 3 and "newest" not in caplog.text
     monkeypatch.setattr(sys.modules[TraceSearch.__module__], "MAX_TRACES", 2)
-    assert len(search.rows(0, now, limit=2)) == 2
+    assert len(search.rows(0, now)) == 2
     assert "read only the newest 2 traces" in caplog.text
 
 

@@ -10,15 +10,11 @@ from datetime import datetime
 from typing import Any
 
 from ..delivery import Alert, AlertSeverity, AlertStatus, fingerprint
-from ..metrics import MetricSample, MetricSource, RowNumbers, sample_of
-from ..rules import AlertConfig, Rule
-from ..rules.model import ratio
+from ..metrics import MetricSample, MetricSource, samples_of
+from ..rules import AlertConfig, Rule, parse_duration
 from .state import RuleState
 
 logger = logging.getLogger(__name__)
-
-Samples = dict[str, list[MetricSample]]
-"""ラベルの値 -> 判定に使う値。``by`` のないルールでは、ラベルは空。"""
 
 
 class RuleBoard:
@@ -39,14 +35,8 @@ class RuleBoard:
         with self._lock:
             return [self._alert(r, s) for r, s in self._pairs() if s.phase == "firing"]
 
-    def phases(self) -> dict[str, str]:
-        """ルールの名前(``by`` のルールは ``名前[値]``)-> inactive、pending、firing。"""
-        with self._lock:
-            found = {rule.name: "inactive" for rule in self._rules() if not _by(rule)}
-            return found | {_title(r, s.label): s.phase for r, s in self._pairs()}
-
     def last_samples(self) -> dict[str, MetricSample]:
-        """ルールの名前(``by`` のルールは ``名前[値]``)-> 直近に求めた値(図に使う)。"""
+        """ルールの名前(``by`` のルールは ``名前[値]``)-> 直近に求めた値。"""
         with self._lock:
             return dict(self._samples)
 
@@ -62,32 +52,28 @@ class RuleBoard:
 
     def _evaluate(self, rule: Rule, at: datetime) -> None:
         try:
-            found = self._read(rule, at - self.config.offset_delta)
+            found = self._read(rule, at - parse_duration(self.config.offset))
             for label, samples in found.items():
                 state = self._state(rule, label)
                 breached = rule.judge(samples, state.phase == "firing")
                 self._advance(rule, state, breached, at)
-                state.value, state.n = _shown(rule, samples), samples[0].n
+                state.value, state.n = rule.value(samples), samples[0].n
                 self._samples[_title(rule, label)] = samples[0]
         except Exception as error:  # 一つのルールの失敗で他を止めない
             logger.warning("rule %s could not be evaluated: %s", rule.name, error)
             self.failures[rule.name] = f"{type(error).__name__}: {error}"
             return
-        if _by(rule):
+        if rule.by:
             self._let_go(rule, found, at)
 
-    def _read(self, rule: Rule, end: datetime) -> Samples:
-        by, ago = _by(rule), getattr(rule, "ago", None)
-        asked = [(metric, window, end) for metric, window in rule.queries()]
-        asked += [(metric, window, end - ago) for metric, window, _ in asked if ago]
-        if not by:
-            return {"": [self.source.sample(*query) for query in asked]}
-        splits = [{s.label: s for s in self.source.split(*query, by)} for query in asked]
-        pairs, nothing = list(zip(splits, asked, strict=True)), RowNumbers([])
-        return {
-            label: [split.get(label) or sample_of(*query, nothing) for split, query in pairs]
-            for label in sorted(set().union(*splits))
-        }
+    def _read(self, rule: Rule, end: datetime) -> dict[str, list[MetricSample]]:
+        """ラベルの値(``by`` のないルールでは空)-> 判定に使う値。"""
+        found: dict[str, list[MetricSample]] = {}
+        for metric, window in rule.queries():
+            samples = samples_of(self.source, metric, window, end, by=rule.by, ago=rule.ago)
+            for label, own in samples.items():
+                found.setdefault(label, []).extend(own)
+        return found
 
     def _let_go(self, rule: Rule, labels: Collection[str], at: datetime) -> None:
         """集計期間から消えたラベル(古い版など)の異常は、``no_data: alert`` でなければ終わる。"""
@@ -98,20 +84,23 @@ class RuleBoard:
                 del self._states[self._key(rule, state.label)]
 
     def _advance(self, rule: Rule, state: RuleState, breached: bool | None, at: datetime) -> None:
-        state.advance(breached, at, *self.config.hold_and_keep(rule))
+        hold, keep = parse_duration(rule.for_), parse_duration(rule.keep_firing_for)
+        state.advance(breached, at, hold, keep)
 
     def _due(self, at: datetime) -> list[Alert]:
-        firing, found = self.active(), list[Alert]()
+        firing = self.active()
+        found: list[Alert] = []
         for rule, state in self._pairs():
             if state.phase == "firing":
                 alert = self._alert(rule, state)
                 silenced = self.config.silences(alert, firing, at)
-                if self._should_notify(state, alert, at) and not silenced:
-                    state.told, state.notified_at = self._with_examples(rule, alert, at), at
+                if self._should_notify(state, at) and not silenced:
+                    state.told = self._with_examples(rule, alert, at)
+                    state.notified_at = at
                     found.append(state.told)
             elif state.told:
                 found.append(_resolved(state.told, state, at))
-                state.told, state.notified_at, state.acknowledged = None, None, False
+                state.told = state.notified_at = None
         return found
 
     def _close_removed_rules(self, at: datetime) -> list[Alert]:
@@ -120,18 +109,18 @@ class RuleBoard:
         gone = [self._states.pop(key) for key in self._states.keys() - known]
         return [_resolved(state.told, state, at) for state in gone if state.told]
 
-    def _should_notify(self, state: RuleState, alert: Alert, at: datetime) -> bool:
+    def _should_notify(self, state: RuleState, at: datetime) -> bool:
         if state.notified_at is None:
             return True
-        repeat = self.config.repeat_for(alert)
-        return bool(repeat) and not state.acknowledged and at - state.notified_at >= repeat
+        repeat = parse_duration(self.config.repeat or "0s")
+        return bool(repeat) and at - state.notified_at >= repeat
 
     def _with_examples(self, rule: Rule, alert: Alert, at: datetime) -> Alert:
-        if rule.name == self.config.watchdog.name or _by(rule):  # ラベルの値ごとの例は選べない
+        if rule.name == self.config.watchdog.name or rule.by:  # ラベルの値ごとの例は選べない
             return alert
         metric, window = rule.queries()[-1]
         try:
-            found = self.source.examples(metric, window, at - self.config.offset_delta)
+            found = self.source.examples(metric, window, at - parse_duration(self.config.offset))
         except Exception as error:  # 例がなくてもアラートは出す
             logger.warning("no example traces for %s: %s", rule.name, error)
             return alert
@@ -140,9 +129,12 @@ class RuleBoard:
         return replace(alert, examples=tuple(found), links=links)
 
     def _alert(self, rule: Rule, state: RuleState) -> Alert:
-        watchdog = rule.name == self.config.watchdog.name
         details: dict[str, Any] = {"summary": rule.summary}
-        details |= _failed(self.failures) if watchdog else _measured(rule, state)
+        if rule.name != self.config.watchdog.name:
+            details |= _measured(rule, state)
+        elif self.failures:
+            reasons = (f"{name}: {reason}" for name, reason in sorted(self.failures.items()))
+            details["summary"] = "; ".join(reasons)[:500]
         if state.told:
             details |= {"examples": state.told.examples, "links": state.told.links}
         if state.fired_at:
@@ -156,14 +148,12 @@ class RuleBoard:
             **details,
         )
 
-    def _rules(self) -> list[Rule]:
-        return [*self.config.rules, self.config.watchdog]
-
     def _pairs(self) -> list[tuple[Rule, RuleState]]:
         own: dict[str, list[RuleState]] = {}
         for state in self._states.values():
             own.setdefault(state.rule, []).append(state)
-        return [(rule, state) for rule in self._rules() for state in own.get(rule.name, ())]
+        rules = [*self.config.rules, self.config.watchdog]
+        return [(rule, state) for rule in rules for state in own.get(rule.name, ())]
 
     def _state(self, rule: Rule, label: str) -> RuleState:
         return self._states.setdefault(self._key(rule, label), RuleState(rule.name, label))
@@ -172,18 +162,15 @@ class RuleBoard:
         return fingerprint(rule.name, self._labels(rule, label))
 
     def _labels(self, rule: Rule, label: str) -> Mapping[str, str]:
-        own = {_by(rule).removeprefix("tag:"): label} if label else {}
-        return {**self.config.labels, **rule.labels, **own}
+        labels = {**self.config.labels, **rule.labels}
+        if rule.by and label:
+            labels[rule.by.removeprefix("tag:")] = label
+        return labels
 
 
 def _resolved(told: Alert, state: RuleState, at: datetime) -> Alert:
     ends_at = max(at, told.starts_at)  # 時計が戻っても、始まりより前にしない
     return replace(told, status=AlertStatus.RESOLVED, value=state.value, n=state.n, ends_at=ends_at)
-
-
-def _failed(failures: Mapping[str, str]) -> dict[str, Any]:
-    text = "; ".join(f"{name}: {reason}" for name, reason in sorted(failures.items()))
-    return {"summary": text[:500]} if text else {}
 
 
 def _measured(rule: Rule, state: RuleState) -> dict[str, Any]:
@@ -196,14 +183,5 @@ def _measured(rule: Rule, state: RuleState) -> dict[str, Any]:
     }
 
 
-def _by(rule: Rule) -> str:
-    return getattr(rule, "by", None) or ""
-
-
 def _title(rule: Rule, label: str) -> str:
     return f"{rule.name}[{label}]" if label else rule.name
-
-
-def _shown(rule: Rule, samples: list[MetricSample]) -> float | None:
-    """アラートに載せる値。前の期間と比べるルールでは、比。"""
-    return ratio(samples[0], samples[1]) if getattr(rule, "ago", None) else samples[0].value

@@ -75,7 +75,6 @@ class AlertEngine(RuleBoard):
         """まだ送っている途中のもの。"""
         self._stays = False
         self.last_evaluated_at: datetime | None = None
-        self.last_deliveries: list[Delivery] = []
 
     def evaluate(self, at: datetime | None = None) -> list[Alert]:
         """一度だけ評価し、知らせるべき変化(発報、解消)を返す。通知先があれば送る。
@@ -92,29 +91,13 @@ class AlertEngine(RuleBoard):
                 self._outbox |= {alert.fingerprint: Unsent(alert) for alert in alerts}
                 self.last_evaluated_at = at
                 self._save()
-                self.last_deliveries = self._send(list(self._outbox.values()))
+                self._send(list(self._outbox.values()))
                 self._save()
                 self._keep_alive()
             return alerts
 
-    def acknowledge(self, name: str) -> None:
-        """対応中とする(ルールの名前か ``fingerprint``)。解消するまで、繰り返しの通知を止める。"""
-        with self._lock, self._held():
-            found = [s for r, s in self._pairs() if name in (r.name, self._key(r, s.label))]
-            if not found:
-                raise KeyError(f"no rule named {name!r} has been evaluated")
-            for state in found:
-                state.acknowledged = True
-            self._save()
-
-    def run_forever(
-        self,
-        interval_seconds: float,
-        *,
-        stop: threading.Event | None = None,
-        heartbeat: Callable[[], object] | None = None,
-    ) -> None:
-        """``stop`` が立つまで評価し続ける。``heartbeat`` は評価が終わるたびに呼ばれる。
+    def run_forever(self, interval_seconds: float, *, stop: threading.Event | None = None) -> None:
+        """``stop`` が立つまで評価し続ける。
 
         その間、状態ファイルを手放さない。ほかの見張りが使っていれば、それが終わるまで控えている。
         """
@@ -122,7 +105,12 @@ class AlertEngine(RuleBoard):
         if self._file:
             self._file.lease = LEASE + timedelta(seconds=interval_seconds)
         while not stop.is_set():
-            self._try_to_evaluate(heartbeat)
+            try:
+                self.evaluate()
+            except StateHeldError as error:
+                logger.warning("standing by: %s", error)
+            except Exception:  # 監視そのものが止まるより、記録して次の回に任せる
+                logger.exception("alert evaluation failed")
             stop.wait(interval_seconds)
         self.close()
 
@@ -136,16 +124,6 @@ class AlertEngine(RuleBoard):
                     self._save()
             else:
                 self._use_file(StateFile.release)
-
-    def _try_to_evaluate(self, heartbeat: Callable[[], object] | None) -> None:
-        try:
-            self.evaluate()
-            if heartbeat:
-                heartbeat()
-        except StateHeldError as error:
-            logger.warning("standing by: %s", error)
-        except Exception:  # 監視そのものが止まるより、記録して次の回に任せる
-            logger.exception("alert evaluation failed")
 
     @contextmanager
     def _held(self) -> Generator[None]:
@@ -173,31 +151,31 @@ class AlertEngine(RuleBoard):
             logger.error("alert state is not saved: %s", error)
             self.failures["alert_state"] = f"{type(error).__name__}: {error}"
 
-    def _send(self, entries: Sequence[Unsent]) -> list[Delivery]:
+    def _send(self, entries: Sequence[Unsent]) -> None:
         """宛先の同じものをまとめ、同時に送る。届かなかったものは残る。"""
         groups: dict[tuple[str, ...] | None, list[Alert]] = {}
         for entry in entries:
             groups.setdefault(entry.only, []).append(entry.alert)
         self._pending = set()
         with ThreadPoolExecutor(len(groups) or 1) as pool:
-            return sum(pool.map(self._notify, groups.values(), groups), list[Delivery]())
+            list(pool.map(self._notify, groups.values(), groups))
 
-    def _notify(self, alerts: list[Alert], only: tuple[str, ...] | None) -> list[Delivery]:
+    def _notify(self, alerts: list[Alert], only: tuple[str, ...] | None) -> None:
         try:
             deliveries = self.notifier.notify(alerts, only=only) if self.notifier else []
         except Exception as error:  # 通知先の誤りで評価を止めない。次の評価で送り直す
             logger.error("the notifier raised %s", type(error).__name__)
-            return []
+            return
         owed: dict[str, set[str]] = {}
         for delivery in deliveries:
             if not delivery.ok and delivery.retryable:
                 owed.setdefault(delivery.fingerprint, set()).add(delivery.handler)
+            if delivery.pending:
+                self._pending.add(delivery.fingerprint)
         for alert in alerts:
             self._outbox.pop(alert.fingerprint, None)
             if names := owed.get(alert.fingerprint):
                 self._outbox[alert.fingerprint] = Unsent(alert, tuple(sorted(names)))
-        self._pending |= {d.fingerprint for d in deliveries if d.pending}
-        return deliveries
 
     def _keep_alive(self) -> None:
         if self.notifier is None:
@@ -207,6 +185,6 @@ class AlertEngine(RuleBoard):
             self._alert(rule, s) for rule, s in self._pairs() if s.phase == "firing" and s.told
         ]
         try:
-            self.last_deliveries += self.notifier.keep_alive(heard)
+            self.notifier.keep_alive(heard)
         except Exception as error:  # 次の評価でまた送る
             logger.error("the notifier raised %s", type(error).__name__)

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,7 +52,6 @@ class Holder:
     host: str
     machine: str
     pid: int
-    since: datetime
     until: datetime
     """この後は、ほかの見張りが使ってよい。"""
 
@@ -81,12 +80,12 @@ class StateFile:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.path, self.lease, self._clock, self._sleep = Path(path), lease, clock, sleep
-        self._token, self._in_place, self._unsaved = uuid.uuid4().hex, False, False
+        self._token, self._in_place = uuid.uuid4().hex, False
 
     def hold(self) -> Saved | None:
         """使い始めて(使っている間なら、期限を延ばして)、中身を返す。壊れていれば脇に退ける。
 
-        書けなかった変更が手元に残っていれば、読み直しても古いだけなので ``None``。
+        最後に使ったのも自分なら ``None``: 手元のもののほうが新しい(書けなかった変更もある)。
 
         Raises:
             StateHeldError: ほかの見張りが使っている。
@@ -107,11 +106,9 @@ class StateFile:
             StateHeldError: 期限が過ぎて、ほかの見張りに引き継がれていた。
             OSError: 書けない。
         """
-        self._unsaved = True
         with self._open() as saved:
             self._extend(saved, self.lease)
             saved.rules, saved.outbox = rules, outbox
-        self._unsaved = False
 
     def release(self) -> None:
         """手放す。ほかの見張りが使っていれば、何もしない。"""
@@ -122,16 +119,15 @@ class StateFile:
         _check_header(self.path)
         with self._open() as saved:
             last = saved.holder
-            mine = last is not None and last.id == self._me
             if last and (last.until <= self._clock() or is_gone(last.machine, last.pid)):
                 saved.holder = None
-            again = saved.holder is not None
+            begins = saved.holder is None
             self._extend(saved, self.lease)
-        if not self._in_place and not again:
+        if begins and not self._in_place:
             self._sleep(SETTLE_SECONDS)
             with self._open() as seen:
                 self._extend(seen, self.lease)
-        return None if mine and self._unsaved else saved
+        return None if last and last.id == self._me else saved
 
     @property
     def _me(self) -> str:
@@ -139,17 +135,14 @@ class StateFile:
 
     def _extend(self, saved: Saved, lease: timedelta) -> None:
         """ほかの見張りのものでないことを確かめて、期限を変える。"""
-        last, until = saved.holder, self._clock() + lease
+        last = saved.holder
         if last and last.id != self._me:
-            since, free = (f"{at:%Y-%m-%d %H:%M:%S} UTC" for at in (last.since, last.until))
             raise StateHeldError(
-                f"alert state {self.path} is held by pid {last.pid} on {last.host} since {since}; "
-                f"its lease ends at {free} unless it is renewed"
+                f"alert state {self.path} is held by pid {last.pid} on {last.host}; "
+                f"its lease ends at {last.until:%Y-%m-%d %H:%M:%S} UTC unless it is renewed"
             )
-        me = last or Holder(
-            self._me, socket.gethostname(), machine(), os.getpid(), self._clock(), until
-        )
-        saved.holder = replace(me, until=until)
+        until = self._clock() + lease
+        saved.holder = Holder(self._me, socket.gethostname(), machine(), os.getpid(), until)
 
     @contextmanager
     def _open(self) -> Generator[Saved]:

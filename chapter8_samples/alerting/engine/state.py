@@ -29,13 +29,8 @@ class RuleState:
     n: int | None = None
     notified_at: AwareDatetime | None = None
     """発報を最後に知らせた時刻。"""
-    acknowledged: bool = False
     told: Alert | None = None
     """知らせた発報。設定から消えても、同じ相手に解消を知らせられるように残す。"""
-
-    def enter(self, phase: Phase, at: datetime) -> None:
-        """次の phase に移る。"""
-        self.phase, self.since = phase, at
 
     def advance(
         self, breached: bool | None, at: datetime, hold: timedelta, keep: timedelta
@@ -49,19 +44,19 @@ class RuleState:
             keep: 戻ってから解消までの期間(``keep_firing_for``)。
         """
         for key in ("since", "last_true", "notified_at"):
-            if (noted := getattr(self, key)) and noted > at:
+            noted = getattr(self, key)
+            if noted and noted > at:
                 setattr(self, key, at)
         if breached:
             self.last_true = at
             if self.phase == "inactive":
-                self.enter("pending", at)
+                self.phase, self.since = "pending", at
             if self.phase == "pending" and at - (self.since or at) >= hold:
-                self.enter("firing", at)
-                self.fired_at = at
+                self.phase, self.since, self.fired_at = "firing", at, at
         elif breached is False:
             calm = at - (self.last_true or at) >= keep
             if self.phase == "pending" or (self.phase == "firing" and calm):
-                self.enter("inactive", at)
+                self.phase, self.since = "inactive", at
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ from .measures import (
     measure,
     metric_problem,
 )
-from .source import TraceSearch, metric_source, sample_of, split_samples, to_ms
+from .source import RowSource, TraceSearch, metric_source, samples_of, to_ms
 
 __all__ = [
     "MetricSample",
     "MetricSource",
     "MetricSourceError",
     "RowNumbers",
+    "RowSource",
     "TraceRow",
     "TraceSearch",
     "measure",
     "metric_problem",
     "metric_source",
-    "sample_of",
-    "split_samples",
+    "samples_of",
     "to_ms",
 ]

@@ -16,7 +16,9 @@ from datetime import datetime, timedelta, timezone
 from threading import Lock
 from typing import Any
 
+from ..durations import format_duration
 from .measures import SLOW_RATE, MetricSample, MetricSource
+from .source import samples_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,7 @@ Gate = Callable[[Sequence[MetricSample]], bool]
 PREFIX = "llm_app_"
 FAILURES = f"{PREFIX}read_failures_total"
 """読めなかった値の累計。書き出したルールは、これが増えることと、ないことを見張る。"""
-IRREGULAR = {
-    "trace_count": "traces",
-    "assessment_count": "assessments",
-    "request_rate": "requests_per_second",
-}
+IRREGULAR = {"trace_count": "traces", "assessment_count": "assessments"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +35,8 @@ class Series:
 
     metric: str
     window: timedelta
-    window_label: str
-    """``5m`` のような、ラベルに書く集計期間の長さ。"""
     ago: timedelta | None = None
     """これだけ前の期間との比にする。"""
-    compare_label: str = ""
     by: str | None = None
     counts: bool = False
     """値の代わりに、標本の数を出す(前の期間との比では、前の期間の標本の数)。"""
@@ -54,15 +49,21 @@ class Series:
     def name(self) -> str:
         """Prometheus の名前。
 
-        >>> Series(metric="latency_p95_ms", window=timedelta(minutes=5), window_label="5m").name
+        >>> Series(metric="latency_p95_ms", window=timedelta(minutes=5)).name
         'llm_app_latency_p95_seconds'
         """
         kind = self.metric.partition(":")[0]
         base = IRREGULAR.get(kind) or re.sub("_rate$", "_ratio", re.sub("_ms$", "_seconds", kind))
-        compared = "_vs_earlier" if self.ago is not None else ""
-        split = f"_by_{self.by_label}" if self.by else ""
-        kind_of_value = "_significant" if self.gate else "_samples" if self.counts else ""
-        return f"{PREFIX}{base}{compared}{split}{kind_of_value}"
+        name = PREFIX + base
+        if self.ago is not None:
+            name += "_vs_earlier"
+        if self.by:
+            name += f"_by_{self.by_label}"
+        if self.gate:
+            name += "_significant"
+        elif self.counts:
+            name += "_samples"
+        return name
 
     @property
     def by_label(self) -> str:
@@ -78,15 +79,20 @@ class Series:
     def labels(self) -> dict[str, str]:
         """``by`` のほかのラベル。"""
         kind, _, name = self.metric.partition(":")
-        found = {"window": self.window_label, "compare": self.compare_label, "rule": self.rule}
-        found["limit" if kind == SLOW_RATE else "assessment"] = name
-        return {key: value for key, value in found.items() if value}
+        found = {"window": format_duration(self.window)}
+        if self.ago is not None:
+            found["compare"] = format_duration(self.ago)
+        if self.rule:
+            found["rule"] = self.rule
+        if name:
+            found["limit" if kind == SLOW_RATE else "assessment"] = name
+        return found
 
     def selector(self) -> str:
         """PromQL のセレクター。
 
         >>> day = timedelta(days=1)
-        >>> Series(metric="pass_rate:tone", window=day, window_label="1d").selector()
+        >>> Series(metric="pass_rate:tone", window=day).selector()
         'llm_app_pass_ratio{window="1d",assessment="tone"}'
         """
         pairs = ",".join(f'{key}="{_escaped(value)}"' for key, value in self.labels.items())
@@ -94,32 +100,21 @@ class Series:
 
     def read(self, source: MetricSource, at: datetime) -> dict[str, float | None]:
         """``by`` の値(分けなければ空) -> いまの値。"""
-        now = self._samples(source, at)
-        if self.ago is None:
-            return {label: self._value(sample) for label, sample in now.items()}
-        earlier = self._samples(source, at - self.ago)
-        shared = now.keys() & earlier.keys()
-        return {label: self._ratio(now[label], earlier[label]) for label in shared}
+        found = samples_of(source, self.metric, self.window, at, by=self.by, ago=self.ago)
+        return {label: self._value(samples) for label, samples in found.items()}
 
-    def _value(self, sample: MetricSample) -> float | None:
+    def _value(self, samples: Sequence[MetricSample]) -> float | None:
         if self.counts:
-            return sample.n
-        if sample.value is None:
+            return samples[-1].n
+        value = samples[0].value
+        if value is None:
             return None
-        return float(self.gate([sample])) if self.gate else sample.value * self.scale
-
-    def _ratio(self, now: MetricSample, earlier: MetricSample) -> float | None:
-        if self.counts:
-            return earlier.n
-        if now.value is None or not earlier.value:
-            return None
-        return float(self.gate([now, earlier])) if self.gate else now.value / earlier.value
-
-    def _samples(self, source: MetricSource, at: datetime) -> dict[str, MetricSample]:
-        if self.by is None:
-            return {"": source.sample(self.metric, self.window, at)}
-        found = source.split(self.metric, self.window, at, self.by)
-        return {sample.label: sample for sample in found}
+        if self.ago is not None:
+            earlier = samples[1].value
+            if not earlier:
+                return None
+            value /= earlier
+        return float(self.gate(samples)) if self.gate else value * self.scale
 
 
 def _escaped(text: str) -> str:

@@ -3,34 +3,33 @@
 エラー率、遅延、コスト、品質の指標は、すでにトレースと評価の中にある。ここにあるのは式だけで、トレースを
 どこから読むかは問わない(読むのは ``source.py``)。間引いたトレースは重みで元の件数に直す。
 
-Databricks でもそのまま使う(標準ライブラリーだけで動く)。
+Databricks でもそのまま使う。
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, Protocol
 
+from ..durations import parse_duration
+
 PASS_VALUES = frozenset({"yes", "true", "pass", "passed", "correct", "1", "1.0"})
 FAIL_VALUES = frozenset({"no", "false", "fail", "failed", "incorrect", "0", "0.0"})
-JUDGED_RATES = ("pass_rate", "fail_rate", "thumbs_down_rate", "scorer_error_rate", "feedback_rate")
+JUDGED_RATES = ("pass_rate", "fail_rate", "thumbs_down_rate", "scorer_error_rate")
 NAMED_METRICS = (*JUDGED_RATES, "assessment_count")
 """``pass_rate:groundedness`` のように、評価の名前を続ける指標。"""
 SLOW_RATE = "slow_rate"
 """``slow_rate:3s`` のように、応答時間の上限を続ける指標。それより遅いリクエストの割合。"""
 PLAIN_METRICS = (
     "trace_count",
-    "request_rate",
     "error_rate",
     "latency_p50_ms",
     "latency_p95_ms",
     "latency_p99_ms",
-    "latency_avg_ms",
     "time_to_first_chunk_p95_ms",
     "cost_usd",
     "cost_usd_per_hour",
@@ -135,35 +134,19 @@ class Tally(NamedTuple):
 
 
 class Numbers(Protocol):
-    """一つの集計期間の集計値。サーバーに集計させても、行から数えても、同じ式で指標になる。"""
+    """一つの集計期間の集計値。
 
-    def states(self) -> Mapping[str, Tally]:
-        """トレースの状態(OK、ERROR、...)ごとの件数。"""
-        ...
+    行から数えたもの(``RowNumbers``)も、サーバーに集計させたもの(``ServerNumbers``)も、同じ式で
+    指標になる。
+    """
 
-    def latency_ms(self, what: str) -> float | None:
-        """``p95`` のような分位点か ``avg``。"""
-        ...
-
-    def slower_than(self, milliseconds: float) -> Tally:
-        """応答時間がこれを超えたトレース。"""
-        ...
-
-    def first_chunks(self) -> Sequence[tuple[float, float]]:
-        """最初の断片までの(ミリ秒, 重み)。ストリーミングのトレースだけ。"""
-        ...
-
-    def tokens(self, kind: str) -> float:
-        """``input_tokens`` などの合計。"""
-        ...
-
-    def cost_usd(self) -> float:
-        """コストの合計。"""
-        ...
-
-    def verdicts(self, name: str) -> Mapping[str, Tally]:
-        """評価の値ごとの件数。失敗したスコアラーは ``error``。"""
-        ...
+    def states(self) -> Mapping[str, Tally]: ...
+    def latency_ms(self, q: float) -> float | None: ...
+    def slower_than(self, milliseconds: float) -> Tally: ...
+    def first_chunks(self) -> Sequence[tuple[float, float]]: ...
+    def tokens(self, kind: str) -> float: ...
+    def cost_usd(self) -> float: ...
+    def verdicts(self, name: str) -> Mapping[str, Tally]: ...
 
 
 Value = tuple[float | None, int, float | None]  # (値, 標本数, 割合なら分子)
@@ -171,60 +154,46 @@ Value = tuple[float | None, int, float | None]  # (値, 標本数, 割合なら�
 
 def measure(metric: str, window_seconds: float, numbers: Numbers) -> Value:
     """指標の名前から値を求める。知らない名前なら ``MetricSourceError``。"""
-    check_metric(metric)
+    if problem := metric_problem(metric):
+        raise MetricSourceError(problem)
     kind, _, name = metric.partition(":")
     states = numbers.states()
     finished = [states.get("OK"), states.get("ERROR")]
     if kind == "error_rate":
         return _ratio([states.get("ERROR")], finished)
     if kind == SLOW_RATE:
-        return _ratio([numbers.slower_than(limit_ms(name))], finished)
+        limit = parse_duration(name) / timedelta(milliseconds=1)
+        return _ratio([numbers.slower_than(limit)], finished)
     if name:
-        return _judged(kind, name, numbers.verdicts(name), states)
-    if kind.startswith("time_to_first_chunk_"):
+        return _judged(kind, name, numbers.verdicts(name))
+    if kind == "time_to_first_chunk_p95_ms":
         chunks = numbers.first_chunks()
         return percentile(chunks, 95), len(chunks), None
     total = _add(states.values())
-    if kind.startswith("latency_"):
-        what = kind.removeprefix("latency_").removesuffix("_ms")
-        return numbers.latency_ms(what), total.seen, None
+    if kind.startswith("latency_p"):
+        q = float(kind.removeprefix("latency_p").removesuffix("_ms"))
+        return numbers.latency_ms(q), total.seen, None
     return _amount(kind, window_seconds, total, numbers), total.seen, None
-
-
-def limit_ms(text: str) -> float:
-    """``slow_rate`` の上限。``3s`` か ``1500ms``。"""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)", text)
-    if not found:
-        raise MetricSourceError(f"{text!r} is not a limit; write slow_rate:3s or slow_rate:1500ms")
-    return float(found[1]) * (1000 if found[2] == "s" else 1)
-
-
-def check_metric(metric: str) -> None:
-    """知っている指標の名前でなければ ``MetricSourceError``。"""
-    kind, colon, name = metric.partition(":")
-    if kind == SLOW_RATE:
-        limit_ms(name)
-        return
-    if (colon and name and kind in NAMED_METRICS) or (not colon and kind in PLAIN_METRICS):
-        return
-    hint = f"write {kind}:<assessment name>" if kind in NAMED_METRICS else _closest(kind)
-    raise MetricSourceError(f"unknown metric {metric!r}; {hint}")
 
 
 def metric_problem(metric: str, *, rate_for: str = "") -> str:
     """指標の名前の誤り。正しければ空。``rate_for`` を渡すと、割合の指標かも見る。"""
-    try:
-        check_metric(metric)
-    except MetricSourceError as error:
-        return str(error)
-    if rate_for and metric.partition(":")[0] not in RATE_METRICS:
+    kind, colon, name = metric.partition(":")
+    if kind == SLOW_RATE:
+        try:
+            parse_duration(name)
+        except ValueError:
+            return f"{name!r} is not a limit; write slow_rate:3s or slow_rate:1500ms"
+    elif kind in NAMED_METRICS:
+        if not name or name != name.strip():
+            return f"unknown metric {metric!r}; write {kind}:<assessment name>"
+    elif colon or kind not in PLAIN_METRICS:
+        near = difflib.get_close_matches(kind, (*PLAIN_METRICS, *NAMED_METRICS, SLOW_RATE), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PLAIN_METRICS)}"
+        return f"unknown metric {metric!r}; {hint}"
+    if rate_for and kind not in RATE_METRICS:
         return f"{metric!r} is not a rate; {rate_for} needs one of {', '.join(RATE_METRICS)}"
     return ""
-
-
-def _closest(kind: str) -> str:
-    near = difflib.get_close_matches(kind, (*PLAIN_METRICS, *NAMED_METRICS, SLOW_RATE), 1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PLAIN_METRICS)}"
 
 
 def _add(tallies: Iterable[Tally | None]) -> Tally:
@@ -245,23 +214,17 @@ def _amount(kind: str, window_seconds: float, total: Tally, numbers: Numbers) ->
     base, _, per = kind.partition("_per_")
     if base == "trace_count":
         return total.weight
-    if base == "request_rate":
-        return total.weight / window_seconds
     value = numbers.cost_usd() if base == "cost_usd" else numbers.tokens(base)
     if per == "request":
         return value / total.weight if total.weight else None
     return value * 3600 / window_seconds if per == "hour" else value
 
 
-def _judged(
-    kind: str, name: str, verdicts: Mapping[str, Tally], states: Mapping[str, Tally]
-) -> Value:
+def _judged(kind: str, name: str, verdicts: Mapping[str, Tally]) -> Value:
     everything = list(verdicts.values())
     if kind == "assessment_count":
         total = _add(everything)
         return total.weight, total.seen, None
-    if kind == "feedback_rate":
-        return _ratio(everything, states.values())
     if kind == "scorer_error_rate":
         return _ratio([verdicts.get("error")], everything)
     good = [tally for value, tally in verdicts.items() if value in PASS_VALUES]
@@ -299,13 +262,11 @@ class RowNumbers:
         """状態ごとの件数。"""
         return self._count((row.state, row.weight) for row in self.rows)
 
-    def latency_ms(self, what: str) -> float | None:
-        """分位点か平均(ms)。"""
-        pairs = [(r.latency_ms, r.weight) for r in self.rows if r.latency_ms is not None]
-        if what == "avg":
-            whole = sum(w for _, w in pairs)
-            return sum(v * w for v, w in pairs) / whole if whole else None
-        return percentile(pairs, float(what.removeprefix("p")))
+    def latency_ms(self, q: float) -> float | None:
+        """遅延の分位点(ms)。"""
+        return percentile(
+            [(r.latency_ms, r.weight) for r in self.rows if r.latency_ms is not None], q
+        )
 
     def slower_than(self, milliseconds: float) -> Tally:
         """応答時間がこれを超えたトレース。"""

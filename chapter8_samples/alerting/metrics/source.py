@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from .labels import split_rows
 from .measures import (
@@ -30,9 +30,6 @@ from .measures import (
 )
 
 logger = logging.getLogger(__name__)
-
-Key = TypeVar("Key")
-Kept = TypeVar("Kept")
 
 MAX_TRACES = 50_000
 """一つの集計期間で集めるトレースの上限。"""
@@ -107,23 +104,23 @@ class TraceSearch:
         path = f"#/experiments/{self.experiment_id}/traces?selectedEvaluationId={trace_id}"
         return f"{hide_password(self.tracking_uri, '').rstrip('/')}/{path}&traceId={trace_id}"
 
-    def rows(
-        self, start_ms: int, end_ms: int, *, where: str = "", limit: int = MAX_TRACES
-    ) -> list[TraceRow]:
+    def rows(self, start_ms: int, end_ms: int, where: str = "") -> list[TraceRow]:
         """``(start_ms, end_ms]`` に始まったトレース。"""
-        clause = f"attributes.timestamp_ms > {start_ms} AND attributes.timestamp_ms <= {end_ms}"
-        query = f"{clause} AND {where}" if where else clause
+        query = _filter(start_ms, end_ms, where)
         found: list[TraceRow] = []
         token: str | None = None
-        while len(found) < limit:
-            page = self._page(query, min(PAGE_SIZE, limit - len(found)), token)
+        while len(found) < MAX_TRACES:
+            page = self._page(query, min(PAGE_SIZE, MAX_TRACES - len(found)), token)
             found += [to_row(trace.info) for trace in page]
             token = page.token
             if not token:
                 return found
-        if limit == MAX_TRACES:
-            logger.warning("read only the newest %d traces; use shorter windows", limit)
+        logger.warning("read only the newest %d traces; use shorter windows", MAX_TRACES)
         return found
+
+    def has_any(self, start_ms: int, end_ms: int, where: str) -> bool:
+        """条件に合うトレースがあるか。"""
+        return bool(self._page(_filter(start_ms, end_ms, where), 1, None))
 
     def _page(self, query: str, size: int, token: str | None) -> Any:
         return _guard(
@@ -135,6 +132,11 @@ class TraceSearch:
                 include_spans=False,
             )
         )
+
+
+def _filter(start_ms: int, end_ms: int, where: str) -> str:
+    clause = f"attributes.timestamp_ms > {start_ms} AND attributes.timestamp_ms <= {end_ms}"
+    return f"{clause} AND {where}" if where else clause
 
 
 def _guard(call: Callable[[], Any]) -> Any:
@@ -157,7 +159,30 @@ def hide_password(text: str, mask: str = "***@") -> str:
     return re.sub(r"(?<=://)[^/\s]*@", mask, text)
 
 
-class SearchTracesMetricSource:
+class RowSource:
+    """行から数える出どころ。``numbers`` だけを書けばよい。"""
+
+    def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
+        """集計期間 ``(at - window, at]`` の中の行。"""
+        raise NotImplementedError
+
+    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
+        """``(at - window, at]`` の値。"""
+        return sample_of(metric, window, at, self.numbers(window, at))
+
+    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
+        """``by`` の値ごとの、``(at - window, at]`` の値。"""
+        groups = split_rows(self.numbers(window, at).rows, by)
+        return [
+            sample_of(metric, window, at, RowNumbers(rows), label) for label, rows in groups.items()
+        ]
+
+    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
+        """その指標を悪くしているトレースの ID。"""
+        return [row.trace_id for row in self.numbers(window, at).worst(metric)[:limit]]
+
+
+class SearchTracesMetricSource(RowSource):
     """トレースを集めて数える、どこでも動く出どころ。一度集めた期間は、同じ時刻の間は使い回す。"""
 
     def __init__(self, search: TraceSearch) -> None:
@@ -170,25 +195,12 @@ class SearchTracesMetricSource:
         start, end = bounds(window, at)
         if end not in self._reads or start < self._reads[end][0]:
             self._reads.pop(end, None)
-            _keep(self._reads, end, (start, self.search.rows(start, end)), KEPT_READS)
+            self._reads[end] = start, self.search.rows(start, end)
+            _forget_oldest(self._reads, KEPT_READS)
         return RowNumbers([row for row in self._reads[end][1] if start < row.at_ms <= end])
 
-    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
-        """``(at - window, at]`` の値。"""
-        return sample_of(metric, window, at, self.numbers(window, at))
 
-    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
-        """``by`` の値ごとの、``(at - window, at]`` の値。"""
-        return split_samples(metric, window, at, self.numbers(window, at), by)
-
-    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
-        """その指標を悪くしているトレースの ID。"""
-        return [row.trace_id for row in self.numbers(window, at).worst(metric)[:limit]]
-
-
-def _keep(cache: dict[Key, Kept], key: Key, value: Kept, limit: int) -> None:
-    """``limit`` を超えたら、古いものから忘れる。"""
-    cache[key] = value
+def _forget_oldest(cache: dict[Any, Any], limit: int) -> None:
     while len(cache) > limit:
         del cache[next(iter(cache))]
 
@@ -229,12 +241,9 @@ class ServerNumbers:
         points = self._ask("TRACES", "trace_count", COUNT, dimensions=["trace_status"])
         return _tallies((p["dimensions"]["trace_status"], p["values"]["COUNT"]) for p in points)
 
-    def latency_ms(self, what: str) -> float | None:
-        """分位点(サーバー側で線形補間)か平均。"""
-        aggregation: dict[str, Any] = {"aggregation_type": "AVG"}
-        if what != "avg":
-            q = float(what.removeprefix("p"))
-            aggregation = {"aggregation_type": "PERCENTILE", "percentile_value": q}
+    def latency_ms(self, q: float) -> float | None:
+        """遅延の分位点(サーバー側で線形補間)。"""
+        aggregation = {"aggregation_type": "PERCENTILE", "percentile_value": q}
         return self._number("TRACES", "latency", aggregation)
 
     def slower_than(self, milliseconds: float) -> Tally:
@@ -248,7 +257,7 @@ class ServerNumbers:
 
     def _rows(self, where: str) -> list[TraceRow]:
         if where not in self._found:
-            self._found[where] = self._search.rows(self._start_ms, self._end_ms, where=where)
+            self._found[where] = self._search.rows(self._start_ms, self._end_ms, where)
         return self._found[where]
 
     def tokens(self, kind: str) -> float:
@@ -327,14 +336,14 @@ def _rest(tracking_uri: str, endpoint: str, method: str, **more: Any) -> Any:
     return _guard(lambda: http_request(host, endpoint, method, **more))
 
 
-class ServerMetricSource:
+class ServerMetricSource(SearchTracesMetricSource):
     """サーバーに集計させ、できないときは検索して数える。
 
-    間引いたトレース(``sampling.weight``)はサーバーでは補正できないので、その期間も検索して数える。
+    ラベルごとの値と、間引いたトレース(``sampling.weight``)のある期間は、サーバーでは求められない。
     """
 
-    def __init__(self, search: TraceSearch, fallback: SearchTracesMetricSource) -> None:
-        self._search, self._fallback = search, fallback
+    def __init__(self, search: TraceSearch) -> None:
+        super().__init__(search)
         self.falls_back = False
         """集計の API がないと分かったか。"""
         self._windows: dict[tuple[int, int], ServerNumbers | None] = {}
@@ -342,37 +351,29 @@ class ServerMetricSource:
     def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
         """``(at - window, at]`` の値。"""
         try:
-            numbers = None if self.falls_back else self._numbers(window, at)
+            numbers = None if self.falls_back else self._server_numbers(window, at)
             if numbers is not None:
                 return sample_of(metric, window, at, numbers)
         except EndpointMissingError as missing:
             logger.warning("%s; counting traces with search_traces instead", missing)
             self.falls_back = True
-        return self._fallback.sample(metric, window, at)
+        return super().sample(metric, window, at)
 
-    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
-        """``by`` の値ごとの値。集計の API では分けられないので、検索して数える。"""
-        return self._fallback.split(metric, window, at, by)
-
-    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
-        """その指標を悪くしているトレースの ID。"""
-        return self._fallback.examples(metric, window, at, limit)
-
-    def _numbers(self, window: timedelta, at: datetime) -> ServerNumbers | None:
+    def _server_numbers(self, window: timedelta, at: datetime) -> ServerNumbers | None:
+        """サーバーの集計。間引いたトレースがあって使えなければ ``None``。"""
         start, end = bounds(window, at)
         if (start, end) not in self._windows:
-            numbers = ServerNumbers(self._search, start, end)
+            numbers = ServerNumbers(self.search, start, end)
             numbers.states()  # 検索より先に聞く: 落ちたサーバーなら、ここですぐに分かる
-            found = None if self._has_weights(start, end) else numbers
-            _keep(self._windows, (start, end), found, KEPT_WINDOWS)
+            self._windows[start, end] = None if self._has_weights(start, end) else numbers
+            _forget_oldest(self._windows, KEPT_WINDOWS)
         return self._windows[start, end]
 
     def _has_weights(self, start: int, end: int) -> bool:
-        wider = ((s, e) for (s, e), found in self._windows.items() if found is not None)
-        if any(s <= start and end <= e for s, e in wider):
-            return False
-        where = f"metadata.`{WEIGHT_KEY}` IS NOT NULL"
-        return bool(self._search.rows(start, end, where=where, limit=1))
+        for (known_start, known_end), numbers in self._windows.items():
+            if numbers is not None and known_start <= start and end <= known_end:
+                return False
+        return self.search.has_any(start, end, f"metadata.`{WEIGHT_KEY}` IS NOT NULL")
 
 
 def sample_of(
@@ -391,14 +392,27 @@ def sample_of(
     )
 
 
-def split_samples(
-    metric: str, window: timedelta, at: datetime, numbers: RowNumbers, by: str
-) -> list[MetricSample]:
-    """``by`` の値ごとに求めた、一つの集計期間の指標。"""
-    groups = split_rows(numbers.rows, by)
-    return [
-        sample_of(metric, window, at, RowNumbers(rows), label) for label, rows in groups.items()
-    ]
+def samples_of(
+    source: MetricSource,
+    metric: str,
+    window: timedelta,
+    at: datetime,
+    *,
+    by: str | None = None,
+    ago: timedelta | None = None,
+) -> dict[str, list[MetricSample]]:
+    """``by`` の値(分けなければ空)-> いまの値と、``ago`` があれば、それだけ前の値。"""
+    ends = [at] if ago is None else [at, at - ago]
+    if not by:
+        return {"": [source.sample(metric, window, end) for end in ends]}
+    splits = [{s.label: s for s in source.split(metric, window, end, by)} for end in ends]
+    found: dict[str, list[MetricSample]] = {}
+    for label in sorted(set().union(*splits)):
+        found[label] = [
+            split.get(label) or sample_of(metric, window, end, RowNumbers([]), label)
+            for end, split in zip(ends, splits, strict=True)
+        ]
+    return found
 
 
 def metric_source(experiment: str | TraceSearch, tracking_uri: str | None = None) -> MetricSource:
@@ -407,8 +421,9 @@ def metric_source(experiment: str | TraceSearch, tracking_uri: str | None = None
     Raises:
         MetricSourceError: エクスペリメントがない。「トラフィックが 0」とは区別する。
     """
-    found = isinstance(experiment, TraceSearch)
-    search = experiment if found else TraceSearch(experiment, tracking_uri)
-    fallback = SearchTracesMetricSource(search)
-    http = search.tracking_uri.startswith(("http://", "https://"))
-    return ServerMetricSource(search, fallback) if http else fallback
+    search = experiment
+    if not isinstance(search, TraceSearch):
+        search = TraceSearch(search, tracking_uri)
+    if search.tracking_uri.startswith(("http://", "https://")):
+        return ServerMetricSource(search)
+    return SearchTracesMetricSource(search)

@@ -1,14 +1,17 @@
-"""アラートのルールと設定。"""
+"""アラートのルールと設定。
 
+``alerts.yaml`` がすべての項目の例で、``file.py`` がそれを読む。ルールの型と判定は ``model.py`` に、
+設定全体の型は ``config.py`` にある。残りは誤りを見つける部分で、使うだけなら読まなくてよい。
+"""
+
+from ..durations import Duration, format_duration, parse_duration
 from .checking import AlertConfigError
 from .config import AlertConfig, Inhibit, MuteWindow
 from .file import load_config
 from .model import AlertRule, BurnRateRule, Rule
-from .references import WATCHDOG
-from .values import Duration, format_duration, parse_duration
+from .values import Severity
 
 __all__ = [
-    "WATCHDOG",
     "AlertConfig",
     "AlertConfigError",
     "AlertRule",
@@ -17,6 +20,7 @@ __all__ = [
     "Inhibit",
     "MuteWindow",
     "Rule",
+    "Severity",
     "format_duration",
     "load_config",
     "parse_duration",

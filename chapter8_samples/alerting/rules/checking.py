@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
 
-from .values import near, short
-
-if TYPE_CHECKING:
-    from typing_extensions import dataclass_transform
-else:  # 型検査のためのもので、実行時には何もしない
-
-    def dataclass_transform(**_):
-        return lambda decorator: decorator
-
+from .values import short
 
 Model = TypeVar("Model")
 Problem = tuple[str, str]
 """(場所, 誤り)。場所は ``rules[2].window`` のような形で、全体の誤りでは空。"""
 
 CONFIG = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
+KEYS: set[str] = set()
+"""設定のどこかに書けるキー。書き誤りに近いものを勧める。"""
 SECRET_LIKE = re.compile(
     r"https?://\S*|\S*sig=\S*|\b(?=\w*\d)[0-9a-z]{32}\b|\bwhsec_\S*|\bxox[bp]-\S*", re.IGNORECASE
 )
 WANTED = {
     "bool_type": "true or false",
     "bool_parsing": "true or false",
+    "dataclass_type": "a mapping",
     "dict_type": "a mapping",
+    "model_attributes_type": "a mapping",
     "tuple_type": "a list",
     "sequence_str": "a list",
     "is_instance_of": "a list",
     "string_type": "a string; write it in quotes",
     "string_too_short": "a non-empty string",
+    "float_type": "a number",
+    "finite_number": "a number",
+    "int_type": "a whole number",
+    "greater_than_equal": "a whole number from 0 up",
 }
 """pydantic の誤りの種類 -> 求める値。"""
 
@@ -44,10 +46,8 @@ WANTED = {
 class AlertConfigError(ValueError):
     """設定の誤り。見つけたすべてを ``problems`` に持つ。"""
 
-    def __init__(self, problems: Sequence[str], places: Sequence[Problem] = ()) -> None:
+    def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        self.places = tuple(places)
-        """設定の一部だけを読んだときの、その中での場所と誤り。"""
         super().__init__("invalid alert configuration:\n" + "\n".join(f"- {p}" for p in problems))
 
 
@@ -55,7 +55,7 @@ class AlertConfigError(ValueError):
 def model(cls: type[Model]) -> type[Model]:
     """pydantic で検査する ``dataclass`` にする。作れなければ ``AlertConfigError``。
 
-    ``cls.heading`` は文の前に付ける言葉、``cls.across`` は項目をまたぐ検査(どちらも省略できる)。
+    項目をまたぐ検査は ``cls.across`` に書く(省略できる)。
     """
     made: Any = dataclass(frozen=True, kw_only=True, config=CONFIG)(cls)
     create = made.__init__
@@ -65,64 +65,73 @@ def model(cls: type[Model]) -> type[Model]:
         try:
             create(self, **fields)
         except ValidationError as error:
-            found = _problems(error, keys_of(made))
+            found = [_problem(detail) for detail in error.errors(include_url=False)]
         if hasattr(made, "across"):
             found += made.across(fields)
         if found:
-            heading = made.heading(fields) if hasattr(made, "heading") else ""
-            raise AlertConfigError([heading + sentence(problem) for problem in found], found)
+            heading = f"rule {short(fields['name'])}: " if "name" in fields else ""
+            raise AlertConfigError([heading + sentence(problem) for problem in found])
 
     made.__init__ = checked
+    KEYS.update(name.rstrip("_") for name in made.__dataclass_fields__)
     return made
 
 
-def read(cls: type[Model], value: Any) -> Model:
-    """設定の一部を読む。``cls`` のものは、そのまま返す。"""
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{short(value)} is not a mapping")
-    return cls(**{str(key): item for key, item in value.items()})
+def written(cls: type[Model]) -> type[Model]:
+    """pydantic で検査する ``TypedDict`` にする。書かれた項目だけの辞書になる。"""
+    made: Any = cls
+    made.__pydantic_config__ = CONFIG
+    KEYS.update(made.__annotations__)
+    return cls
 
 
-def keys_of(cls: type[Any]) -> list[str]:
-    """設定に書けるキー。"""
-    return [name.rstrip("_") for name in cls.__dataclass_fields__]
+def _problem(detail: Any) -> Problem:
+    """pydantic の誤りの、場所と文。"""
+    parts = list(detail["loc"])
+    if parts[0] in ("rules", "receivers"):
+        del parts[2:3]  # どの型として読んだか
+    if detail["type"] == "missing":
+        return _place(parts[:-1]), f"{parts[-1]} is missing"
+    return _place(parts), _text(detail)
 
 
-def _problems(error: ValidationError, known: Iterable[str]) -> list[Problem]:
-    found: list[Problem] = []
-    for detail in error.errors(include_url=False):
-        place = ""
-        for part in detail["loc"]:
-            place = place if part == "[key]" else _within(place, part)
-        inner = detail.get("ctx", {}).get("error")
-        if isinstance(inner, AlertConfigError):
-            found += [(_within(place, where), text) for where, text in inner.places]
-        elif detail["type"] == "missing":
-            parent, _, key = place.rpartition(".")
-            found.append((parent, f"{key} is missing"))
-        else:
-            found.append((place, _text(detail, inner, known)))
-    return found
+def _place(parts: Iterable[str | int]) -> str:
+    place = ""
+    for part in parts:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part != "[key]":
+            place += f".{part}" if place else part
+    return place
 
 
-def _within(place: str, part: str | int) -> str:
-    if isinstance(part, int):
-        return f"{place}[{part}]"
-    return f"{place}.{part}" if place and part else place + part
-
-
-def _text(detail: Any, inner: Exception | None, known: Iterable[str]) -> str:
-    kind, value = detail["type"], detail["input"]
-    if kind == "unexpected_keyword_argument":
-        return f"unknown key{near(detail['loc'][-1], known)}"
+def _text(detail: Any) -> str:
+    kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        hint = near(detail["loc"][-1], KEYS)
+        return f"unknown key{hint}" + (" (secrets stay out of the file)" if "_env" in hint else "")
     if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        choices = re.findall(r"'([^']*)'", context["expected"])
         return f"{short(value)} is not one of {', '.join(choices)}{near(value, choices)}"
+    if kind == "too_short":
+        return "the list is empty; name at least one"
+    if kind == "less_than_equal":
+        return f"{short(value)} is too large"
     if kind in WANTED:
-        return f"{short(value)} is not {WANTED[kind]}"
-    return str(inner) if inner else f"{short(value)}: {detail['msg']}"
+        return f"{short(value)} is not {WANTED[kind]}{_without_percent(kind, value)}"
+    return str(context.get("error") or f"{short(value)}: {detail['msg']}")
+
+
+def _without_percent(kind: str, value: Any) -> str:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value) if isinstance(value, str) else None
+    return f"; write {float(found[1]) / 100:g}" if found and kind == "float_type" else ""
+
+
+def near(value: object, known: Iterable[object]) -> str:
+    """近い名前を勧める文。なければ空。"""
+    text = value if isinstance(value, str) else ""
+    close = difflib.get_close_matches(text, [name for name in known if isinstance(name, str)], 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def sentence(problem: Problem) -> str:

@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from datetime import datetime, timedelta
-from functools import cached_property, partial
-from typing import Annotated, Any, Literal, Protocol
+from functools import cached_property
+from typing import Annotated, Any, Protocol
 
-from pydantic import PlainValidator
+from pydantic import Discriminator, Tag
 
-from .checking import Problem, model, read
+from ..durations import parse_duration
+from .checking import Problem, model
 from .defaults import DEFAULT_RULES
-from .model import AlertRule, BurnRateRule, Rule
-from .receivers import read_receiver, read_route
+from .model import AlertRule, BurnRateRule
+from .receivers import Receiver, Route
 from .references import WATCHDOG, reference_problems
 from .values import (
     Clock,
@@ -24,16 +25,12 @@ from .values import (
     Name,
     PositiveLength,
     Severity,
-    Some,
     Text,
     Zone,
     parse_clock,
-    parse_duration,
     parse_zone,
 )
 
-Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
-DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 Selector = Mapping[Name, Name]
 
 
@@ -70,43 +67,31 @@ class Inhibit:
 
 @model
 class MuteWindow:
-    """毎日(または決まった曜日)の、知らせない時間帯。夜をまたいでよい。
-
-    ``start`` と ``end`` が同じなら 24 時間。曜日は、始まる日の曜日。
-    """
+    """毎日の、知らせない時間帯。夜をまたいでよい。``start`` と ``end`` が同じなら 24 時間。"""
 
     match: Selector = field(default_factory=dict[str, str])
     start: Clock = "00:00"
     end: Clock = "00:00"
-    days: Annotated[tuple[Day, ...], Some] = DAYS
     timezone: Zone = "UTC"
-
-    @staticmethod
-    def heading(fields: Mapping[str, Any]) -> str:
-        """誤りの文の前に付ける言葉。"""
-        return "mute: "
 
     def covers(self, at: datetime) -> bool:
         """``at`` がこの時間帯か。"""
         local = at.astimezone(parse_zone(self.timezone))
-        start, end = parse_clock(self.start), parse_clock(self.end)
         now = timedelta(hours=local.hour, minutes=local.minute, seconds=local.second)
+        start, end = parse_clock(self.start), parse_clock(self.end)
         if start < end:
-            return self._on(local) and start <= now < end
-        return (self._on(local) and now >= start) or (
-            self._on(local - timedelta(days=1)) and now < end
-        )
-
-    def _on(self, day: datetime) -> bool:
-        return DAYS[day.weekday()] in self.days  # strftime("%a") は、ロケールによって「金」になる
+            return start <= now < end
+        return now >= start or now < end
 
 
-def _part(cls: type[Any]) -> PlainValidator:
-    return PlainValidator(partial(read, cls))
+def _kind_of_rule(value: object) -> str:
+    return "burn_rate" if isinstance(value, BurnRateRule) else "rule"
 
 
-def _rule(value: Any) -> Rule:
-    return value if isinstance(value, BurnRateRule) else read(AlertRule, value)
+AnyRule = Annotated[
+    Annotated[AlertRule, Tag("rule")] | Annotated[BurnRateRule, Tag("burn_rate")],
+    Discriminator(_kind_of_rule),
+]
 
 
 @model
@@ -116,8 +101,7 @@ class AlertConfig:
     Args:
         offset: 集計期間の終わりを、いまからどれだけ遡らせるか。トレースは終わってから届くので、
             遅いリクエストが届くだけの長さにする。
-        repeat: 発報中の通知を繰り返す間隔。省略すると繰り返さない。経路(``routes``)ごとの
-            ``repeat`` が先に使われる。
+        repeat: 発報中の通知を繰り返す間隔。省略すると繰り返さない。
         evaluation_failure_for: ルールの評価の失敗がこれだけ続いたら知らせる。
         watchdog_severity: その知らせの重大度。
         interval: 評価の間隔。Alertmanager は、これを過ぎても送られてこないアラートを解消とみなす。
@@ -125,23 +109,21 @@ class AlertConfig:
     """
 
     experiment: Text = ""
-    rules: Sequence[Annotated[Rule, PlainValidator(_rule)]] = ()
-    burn_rates: tuple[Annotated[BurnRateRule, _part(BurnRateRule)], ...] = ()
+    rules: Sequence[AnyRule] = ()
+    burn_rates: Sequence[BurnRateRule] = ()
     offset: Length = "30s"
     repeat: Length | None = None
     evaluation_failure_for: Length = "1m"
     watchdog_severity: Severity = "critical"
     interval: PositiveLength | None = None
     labels: Mapping[Name, Name] = field(default_factory=dict[str, str])
-    inhibit: tuple[Annotated[Inhibit, _part(Inhibit)], ...] = ()
-    mute: tuple[Annotated[MuteWindow, _part(MuteWindow)], ...] = ()
-    receivers: Mapping[Name, Annotated[Mapping[str, Any], PlainValidator(read_receiver)]] = field(
-        default_factory=dict[str, Mapping[str, Any]]
-    )
-    routes: tuple[Annotated[Mapping[str, Any], PlainValidator(read_route)], ...] = ()
+    inhibit: Sequence[Inhibit] = ()
+    mute: Sequence[MuteWindow] = ()
+    receivers: Mapping[Name, Receiver] = field(default_factory=dict[str, Receiver])
+    routes: Sequence[Route] = ()
 
     @staticmethod
-    def across(fields: Mapping[str, Any]) -> list[Problem]:
+    def across(fields: Mapping[str, Any]) -> Iterator[Problem]:
         """項目をまたぐ誤り。"""
         return reference_problems(fields)
 
@@ -150,20 +132,9 @@ class AlertConfig:
         object.__setattr__(self, "burn_rates", ())
 
     @property
-    def offset_delta(self) -> timedelta:
-        """``offset`` の長さ。"""
-        return parse_duration(self.offset)
-
-    @property
     def hold(self) -> timedelta:
         """発報中のアラートを、次の評価まで保つ長さ(Alertmanager の ``endsAt``)。"""
         return max(timedelta(minutes=5), 3 * parse_duration(self.interval or "0s"))
-
-    def repeat_for(self, alert: Selectable) -> timedelta:
-        """このアラートの通知を繰り返す間隔。0 は繰り返さない。"""
-        matching = (route for route in self.routes if alert.matches(route.get("match", {})))
-        route = next(matching, dict[str, Any]())
-        return parse_duration(route.get("repeat") or self.repeat or "0s")
 
     @cached_property
     def watchdog(self) -> AlertRule:
@@ -174,10 +145,6 @@ class AlertConfig:
             severity=self.watchdog_severity,
             summary="alert rules could not be read",
         )
-
-    def hold_and_keep(self, rule: Rule) -> tuple[timedelta, timedelta]:
-        """``for_`` と ``keep_firing_for`` の長さ。"""
-        return parse_duration(rule.for_), parse_duration(rule.keep_firing_for)
 
     def silences(self, alert: Selectable, firing: Sequence[Selectable], at: datetime) -> bool:
         """いまは知らせないか(抑制または時間帯)。"""

@@ -51,30 +51,21 @@ def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]
     """
     if isinstance(config, AlertConfig):
         return config
-    is_path = isinstance(config, str | os.PathLike)
-    return config_from_mapping(read_yaml(config) if is_path else config)
-
-
-def config_from_mapping(data: Any) -> AlertConfig:
-    """辞書から ``AlertConfig`` を作る。
-
-    Raises:
-        AlertConfigError: 誤りのすべて(``rules[2].for: '5 min' is not a duration`` のような形)。
-    """
+    data: Any = _read_yaml(config) if isinstance(config, str | os.PathLike) else config
     if not isinstance(data, Mapping):
         raise AlertConfigError([f"the file must be a mapping, found {short(data)}"])
     fields = {str(key): value for key, value in data.items()}
     found = [sentence(problem) for problem in _file_problems(fields)]
     fields.pop("version", None)
     try:
-        config = AlertConfig(**fields)
+        made = AlertConfig(**fields)
     except AlertConfigError as error:
         raise AlertConfigError([*found, *error.problems]) from None
-    if not found and not config.rules:
+    if not found and not made.rules:
         found = ["rules: no rule is defined"]
     if found:
         raise AlertConfigError(found)
-    return config
+    return made
 
 
 def _file_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
@@ -88,25 +79,20 @@ def _file_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
                     yield f"{key}[{i}]", f"{name} is missing"
 
 
-def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """YAML ファイルを読む。
-
-    Raises:
-        AlertConfigError: ファイルがない、または YAML として読めない。
-    """
+def _read_yaml(path: str | os.PathLike[str]) -> Any:
     import yaml
 
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), _strict_loader())
     except (OSError, UnicodeDecodeError) as error:
         raise AlertConfigError([f"cannot read {os.fspath(path)}: {error}"]) from error
-    except yaml.MarkedYAMLError as error:  # 例外の文は、秘密かもしれない行を引用する
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = f"{os.fspath(path)} is not YAML: {where}{error.problem or error.context}"
-        raise AlertConfigError([SECRET_LIKE.sub("***", problem)]) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise AlertConfigError([f"{os.fspath(path)} is not YAML: {error}"]) from error
+        # 例外の文は、秘密かもしれない行を引用する。行の番号と理由だけを使う
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        reason = f"{where}{getattr(error, 'problem', None) or error}"
+        problem = SECRET_LIKE.sub("***", f"{os.fspath(path)} is not YAML: {reason}")
+        raise AlertConfigError([problem]) from None
 
 
 def _strict_loader() -> Any:

@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..durations import parse_duration
 from ..metrics import metric_problem
 from ..metrics.measures import RATE_METRICS
-from .values import near, parse_duration
+from .checking import near
 
-COUNTS = ("trace_count", "request_rate", "assessment_count")
-GOOD_RATES = ("pass_rate", "feedback_rate")
-"""高いほどよい割合。"""
+COUNTS = ("trace_count", "assessment_count")
 OWN_KEYS = ("name", "severity", "metric")
 Fields = Mapping[str, Any]
 """同じルールの、先に読めた項目。"""
@@ -24,9 +24,6 @@ def check_metric(metric: str, rule: Fields) -> None:
     """知っている指標か。"""
     if problem := metric_problem(metric):
         raise ValueError(problem)
-    kind, _, name = metric.partition(":")
-    if name != name.strip():
-        raise ValueError(f"{metric!r} has a space around the name; write {kind}:{name.strip()}")
 
 
 def check_labels(labels: Mapping[str, str], rule: Fields) -> None:
@@ -50,74 +47,79 @@ def check_by(by: str | None, rule: Fields) -> None:
 
 
 def check_threshold(value: float, rule: Fields) -> None:
-    """その指標が取りうる値に対して、意味のあるしきい値か。"""
+    """その指標が取りうる範囲にあるか。外なら、決して越えないか、いつも越えている。"""
     if not {"metric", "op", "compare"} <= rule.keys():
         return
-    metric, op = rule["metric"], rule["op"]
-    said = f"{metric} {op} {value:g}"
-    if rule["compare"] is not None:
-        _check_ratio(value, op, f"{said} x the value {rule['compare']} ago")
-        return
-    _check_percent(value, metric)
-    if op == "<" and value <= 0:
-        meant = "write 1 for none at all" if metric == "trace_count" else "write a value above 0"
-        raise ValueError(f"{said} can never be true: it is never below 0; {meant}")
-    if op == ">" and value == 1 and _is_rate(metric):
-        raise ValueError(f"{said} can never be true: a rate is at most 1; write 0.01 for 1%")
-    if op == ">" and value < 0:
-        raise ValueError(f"{said} is always true: it is never below 0; write {-value:g}")
-    if op == ">" and value < 1 and metric.endswith("_ms"):
-        meant = f"; the unit is milliseconds, write {value * 1000:g}" if value else ""
-        raise ValueError(f"{said} is always true: every request takes longer{meant}")
-    _check_samples(value, rule, said)
+    op = rule["op"]
+    low, high = _range(rule)
+    never = value >= high if op == ">" else value <= low
+    always = value < low if op == ">" else value > high
+    if never or always:
+        verdict = "can never be true" if never else "is always true"
+        said = f"{rule['metric']} {op} {value:g}{_condition(rule)} {verdict}"
+        reason = "it lies between 0 and 1" if high == 1 else f"it is never below {low:g}"
+        if rule["compare"] is not None:
+            reason = "a ratio of 1 is no change"
+        raise ValueError(f"{said}: {reason}{_meant(value, rule)}")
 
 
-def _is_rate(metric: str) -> bool:
-    return metric.partition(":")[0] in RATE_METRICS
-
-
-def _check_percent(value: float, metric: str) -> None:
-    if _is_rate(metric) and value > 1:
-        meant = f"; write {value / 100:g} for {value:g}%" if value <= 100 else ""
-        raise ValueError(f"{value:g} is not a rate: rates lie between 0 and 1{meant}")
-
-
-def _check_ratio(value: float, op: str, said: str) -> None:
-    if op == "<" and value <= 0:
-        raise ValueError(f"{said} can never be true: a ratio is never below 0; write 0.05 for 5%")
-    if op == "<" and value > 1:
-        meant = f"; write {value / 100:g} for {value:g}%" if value <= 100 else ""
-        raise ValueError(f"{said} is true without any change{meant}")
-    if op == ">" and value < 1:
-        raise ValueError(f"{said} is true without any change; write {1 + max(value, 0):g} or more")
-
-
-def _check_samples(value: float, rule: Fields, said: str) -> None:
-    """件数の指標では、``min_samples`` がそのまま値の下限になる。"""
+def _range(rule: Fields) -> tuple[float, float]:
+    """しきい値と比べる値の、下限と上限。比べる比が 1 なら、何も変わっていない。"""
     kind, least = rule["metric"].partition(":")[0], rule.get("min_samples", 0)
-    if kind not in COUNTS or not least or "window" not in rule:
-        return
-    said += f" with min_samples {least}"
-    if kind == "request_rate":
-        least /= parse_duration(rule["window"]).total_seconds()
-    if rule["op"] == "<" and value <= least:
-        raise ValueError(f"{said} can never be true; remove min_samples")
-    if rule["op"] == ">" and value < least:
-        raise ValueError(f"{said} is always true; remove min_samples")
+    if rule["compare"] is not None:
+        return (1, math.inf) if rule["op"] == ">" else (0, 1)
+    if kind in RATE_METRICS:
+        return 0, 1
+    if kind in COUNTS:  # min_samples がそのまま値の下限になる
+        return least, math.inf
+    return (1 if kind.endswith("_ms") else 0), math.inf
+
+
+def _condition(rule: Fields) -> str:
+    if rule["compare"] is not None:
+        return f" x the value {rule['compare']} ago"
+    if rule["metric"].partition(":")[0] in COUNTS and rule.get("min_samples"):
+        return f" with min_samples {rule['min_samples']}"
+    return ""
+
+
+def _meant(value: float, rule: Fields) -> str:
+    """書きたかったはずの値。"""
+    metric = rule["metric"]
+    if share := _as_share(value, rule):
+        return share
+    if rule["compare"] is not None:
+        return f"; write {1 + max(value, 0):g} or more" if rule["op"] == ">" else ""
+    if metric.endswith("_ms") and 0 < value < 1:
+        return f"; the unit is milliseconds, write {value * 1000:g}"
+    if "min_samples" in _condition(rule):
+        return "; remove min_samples"
+    if metric == "trace_count" and rule["op"] == "<":
+        return "; write 1 for none at all"
+    return ""
+
+
+def _as_share(value: float, rule: Fields) -> str:
+    """百分率で書いたらしい割合の、正しい書き方。"""
+    drop = rule["compare"] is not None and rule["op"] == "<"
+    share = drop or rule["metric"].partition(":")[0] in RATE_METRICS
+    return f"; write {value / 100:g} for {value:g}%" if share and 1 <= value <= 100 else ""
 
 
 def check_clear(value: float | None, rule: Fields) -> None:
     """発報のしきい値の手前にあり、指標が届く値か。"""
     if value is None or not {"metric", "op", "compare", "threshold"} <= rule.keys():
         return
-    metric, op, threshold = rule["metric"], rule["op"], rule["threshold"]
-    if rule["compare"] is None:
-        _check_percent(value, metric)
-    if value > threshold if op == ">" else value < threshold:
-        meant = f"{threshold:g} or {'less' if op == '>' else 'more'}"
-        raise ValueError(f"{value:g} is beyond threshold {threshold:g} with {op!r}; write {meant}")
-    if op == ">" and (value < 0 or (value == 0 and metric.endswith("_ms"))):
-        raise ValueError(f"{value:g} would never clear: {metric} never gets that low")
+    op, threshold = rule["op"], rule["threshold"]
+    low, high = _range(rule) if rule["compare"] is None else (0, math.inf)
+    beyond = value > threshold if op == ">" else value < threshold
+    if beyond:
+        nearest = f"; write {threshold:g} or {'less' if op == '>' else 'more'}"
+        meant = _as_share(value, rule) or nearest
+        raise ValueError(f"{value:g} is beyond threshold {threshold:g} with {op!r}{meant}")
+    if not low <= value <= high:
+        problem = f"{value:g} would never clear: {rule['metric']} never gets there"
+        raise ValueError(problem + _as_share(value, rule))
 
 
 def check_confidence(value: float | None, rule: Fields) -> None:
@@ -126,34 +128,25 @@ def check_confidence(value: float | None, rule: Fields) -> None:
         return
     if not 0.5 < value < 1:
         meant = f"; write {value / 100:g}" if 50 < value < 100 else ""
-        raise ValueError(f"{value} is not between 0.5 and 1{meant}")
+        raise ValueError(f"{value:g} is not between 0.5 and 1{meant}")
     if problem := metric_problem(rule.get("metric", "error_rate"), rate_for="confidence"):
         raise ValueError(problem)
-
-
-def check_bad_rate(metric: str) -> None:
-    """悪いほうを数える割合か(エラー予算を使うのは、悪いほう)。"""
-    if problem := metric_problem(metric, rate_for="a burn rate"):
-        raise ValueError(problem)
-    kind, _, name = metric.partition(":")
-    if kind in GOOD_RATES:
-        raise ValueError(f"{metric!r} does not count failures; write fail_rate:{name}")
 
 
 def check_objective(value: float, rule: Fields) -> None:
     """目標は割合で書かれているか。"""
     if not 0 < value < 1:
         meant = f"; write {value / 100:g}" if 1 < value < 100 else ""
-        raise ValueError(f"{value} is not between 0 and 1{meant}")
+        raise ValueError(f"{value:g} is not between 0 and 1{meant}")
 
 
 def check_factor(value: float, rule: Fields) -> None:
     """その速さに、割合が届くか。"""
     objective = rule.get("objective", 1)
     if value <= 0:
-        raise ValueError(f"{value} is not above 0; write 14.4, 6 or 1")
+        raise ValueError(f"{value:g} is not above 0; write 14.4, 6 or 1")
     if (limit := round(value * (1 - objective), 12)) >= 1:
-        said = f"{value} x (1 - {objective}) = {limit:g}"
+        said = f"{value:g} x (1 - {objective:g}) = {limit:g}"
         raise ValueError(f"{said}, a rate can never exceed it; lower the factor")
 
 

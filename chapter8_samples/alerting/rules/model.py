@@ -12,25 +12,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from datetime import timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from ..metrics import MetricSample
+from ..durations import Duration, parse_duration
+from ..metrics import MetricSample, metric_problem
 from .checking import model
-from .limits import CHECKS, check_bad_rate
-from .values import (
-    Duration,
-    Length,
-    Name,
-    Number,
-    PositiveLength,
-    Severity,
-    Text,
-    Whole,
-    parse_duration,
-    short,
-)
+from .limits import CHECKS
+from .values import Length, Name, Number, PositiveLength, Severity, Text, Whole
 
 FEW_SAMPLES = 200
 """標本がこれより少ない集計期間では、``low_traffic_confidence`` を使う。"""
@@ -55,11 +45,6 @@ def chance_of_at_least(count: int, n: int, rate: float) -> float:
         if k > n * rate and term < total * 1e-12:
             break
     return min(1.0, total)
-
-
-def ratio(now: MetricSample, earlier: MetricSample) -> float | None:
-    """前の期間の値に対する、今の値の比。前の値がないか 0 なら ``None``。"""
-    return now.value / earlier.value if now.value is not None and earlier.value else None
 
 
 @model
@@ -87,11 +72,6 @@ class BaseRule:
         if check := CHECKS.get(info.field_name or ""):
             check(value, info.data)
         return value
-
-    @staticmethod
-    def heading(fields: Mapping[str, Any]) -> str:
-        """誤りの文の前に付ける言葉。"""
-        return f"rule {short(fields.get('name'))}: "
 
     def no_data_verdict(self) -> bool | None:
         """標本がないときの判定。``None`` は状態を変えない。"""
@@ -133,10 +113,17 @@ class AlertRule(BaseRule):
         """判定に要る(指標, 集計期間)。"""
         return [(self.metric, parse_duration(self.window))]
 
+    def value(self, samples: Sequence[MetricSample]) -> float | None:
+        """しきい値と比べる値。``compare`` では、前の期間(``samples[1]``)に対する比。"""
+        now = samples[0].value
+        if self.compare is None or now is None:
+            return now
+        earlier = samples[1].value
+        return now / earlier if earlier else None
+
     def judge(self, samples: Sequence[MetricSample], firing: bool) -> bool | None:
         """越えているか。標本が足りなければ ``None``。``compare`` では、今と前の二つを渡す。"""
-        sample = samples[0]
-        value = sample.value if self.compare is None else ratio(sample, samples[1])
+        value = self.value(samples)
         if value is None:
             return self.no_data_verdict()
         # 前の期間と比べるときは、前の期間の標本数で決める(今の件数が減ったことを見つけたい)
@@ -190,6 +177,8 @@ class BurnRateRule(BaseRule):
     (SRE ワークブック 5 章: 30 日の予算の 2% を 1 時間で使う速さ)。
     """
 
+    by: ClassVar[None] = None
+    ago: ClassVar[None] = None
     objective: Number = 0.99
     factor: Number = 14.4
     long: PositiveLength = "1h"
@@ -198,7 +187,10 @@ class BurnRateRule(BaseRule):
     @field_validator("metric")
     @classmethod
     def _counts_failures(cls, metric: str) -> str:
-        check_bad_rate(metric)
+        if problem := metric_problem(metric, rate_for="a burn rate"):
+            raise ValueError(problem)
+        if metric.startswith("pass_rate:"):
+            raise ValueError(f"{metric!r} does not count failures; write fail_rate:{metric[10:]}")
         return metric
 
     @property
@@ -214,6 +206,10 @@ class BurnRateRule(BaseRule):
     def queries(self) -> list[tuple[str, timedelta]]:
         """判定に要る(指標, 集計期間)。長い期間が先。"""
         return [(self.metric, parse_duration(w)) for w in (self.long, self.short)]
+
+    def value(self, samples: Sequence[MetricSample]) -> float | None:
+        """アラートに載せる値(長いほうの期間)。"""
+        return samples[0].value
 
     def judge(self, samples: Sequence[MetricSample], firing: bool) -> bool | None:
         """両方の期間で越えているか。"""

@@ -2,134 +2,104 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping
-from dataclasses import field
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+from typing_extensions import NotRequired, TypedDict
 
-from .checking import SECRET_LIKE, AlertConfigError, Problem, keys_of, model, read
-from .values import Length, Name, Severity, Some, near, short
-
-NO_SECRET = "secrets stay out of the file"
+from .checking import SECRET_LIKE, near, written
+from .values import Name, Severity
 
 
 def _variable(value: Any) -> Any:
     # 値を文に入れない: 変数の名前の代わりに、秘密そのものが書かれているかもしれない
     named = isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII)
     if not named or SECRET_LIKE.search(value):
-        raise ValueError(f"not the name of an environment variable; {NO_SECRET}")
+        raise ValueError("not the name of an environment variable; secrets stay out of the file")
     return value
 
 
 Variable = Annotated[str, BeforeValidator(_variable)]
+Addresses = Annotated[Sequence[Name], Field(min_length=1)]
 
 
-@model
-class Route:
-    """条件に合うアラートを、どの通知先へ送るか。"""
+@written
+class Route(TypedDict):
+    """条件(``match``)に合うアラートを、どの通知先へ送るか。"""
 
-    match: Mapping[Name, Name] = field(default_factory=dict[str, str])
-    to: tuple[Name, ...]
-    repeat: Length | None = None
+    match: NotRequired[Mapping[Name, Name]]
+    to: Sequence[Name]
 
 
-@model
-class Receiver:
+class Common(TypedDict):
     """どの通知先にもある項目。"""
 
-    type: Name
-    send_resolved: bool = True
-    min_severity: Severity = "info"
+    send_resolved: NotRequired[bool]
+    min_severity: NotRequired[Severity]
 
 
-@model
-class UrlReceiver(Receiver):
+@written
+class ConsoleReceiver(Common):
+    """標準出力。"""
+
+    type: Literal["console"]
+
+
+@written
+class UrlReceiver(Common):
     """URL を知っていれば送れる通知先。"""
 
+    type: Literal["slack", "teams", "alertmanager"]
     url_env: Variable
 
 
-@model
-class WebhookReceiver(UrlReceiver):
+@written
+class WebhookReceiver(Common):
     """署名付きの Webhook。"""
 
+    type: Literal["webhook"]
+    url_env: Variable
     secret_env: Variable
 
 
-@model
-class PagerDutyReceiver(Receiver):
+@written
+class PagerDutyReceiver(Common):
     """PagerDuty。"""
 
+    type: Literal["pagerduty"]
     routing_key_env: Variable
-    region: Literal["us", "eu"] = "us"
-    source: Name | None = None
+    region: NotRequired[Literal["us", "eu"]]
+    source: NotRequired[Name]
 
 
-@model
-class EmailReceiver(Receiver):
+@written
+class EmailReceiver(Common):
     """SMTP。"""
 
+    type: Literal["email"]
     host: Name
     sender: Name
-    to: Annotated[tuple[Name, ...], Some]
-    port: Annotated[int, Field(strict=True, ge=1, le=65535)] = 587
-    tls: Literal["starttls", "implicit", "none"] = "starttls"
-    user_env: Variable | None = None
-    password_env: Variable | None = None
+    to: Addresses
+    port: NotRequired[Annotated[int, Field(strict=True, ge=1, le=65535)]]
+    tls: NotRequired[Literal["starttls", "implicit", "none"]]
+    user_env: NotRequired[Variable]
+    password_env: NotRequired[Variable]
 
 
-RECEIVERS: Mapping[str, type[Receiver]] = {
-    "slack": UrlReceiver,
-    "pagerduty": PagerDutyReceiver,
-    "teams": UrlReceiver,
-    "webhook": WebhookReceiver,
-    "email": EmailReceiver,
-    "alertmanager": UrlReceiver,
-    "console": Receiver,
-}
+TYPES = ("slack", "pagerduty", "teams", "webhook", "email", "alertmanager", "console")
 
 
-def read_route(value: Any) -> dict[str, Any]:
-    """経路を検査する。書かれた項目だけの辞書になる。"""
-    return _written(read(Route, value), value)
+def _known_type(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, Mapping) else "console"
+    if kind not in TYPES:
+        raise ValueError(f"type must be one of {', '.join(TYPES)}{near(kind, TYPES)}")
+    return value
 
 
-def read_receiver(value: Any) -> dict[str, Any]:
-    """通知先を検査する。書かれた項目だけの辞書になる。"""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{short(value)} is not a mapping")
-    kind = value.get("type")
-    if not isinstance(kind, str) or kind not in RECEIVERS:
-        raise ValueError(f"type must be one of {', '.join(RECEIVERS)}{near(kind, RECEIVERS)}")
-    keys = keys_of(RECEIVERS[kind])
-    literal = [key for key, item in value.items() if _is_literal(f"{key}", item, keys)]
-    found: list[Problem] = [
-        (key, f"{NO_SECRET}; write {_variable_key(key, keys)}: NAME") for key in literal
-    ]
-    public = {key: item for key, item in value.items() if key not in literal}
-    stand_ins = {f"{key}_env": "NAME" for key in literal if f"{key}_env" in keys}
-    try:
-        receiver = read(RECEIVERS[kind], {**stand_ins, **public})
-    except AlertConfigError as error:
-        raise AlertConfigError([], [*found, *error.places]) from None
-    if found:
-        raise AlertConfigError([], found)
-    return _written(receiver, public)
-
-
-def _written(made: Any, value: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: item for key in value if (item := getattr(made, key)) is not None}
-
-
-def _is_literal(key: str, item: Any, keys: list[str]) -> bool:
-    """``url_env`` の代わりに ``url`` と書いたか、値そのものが秘密らしいか。"""
-    looks_secret = isinstance(item, str) and bool(SECRET_LIKE.search(item))
-    return f"{key}_env" in keys or (looks_secret and not key.endswith("_env"))
-
-
-def _variable_key(key: str, keys: list[str]) -> str:
-    names = [name for name in keys if name.endswith("_env")]
-    return (difflib.get_close_matches(key, names, 1) or names or [f"{key}_env"])[0]
+Receiver = Annotated[
+    UrlReceiver | WebhookReceiver | PagerDutyReceiver | EmailReceiver | ConsoleReceiver,
+    Field(discriminator="type"),
+    BeforeValidator(_known_type),
+]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .checking import Problem
-from .values import SEVERITIES, near, short
+from .checking import Problem, near
+from .values import SEVERITIES, short
 
 WATCHDOG = "alert_evaluation_failed"
 """指標を求められないルールがあることを知らせる、組み込みのアラートの名前。"""
@@ -18,38 +18,42 @@ ANY = "*"
 """評価してみないと分からないラベルの値(``by``)。"""
 OWN = {"name": "", "severity": "warning", "metric": "error_rate"}
 """ラベルのほかに照合できるものと、書かないときの値。"""
+SELECTORS = {"inhibit": ("when", "mute"), "mute": ("match",), "routes": ("match",)}
+"""条件を書くところ。"""
 Labels = Mapping[str, Any]
 
 
-def reference_problems(fields: Mapping[str, Any]) -> list[Problem]:
+def reference_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
     """名前の重複と、どこも指さない参照。"""
-    rules = [rule for key in ("rules", "burn_rates") for _, rule in _items(fields, key)]
-    found = [*_name_problems(rules), *_receiver_problems(fields)]
+    rules = [*_items(fields, "rules").values(), *_items(fields, "burn_rates").values()]
+    yield from _name_problems([rule.get("name") for rule in rules])
+    yield from _route_problems(fields)
     if not rules:
-        return found
+        return
     alerts = _possible_alerts(fields, rules)
-    for place, selector in _selectors(fields):
-        found += _selector_problems(place, selector, alerts)
+    for key, parts in SELECTORS.items():
+        for place, item in _items(fields, key).items():
+            for part in parts:
+                yield from _selector_problems(f"{place}.{part}", item.get(part), alerts)
     labels = {key for alert in alerts for key in alert if key not in OWN}
-    for place, inhibit in _items(fields, "inhibit"):
-        if inhibit.get("when") and inhibit.get("when") == inhibit.get("mute"):
-            found.append((place, "when and mute are the same; alerts never mute each other"))
-        unknown = [key for key in _names(inhibit.get("equal")) if key not in list(labels)]
-        found += [(f"{place}.equal", _no_label(key, labels)) for key in unknown]
+    for place, inhibit in _items(fields, "inhibit").items():
+        for key in _list(inhibit.get("equal")):
+            if key not in list(labels):
+                yield f"{place}.equal", f"no alert has the label {short(key)}{near(key, labels)}"
+
+
+def _items(fields: Mapping[str, Any], key: str) -> dict[str, Labels]:
+    """リストの項目の、場所 -> 中身。読めないものは飛ばす(型の検査が知らせる)。"""
+    found: dict[str, Labels] = {}
+    for i, item in enumerate(_list(fields.get(key))):
+        if isinstance(item, Mapping):
+            found[f"{key}[{i}]"] = item
+        elif hasattr(item, "__dataclass_fields__"):
+            found[f"{key}[{i}]"] = vars(item)
     return found
 
 
-def _items(fields: Mapping[str, Any], key: str) -> list[tuple[str, Labels]]:
-    """リストの項目の(場所, 中身)。読めないものは飛ばす(型の検査が知らせる)。"""
-    pairs = ((f"{key}[{i}]", item) for i, item in enumerate(_names(fields.get(key))))
-    return [
-        (place, item if isinstance(item, Mapping) else vars(item))
-        for place, item in pairs
-        if isinstance(item, Mapping) or hasattr(item, "__dataclass_fields__")
-    ]
-
-
-def _names(value: Any) -> Sequence[Any]:
+def _list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else ()
 
 
@@ -57,27 +61,26 @@ def _mapping(value: Any) -> Labels:
     return value if isinstance(value, Mapping) else {}
 
 
-def _name_problems(rules: Sequence[Labels]) -> list[Problem]:
-    names = [rule["name"] for rule in rules if "name" in rule]
-    twice = sorted({short(name) for name in names if names.count(name) > 1})
-    found = [("rules", f"duplicate name {name}") for name in twice]
+def _name_problems(names: Sequence[Any]) -> Iterator[Problem]:
+    for name in sorted({short(name) for name in names if name and names.count(name) > 1}):
+        yield "rules", f"duplicate name {name}"
     if WATCHDOG in names:
-        found.append(("rules", f"{WATCHDOG!r} is a built-in alert; rename the rule"))
-    return found
+        yield "rules", f"{WATCHDOG!r} is a built-in alert; rename the rule"
 
 
-def _receiver_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
-    known = _mapping(fields.get("receivers")) or ("console",)
+def _route_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    known = list(_mapping(fields.get("receivers"))) or ["console"]
     routes = _items(fields, "routes")
-    for place, route in routes:
-        for name in _names(route.get("to")):
-            if name not in list(known):
+    for place, route in routes.items():
+        for name in _list(route.get("to")):
+            if name not in known:
                 yield f"{place}.to", f"unknown receiver {short(name)}{near(name, known)}"
-    if routes and routes[-1][1].get("match"):
-        yield "routes", "the last route must match everything; add {match: {}, to: [...]}"
-    for place, route in routes[:-1]:
-        if not route.get("match"):
+    catch_all = [place for place, route in routes.items() if not route.get("match")]
+    for place in catch_all:
+        if place != list(routes)[-1]:
             yield place, "matches everything, so the routes after it are never used; move it last"
+    if routes and list(routes)[-1] not in catch_all:
+        yield "routes", "the last route must match everything; add {match: {}, to: [...]}"
 
 
 def _possible_alerts(fields: Mapping[str, Any], rules: Sequence[Labels]) -> list[Labels]:
@@ -86,40 +89,36 @@ def _possible_alerts(fields: Mapping[str, Any], rules: Sequence[Labels]) -> list
     watchdog = {"name": WATCHDOG, "severity": fields.get("watchdog_severity", "critical")}
     alerts: list[Labels] = [{**shared, **watchdog}]
     for rule in rules:
-        by = str(rule.get("by") or "").removeprefix("tag:")
-        split = {by: ANY} if by else {}
-        own = {key: rule.get(key, usual) for key, usual in OWN.items()}
-        alerts.append({**shared, **_mapping(rule.get("labels")), **split, **own})
+        alert = {**shared, **_mapping(rule.get("labels"))}
+        if by := rule.get("by"):
+            alert[str(by).removeprefix("tag:")] = ANY
+        for key, usual in OWN.items():
+            alert[key] = rule.get(key, usual)
+        alerts.append(alert)
     return alerts
 
 
-def _selectors(fields: Mapping[str, Any]) -> Iterator[tuple[str, Labels]]:
-    for key, parts in (("inhibit", ("when", "mute")), ("mute", ("match",)), ("routes", ("match",))):
-        for place, item in _items(fields, key):
-            for part in parts:
-                selector = _mapping(item.get(part)).items()
-                yield f"{place}.{part}", {k: v for k, v in selector if isinstance(v, str)}
+def _selector_problems(place: str, selector: Any, alerts: Sequence[Labels]) -> Iterator[Problem]:
+    """条件に合うアラートが起こりえない理由。"""
+    wanted = {key: value for key, value in _mapping(selector).items() if isinstance(value, str)}
+    misses = [_miss(key, value, alerts) for key, value in wanted.items()]
+    if any(misses):
+        yield from ((place, miss) for miss in misses if miss)
+    elif not any(all(_fits(alert, *pair) for pair in wanted.items()) for alert in alerts):
+        yield place, f"no single alert has all of {short(wanted)}"
 
 
-def _selector_problems(place: str, selector: Labels, alerts: Sequence[Labels]) -> list[Problem]:
-    """条件に合うアラートが起こりえない理由。起こりうるなら空。"""
-    found: list[Problem] = []
-    for key, value in selector.items():
-        values = [alert[key] for alert in alerts if key in alert]
-        if not values:
-            found.append((place, _no_label(key, {name for alert in alerts for name in alert})))
-        elif not any(_fits(key, value, known) for known in values):
-            found.append((place, f"no alert has {key} {short(value)}{near(value, values)}"))
-    whole = (all(_fits(k, v, alert.get(k)) for k, v in selector.items()) for alert in alerts)
-    if not found and not any(whole):
-        found.append((place, f"no single alert has all of {short(dict(selector))}"))
-    return found
+def _miss(key: Any, value: str, alerts: Sequence[Labels]) -> str:
+    """そのラベルか値を持つアラートが起こりえない理由。起こりうるなら空。"""
+    values = [alert[key] for alert in alerts if key in alert]
+    if not values:
+        labels = {name for alert in alerts for name in alert}
+        return f"no alert has the label {short(key)}{near(key, labels)}"
+    if not any(_fits(alert, key, value) for alert in alerts):
+        return f"no alert has {key} {short(value)}{near(value, values)}"
+    return ""
 
 
-def _fits(key: str, value: Any, known: Any) -> bool:
+def _fits(alert: Labels, key: Any, value: str) -> bool:
     """その値になりうるか。重大度は、いまのルールにないものでもよい。"""
-    return known in (value, ANY) or (key == "severity" and value in SEVERITIES)
-
-
-def _no_label(key: Any, known: set[str]) -> str:
-    return f"no alert has the label {short(key)}{near(key, known)}"
+    return alert.get(key) in (value, ANY) or (key == "severity" and value in SEVERITIES)

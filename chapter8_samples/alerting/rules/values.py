@@ -1,78 +1,24 @@
-"""8.4.1 設定に書く値: 期間、時刻、時間帯、数。読めなければ、直し方を添えた ``ValueError``。"""
+"""8.4.1 設定に書く値の型: 期間、時刻、時間帯、数。読めない値は、直し方を添えて断る。"""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta, timezone, tzinfo
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
-from pydantic import AfterValidator, PlainValidator, StringConstraints
+from pydantic import Field, PlainValidator, StringConstraints
 
-Duration = str | timedelta
-"""``"30s"``、``"5m"``、``"1h30m"``、``"500ms"`` のような文字列か ``timedelta``。"""
+from ..durations import Duration, parse_duration
 
-MAX_DURATION = timedelta(days=3650)
-"""これより長い期間は、書き誤りとして拒否する。"""
-MAX_NUMBER = 1e300
-SEVERITIES = ("info", "warning", "error", "critical")
-_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdw]))+")
-_CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)(?::([0-5]\d))?")
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
-
-
-def short(value: object) -> str:
-    """文に引用する長さに切った値。"""
-    try:
-        text = repr(value)
-    except ValueError:  # 桁の多すぎる整数
-        return f"a huge {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def near(value: object, known: Iterable[object]) -> str:
-    """近い名前を勧める文。なければ空。"""
-    text = value if isinstance(value, str) else ""
-    close = difflib.get_close_matches(text, [name for name in known if isinstance(name, str)], 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def parse_duration(value: Duration) -> timedelta:
-    """期間を読む。読めなければ ``ValueError``。
-
-    >>> parse_duration("1h30m"), parse_duration("500ms")
-    (datetime.timedelta(seconds=5400), datetime.timedelta(microseconds=500000))
-    """
-    if isinstance(value, timedelta):
-        length = value
-    else:
-        text = str(value).strip()
-        if not _DURATION.fullmatch(text):
-            raise ValueError(f"{short(text)} is not a duration; write 30s, 5m, 1h30m or 2d")
-        seconds = sum(float(n) * _UNITS[unit] for n, unit in _PART.findall(text))
-        length = timedelta(seconds=min(seconds, 2 * MAX_DURATION.total_seconds()))
-    if length > MAX_DURATION:
-        raise ValueError(f"{short(str(value))} is longer than {MAX_DURATION.days}d; shorten it")
-    if length < timedelta(0):
-        raise ValueError(f"{str(value)!r} is not a duration: negative; write 30s, 5m or 2d")
-    return length
-
-
-def format_duration(value: Duration) -> str:
-    """Prometheus と同じ書き方にする。
-
-    >>> format_duration(timedelta(minutes=90))
-    '1h30m'
-    """
-    milliseconds = round(parse_duration(value) / timedelta(milliseconds=1))
-    text = ""
-    for unit in ("d", "h", "m", "s", "ms"):
-        count, milliseconds = divmod(milliseconds, round(_UNITS[unit] * 1000))
-        text += f"{count}{unit}" if count else ""
-    return text or "0s"
+CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
+Severity = Literal["info", "warning", "error", "critical"]
+SEVERITIES: tuple[str, ...] = get_args(Severity)
+Name = Annotated[str, StringConstraints(strict=True, min_length=1)]
+Text = Annotated[str, StringConstraints(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Whole = Annotated[int, Field(strict=True, ge=0, le=1_000_000_000)]
 
 
 def parse_clock(value: Any) -> timedelta:
@@ -85,13 +31,12 @@ def parse_clock(value: Any) -> timedelta:
     """
     if value == "24:00":
         return timedelta(days=1)
-    if isinstance(value, str) and (found := _CLOCK.fullmatch(value)):
-        hours, minutes, seconds = (int(part or 0) for part in found.groups())
-        return timedelta(hours=hours, minutes=minutes, seconds=seconds)
+    if isinstance(value, str) and (found := CLOCK.fullmatch(value)):
+        return timedelta(hours=int(found[1]), minutes=int(found[2]))
+    hint = 'write "22:00" and put the zone in timezone'
     if type(value) is int and 0 <= value <= 1440:
         hours, minutes = (value, 0) if value <= 24 else divmod(value, 60)
-        raise ValueError(f'{value} is not a time of day; write "{hours:02}:{minutes:02}" in quotes')
-    hint = 'write "22:00" and put the zone in timezone'
+        hint = f'write "{hours:02}:{minutes:02}" in quotes'
     raise ValueError(f"{short(value)} is not a time of day; {hint}")
 
 
@@ -103,7 +48,21 @@ def parse_zone(name: Any) -> tzinfo:
         raise ValueError(f"{short(name)} is not a time zone; write Asia/Tokyo or UTC") from None
 
 
-def _checks(read: Callable[[Any], object]) -> PlainValidator:
+def short(value: object) -> str:
+    """文に引用する長さに切った値。"""
+    try:
+        text = repr(value)
+    except ValueError:  # 桁の多すぎる整数
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _longer_than_nothing(value: Any) -> None:
+    if not parse_duration(value):
+        raise ValueError("must be longer than 0s")
+
+
+def _checked_by(read: Callable[[Any], object]) -> PlainValidator:
     """``read`` に読める値を、書かれたまま受け取る。"""
 
     def check(value: Any) -> Any:
@@ -113,46 +72,7 @@ def _checks(read: Callable[[Any], object]) -> PlainValidator:
     return PlainValidator(check)
 
 
-def _longer_than_nothing(value: Any) -> None:
-    if not parse_duration(value):
-        raise ValueError("must be longer than 0s")
-
-
-def _number(value: Any) -> None:
-    wrong = isinstance(value, bool) or not isinstance(value, int | float)
-    if wrong or not -MAX_NUMBER <= value <= MAX_NUMBER:
-        percent = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value) if isinstance(value, str) else None
-        hint = f"; write {float(percent[1]) / 100:g}" if percent else ""
-        raise ValueError(f"{short(value)} is not a number{hint}")
-
-
-def _whole(value: Any) -> None:
-    _number(value)
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{short(value)} is not a whole number from 0 up")
-
-
-def _severity(value: Any) -> str:
-    if value not in SEVERITIES:
-        hint = near(value, SEVERITIES)
-        raise ValueError(f"{short(value)} is not one of {', '.join(SEVERITIES)}{hint}")
-    return str(getattr(value, "value", value))  # AlertSeverity でもよい
-
-
-def _some(value: tuple[str, ...]) -> tuple[str, ...]:
-    if not value:
-        raise ValueError("the list is empty; name at least one")
-    return value
-
-
-Some = AfterValidator(_some)
-"""空でないリスト。"""
-Length = Annotated[Duration, _checks(parse_duration)]
-PositiveLength = Annotated[Duration, _checks(_longer_than_nothing)]
-Clock = Annotated[str, _checks(parse_clock)]
-Zone = Annotated[str, _checks(parse_zone)]
-Number = Annotated[float, _checks(_number)]
-Whole = Annotated[int, _checks(_whole)]
-Severity = Annotated[str, PlainValidator(_severity)]
-Text = Annotated[str, StringConstraints(strict=True)]
-Name = Annotated[str, StringConstraints(strict=True, min_length=1)]
+Length = Annotated[Duration, _checked_by(parse_duration)]
+PositiveLength = Annotated[Duration, _checked_by(_longer_than_nothing)]
+Clock = Annotated[str, _checked_by(parse_clock)]
+Zone = Annotated[str, _checked_by(parse_zone)]
