@@ -20,7 +20,6 @@ Databricks では、同じ関数が ``databricks-agents`` のバックフィル�
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
@@ -31,10 +30,10 @@ from mlflow.genai.scorers import Scorer
 
 from chapter8_samples.quality_monitoring import (
     BackfillError,
-    BackfillReport,
     ScorerPlan,
     ScorerSetupError,
     ScoringOptions,
+    ScoringReport,
     ScoringTarget,
     setup_scorers,
 )
@@ -47,7 +46,7 @@ from chapter8_samples.quality_monitoring.scoring.backfills import (
     whole_days,
 )
 from chapter8_samples.quality_monitoring.scoring.engine import score_traces
-from chapter8_samples.quality_monitoring.scoring.plan import ProgressCallback, show_progress
+from chapter8_samples.quality_monitoring.scoring.plan import ProgressCallback
 
 
 def backfill_with_scorer_names(
@@ -56,7 +55,7 @@ def backfill_with_scorer_names(
     start_time: datetime | None = None,
     end_time: datetime | None = None,
     **run: Any,
-) -> BackfillReport:
+) -> ScoringReport:
     """登録済みのスコアラーを名前で指定し、いまの割合でさかのぼって採点する。
 
     期間と ``run`` は ``backfill()`` を参照。停止中のスコアラーは、割合がないので例外になる。
@@ -71,7 +70,7 @@ def backfill_with_custom_sample_rates(
     start_time: datetime | None = None,
     end_time: datetime | None = None,
     **run: Any,
-) -> BackfillReport:
+) -> ScoringReport:
     """``{"scorer": ..., "sample_rate": 0.8}`` か ``ScoringTarget`` で、割合を決めて採点する。"""
     targets = [c if isinstance(c, ScoringTarget) else target_of(**c) for c in scorer_configs]
     return backfill(experiment_id, targets, start_time=start_time, end_time=end_time, **run)
@@ -79,7 +78,7 @@ def backfill_with_custom_sample_rates(
 
 def backfill_last_week(
     experiment_id: str, scorer_names: Sequence[str], **run: Any
-) -> BackfillReport:
+) -> ScoringReport:
     """直近 7 日間(168 時間)を採点する。"""
     start = datetime.now(timezone.utc) - timedelta(days=7)
     return backfill_with_scorer_names(experiment_id, scorer_names, start, **run)
@@ -93,7 +92,7 @@ def backfill_date_range(
     *,
     tz: str = "Asia/Tokyo",
     **run: Any,
-) -> BackfillReport:
+) -> ScoringReport:
     """``date`` か ``"2025-01-31"`` の形の、両端の日を含めて採点する。"""
     start, end = whole_days(start_date, end_date, tz)
     return backfill_with_scorer_names(experiment_id, scorer_names, start, end, **run)
@@ -108,13 +107,13 @@ def backfill_new_scorer(
     dry_run: bool = False,
     options: ScoringOptions | None = None,
     on_progress: ProgressCallback | None = None,
-) -> BackfillReport:
+) -> ScoringReport:
     """新しいスコアラーを登録・開始し、``days_back`` 日前までさかのぼって採点する。"""
     end = datetime.now(timezone.utc)
     start, _ = check_window(end - timedelta(days=days_back), end)
     target = target_of(scorer=new_scorer, sample_rate=sample_rate)
     experiment = experiment_of(experiment_id)
-    if not (dry_run or (options and options.dry_run)):
+    if not dry_run:
         # 開始していないスコアラーを、Databricks のジョブは採点しない
         plan = ScorerPlan(scorer=new_scorer, sample_rate=sample_rate)
         try:
@@ -134,7 +133,7 @@ def backfill(
     dry_run: bool = False,
     options: ScoringOptions | None = None,
     on_progress: ProgressCallback | None = None,
-) -> BackfillReport:
+) -> ScoringReport:
     """期間 ``[start_time, end_time)`` のトレースを、さかのぼって採点する。
 
     時刻はタイムゾーン付き。終了を省くと現在、開始を省くと終了の 7 日前(警告をログに出す)。
@@ -144,28 +143,16 @@ def backfill(
         BackfillError: 期間やスコアラーが正しくない、Databricks が拒否した、など。
         ScoringBusyError: ほかの実行が、同じスコアラーで採点している。
     """
-    options = options or ScoringOptions()
-    options = replace(options, dry_run=dry_run or options.dry_run)  # どちらで頼まれてもよい
     start, end = check_window(start_time, end_time)
-    rates = {target.name: target.sample_rate for target in targets}
-    if not targets or len(rates) != len(targets):
-        raise BackfillError(f"need at least one scorer, with unique names, got {list(rates)}")
+    names = [target.name for target in targets]
+    if not names or len(set(names)) < len(names):
+        raise BackfillError(f"need at least one scorer, with unique names, got {names}")
     experiment_id = experiment_of(experiment_id).experiment_id
-    runs = "databricks" if mlflow.get_tracking_uri().startswith("databricks") else "client"
-    report = BackfillReport(
-        job_id=uuid.uuid4().hex[:12],
-        runs=runs,
-        start=start,
-        end=end,
-        sample_rates=rates,
-        dry_run=options.dry_run,
-    )
-    if runs == "databricks" and not options.dry_run:
-        return replace(report, job_id=submit_backfill(experiment_id, targets, start, end))
-    run: dict[str, Any] = {"options": options, "on_progress": on_progress or show_progress}
-    scoring = score_traces(experiment_id, targets, start=start, end=end, **run)
-    run["on_progress"](scoring)  # 終わったことも知らせる
-    return replace(report, scoring=scoring)
+    if mlflow.get_tracking_uri().startswith("databricks") and not dry_run:
+        job_id = submit_backfill(experiment_id, targets, start, end)
+        return ScoringReport(experiment_id=experiment_id, start=start, end=end, job_id=job_id)
+    run: dict[str, Any] = {"options": options, "dry_run": dry_run, "on_progress": on_progress}
+    return score_traces(experiment_id, targets, start=start, end=end, **run)
 
 
 def main() -> None:

@@ -28,16 +28,15 @@ from typing import Literal, NamedTuple
 from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import delete_scorer, list_scorers
 
-from chapter8_samples.quality_monitoring.scoring.estimates import estimate_monthly_judge_cost
+from chapter8_samples.quality_monitoring.scoring.judges import ScorerSetupError
+from chapter8_samples.quality_monitoring.scoring.plan import ScorerPlan, check_sample_rate
 from chapter8_samples.quality_monitoring.scoring.registry import (
     KeptSetting,
     ScorerNotFoundError,
-    ScorerPlan,
-    ScorerSetupError,
     ScorerStatus,
     apply_setting,
     check_filter,
-    check_sample_rate,
+    estimate_monthly_judge_cost,
     existing_experiment_id,
     find_status,
     keep_setting,

@@ -34,14 +34,9 @@ from mlflow.genai.scorers import (
 )
 
 from chapter8_samples.quality_monitoring.scoring.judge_endpoint import resolve_judge_model
-from chapter8_samples.quality_monitoring.scoring.judges import require_judges
-from chapter8_samples.quality_monitoring.scoring.plan import FINISHED_TRACES
-from chapter8_samples.quality_monitoring.scoring.registry import (
-    ScorerPlan,
-    ScorerSetupError,
-    ScorerStatus,
-    setup_scorers,
-)
+from chapter8_samples.quality_monitoring.scoring.judges import ScorerSetupError, require_judges
+from chapter8_samples.quality_monitoring.scoring.plan import FINISHED_TRACES, ScorerPlan
+from chapter8_samples.quality_monitoring.scoring.registry import ScorerStatus, setup_scorers
 
 
 def setup_quality_scorers(

@@ -38,16 +38,16 @@ _MODULES = {
     "feedback.summary": "FeedbackSummary summarize_feedback",
     "scoring.custom": "CustomScorerError setup_custom_code_scorer validate_custom_scorer",
     "scoring.cycle": "run_scoring_cycle",
-    "scoring.estimates": "estimate_monthly_judge_cost",
     "scoring.gate": "ReleaseComparison ReleaseRun compare_releases",
     "scoring.judge_endpoint": "JudgeEndpointError ensure_judge_endpoint",
-    "scoring.judges": "BudgetError JudgeNotConfiguredError JudgePrice ScoringError",
+    "scoring.judges": (
+        "BudgetError JudgeNotConfiguredError JudgePrice ScorerSetupError ScoringError"
+    ),
     "scoring.lease": "ScoringBusyError",
-    "scoring.backfills": "BackfillError BackfillReport",
-    "scoring.operations": "server_scored_until set_trace_archive",
-    "scoring.plan": "ScoringOptions ScoringReport ScoringTarget",
+    "scoring.backfills": "BackfillError",
+    "scoring.plan": "ScorerPlan ScoringOptions ScoringReport ScoringTarget",
     "scoring.registry": (
-        "ScorerNotFoundError ScorerPlan ScorerSetupError ScorerStatus setup_scorers"
+        "ScorerNotFoundError ScorerStatus estimate_monthly_judge_cost setup_scorers"
     ),
     "scoring.verdicts": "VerdictComparison compare_verdicts",
 }

@@ -44,12 +44,10 @@ from .scorer_setup import setup_builtin_scorers as setup_builtin_scorers
 from .scorer_setup import setup_custom_guidelines_scorer as setup_custom_guidelines_scorer
 from .scorer_setup import setup_quality_scorers as setup_quality_scorers
 from .scoring.backfills import BackfillError as BackfillError
-from .scoring.backfills import BackfillReport as BackfillReport
 from .scoring.custom import CustomScorerError as CustomScorerError
 from .scoring.custom import setup_custom_code_scorer as setup_custom_code_scorer
 from .scoring.custom import validate_custom_scorer as validate_custom_scorer
 from .scoring.cycle import run_scoring_cycle as run_scoring_cycle
-from .scoring.estimates import estimate_monthly_judge_cost as estimate_monthly_judge_cost
 from .scoring.gate import ReleaseComparison as ReleaseComparison
 from .scoring.gate import ReleaseRun as ReleaseRun
 from .scoring.gate import compare_releases as compare_releases
@@ -58,19 +56,18 @@ from .scoring.judge_endpoint import ensure_judge_endpoint as ensure_judge_endpoi
 from .scoring.judges import BudgetError as BudgetError
 from .scoring.judges import JudgeNotConfiguredError as JudgeNotConfiguredError
 from .scoring.judges import JudgePrice as JudgePrice
+from .scoring.judges import ScorerSetupError as ScorerSetupError
 from .scoring.judges import ScoringError as ScoringError
 from .scoring.lease import ScoringBusyError as ScoringBusyError
-from .scoring.operations import server_scored_until as server_scored_until
-from .scoring.operations import set_trace_archive as set_trace_archive
+from .scoring.plan import ScorerPlan as ScorerPlan
 from .scoring.plan import ScoringOptions as ScoringOptions
 from .scoring.plan import ScoringReport as ScoringReport
 from .scoring.plan import ScoringTarget as ScoringTarget
 from .scoring.registry import ScorerNotFoundError as ScorerNotFoundError
-from .scoring.registry import ScorerPlan as ScorerPlan
-from .scoring.registry import ScorerSetupError as ScorerSetupError
 from .scoring.registry import ScorerStatus as ScorerStatus
+from .scoring.registry import estimate_monthly_judge_cost as estimate_monthly_judge_cost
 from .scoring.registry import setup_scorers as setup_scorers
 from .scoring.verdicts import VerdictComparison as VerdictComparison
 from .scoring.verdicts import compare_verdicts as compare_verdicts
 
-__all__ = ['BackfillError', 'BackfillReport', 'BudgetError', 'CustomScorerError', 'FeedbackCollector', 'FeedbackDeliveryError', 'FeedbackError', 'FeedbackNotAllowedError', 'FeedbackOutbox', 'FeedbackRequest', 'FeedbackSummary', 'FeedbackType', 'FeedbackValidationError', 'IssueType', 'JudgeEndpointError', 'JudgeNotConfiguredError', 'JudgePrice', 'OutboxStatus', 'RECOMMENDED_SAMPLE_RATES', 'ReleaseComparison', 'ReleaseRun', 'ReplayReport', 'ScorerNotFoundError', 'ScorerPlan', 'ScorerSetupError', 'ScorerStatus', 'ScoringBusyError', 'ScoringError', 'ScoringOptions', 'ScoringReport', 'ScoringTarget', 'Severity', 'TraceNotFoundError', 'VerdictComparison', 'backfill', 'backfill_date_range', 'backfill_last_week', 'backfill_new_scorer', 'backfill_with_custom_sample_rates', 'backfill_with_scorer_names', 'change_sample_rate', 'compare_releases', 'compare_verdicts', 'corrections_to_dataset', 'create_feedback_router', 'delete_all_scorers', 'demonstrate_scorer_lifecycle', 'ensure_judge_endpoint', 'estimate_monthly_judge_cost', 'evaluate_with_scorers', 'get_scorer_status', 'list_scorer_statuses', 'log_issue_report', 'log_rating_feedback', 'log_text_feedback', 'log_thumbs_feedback', 'log_user_correction', 'pause_scorer', 'pseudonymize', 'remove_scorer', 'resume_scorer', 'run_scoring_cycle', 'send_feedback', 'server_scored_until', 'set_trace_archive', 'setup_builtin_scorers', 'setup_custom_code_scorer', 'setup_custom_guidelines_scorer', 'setup_quality_scorers', 'setup_scorers', 'stop_all_scorers', 'summarize_feedback', 'validate_custom_scorer', 'withdraw_feedback']
+__all__ = ['BackfillError', 'BudgetError', 'CustomScorerError', 'FeedbackCollector', 'FeedbackDeliveryError', 'FeedbackError', 'FeedbackNotAllowedError', 'FeedbackOutbox', 'FeedbackRequest', 'FeedbackSummary', 'FeedbackType', 'FeedbackValidationError', 'IssueType', 'JudgeEndpointError', 'JudgeNotConfiguredError', 'JudgePrice', 'OutboxStatus', 'RECOMMENDED_SAMPLE_RATES', 'ReleaseComparison', 'ReleaseRun', 'ReplayReport', 'ScorerNotFoundError', 'ScorerPlan', 'ScorerSetupError', 'ScorerStatus', 'ScoringBusyError', 'ScoringError', 'ScoringOptions', 'ScoringReport', 'ScoringTarget', 'Severity', 'TraceNotFoundError', 'VerdictComparison', 'backfill', 'backfill_date_range', 'backfill_last_week', 'backfill_new_scorer', 'backfill_with_custom_sample_rates', 'backfill_with_scorer_names', 'change_sample_rate', 'compare_releases', 'compare_verdicts', 'corrections_to_dataset', 'create_feedback_router', 'delete_all_scorers', 'demonstrate_scorer_lifecycle', 'ensure_judge_endpoint', 'estimate_monthly_judge_cost', 'evaluate_with_scorers', 'get_scorer_status', 'list_scorer_statuses', 'log_issue_report', 'log_rating_feedback', 'log_text_feedback', 'log_thumbs_feedback', 'log_user_correction', 'pause_scorer', 'pseudonymize', 'remove_scorer', 'resume_scorer', 'run_scoring_cycle', 'send_feedback', 'setup_builtin_scorers', 'setup_custom_code_scorer', 'setup_custom_guidelines_scorer', 'setup_quality_scorers', 'setup_scorers', 'stop_all_scorers', 'summarize_feedback', 'validate_custom_scorer', 'withdraw_feedback']

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
-from .scoring.registry import ScorerPlan, ScorerStatus
+from .scoring.plan import ScorerPlan
+from .scoring.registry import ScorerStatus
 RECOMMENDED_SAMPLE_RATES = {'safety': 1.0, 'relevance': 0.5, 'groundedness': 0.5, 'guidelines': 0.5, 'complex_custom': 0.1}
 
 def list_scorer_statuses(experiment_name: str) -> list[ScorerStatus]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from typing import Any
-from .scoring.plan import FINISHED_TRACES
-from .scoring.registry import ScorerPlan, ScorerStatus
+from .scoring.plan import FINISHED_TRACES, ScorerPlan
+from .scoring.registry import ScorerStatus
 
 def setup_quality_scorers(experiment_name: str, safety_sample_rate: float=1.0, quality_sample_rate: float=0.5, custom_guidelines: str | Sequence[str] | None=None, *, judge_model: str | None=None, filter_string: str | None=FINISHED_TRACES, extra: Sequence[ScorerPlan]=(), create_judge_endpoint: bool=False, tracking_uri: str | None=None) -> list[ScorerStatus]:
     """本番の品質監視に使うスコアラーをまとめて登録し、開始する。

@@ -53,8 +53,7 @@ def measure(count: int) -> list[Turn]:
         record(count)
         targets = three_scorers()
         for title in ("最初", "やり直し 1", "やり直し 2", "やり直し 3"):
-            report = backfill(experiment, targets).scoring
-            assert report is not None
+            report = backfill(experiment, targets)
             new = 0 if turns else count * len(targets)
             assert (report.scored, report.skipped) == (new, count * len(targets) - new), report
             turns.append(Turn(title, report.scored, report.skipped, report.seconds))

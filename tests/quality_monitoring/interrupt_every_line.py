@@ -2,7 +2,7 @@
 
 呼んだ側のスレッドの行ではそこで、採点のスレッドの行では、その間に待っている呼んだ側で起こす。
 数百回採点するので、MLflow の読み書きだけを差し替える(本物の保存先での Ctrl-C は、
-test_scoring_interrupted.py の端末のテストで確かめる)。
+test_scoring_interrupted.py のバックフィルのテストで確かめる)。
 """
 
 from __future__ import annotations

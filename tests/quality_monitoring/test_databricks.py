@@ -17,8 +17,6 @@ from chapter8_samples.quality_monitoring import (
     BackfillError,
     ScorerNotFoundError,
     ScorerPlan,
-    ScorerSetupError,
-    ScoringOptions,
     backfill_date_range,
     backfill_last_week,
     backfill_new_scorer,
@@ -31,7 +29,6 @@ from chapter8_samples.quality_monitoring import (
     pause_scorer,
     remove_scorer,
     resume_scorer,
-    set_trace_archive,
     setup_quality_scorers,
     setup_scorers,
 )
@@ -189,7 +186,7 @@ def test_backfill_by_name_sends_the_current_rate_and_the_window(workspace: FakeW
     setup_quality_scorers(NAME)
     start, end = (datetime(2026, 1, day, tzinfo=timezone.utc) for day in (1, 2))
     report = backfill_with_scorer_names("1", ["safety_check", "relevance_check"], start, end)
-    assert (report.job_id, report.runs, report.scoring) == ("job-1", "databricks", None)
+    assert (report.job_id, report.scored) == ("job-1", 0)
     (body,) = workspace.backfills
     assert body["scorer_sample_rates"] == [
         {"name": "safety_check", "sample_rate": 1.0},
@@ -223,9 +220,7 @@ def test_the_other_four_functions_submit_jobs_too(workspace: FakeWorkspace) -> N
 
 def test_a_dry_run_submits_no_job(workspace: FakeWorkspace) -> None:
     setup_quality_scorers(NAME)
-    for asked in ({"dry_run": True}, {"options": ScoringOptions(dry_run=True)}):
-        report = backfill_last_week("1", ["safety_check"], **asked)
-        assert (report.dry_run, report.runs) == (True, "databricks")
+    assert backfill_last_week("1", ["safety_check"], dry_run=True).job_id is None
     assert workspace.backfills == []
 
 
@@ -252,22 +247,4 @@ def test_the_client_prints_nothing(
     setup_quality_scorers(NAME)
     capfd.readouterr()
     backfill_last_week("1", ["safety_check"])
-    assert capfd.readouterr().out == ""
-
-
-def test_the_trace_archive_goes_on_and_off(
-    workspace: FakeWorkspace, capfd: pytest.CaptureFixture[str]
-) -> None:
-    setup_quality_scorers(NAME)
-    capfd.readouterr()
-    set_trace_archive(NAME, "main.ops.traces")
-    assert workspace.archives == {"1": "main.ops.traces"}
-    (sent,) = workspace.sent("POST", "/trace-archival")
-    assert sent == {"experiment_id": "1", "archive_table_fullname": "main.ops.traces"}
-    with pytest.raises(ScorerSetupError, match=NAME):
-        set_trace_archive(NAME, "main.ops.traces")
-    set_trace_archive(NAME, None)
-    assert workspace.archives == {}
-    with pytest.raises(ScorerSetupError, match=NAME):
-        set_trace_archive(NAME, None)
     assert capfd.readouterr().out == ""

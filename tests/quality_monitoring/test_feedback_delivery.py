@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +182,7 @@ def test_unknown_trace_is_an_error_that_carries_the_request(store: str) -> None:
     request = thumbs("tr-" + "0" * 32)
     with pytest.raises(TraceNotFoundError, match="is not stored") as caught:
         send_feedback(request, timeout_seconds=0.3)
-    assert FeedbackRequest.from_dict(json.loads(json.dumps(caught.value.request.to_dict()))) == (
-        request
-    )
+    assert FeedbackRequest(**json.loads(json.dumps(asdict(caught.value.request)))) == request
 
 
 @pytest.mark.slow

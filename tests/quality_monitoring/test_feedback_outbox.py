@@ -227,7 +227,7 @@ def test_rejected_feedback_is_set_aside_and_told(tmp_path: Path) -> None:
     report = outbox.replay()
     assert (report.rejected, report.remaining) == (1, 0)
     ((body, reason),) = outbox.rejected()
-    assert (FeedbackRequest.from_dict(body).trace_id, reason) == ("tr-2", "not allowed")
+    assert (FeedbackRequest(**body).trace_id, reason) == ("tr-2", "not allowed")
     outbox.clear_rejected()
     assert outbox.status() == OutboxStatus(0, 0)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import mlflow
 import pytest
-from mlflow import MlflowClient
 from mlflow.genai.scorers import PIIDetection, Safety, UserFrustration, scorer
 from mlflow.genai.scorers.registry import list_scorer_versions
 from ports import free_port
@@ -37,8 +36,6 @@ from chapter8_samples.quality_monitoring import (
     remove_scorer,
     resume_scorer,
     run_scoring_cycle,
-    server_scored_until,
-    set_trace_archive,
     setup_builtin_scorers,
     setup_custom_guidelines_scorer,
     setup_quality_scorers,
@@ -282,7 +279,7 @@ def test_threads_may_set_up_a_database_that_is_not_there_yet(tmp_path: Path) -> 
 
 def test_a_server_that_is_down_is_a_setup_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(ScorerSetupError, match="cannot reach"):
+    with pytest.raises(ScorerSetupError, match="cannot use the AI Gateway of http"):
         setup_quality_scorers("quality", tracking_uri=f"http://127.0.0.1:{free_port()}")
 
 
@@ -312,30 +309,15 @@ def test_the_demonstration_shows_states_read_back_from_the_store(store: str) -> 
 
 
 def test_monthly_cost_is_traffic_times_rate_times_price() -> None:
-    cost = estimate_monthly_judge_cost(
-        1000, {"a": 1.0, "b": 0.5}, judge_price=(1, 2), tokens_per_call=(1000, 100)
-    )
-    assert cost == pytest.approx(1500 * (1000 * 1 + 100 * 2) / 1e6)
+    cost = estimate_monthly_judge_cost(1000, {"a": 1.0, "b": 0.5}, judge_price=(1, 2))
+    assert cost == pytest.approx(1500 * (600 * 1 + 60 * 2) / 1e6)
     price = JudgePrice(Decimal("0.40"), Decimal("1.60"))
     default = estimate_monthly_judge_cost(1000, {"a": 1.0})
     assert estimate_monthly_judge_cost(1000, {"a": 1.0}, price) == pytest.approx(default)
-    per_call = estimate_monthly_judge_cost(traffic=1000, rates={"a": 0.5}, judge_price=0.002)
-    assert per_call == pytest.approx(500 * 0.002)  # 数 1 つは、ジャッジ 1 回の額
     for odd in (-1, math.nan, math.inf):
         with pytest.raises(ScorerSetupError, match=f"not negative, got {odd}"):
             estimate_monthly_judge_cost(odd, {"a": 1.0})
-    with pytest.raises(ScorerSetupError, match=r"got 1000, -0\.1"):
-        estimate_monthly_judge_cost(1000, {"a": 1.0}, -0.1)
     assert set(RECOMMENDED_SAMPLE_RATES.values()) <= {1.0, 0.5, 0.1}
-
-
-def test_server_progress_is_read_from_the_checkpoint(store: str) -> None:
-    assert server_scored_until("quality") is None
-    MlflowClient().set_experiment_tag(
-        store, "mlflow.latestOnlineScoring.trace.checkpoint", '{"timestamp_ms": 1767225600000}'
-    )
-    progress = server_scored_until("quality")
-    assert progress is not None and progress.isoformat() == "2026-01-01T00:00:00+00:00"
 
 
 def test_a_scorer_of_whole_sessions_is_told_where_it_can_run(store: str) -> None:
@@ -375,8 +357,3 @@ def test_a_release_can_be_evaluated_with_the_scorers_of_production(
     statuses = setup_custom_guidelines_scorer("quality", "回答は丁寧である")
     rows = [{"inputs": {"question": "返品の期限"}, "outputs": "30 日以内に承ります。"}]
     assert evaluate_with_scorers(rows, [statuses]) == {"custom_guidelines/mean": 1.0}
-
-
-def test_the_trace_archive_is_a_databricks_feature(store: str) -> None:
-    with pytest.raises(ScorerSetupError, match="MLFLOW_TRACKING_URI=databricks"):
-        set_trace_archive("quality", "main.ops.traces")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -43,6 +44,7 @@ from chapter8_samples.quality_monitoring import (
     setup_builtin_scorers,
     setup_scorers,
 )
+from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
 from chapter8_samples.quality_monitoring.scoring.engine import score_traces
 from chapter8_samples.quality_monitoring.scoring.plan import sample
 
@@ -419,6 +421,27 @@ def test_a_budget_without_a_price_is_an_error(store: str, ask: Any, stub_llm: An
 
 
 @pytest.mark.slow
+def test_concurrency_is_bounded(store: str, ask: Any) -> None:
+    lock, running, peak = threading.Lock(), 0, 0
+    together = threading.Barrier(3)  # 3 件がそろうまで、どれも終わらない
+
+    @scorer
+    def busy(outputs) -> bool:  # type: ignore[no-untyped-def]
+        nonlocal running, peak
+        with lock:
+            running += 1
+            peak = max(peak, running)
+        together.wait(60)
+        with lock:
+            running -= 1
+        return True
+
+    ask(6)
+    cycle(busy, concurrency=3)
+    assert peak == 3
+
+
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_scored(store: str, ask: Any, infos: Any) -> None:
     ask(6)
     done = 0
@@ -439,9 +462,12 @@ def test_ctrl_c_keeps_what_was_scored(store: str, ask: Any, infos: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_window_and_pages_cover_every_trace(crowd: str) -> None:
+def test_the_window_and_pages_cover_every_trace(
+    crowd: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paged = named("paged")
-    assert cycle(paged, experiment=crowd, page_size=8).scored == 20
+    monkeypatch.setattr(scoring_engine, "_PAGE_SIZE", 8)
+    assert cycle(paged, experiment=crowd).scored == 20
     old = run_scoring_cycle(crowd, [paged], now=datetime.now(timezone.utc) - timedelta(hours=2))
     assert old.traces == 0
 
@@ -494,10 +520,7 @@ def test_a_missing_key_is_one_clear_error(store: str, ask: Any) -> None:
 def test_options_and_rates_that_cannot_work_are_refused() -> None:
     options: list[tuple[str, Any]] = [
         ("concurrency", 0),
-        ("page_size", 0),
         ("max_consecutive_failures", 0),
-        ("calls_per_second", 0),
-        ("calls_per_second", -1.0),
         ("budget_usd", -0.01),
         ("budget_usd", math.nan),
         ("budget_usd", True),

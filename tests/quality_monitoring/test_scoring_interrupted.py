@@ -1,4 +1,4 @@
-"""採点の途中で: 応答が失われる、Ctrl-C、端末の途中経過。"""
+"""採点の途中で: 応答が失われる、Ctrl-C。"""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow.entities import Assessment, Trace
-from mlflow.genai.scorers import PIIDetection, Safety, scorer
+from mlflow.genai.scorers import PIIDetection, Safety
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -34,17 +32,20 @@ PROGRAM = """
 import faulthandler, sys, time
 import mlflow
 from mlflow.genai.scorers import scorer
-from chapter8_samples.quality_monitoring.backfill_scorers import backfill
-from chapter8_samples.quality_monitoring.scoring.plan import ScoringOptions, ScoringTarget
+from chapter8_samples.quality_monitoring import ScoringOptions, ScoringTarget, backfill
 
 @scorer
 def slow(outputs):
     time.sleep(0.05)
     return True
 
+def told(report):
+    print(report.scored, flush=True)
+
 faulthandler.dump_traceback_later(120, exit=True)  # 止まったら、止まった場所を画面に出して終わる
 mlflow.set_tracking_uri(sys.argv[1])
-report = backfill(sys.argv[2], [ScoringTarget(scorer=slow)], options=ScoringOptions(concurrency=2))
+two = ScoringOptions(concurrency=2)
+report = backfill(sys.argv[2], [ScoringTarget(scorer=slow)], options=two, on_progress=told)
 print(report.scored, report.skipped, report.failed)
 """
 
@@ -64,43 +65,6 @@ def test_a_repeated_write_is_stored_once(
     report = run_scoring_cycle(store, [PIIDetection(name="pii")])
     assert (report.scored, report.failed) == (3, 0)
     assert [len(info.assessments) for info in infos().values()] == [1, 1, 1]
-
-
-@pytest.mark.timeout(40)
-def test_a_call_cancelled_before_it_began_is_not_waited_for(
-    store: str, ask: Any, infos: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """1 件目を採点し、2 件目が順番を待っているときに Ctrl-C が押される。"""
-
-    judging, cancelled = threading.Event(), threading.Event()
-
-    class Interrupted(ThreadPoolExecutor):
-        def __init__(self, _workers: int, **options: Any) -> None:
-            super().__init__(1, **options)
-            self.submitted = 0
-
-        def submit(self, *arguments: Any, **options: Any) -> Any:
-            self.submitted += 1
-            if self.submitted == 3:
-                assert judging.wait(30)
-                raise KeyboardInterrupt
-            return super().submit(*arguments, **options)
-
-        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-            super().shutdown(wait=False, cancel_futures=cancel_futures)
-            cancelled.set()
-            super().shutdown(wait=wait)
-
-    @scorer
-    def slow(outputs) -> bool:  # type: ignore[no-untyped-def]
-        judging.set()
-        return cancelled.wait(30)
-
-    ask(3)
-    monkeypatch.setattr(scoring_engine, "ThreadPoolExecutor", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_scoring_cycle(store, [slow], options=ScoringOptions(concurrency=3))
-    assert sorted(len(info.assessments) for info in infos().values()) == [0, 0, 1]
 
 
 @pytest.mark.slow
@@ -162,36 +126,26 @@ def test_results_of_running_judges_are_kept_when_the_budget_cannot_be(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX terminal")
-def test_ctrl_c_on_a_terminal_keeps_what_was_scored(
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_keeps_what_a_backfill_scored(
     store: str, ask: Any, infos: Any, tmp_path: Path
 ) -> None:
-    import pty
-
     ask(30)
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "program.py"), mlflow.get_tracking_uri(), store]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, env=environment, stderr=theirs, stdout=subprocess.DEVNULL)
-    os.close(theirs)
-    screen, deadline = "", time.monotonic() + 60
-    while "scored 5," not in screen:
-        assert time.monotonic() < deadline, screen
-        screen += os.read(ours, 4096).decode()
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment, text=True, **pipes)
+    assert process.stdout is not None
+    while int(process.stdout.readline()) < 5:
+        pass
     process.send_signal(signal.SIGINT)
-    with os.fdopen(ours, "rb", closefd=True) as rest:
-        try:
-            while chunk := rest.read1(4096):
-                screen += chunk.decode()
-        except OSError:  # 相手が閉じた端末は EIO になる
-            pass
-    assert process.wait(30) != 0 and "KeyboardInterrupt" in screen, screen
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and "KeyboardInterrupt" in errors, errors
 
     kept = [len(info.assessments) for info in infos().values()]
     assert set(kept) == {0, 1} and sum(kept) >= 5
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    scored, skipped, failed = map(int, again.stdout.split())
+    scored, skipped, failed = map(int, again.stdout.splitlines()[-1].split())
     assert (scored + skipped, skipped, failed) == (30, sum(kept), 0)
-    assert "traces:" not in again.stderr  # 端末でなければ何も出さない
     assert [len(info.assessments) for info in infos().values()] == [1] * 30

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import mlflow
@@ -207,6 +208,6 @@ def _assessment(request: FeedbackRequest, replaced: list[str]) -> Feedback | Exp
         made.overrides = replaced[0] if replaced else None  # 前の評価は無効として残る
     if not mlflow.get_tracking_uri().startswith("databricks"):
         # 応答だけが失われると、HTTP の自動再試行が同じ内容をまた送る。ID を決めておけば 1 件になる
-        content = json.dumps({**request.to_dict(), "given_at_ms": replaced}, sort_keys=True)
+        content = json.dumps({**asdict(request), "given_at_ms": replaced}, sort_keys=True)
         made.assessment_id = f"a-{hashlib.sha256(content.encode()).hexdigest()[:32]}"
     return made

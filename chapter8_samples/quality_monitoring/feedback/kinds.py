@@ -13,10 +13,9 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from reprlib import repr as shortened
-from typing import Any
 
 
 class FeedbackType(str, Enum):
@@ -85,7 +84,7 @@ class TraceNotFoundError(FeedbackDeliveryError):
 
 @dataclass(frozen=True)
 class FeedbackRequest:
-    """送信 1 回分。JSON にして保存し、後で同じ内容を送り直せる。"""
+    """送信 1 回分。``asdict()`` で JSON にして保存し、後で同じ内容を送り直せる。"""
 
     trace_id: str
     name: str
@@ -122,15 +121,6 @@ class FeedbackRequest:
         elif not isinstance(self.value, int | float) or not math.isfinite(self.value):  # pyright: ignore
             told = shortened(self.value)
             raise FeedbackValidationError(f"value must be a str, bool or finite number, got {told}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON にできる辞書。"""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> FeedbackRequest:
-        """``to_dict()`` の逆。"""
-        return cls(**data)
 
 
 def check_text(name: str, text: object, limit: int) -> str:

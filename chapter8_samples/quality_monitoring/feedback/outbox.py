@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,7 @@ class FeedbackOutbox:
     def keep(self, request: FeedbackRequest) -> None:
         """送らずに残す。戻ったときには、電源が落ちても消えない。"""
         subject, now = _subject(request), time.time()
-        values = (subject + request.feedback_id, subject, json.dumps(request.to_dict()), now, now)
+        values = (subject + request.feedback_id, subject, json.dumps(asdict(request)), now, now)
         self._run("INSERT OR REPLACE INTO feedback VALUES (?, ?, ?, ?, ?, NULL)", *values)
 
     def drop(self, request: FeedbackRequest) -> None:
@@ -104,7 +105,7 @@ class FeedbackOutbox:
         self._run("DELETE FROM feedback WHERE subject = ?", _subject(request))
 
     def rejected(self) -> list[tuple[dict[str, Any], str]]:
-        """送っても無駄だった評価(``FeedbackRequest.to_dict()`` の形)と、その理由。
+        """送っても無駄だった評価(``FeedbackRequest`` の項目)と、その理由。
 
         読めない行は、``{"unreadable": ...}`` になる。
         """
@@ -150,7 +151,7 @@ class FeedbackOutbox:
 
     def _send_again(self, body: str, timeout_seconds: float) -> None:
         try:
-            request = FeedbackRequest.from_dict(json.loads(body))
+            request = FeedbackRequest(**json.loads(body))
             stored = self._send(request, timeout_seconds=timeout_seconds)
         except (FeedbackError, OSError):
             raise

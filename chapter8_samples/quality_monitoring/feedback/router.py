@@ -47,6 +47,8 @@ from .kinds import FeedbackDeliveryError, FeedbackRequest
 from .outbox import FeedbackOutbox
 
 logger = logging.getLogger(__name__)
+
+_MAX_BODY_BYTES = 131_072  # 10,000 文字の、どんな文章も収まる
 Kind = Literal["thumbs", "rating", "comment", "issue", "correction"]
 KINDS = dict(zip(get_args(Kind), kinds.FeedbackType, strict=True))
 
@@ -90,10 +92,8 @@ def create_feedback_router(
     *,
     authorize: Callable[[Request, Trace], bool] | None = None,
     outbox: FeedbackOutbox | None = None,
-    path: str = "/feedback",
     timeout_seconds: float = 3.0,
     max_pending: int = 10_000,
-    max_body_bytes: int = 131_072,
 ) -> APIRouter:
     """フィードバックを受け取る ``APIRouter`` を作る。
 
@@ -107,7 +107,6 @@ def create_feedback_router(
             アプリのエクスペリメントだけに書かせる。渡すと、トレースを確かめられない評価は残さない。
         outbox: 届かないときの送信箱と、``max_pending``: その上限(件)。
         timeout_seconds: トレースが保存されるまで待つ秒数。待つ間、スレッドは使わない。
-        max_body_bytes: 本文の上限。既定値には、10,000 文字のどんな文章も収まる。
 
     Raises:
         TypeError: ``user_of`` か ``authorize`` が ``async def`` の関数である。
@@ -118,7 +117,7 @@ def create_feedback_router(
     desk = _Desk(user_of, authorize, outbox, timeout_seconds, max_pending)
 
     async def vote(request: Request, response: Response) -> dict[str, bool]:
-        body = await _read(request, max_body_bytes)
+        body = await _read(request)
         return {"stored": await desk.take(request, response, body.request)}
 
     async def withdraw(
@@ -128,19 +127,19 @@ def create_feedback_router(
         return {"withdrawn": await desk.take(request, response, make)}
 
     router = APIRouter()
-    router.post(path)(vote)
-    router.delete(path)(withdraw)
+    router.post("/feedback")(vote)
+    router.delete("/feedback")(withdraw)
     return router
 
 
-async def _read(request: Request, limit: int) -> FeedbackBody:
+async def _read(request: Request) -> FeedbackBody:
     if "json" not in request.headers.get("content-type", ""):  # よそのページのフォームは拒否する
         raise HTTPException(422, "the content type must be application/json")
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > limit:
-            raise HTTPException(413, f"the body is over {limit} bytes")
+        if len(body) > _MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is over {_MAX_BODY_BYTES} bytes")
     try:
         return FeedbackBody.model_validate_json(body)
     except ValidationError as error:  # 届いた値は返さない

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from statistics import NormalDist, fmean
 from typing import Any, NamedTuple, TypeVar, cast
-from zoneinfo import ZoneInfo
 
 import mlflow
 from mlflow.entities import Assessment, Trace, TraceInfo
@@ -84,7 +83,6 @@ class FeedbackSummary:
     corrections: int
     by_version: Mapping[str, Rate]
     by_user: Mapping[str, Rate]
-    by_day: Mapping[str, Rate]
     judge_agreement: Mapping[str, Agreement]
     """はい・いいえで答えるジャッジの名前 -> ユーザーの良い / 悪いとの一致。"""
 
@@ -98,13 +96,11 @@ def summarize_feedback(
     experiment: str,
     start: datetime | None = None,
     end: datetime | None = None,
-    *,
-    tz: str = "Asia/Tokyo",
 ) -> FeedbackSummary:
     """期間 ``[start, end)`` に始まったトレースの、有効なフィードバックを集計する。
 
     ``experiment`` は名前か ID(なければ ``ValueError``)。時刻はタイムゾーン付きで、``start`` を
-    省くと終了の 7 日前、``end`` を省くと現在。``tz`` は ``by_day`` の日の区切り。
+    省くと終了の 7 日前、``end`` を省くと現在。
     """
     end = end or datetime.now(timezone.utc)
     infos = trace_infos(experiment, start or end - timedelta(days=7), end)
@@ -124,7 +120,6 @@ def summarize_feedback(
         corrections=names[CORRECTION],
         by_version=_rates((version_of(info) or "unknown", good) for info, _, good in votes),
         by_user=_rates((str(a.source.source_id), good) for _, a, good in votes),
-        by_day=_rates((str(_local(info, tz).date()), good) for info, _, good in votes),
         judge_agreement={name: agreement(pairs) for name, pairs in _grouped(judged).items()},
     )
 
@@ -160,10 +155,6 @@ def _latest(info: TraceInfo, *, human: bool) -> Iterable[Assessment]:
             one = a.assessment_id if a.name in (COMMENT, ISSUE) else None
             latest[a.name, a.source.source_id, one] = a
     return latest.values()
-
-
-def _local(info: TraceInfo, tz: str) -> datetime:
-    return datetime.fromtimestamp(info.request_time / 1000, ZoneInfo(tz))
 
 
 def _verdicts(info: TraceInfo) -> Iterable[tuple[str, bool]]:

@@ -1,14 +1,13 @@
-"""8.3.5 バックフィルの引数の検査、報告、Databricks のジョブ。"""
+"""8.3.5 バックフィルの引数の検査と、Databricks のジョブ。"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import date, datetime, time, timedelta, timezone
-from typing import Any, Literal
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import mlflow
@@ -17,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import list_scorers
 
 from .judges import ScoringError
-from .plan import ScoringReport, ScoringTarget
+from .plan import ScoringTarget
 from .registry import find_status
 
 logger = logging.getLogger(__name__)
@@ -25,54 +24,6 @@ logger = logging.getLogger(__name__)
 
 class BackfillError(ScoringError):
     """バックフィルを始められない。"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackfillReport:
-    """バックフィル 1 回の結果。Databricks では、ジョブを登録した時点の内容。"""
-
-    job_id: str
-    runs: Literal["client", "databricks"]
-    start: datetime
-    end: datetime
-    sample_rates: Mapping[str, float]
-    dry_run: bool = False
-    scoring: ScoringReport | None = None  # Databricks のジョブでは None(採点はジョブの中で進む)
-
-    @property
-    def traces(self) -> int:
-        """対象の期間にあったトレースの数。"""
-        return self.scoring.traces if self.scoring else 0
-
-    @property
-    def scored(self) -> int:
-        """採点した数(``dry_run`` では採点することになる数)。"""
-        return self.scoring.scored if self.scoring else 0
-
-    @property
-    def skipped(self) -> int:
-        """採点済みで飛ばした数。"""
-        return self.scoring.skipped if self.scoring else 0
-
-    @property
-    def failed(self) -> int:
-        """採点に失敗した数。"""
-        return self.scoring.failed if self.scoring else 0
-
-    @property
-    def judge_calls(self) -> int:
-        """LLM ジャッジを呼んだ(``dry_run`` では、呼ぶことになる)回数。"""
-        return self.scoring.judge_calls if self.scoring else 0
-
-    @property
-    def cost_usd(self) -> float | None:
-        """ジャッジのコスト(USD、``dry_run`` では見積もり)。単価が分からなければ ``None``。"""
-        return self.scoring.cost_usd if self.scoring and not self.unpriced else None
-
-    @property
-    def unpriced(self) -> tuple[str, ...]:
-        """単価が分からないスコアラー。"""
-        return self.scoring.unpriced if self.scoring else ()
 
 
 def check_window(start: datetime | None, end: datetime | None) -> tuple[datetime, datetime]:
@@ -96,20 +47,16 @@ def whole_days(first: date | str, last: date | str, tz: str) -> tuple[datetime, 
     """``tz`` での ``first`` の始まりから、``last`` の終わりまで。"""
     try:
         zone = ZoneInfo(tz)
-        start = datetime.combine(_day(first, zone), time(), zone)
-        return start, datetime.combine(_day(last, zone) + timedelta(days=1), time(), zone)
+        after = _day(last) + timedelta(days=1)
+        return datetime.combine(_day(first), time(), zone), datetime.combine(after, time(), zone)
     except (ValueError, TypeError, KeyError, OSError, OverflowError) as error:
         raise BackfillError(
             f"need dates (2025-01-31), a zone: {first!r}, {last!r}, {tz!r}: {error}"
         ) from error
 
 
-def _day(value: date | str, zone: ZoneInfo) -> date:
-    if isinstance(value, str):
-        return date.fromisoformat(value)
-    if isinstance(value, datetime):
-        return (value.astimezone(zone) if value.tzinfo else value).date()
-    return value
+def _day(value: date | str) -> date:
+    return date.fromisoformat(value) if isinstance(value, str) else value
 
 
 def experiment_of(experiment_id: str) -> Experiment:

@@ -11,12 +11,10 @@ Databricks では登録され、Databricks の上で実行される。OSS 版で
 
 from __future__ import annotations
 
-import ast
 import builtins
-import dis
+import symtable
 import textwrap
-from collections.abc import Iterator, Mapping
-from types import CodeType
+from collections.abc import Mapping
 from typing import Any, cast
 
 from mlflow.entities import Feedback, Trace
@@ -24,18 +22,23 @@ from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer
 
 from .environment import switched_on
+from .judges import ScorerSetupError
 from .judging import given
-from .plan import FINISHED_TRACES
-from .registry import ScorerPlan, ScorerSetupError, ScorerStatus, setup_scorers
+from .plan import FINISHED_TRACES, ScorerPlan
+from .registry import ScorerStatus, setup_scorers
 
 _ENABLE_CODE = "MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS"
-# 組み立て直すときに MLflow が用意する名前。__annotations__ は、本体の中で定義したクラスの注釈
-_GIVEN_NAMES = {*dir(builtins), "__annotations__", "mlflow", "Feedback", "Trace"} | {
+# 組み立て直すときに MLflow が用意する名前
+_GIVEN_NAMES = {
+    *dir(builtins),
     "Assessment",
     "AssessmentError",
     "AssessmentSource",
     "AssessmentSourceType",
     "CategoricalRating",
+    "Feedback",
+    "Trace",
+    "mlflow",
 }
 
 
@@ -106,21 +109,18 @@ def _check_source(name: str, dump: Mapping[str, Any]) -> None:
     source, signature = str(dump["call_source"] or ""), str(dump["call_signature"])
     if not source:
         raise CustomScorerError(f"{name}: has no body that can be stored (is it async?)")
-    body = textwrap.indent(source, "    ")
-    try:
-        first = cast("ast.AsyncFunctionDef", ast.parse("async def f():\n" + body).body[0]).body[0]
-    except SyntaxError:  # 引数だけを改行し、本体を ): の後ろに続けた場合
-        first = None
-    if not first or getattr(first, "name", None) == dump["original_func_name"]:
+    if source.startswith(f"def {dump['original_func_name']}("):
         raise CustomScorerError(
             f"{name}: body on the def line is lost (MLflow bug): write it on lines of its own"
         )
+    body = textwrap.indent(source, "    ")
     text = f"from __future__ import annotations\ndef scorer{signature}:\n{body}"
     try:
-        outer = sorted({*_globals_of(compile(text, name, "exec"))} - _GIVEN_NAMES)
-    except SyntaxError as error:  # 既定値が <object ...> のような、式に戻せない値
+        outer = sorted(_outer_names(symtable.symtable(text, name, "exec")) - _GIVEN_NAMES)
+    except SyntaxError as error:  # 既定値が <object ...> である、本体が引数の行の続きにある、など
         raise CustomScorerError(
-            f"{name}: its signature {signature} cannot be stored: {error.msg}"
+            f"{name}: cannot be rebuilt ({error.msg}): write the body below the def line, and "
+            f"plain default values in the signature {signature}"
         ) from error
     if outer:
         raise CustomScorerError(
@@ -129,15 +129,13 @@ def _check_source(name: str, dump: Mapping[str, Any]) -> None:
         )
 
 
-def _globals_of(code: CodeType) -> Iterator[str]:
-    steps = list(dis.get_instructions(code))
-    # 本体の中のクラスでは、そこで定義した名前も LOAD_NAME で読まれる
-    defined = {str(step.argval) for step in steps if step.opname == "STORE_NAME"}
-    for step in steps:
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval not in defined:
-            yield str(step.argval)
-    for inner in filter(lambda const: isinstance(const, CodeType), code.co_consts):
-        yield from _globals_of(inner)
+def _outer_names(scope: symtable.SymbolTable) -> set[str]:
+    """この範囲と、その内側の関数やクラスが、外から読む名前。"""
+    symbols = scope.get_symbols()
+    found = {s.get_name() for s in symbols if s.is_global() and s.is_referenced()}
+    for inner in scope.get_children():
+        found |= _outer_names(inner)
+    return found
 
 
 def _value_on(scorer: Scorer, sample: Trace | Mapping[str, Any], what: str) -> object:

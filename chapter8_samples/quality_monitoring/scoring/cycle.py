@@ -55,41 +55,41 @@ def run_scoring_cycle(
     """
     if flush:
         mlflow.flush_trace_async_logging()
-    options, end = options or ScoringOptions(), now or datetime.now(timezone.utc)
+    end = now or datetime.now(timezone.utc)
     if end.tzinfo is not None:
         end = end.astimezone(timezone.utc)  # 夏時間の変わり目でも、lookback の長さを変えない
     start, experiment_id = end - lookback, _experiment_id(experiment_name_or_id)
     here = [scorer for scorer in scorers if _runs_here(scorer)]
     elsewhere = tuple(scorer.name for scorer in scorers if not _runs_here(scorer))
-    targets, refused = _runnable(here, options)
+    targets, refused = _runnable(here)
     if not targets and not elsewhere:
         raise next(iter(refused.values()), ScoringError("no scorers to run: pass at least one"))
     report = ScoringReport(experiment_id=experiment_id, start=start, end=end)
-    window: dict[str, Any] = {"start": start, "end": end, "on_progress": on_progress}
+    run: dict[str, Any] = {"options": options, "on_progress": on_progress}
     while targets:
         try:
-            report = score_traces(experiment_id, targets, options=options, **window)
+            report = score_traces(experiment_id, targets, start=start, end=end, **run)
             break
         except ScoringBusyError as busy:  # 空いているスコアラーだけで、やり直す
             refused |= {target.name: busy for target in targets if target.name in busy.names}
             targets = [target for target in targets if target.name not in refused]
-    report.elsewhere, report.not_run = elsewhere, {name: str(e) for name, e in refused.items()}
+    report.elsewhere = elsewhere
+    report.not_run = {name: str(error) for name, error in refused.items()}
     if refused:
         logger.warning("not scored: %s", report.not_run)
     return report
 
 
 def _runnable(
-    scorers: Sequence[Scorable], options: ScoringOptions
+    scorers: Sequence[Scorable],
 ) -> tuple[list[ScoringTarget], dict[str, ScoringError]]:
     """採点できるものと、できないもの(名前 -> 理由)。"""
     targets: list[ScoringTarget] = []
     refused: dict[str, ScoringError] = {}
     for scorer in scorers:
         try:
-            target = as_target(scorer)
-            if not options.dry_run:
-                require_judges([target.scorer])
+            target = _target(scorer)
+            require_judges([target.scorer])
             targets.append(target)
         except ScoringError as error:
             refused[scorer.name] = error
@@ -115,12 +115,11 @@ def _runs_here(scorer: Scorable) -> bool:
     return getattr(scorer, "runs", "client") == "client" and not paused
 
 
-def as_target(scorer: Scorable) -> ScoringTarget:
-    """スコアラー、または ``ScorerStatus`` を採点の指定に直す。"""
+def _target(scorer: Scorable) -> ScoringTarget:
     if isinstance(scorer, ScoringTarget):
         return scorer
-    if isinstance(scorer, Scorer):
-        rate, filter_string = scorer.sample_rate or 1.0, scorer.filter_string or FINISHED_TRACES
-        return ScoringTarget(scorer=scorer, sample_rate=rate, filter_string=filter_string)
-    rate, filter_string = scorer.sample_rate, scorer.filter_string
-    return ScoringTarget(scorer=scorer.scorer, sample_rate=rate, filter_string=filter_string)
+    rate, where = scorer.sample_rate, scorer.filter_string
+    if isinstance(scorer, Scorer):  # 登録されていなければ、割合もフィルターもない
+        rate, where = rate or 1.0, where or FINISHED_TRACES
+        return ScoringTarget(scorer=scorer, sample_rate=rate, filter_string=where)
+    return ScoringTarget(scorer=scorer.scorer, sample_rate=rate or 0.0, filter_string=where)

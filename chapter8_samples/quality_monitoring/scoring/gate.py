@@ -32,6 +32,7 @@ from mlflow.genai.scorers import Scorer
 
 from .environment import switched_on
 from .judges import require_judges
+from .registry import experiment_id_for
 from .verdicts import VerdictComparison, compare_verdicts
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,9 @@ def compare_releases(
     questions = _questions(dataset)
     _check(baseline, candidate, scorers, margin)  # 評価に費用を使う前に
     criteria = _criteria(quality_criteria)
-    run = {"experiment_id": _experiment_id(experiment_name)}
+    run: dict[str, Any] = {}
+    if experiment_name is not None:
+        run["experiment_id"] = experiment_id_for(experiment_name)
     old = _evaluate({**run, "run_name": "baseline"}, questions, baseline, scorers, {})
     if old.failed == old.questions:
         raise ValueError(f"the baseline answered none of the questions: see run {old.run_id}")
@@ -175,13 +178,6 @@ def _criteria(quality_criteria: str | None) -> dict[str, Any]:
     return {"quality_criteria": quality_criteria}
 
 
-def _experiment_id(name: str | None) -> str | None:
-    if name is None:
-        return None
-    found = mlflow.get_experiment_by_name(name)
-    return found.experiment_id if found else mlflow.create_experiment(name)
-
-
 def _evaluate(
     run: dict[str, Any],
     questions: Any,
@@ -198,7 +194,7 @@ def _evaluate(
     rows = result.result_df
     assert rows is not None
     failed = [state == "ERROR" for state in rows["state"]]
-    traces = [_trace(stored) for stored in rows["trace"]]
+    traces = [t if isinstance(t, Trace) else Trace.from_json(t) for t in rows["trace"]]
     return ReleaseRun(
         run_id=result.run_id,
         verdicts={scorer.name: _verdicts(rows, scorer, failed) for scorer in scorers},
@@ -210,21 +206,14 @@ def _evaluate(
 
 
 def _verdicts(rows: Any, scorer: Any, failed: list[bool]) -> list[bool | None]:
-    values = _column(rows, f"{scorer.name}/value")
-    judged = [_passed(value, scorer) for value in values]
+    nothing = [None] * len(rows)
+    judged = [_passed(value, scorer) for value in rows.get(f"{scorer.name}/value", nothing)]
     if set(judged) == {None} and not all(failed):
-        errors = _column(rows, f"{scorer.name}/error_message")
-        why = next(filter(_is_text, errors), f"it returns nothing named {scorer.name!r}")
+        errors = rows.get(f"{scorer.name}/error_message", nothing)
+        told = [error for error in errors if isinstance(error, str)]
+        why = told[0] if told else f"it returns nothing named {scorer.name!r}"
         logger.warning("scorer %r judged no answer: %s", scorer.name, why)
     return [False if lost else verdict for lost, verdict in zip(failed, judged, strict=True)]
-
-
-def _column(rows: Any, name: str) -> list[Any]:
-    return list(rows[name]) if name in rows else [None] * len(rows)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def _passed(value: Any, scorer: Any) -> bool | None:
@@ -240,10 +229,6 @@ def _passed(value: Any, scorer: Any) -> bool | None:
         f"scorer {scorer.name!r} returned {value!r}, which is neither pass nor fail; "
         "return yes/no or a bool, or declare @scorer(pass_if=...)"
     )
-
-
-def _trace(stored: Any) -> Trace:
-    return stored if isinstance(stored, Trace) else Trace.from_json(stored)
 
 
 def _cost(traces: list[Trace]) -> float | None:

@@ -24,7 +24,7 @@ from .._internals import enclosed_constants
 
 _NAME, _VERSION = "mlflow.assessment.scorerName", "mlflow.assessment.scorerVersion"
 _DEFINITION = "scoring.definition"
-_PART = "scoring.part"  # スコアラーが評価を複数返したときの "1/2" など
+_PARTS = "scoring.parts"  # スコアラーが一度に返した評価の数
 # 判定を変えないもの、MLflow の版やプロセスごとに変わるもの
 _VARYING = {
     "mlflow_version",
@@ -37,8 +37,8 @@ _VARYING = {
 
 def definition(scorer: Scorer) -> str:
     """スコアラーの定義の中身のハッシュ。MLflow の版、登録の有無、プロセスによらず同じになる。"""
-    text = json.dumps(_content(_fields(scorer)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    content = json.loads(json.dumps(_fields(scorer), default=_plain), object_hook=_without_empty)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _fields(scorer: Scorer) -> dict[str, Any]:
@@ -56,18 +56,17 @@ def _fields(scorer: Scorer) -> dict[str, Any]:
         return {**vars(scorer), "source": type(scorer).__qualname__}
 
 
-def _content(value: Any) -> Any:
-    """空の項目を除く(新しい版の MLflow が増やした項目は、使わなければ空である)。"""
-    if isinstance(value, dict):
-        items = cast("dict[str, Any]", value).items()
-        kept = {str(key): _content(item) for key, item in items if key not in _VARYING}
-        return {key: item for key, item in kept.items() if item or item in (False, 0)}
+def _plain(value: object) -> object:
+    """集合は並べる。ほかのオブジェクトは、プロセスごとに変わる文字列になるので、型だけを見る。"""
     if isinstance(value, set | frozenset):
-        return sorted(str(item) for item in cast("set[Any]", value))
-    if isinstance(value, list | tuple):
-        return [_content(item) for item in cast("list[Any]", value)]
-    # ほかのオブジェクトは、プロセスごとに変わる文字列にしかならないので、型だけを見る
-    return value if isinstance(value, str | int | float | None) else str(type(value))
+        return sorted(str(item) for item in cast("set[object]", value))
+    return str(type(value))
+
+
+def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
+    """空の項目を除く(新しい版の MLflow が増やした項目は、使わなければ空である)。"""
+    empty = (None, "", [], {})
+    return {key: v for key, v in fields.items() if key not in _VARYING and v not in empty}
 
 
 def is_error(assessment: Assessment) -> bool:
@@ -81,27 +80,28 @@ class Identity:
 
     name: str
     definition: str
-    version: int | None = None
-    registered_at_ms: int = 0
+    version: int | None
+    registered_at_ms: int
 
-    def stamp(self, part: int, parts: int) -> dict[str, str]:
-        """全部で ``parts`` 件のうちの ``part`` 件目の評価に付ける、メタデータ。"""
-        found = {_NAME: self.name, _DEFINITION: self.definition, _VERSION: str(self.version or "")}
-        found[_PART] = f"{part}/{parts}" if parts > 1 else ""
-        return {key: value for key, value in found.items() if value}
+    def stamp(self, parts: int) -> dict[str, str]:
+        """一度に返した ``parts`` 件の評価に付ける、メタデータ。"""
+        found = {_NAME: self.name, _DEFINITION: self.definition, _PARTS: str(parts)}
+        if self.version is not None:
+            found[_VERSION] = str(self.version)
+        return found
 
-    def verdicts(self, assessments: Sequence[Assessment]) -> list[Assessment]:
-        """採点済みなら、その評価(人が訂正したものも含む)。一部しか残っていなければ空。"""
-        mine = [a for a in assessments if self._wrote(a) and not is_error(a)]
-        parts = {(a.metadata or {}).get(_PART, "1/1") for a in mine}
-        totals = [int(part.partition("/")[2]) for part in parts]
-        return mine if all(f"{i + 1}/{n}" in parts for n in totals for i in range(n)) else []
+    def has_scored(self, assessments: Sequence[Assessment]) -> bool:
+        """採点済みか(人が訂正したものも含む)。評価が一部しか残っていなければ偽。"""
+        verdicts = [a for a in assessments if self._wrote(a) and not is_error(a)]
+        parts = [int((a.metadata or {}).get(_PARTS, 1)) for a in verdicts]
+        return len(verdicts) >= max(parts, default=1)
 
-    def stale(self, assessments: Sequence[Assessment]) -> list[Assessment]:
-        """採点し直す前に消すもの: 前のエラー(前の定義のものも)と、途中までの評価。"""
-        mine = [a for a in assessments if (a.metadata or {}).get(_NAME) == self.name]
-        partial = [a for a in mine if self._wrote(a) and _PART in (a.metadata or {})]
-        return [*filter(is_error, mine), *partial]
+    def is_stale(self, assessment: Assessment) -> bool:
+        """採点し直す前に消すものか: 前のエラー(前の定義のものも)と、途中までの評価。"""
+        metadata = assessment.metadata or {}
+        if is_error(assessment):
+            return metadata.get(_NAME) == self.name
+        return _PARTS in metadata and self._wrote(assessment)
 
     def failed_at_ms(self, assessments: Sequence[Assessment]) -> int:
         """最後に失敗した時刻。失敗していなければ 0。"""
@@ -110,7 +110,7 @@ class Identity:
 
     def _wrote(self, assessment: Assessment) -> bool:
         metadata = assessment.metadata or {}
-        if assessment.feedback is None or metadata.get(_NAME) != self.name:
+        if metadata.get(_NAME) != self.name:
             return False
         if _DEFINITION in metadata:
             return metadata[_DEFINITION] == self.definition

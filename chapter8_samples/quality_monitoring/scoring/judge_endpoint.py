@@ -10,19 +10,16 @@ API キーを守るために ``MLFLOW_CRYPTO_KEK_PASSPHRASE`` を設定して起
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import mlflow
+from mlflow.entities import GatewayEndpointModelConfig, GatewayModelLinkageType
 from mlflow.exceptions import MlflowException
+from mlflow.tracing.client import TracingClient
 
-# 認証や証明書の設定を MLflow のクライアントと共有する
-from mlflow.utils.credentials import (
-    get_default_host_creds,  # pyright: ignore[reportUnknownVariableType]
-)
-from mlflow.utils.rest_utils import http_request  # pyright: ignore[reportUnknownVariableType]
-
-from .judges import DEFAULT_JUDGE
-from .registry import ScorerSetupError, detect_backend
+from .judges import DEFAULT_JUDGE, ScorerSetupError
+from .registry import detect_backend
 
 _NAME = "judge"
 _HINTS = {
@@ -31,7 +28,7 @@ _HINTS = {
 }
 
 
-class JudgeEndpointError(Exception):
+class JudgeEndpointError(ScorerSetupError):
     """ジャッジの接続先を作れない。"""
 
 
@@ -52,24 +49,41 @@ def ensure_judge_endpoint(
         JudgeEndpointError: 接続先が MLflow サーバーでない、サーバーが拒否した、など。
     """
     if not api_key:  # サーバーは空の鍵も保存し、採点のたびに失敗する
-        raise JudgeEndpointError("api_key must not be empty")
+        raise JudgeEndpointError("api_key must not be empty: set OPENAI_API_KEY")
     if judge_endpoint_exists(name):
         return f"gateway:/{name}"
-    auth = {"api_base": api_base} if api_base else {}
-    secret = {"secret_value": {"api_key": api_key}, "auth_config": auth}
-    secret_id = _ensure("secrets", "secret_name", f"{name}-key", provider, secret)["secret_id"]
-    use = {"secret_id": secret_id, "model_name": model}
-    used = _ensure("model-definitions", "name", f"{name}-model", provider, use)
-    link = {"model_definition_id": used["model_definition_id"], "linkage_type": "PRIMARY"}
-    # usage_tracking を有効にすると、ジャッジの呼び出しを記録するエクスペリメントが増える
-    endpoint = {"model_configs": [{**link, "weight": 1.0}], "usage_tracking": False}
-    _call("POST", "endpoints/create", {"name": name, **endpoint})
+    secret: dict[str, Any] = {
+        "secret_value": {"api_key": api_key},
+        "auth_config": {"api_base": api_base} if api_base else {},
+    }
+    server = _server()
+    try:
+        key = _named(f"{name}-key", "secret_name", server.list_secret_infos())
+        if key:
+            server.update_gateway_secret(key.secret_id, **secret)
+        else:
+            key = server.create_gateway_secret(f"{name}-key", provider=provider, **secret)
+        use = {"secret_id": key.secret_id, "model_name": model, "provider": provider}
+        used = _named(f"{name}-model", "name", server.list_gateway_model_definitions())
+        if used:
+            server.update_gateway_model_definition(used.model_definition_id, **use)
+        else:
+            used = server.create_gateway_model_definition(f"{name}-model", **use)
+        primary = GatewayModelLinkageType.PRIMARY
+        config = GatewayEndpointModelConfig(used.model_definition_id, primary, weight=1.0)
+        # usage_tracking を有効にすると、ジャッジの呼び出しを記録するエクスペリメントが増える
+        server.create_gateway_endpoint(name, [config], usage_tracking=False)
+    except MlflowException as error:
+        raise _refused(error) from error
     return f"gateway:/{name}"
 
 
 def judge_endpoint_exists(name: str = _NAME) -> bool:
     """接続先の MLflow サーバーに、その名前のジャッジの接続先があるか。"""
-    return _find("endpoints", "name", name) is not None
+    try:
+        return _named(name, "name", _server().list_gateway_endpoints()) is not None
+    except MlflowException as error:
+        raise _refused(error) from error
 
 
 def resolve_judge_model(
@@ -84,49 +98,31 @@ def resolve_judge_model(
         return judge_model
     if override := os.environ.get("MLFLOW_GENAI_JUDGE_DEFAULT_MODEL"):
         return override
-    return (backend == "oss_http" and _server_judge(create_judge_endpoint)) or DEFAULT_JUDGE
+    if backend == "oss_local":
+        return DEFAULT_JUDGE
+    if judge_endpoint_exists():
+        return f"gateway:/{_NAME}"
+    if not create_judge_endpoint:
+        return DEFAULT_JUDGE
+    key, base = os.environ.get("OPENAI_API_KEY", ""), os.environ.get("OPENAI_BASE_URL")
+    return ensure_judge_endpoint(api_key=key, api_base=base)
 
 
-def _server_judge(create: bool) -> str | None:
-    key, base = os.environ.get("OPENAI_API_KEY"), os.environ.get("OPENAI_BASE_URL")
-    try:
-        if judge_endpoint_exists():
-            return f"gateway:/{_NAME}"
-        if create and not key:
-            raise ScorerSetupError("create_judge_endpoint=True needs OPENAI_API_KEY")
-        if create and key:
-            return ensure_judge_endpoint(api_key=key, api_base=base)
-    except JudgeEndpointError as error:
-        raise ScorerSetupError(str(error)) from error
-    return None
-
-
-def _ensure(
-    kind: str, key: str, name: str, provider: str, fields: dict[str, Any]
-) -> dict[str, Any]:
-    if found := _find(kind, key, name):
-        ids = {key: v for key, v in found.items() if key in ("secret_id", "model_definition_id")}
-        return _call("POST", f"{kind}/update", {**ids, **fields})
-    return _call("POST", f"{kind}/create", {key: name, "provider": provider, **fields})
-
-
-def _find(kind: str, key: str, name: str) -> dict[str, Any] | None:
-    return next((item for item in _call("GET", f"{kind}/list") or [] if item[key] == name), None)
-
-
-def _call(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """AI Gateway の API を呼び、応答のただ 1 つの値を返す。"""
+def _server() -> Any:
+    """MLflow サーバーのクライアント。認証や証明書の設定も、MLflow のものを使う。"""
     uri = mlflow.get_tracking_uri()
     if not uri.startswith("http"):
         raise JudgeEndpointError(
             f"{uri} is not an MLflow server: set MLFLOW_TRACKING_URI=http://HOST:PORT"
         )
-    try:
-        creds = get_default_host_creds(uri)
-        response: Any = http_request(creds, f"/api/3.0/mlflow/gateway/{path}", method, json=body)
-    except MlflowException as error:
-        raise JudgeEndpointError(f"cannot reach {uri}: {error.message}") from error
-    if response.status_code != 200:
-        hint = next((text for word, text in _HINTS.items() if word in response.text), "")
-        raise JudgeEndpointError(f"the server refused gateway/{path}: {response.text}{hint}")
-    return next(iter(response.json().values()), None)
+    return TracingClient().store
+
+
+def _named(name: str, key: str, items: Sequence[Any]) -> Any:
+    return next((item for item in items if getattr(item, key) == name), None)
+
+
+def _refused(error: MlflowException) -> JudgeEndpointError:
+    hint = next((text for word, text in _HINTS.items() if word in error.message), "")
+    uri = mlflow.get_tracking_uri()
+    return JudgeEndpointError(f"cannot use the AI Gateway of {uri}: {error.message}{hint}")

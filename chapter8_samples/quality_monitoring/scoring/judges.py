@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import NamedTuple, cast
 
 import mlflow
-from mlflow.entities import Assessment
+from mlflow.entities import Feedback
 from mlflow.genai.scorers import Scorer
 
 DEFAULT_JUDGE = "openai:/gpt-4.1-mini"
 PROVIDER_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 _COST = "mlflow.assessment.judgeCost"
 _TOKENS = ("mlflow.assessment.judgeInputTokens", "mlflow.assessment.judgeOutputTokens")
-_TOKENS_PER_CALL = (600, 60)  # 実績がないときに仮定する、ジャッジ 1 回の入力と出力
+TOKENS_PER_CALL = (600, 60)  # 実績がないときに仮定する、ジャッジ 1 回の入力と出力
 
 
 class ScoringError(Exception):
     """採点を始められない、または続けられない。"""
+
+
+class ScorerSetupError(ScoringError):
+    """スコアラーを登録・開始できない。"""
 
 
 class JudgeNotConfiguredError(ScoringError):
@@ -88,18 +93,61 @@ def missing_for(model: str) -> str | None:
     return None
 
 
-def judge_cost(assessments: Sequence[Assessment], price: JudgePrice | None) -> Decimal | None:
-    """評価に残る、ジャッジのコスト(USD)。``price`` があれば、トークン数から計算する。"""
+def call_cost(
+    scorer: Scorer, feedbacks: Sequence[Feedback], price: JudgePrice | None
+) -> Decimal | None:
+    """スコアラーを 1 回呼んだコスト(USD)。``price`` があれば、トークン数から計算する。
+
+    答えを読めなかった呼び出しにも、プロバイダーは課金するので、見込みの額で数える。
+    """
+    if judge_model(scorer) is None or not feedbacks:
+        return Decimal(0)
     costs: list[Decimal] = []
-    for metadata in (assessment.metadata or {} for assessment in assessments):
+    for metadata in (feedback.metadata or {} for feedback in feedbacks):
         if price and _TOKENS[0] in metadata:
             costs.append(price.cost_usd(*(float(metadata.get(key, 0)) for key in _TOKENS)))
         elif _COST in metadata:
             costs.append(Decimal(str(metadata[_COST])))
-    return sum(costs, Decimal(0)) if costs else None
+    if costs:
+        return sum(costs, Decimal(0))
+    unread = any(feedback.error for feedback in feedbacks)
+    return assumed_cost(scorer, price) if unread else None
 
 
 def assumed_cost(scorer: Scorer, price: JudgePrice | None) -> Decimal | None:
     """実績がないときの、ジャッジ 1 回のコスト(USD)。単価が分からなければ ``None``。"""
     price = price or JUDGE_PRICES.get(judge_model(scorer) or "")
-    return price.cost_usd(*_TOKENS_PER_CALL) if price else None
+    return price.cost_usd(*TOKENS_PER_CALL) if price else None
+
+
+class Budget:
+    """並列に呼んでも予算を超えないように、呼ぶ前に見込みのコスト(これまでの最大)を確保する。"""
+
+    def __init__(self, limit_usd: float | None) -> None:
+        self._limit = Decimal(str(limit_usd)) if limit_usd is not None else None
+        self._committed = Decimal(0)
+        self._largest: dict[str, Decimal] = {}
+        self._probing: set[str] = set()
+        self._changed = threading.Condition()
+
+    def reserve(self, name: str) -> Decimal | None:
+        """確保した額(USD)。足りなければ ``None``。コストの分からない最初の 1 回は 1 件ずつ。"""
+        if self._limit is None:
+            return Decimal(0)
+        with self._changed:
+            self._changed.wait_for(lambda: name not in self._probing)
+            expected = self._largest.get(name, Decimal(0))
+            if self._committed >= self._limit or self._committed + expected > self._limit:
+                return None
+            if name not in self._largest:
+                self._probing.add(name)
+            self._committed += expected
+            return expected
+
+    def settle(self, name: str, expected: Decimal, cost: Decimal) -> None:
+        """確保した額を、実際のコストに直す。"""
+        with self._changed:
+            self._committed += cost - expected
+            self._largest[name] = max(self._largest.get(name, Decimal(0)), cost)
+            self._probing.discard(name)
+            self._changed.notify_all()

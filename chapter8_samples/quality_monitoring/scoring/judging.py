@@ -28,9 +28,14 @@ _NEED_RETRIEVER = (
 def given(trace: Trace) -> dict[str, Any]:
     """スコアラーに渡す、トレースの入力、出力、人が付けた正解。"""
     root = next((span for span in trace.data.spans if span.parent_id is None), None)
-    expected = {a.name: a.expectation.value for a in trace.info.assessments if a.expectation}
-    answer = {"inputs": root.inputs, "outputs": root.outputs} if root else {}
-    return {"inputs": None, "outputs": None, "expectations": expected, "trace": trace, **answer}
+    return {
+        "inputs": root.inputs if root else None,
+        "outputs": root.outputs if root else None,
+        "expectations": {
+            a.name: a.expectation.value for a in trace.info.assessments if a.expectation
+        },
+        "trace": trace,
+    }
 
 
 def call_scorer(scorer: Scorer, trace: Trace) -> Sequence[Feedback]:
@@ -55,19 +60,19 @@ def _storable(scorer: Scorer, item: Any) -> Feedback:
     feedback = item if isinstance(item, Feedback) else _feedback(scorer, value=item)
     value: Any = feedback.value
     if not feedback.error and (value is None or value is CategoricalRating.UNKNOWN):
-        return _failed(scorer, "the judge gave no verdict", feedback)
+        return _failed(scorer, "the judge gave no verdict", feedback.metadata)
     try:
         MessageToJson(feedback.to_proto())
     except Exception as error:  # 値の型によって、さまざまな例外になる
-        return _failed(scorer, f"{shortened(value)} cannot be stored: {_told(error)}", feedback)
+        reason = f"{shortened(value)} cannot be stored: {_told(error)}"
+        return _failed(scorer, reason, feedback.metadata)
     return feedback
 
 
-def _failed(scorer: Scorer, reason: str, feedback: Feedback | None = None) -> Feedback:
-    text = reason.encode(errors="replace").decode()
-    made = _feedback(scorer, error=AssessmentError("SCORER_ERROR", text))
-    found = (feedback and feedback.metadata) or {}  # 失敗しても、かかったコストは残す
-    made.metadata = {key: value for key, value in found.items() if key.startswith("mlflow.")}
+def _failed(scorer: Scorer, reason: str, metadata: dict[str, str] | None = None) -> Feedback:
+    made = _feedback(scorer, error=AssessmentError("SCORER_ERROR", reason))
+    # 失敗しても、かかったコストは残す
+    made.metadata = {key: v for key, v in (metadata or {}).items() if key.startswith("mlflow.")}
     return made
 
 
@@ -76,4 +81,5 @@ def _feedback(scorer: Scorer, **fields: Any) -> Feedback:
 
 
 def _told(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(error)).strip()  # str() が壊れた例外もある
+    text = "".join(traceback.format_exception_only(error)).strip()  # str() が壊れた例外もある
+    return text.encode(errors="replace").decode()  # 半端なサロゲートは、保存できない

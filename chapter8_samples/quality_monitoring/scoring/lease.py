@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import socket
 import sys
@@ -14,12 +14,11 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .judges import ScoringError
 
@@ -31,8 +30,7 @@ _held: set[str] = set()  # このプロセスが持っている権利
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(BaseModel):
     """タグに書く、採点の権利 1 つ。"""
 
     token: str
@@ -61,7 +59,8 @@ class Lease:
 
     def __init__(self, experiment_id: str, names: Sequence[str]) -> None:
         self._experiment_id, self._names = experiment_id, list(names)
-        self._token, self._renew_at = uuid.uuid4().hex, 0.0
+        self._token = uuid.uuid4().hex
+        self._renew_at = math.inf
 
     def __enter__(self) -> Lease:
         _held.add(self._token)
@@ -83,7 +82,7 @@ class Lease:
         _held.discard(self._token)
 
     def renew(self) -> None:
-        """採点している間、ときどき呼ぶ。"""
+        """採点している間、ときどき呼ぶ(権利を取っていなければ、何もしない)。"""
         if time.monotonic() >= self._renew_at:
             claims = self._claims()
             if self._token not in {claim.token for claim in claims}:
@@ -95,8 +94,8 @@ class Lease:
         until = time.time() + _LEASE_SECONDS
         host, pid = socket.gethostname(), os.getpid()
         claim = Claim(token=self._token, host=host, pid=pid, names=self._names, until=until)
-        key, value = _TAG + self._token, json.dumps(asdict(claim))
-        patiently(lambda: MlflowClient().set_experiment_tag(self._experiment_id, key, value))
+        tag = self._experiment_id, _TAG + self._token, claim.model_dump_json()
+        patiently(lambda: MlflowClient().set_experiment_tag(*tag))
 
     def _claims(self) -> list[Claim]:
         """同じスコアラーを採点する、生きている権利。死んだものと、読めないものは消す。"""
@@ -118,7 +117,7 @@ class Lease:
 def _read(text: str) -> Claim | None:
     """読めなければ ``None``(人や別の版が書いたものに、いつまでも止められない)。"""
     try:
-        return TypeAdapter(Claim).validate_json(text)
+        return Claim.model_validate_json(text)
     except ValidationError:
         return None
 

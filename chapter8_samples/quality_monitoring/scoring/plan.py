@@ -1,4 +1,4 @@
-"""8.3.5 採点の計画と結果: どのスコアラーを、どのトレースに、どれだけの速さと費用で使うか。
+"""8.3.5 採点の計画と結果: どのスコアラーを、どのトレースに、どれだけの費用で使うか。
 
 標本の選び方は MLflow サーバーの自動採点と同じで、同じトレースは何度でも同じ結果になる。
 """
@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,22 +14,24 @@ from typing import TypeGuard
 
 from mlflow.genai.scorers import Scorer
 
-from .judges import JudgePrice, ScoringError
+from .judges import JudgePrice, ScorerSetupError, ScoringError
 
 FINISHED_TRACES = "status = 'OK'"  # 失敗したトレースには出力がなく、採点してもエラーになるだけ
 
 
-def is_sample_rate(rate: object) -> bool:
-    """0 より大きく 1 以下の数か(MLflow は、真偽値や 5.0 も受け入れる)。"""
-    return _is_number(rate) and 0 < rate <= 1
+def check_sample_rate(name: str, rate: object) -> None:
+    """割合が 0 より大きく 1 以下の数であることを確かめる(MLflow は真偽値や 5.0 も受け入れる)。"""
+    if not is_number(rate) or not 0 < rate <= 1:
+        raise ScorerSetupError(f"sample_rate of {name!r} must be in (0, 1], got {rate!r}")
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """数か。真偽値は数ではない。"""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringTarget:
+class ScorerPlan:
     """どのスコアラーを、どのトレースの何割に使うか。"""
 
     scorer: Scorer
@@ -39,16 +40,8 @@ class ScoringTarget:
 
     def __post_init__(self) -> None:
         if not isinstance(self.scorer, Scorer):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ScoringError(f"scorer must be an MLflow scorer, got {self.scorer!r}")
-        if not is_sample_rate(self.sample_rate):
-            raise ScoringError(
-                f"sample_rate of {self.name!r} must be in (0, 1], got {self.sample_rate!r}"
-            )
-        if self.scorer.is_session_level_scorer:
-            raise ScoringError(
-                f"{self.name!r} scores whole sessions, not single traces: pass the traces of the "
-                "sessions to mlflow.genai.evaluate() instead"
-            )
+            raise ScorerSetupError(f"scorer must be an MLflow scorer, got {self.scorer!r}")
+        check_sample_rate(self.name, self.sample_rate)
 
     @property
     def name(self) -> str:
@@ -56,33 +49,40 @@ class ScoringTarget:
         return self.scorer.name
 
 
+class ScoringTarget(ScorerPlan):
+    """トレースを 1 件ずつ採点できる ``ScorerPlan``。"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scorer.is_session_level_scorer:
+            raise ScoringError(
+                f"{self.name!r} scores whole sessions, not single traces: pass the traces of the "
+                "sessions to mlflow.genai.evaluate() instead"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
     """採点の進め方。"""
 
     concurrency: int = 8  # 同時に採点するトレースの数
-    calls_per_second: float | None = None  # スコアラーを呼ぶ頻度の上限
     budget_usd: float | None = None  # ジャッジのコストがこれを超える見込みなら、新しく始めない
     judge_price: JudgePrice | None = None  # MLflow の価格カタログにないモデルの単価
     max_consecutive_failures: int = 10  # 続けてこれだけ失敗したスコアラーは、この実行ではやめる
-    page_size: int = 100
-    dry_run: bool = False  # 見積もるだけで、ジャッジを呼ばず、何も書かない
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "max_consecutive_failures", "page_size"):
+        least = {"concurrency": 1, "max_consecutive_failures": 1}
+        if self.budget_usd is not None:
+            least["budget_usd"] = 0
+        for name, limit in least.items():
             value = getattr(self, name)
-            if not _is_number(value) or not value >= 1:
-                raise ScoringError(f"{name} must be at least 1, got {value!r}")
-        rate, budget = self.calls_per_second, self.budget_usd
-        if rate is not None and (not _is_number(rate) or not rate > 0):
-            raise ScoringError(f"calls_per_second must be positive, got {rate!r}")
-        if budget is not None and (not _is_number(budget) or not budget >= 0):
-            raise ScoringError(f"budget_usd must not be negative, got {budget!r}")
+            if not is_number(value) or not value >= limit:  # NaN もここで拒否する
+                raise ScoringError(f"{name} must be a number of at least {limit}, got {value!r}")
 
 
 @dataclass
 class ScorerCounts:
-    """スコアラー 1 つの結果(単位はトレース)。``dry_run`` では、採点とコストの見積もり。"""
+    """スコアラー 1 つの結果(単位はトレース)。見積もりでは、採点とコストの見込み。"""
 
     scored: int = 0
     skipped: int = 0  # 採点済みだったので飛ばした
@@ -93,7 +93,14 @@ class ScorerCounts:
     judge_calls: int = 0
     unpriced: int = 0  # そのうち、コストが分からないもの
     cost_usd: Decimal = Decimal(0)
-    past_costs: list[Decimal] = field(default_factory=list[Decimal])  # 飛ばした評価のコスト
+
+    def charge(self, cost_usd: Decimal | None) -> None:
+        """ジャッジを 1 回呼んだ。"""
+        self.judge_calls += 1
+        if cost_usd is None:
+            self.unpriced += 1
+        else:
+            self.cost_usd += cost_usd
 
 
 @dataclass(kw_only=True)
@@ -111,6 +118,8 @@ class ScoringReport:
     """採点できなかったスコアラーと、その理由(英語)。"""
     stopped_by: str | None = None
     """途中でやめた理由(``budget`` / ``failures``)。"""
+    job_id: str | None = None
+    """Databricks に登録したバックフィルのジョブ。採点はその中で進み、件数は 0 のままになる。"""
 
     @property
     def scored(self) -> int:
@@ -128,11 +137,6 @@ class ScoringReport:
         return sum(counts.failed for counts in self.scorers.values())
 
     @property
-    def cost_usd(self) -> float:
-        """ジャッジのコストの合計(USD)。答えを読めなかった呼び出しは、見込みの額で数える。"""
-        return float(sum(counts.cost_usd for counts in self.scorers.values()))
-
-    @property
     def judge_calls(self) -> int:
         """LLM ジャッジを呼んだ回数。"""
         return sum(counts.judge_calls for counts in self.scorers.values())
@@ -142,16 +146,18 @@ class ScoringReport:
         """コストの分からない呼び出しがあるスコアラー。"""
         return tuple(name for name, counts in self.scorers.items() if counts.unpriced)
 
+    @property
+    def cost_usd(self) -> float | None:
+        """ジャッジのコストの合計(USD)。答えを読めなかった呼び出しは、見込みの額で数える。
+
+        コストの分からない呼び出し(``unpriced``)があれば ``None``。
+        """
+        if self.unpriced:
+            return None
+        return float(sum(counts.cost_usd for counts in self.scorers.values()))
+
 
 ProgressCallback = Callable[[ScoringReport], None]
-
-
-def show_progress(report: ScoringReport) -> None:
-    """``on_progress`` 用。標準エラーが端末なら、途中経過を 1 行で出す。終わったら改行する。"""
-    if sys.stderr.isatty():
-        done = f"scored {report.scored}, skipped {report.skipped}, failed {report.failed}"
-        sys.stderr.write(f"\r{report.traces} traces: {done}" + "\n" * bool(report.seconds))
-        sys.stderr.flush()
 
 
 def sample(trace_id: str, targets: Sequence[ScoringTarget]) -> list[ScoringTarget]:

@@ -7,11 +7,12 @@ Databricks で違う。クライアントで採点するものと休止中のも
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from threading import Lock
-from typing import Literal, cast
+from typing import Literal
 
 import mlflow
 from mlflow import MlflowClient
@@ -19,8 +20,17 @@ from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import Scorer, ScorerSamplingConfig, get_scorer
 
 from .identity import definition
-from .judges import judge_model, malformed, missing_for
-from .plan import FINISHED_TRACES, is_sample_rate
+from .judges import (
+    DEFAULT_JUDGE,
+    JUDGE_PRICES,
+    TOKENS_PER_CALL,
+    JudgePrice,
+    ScorerSetupError,
+    judge_model,
+    malformed,
+    missing_for,
+)
+from .plan import ScorerPlan, check_sample_rate
 
 Backend = Literal["databricks", "oss_http", "oss_local"]
 Runs = Literal["server", "client", "databricks"]
@@ -29,21 +39,8 @@ _SETTING_TAG = "quality.scorer."
 _setting_up = Lock()  # MLflow は、新しい SQLite を複数のスレッドから同時に作れない
 
 
-class ScorerSetupError(Exception):
-    """スコアラーを登録・開始できない。"""
-
-
 class ScorerNotFoundError(ScorerSetupError):
     """その名前のスコアラー(またはエクスペリメント)がない。"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerPlan:
-    """どのスコアラーを、何割のトレースに使うか。"""
-
-    scorer: Scorer
-    sample_rate: float = 1.0
-    filter_string: str | None = FINISHED_TRACES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +81,14 @@ def detect_backend() -> Backend:
 def setup_scorers(experiment_name: str, plans: Sequence[ScorerPlan]) -> list[ScorerStatus]:
     """任意のスコアラーを登録し、接続先に合わせて開始する。何かを登録する前に、引数をすべて調べる。"""
     for plan in plans:
-        check_sample_rate(plan.scorer.name, plan.sample_rate)
         if reason := malformed(judge_model(plan.scorer)):
-            raise ScorerSetupError(f"{plan.scorer.name!r}: {reason}")
-    names = [plan.scorer.name for plan in plans]
+            raise ScorerSetupError(f"{plan.name!r}: {reason}")
+    names = [plan.name for plan in plans]
     if len(set(names)) != len(names):
         raise ScorerSetupError(f"scorer names must be unique, got {names}")
     try:
         with _setting_up:
-            experiment_id = _experiment_id(experiment_name)
+            experiment_id = experiment_id_for(experiment_name)
             for filter_string in {plan.filter_string for plan in plans}:
                 check_filter(experiment_id, filter_string)
             return [_setup_one(plan, experiment_id) for plan in plans]
@@ -100,13 +96,23 @@ def setup_scorers(experiment_name: str, plans: Sequence[ScorerPlan]) -> list[Sco
         raise ScorerSetupError(f"{mlflow.get_tracking_uri()}: {error.message}") from error
 
 
-def check_sample_rate(name: str, rate: object) -> float:
-    """割合が 0 より大きく 1 以下の数であることを確かめる(MLflow は真偽値や 5.0 も受け入れる)。"""
-    if not is_sample_rate(rate):
-        raise ScorerSetupError(
-            f"sample_rate of {name!r} must be in (0, 1] (or pause), got {rate!r}"
-        )
-    return float(cast("float", rate))
+def estimate_monthly_judge_cost(
+    traffic: float,
+    rates: Mapping[str, float],
+    judge_price: tuple[float, float] | JudgePrice = JUDGE_PRICES[DEFAULT_JUDGE],
+) -> float:
+    """1 か月のトレースの数 ``traffic`` と割合から、ジャッジのコスト(USD / 月)を見積もる。
+
+    ``judge_price`` は、入力と出力の単価(USD / 100 万トークン)。
+    """
+    if not (math.isfinite(traffic) and traffic >= 0):
+        raise ScorerSetupError(f"traffic must be finite and not negative, got {traffic}")
+    for name, rate in rates.items():
+        check_sample_rate(name, rate)
+    calls = traffic * sum(rates.values())
+    input_usd, output_usd = (float(price) for price in judge_price)
+    input_tokens, output_tokens = TOKENS_PER_CALL
+    return calls * (input_usd * input_tokens + output_usd * output_tokens) / 1_000_000
 
 
 def existing_experiment_id(name: str) -> str:
@@ -117,7 +123,8 @@ def existing_experiment_id(name: str) -> str:
     return found.experiment_id
 
 
-def _experiment_id(name: str) -> str:
+def experiment_id_for(name: str) -> str:
+    """エクスペリメントの ID。なければ作る。"""
     client = MlflowClient()
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
