@@ -76,10 +76,7 @@ def setup_production_tracing(
     *,
     environment: str = "development",
     export_profile: ExportProfile = "burst",
-    sampling_ratio: float | None = None,
     strict: bool = False,
-    http_timeout_seconds: int = 10,
-    http_max_retries: int = 2,
     probe_timeout_seconds: float = 2.0,
     retry_seconds: float = 15.0,
     span_processors: Sequence[Callable[[LiveSpan], None]] = (),
@@ -97,10 +94,8 @@ def setup_production_tracing(
         deployment_region: リソース属性 ``cloud.region``。
         environment: リソース属性 ``deployment.environment.name``。
         export_profile: ``EXPORT_PROFILES`` の名前。利用者の環境変数が優先される。
-        sampling_ratio: ヘッドサンプリングの割合 [0, 1]。``sampling_strategies`` の重みにも入る。
         strict: サーバーに届かないとき ``True`` は例外、``False`` は記録を止めて起動を続け、
             ``retry_seconds`` 秒ごとに背後で接続し直す(その間のトレースは残らない)。
-        http_timeout_seconds: MLflow サーバーへの 1 回のリクエストの上限。
         probe_timeout_seconds: 起動時に、サーバーの応答を待つ時間。
         span_processors: ``mlflow.tracing.configure`` に渡す関数(``mask_pii()`` など)。
 

@@ -30,10 +30,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import mlflow
@@ -48,10 +47,7 @@ from chapter8_samples.production_tracing.delivery.spool import TraceSpool
 
 
 def setup_graceful_shutdown(
-    timeout_seconds: float = 30.0,
-    *,
-    signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT),
-    spool: TraceSpool | None = None,
+    timeout_seconds: float = 30.0, *, spool: TraceSpool | None = None
 ) -> GracefulShutdownHandler:
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 
@@ -66,7 +62,7 @@ def setup_graceful_shutdown(
     Raises:
         ValueError: ``timeout_seconds`` が 0 以下、または登録済みのものと違う設定。
     """
-    return install_handler(timeout_seconds, signals=signals, spool=spool)
+    return install_handler(timeout_seconds, spool)
 
 
 @contextlib.asynccontextmanager

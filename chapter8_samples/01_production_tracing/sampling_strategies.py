@@ -50,15 +50,11 @@ class ConditionalSampler(TailSampler):
         slow_ms: float = 5000.0,
         vip_users: Iterable[str] = (),
         keep_tag: str = "sampling.keep",
-        low_rating: float = 2.0,
-        head_probability: float = 1.0,
     ) -> None:
         """``rest_probability`` は、どの条件にも当てはまらないトレースを残す割合 [0, 1]。"""
-        keep = KeepRules(
-            slow_ms=slow_ms, vip_users=vip_users, keep_tag=keep_tag, low_rating=low_rating
-        )
+        keep = KeepRules(slow_ms=slow_ms, vip_users=vip_users, keep_tag=keep_tag)
         rest = Decision(rest_probability, "rest")
-        super().__init__(lambda trace: keep(trace) or rest, head_probability=head_probability)
+        super().__init__(lambda trace: keep(trace) or rest)
 
 
 class AdaptiveSampler(TailSampler):
@@ -72,17 +68,9 @@ class AdaptiveSampler(TailSampler):
         target_per_minute: float = 60.0,
         *,
         rules: KeepRules | None = None,
-        time_constant_seconds: float = 10.0,
-        min_probability: float = 1e-4,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``time_constant_seconds`` が短いほど、急増に速く追従する。"""
-        self.rate = AdaptiveRate(
-            target_per_minute,
-            time_constant_seconds=time_constant_seconds,
-            min_probability=min_probability,
-            clock=clock,
-        )
+        self.rate = AdaptiveRate(target_per_minute, clock=clock)
         keep = rules or KeepRules()
         super().__init__(lambda trace: keep(trace) or Decision(self.rate(), "adaptive"))
 

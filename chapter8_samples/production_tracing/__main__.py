@@ -13,15 +13,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """コマンドを実行し、終了コードを返す(送り残しがあれば 1)。"""
     parser = argparse.ArgumentParser(
         prog="python -m chapter8_samples.production_tracing",
-        description="8.1 のコマンド",
+        description="TraceSpool のディスクに残ったトレースを、いまのトラッキング URI に送る。",
     )
-    commands = parser.add_subparsers(required=True, metavar="replay")
-    command = commands.add_parser(
-        "replay",
-        help="TraceSpool に残ったトレースを送る",
-        description="残ったファイルを、いまのトラッキング URI に送る(送り残しがあれば 1 で終わる)",
-    )
-    command.add_argument("directory", metavar="DIR", help="TraceSpool に渡したディレクトリー")
+    parser.add_argument("command", choices=["replay"], help="残ったトレースを送る")
+    parser.add_argument("directory", metavar="DIR", help="TraceSpool に渡したディレクトリー")
     try:
         stats = replay(parser.parse_args(arguments).directory)
     except FileNotFoundError as error:

@@ -138,7 +138,8 @@ def _watch_mlflow_exporter(exporter: Any, ledger: Any) -> None:
     client = exporter._client
     for name in EXPORT_REQUESTS:
         setattr(client, name, partial(ledger.send, name, getattr(client, name)))
-    send_trace, send_spans = exporter._log_trace, exporter._export_spans_incrementally
+    send_trace = exporter._log_trace
+    send_spans = exporter._export_spans_incrementally
 
     def log_trace(trace: Trace, *rest: Any, **named: Any) -> None:
         if ledger.accept is None:
@@ -250,17 +251,27 @@ def has_open_spans(trace_id: str) -> bool:
         return bool(trace) and any(one.end_time_ns is None for one in trace.span_dict.values())
 
 
+def _spans_of(trace_id: str) -> dict[str, LiveSpan]:
+    with _open_trace(trace_id) as trace:
+        return dict(trace.span_dict) if trace else {}
+
+
+def _parents(span: LiveSpan | None, spans: dict[str, LiveSpan]) -> Iterator[str]:
+    while span is not None and span.parent_id is not None:
+        yield span.parent_id
+        span = spans.get(span.parent_id)
+
+
+def span_ids_above(span: LiveSpan) -> list[str]:
+    """同じトレースの、``span`` の親、その親、…。"""
+    return list(_parents(span, _spans_of(span.trace_id)))
+
+
 def open_spans_below(span: LiveSpan) -> list[LiveSpan]:
     """同じトレースで、``span`` の下にある、終わっていないスパン。"""
-    with _open_trace(span.trace_id) as trace:
-        spans: dict[str, LiveSpan] = dict(trace.span_dict) if trace else {}
-
-    def is_below(one: LiveSpan | None) -> bool:
-        while one is not None and one.parent_id != span.span_id:
-            one = spans.get(one.parent_id or "")
-        return one is not None
-
-    return [one for one in spans.values() if one.end_time_ns is None and is_below(one)]
+    spans = _spans_of(span.trace_id)
+    still_open = [one for one in spans.values() if one.end_time_ns is None]
+    return [one for one in still_open if span.span_id in _parents(one, spans)]
 
 
 def is_half_read_stream(span: LiveSpan) -> bool:
@@ -309,9 +320,9 @@ def sampling_ratio_override() -> float | None:
 @contextmanager
 def live_trace(root: ReadableSpan) -> Iterator[TraceInfo]:
     """``open_trace_info`` と同じ。期限(``MLFLOW_TRACE_TIMEOUT_SECONDS``)切れなら、空のもの。"""
-    trace_id, nowhere = mlflow_trace_id(root), TraceLocation.from_experiment_id("0")
+    trace_id = mlflow_trace_id(root)
     with open_trace_info(trace_id) as info:
-        yield info or TraceInfo(trace_id, nowhere, 0, TraceState.OK)
+        yield info or TraceInfo(trace_id, TraceLocation.from_experiment_id("0"), 0, TraceState.OK)
 
 
 def forget_trace(otel_trace_id: int) -> None:

@@ -6,7 +6,7 @@ from .delivery.settings import ExportProfile, TracingStatus
 from mlflow.entities import LiveSpan
 EXPORT_PROFILES: Mapping[ExportProfile, Mapping[str, str]] = {'default': {}, 'burst': {'MLFLOW_ASYNC_TRACE_LOGGING_MAX_SPAN_BATCH_SIZE': '16384', 'MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE': '20000', 'MLFLOW_TRACE_BUFFER_MAX_SIZE': '20000', 'MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS': '1000', 'MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS': '4'}, 'otlp': {'OTEL_EXPORTER_OTLP_TRACES_PROTOCOL': 'http/protobuf', 'OTEL_BSP_MAX_QUEUE_SIZE': '50000', 'OTEL_BSP_SCHEDULE_DELAY': '1000', 'MLFLOW_TRACE_BUFFER_MAX_SIZE': '50000'}}
 
-def setup_production_tracing(experiment_name: str, service_name: str='llm-app', tracking_uri: str | None=None, enable_async: bool=True, deployment_region: str | None=None, service_version: str | None=None, *, environment: str='development', export_profile: ExportProfile='burst', sampling_ratio: float | None=None, strict: bool=False, http_timeout_seconds: int=10, http_max_retries: int=2, probe_timeout_seconds: float=2.0, retry_seconds: float=15.0, span_processors: Sequence[Callable[[LiveSpan], None]]=()) -> TracingStatus:
+def setup_production_tracing(experiment_name: str, service_name: str='llm-app', tracking_uri: str | None=None, enable_async: bool=True, deployment_region: str | None=None, service_version: str | None=None, *, environment: str='development', export_profile: ExportProfile='burst', strict: bool=False, probe_timeout_seconds: float=2.0, retry_seconds: float=15.0, span_processors: Sequence[Callable[[LiveSpan], None]]=()) -> TracingStatus:
     """本番のトレーシングを設定する。アプリの起動時に一度だけ呼ぶ。
 
     同じ引数での 2 回目は何もしない。別の引数での 2 回目は ``TracingSetupError`` になる
@@ -20,10 +20,8 @@ def setup_production_tracing(experiment_name: str, service_name: str='llm-app', 
         deployment_region: リソース属性 ``cloud.region``。
         environment: リソース属性 ``deployment.environment.name``。
         export_profile: ``EXPORT_PROFILES`` の名前。利用者の環境変数が優先される。
-        sampling_ratio: ヘッドサンプリングの割合 [0, 1]。``sampling_strategies`` の重みにも入る。
         strict: サーバーに届かないとき ``True`` は例外、``False`` は記録を止めて起動を続け、
             ``retry_seconds`` 秒ごとに背後で接続し直す(その間のトレースは残らない)。
-        http_timeout_seconds: MLflow サーバーへの 1 回のリクエストの上限。
         probe_timeout_seconds: 起動時に、サーバーの応答を待つ時間。
         span_processors: ``mlflow.tracing.configure`` に渡す関数(``mask_pii()`` など)。
 

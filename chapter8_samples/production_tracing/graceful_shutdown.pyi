@@ -1,12 +1,11 @@
 """8.1.4 グレースフルシャットダウン(リスト8.6)。"""
 
 import contextlib
-import signal
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from .delivery.shutdown import GracefulShutdownHandler
 from .delivery.spool import TraceSpool
 
-def setup_graceful_shutdown(timeout_seconds: float=30.0, *, signals: Iterable[int]=(signal.SIGTERM, signal.SIGINT), spool: TraceSpool | None=None) -> GracefulShutdownHandler:
+def setup_graceful_shutdown(timeout_seconds: float=30.0, *, spool: TraceSpool | None=None) -> GracefulShutdownHandler:
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 
     2 回目以降は、登録済みのものを返す。設定を変えるときは、先に ``unregister()`` する。

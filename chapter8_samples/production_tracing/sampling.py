@@ -10,12 +10,10 @@ import hashlib
 import logging
 import os
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
-import mlflow
 from mlflow.entities import TraceState
 from opentelemetry.sdk import trace as otel
 from opentelemetry.sdk.trace import ReadableSpan, sampling
@@ -34,20 +32,9 @@ PROBABILITY_KEY = "sampling.probability"
 WEIGHT_KEY = "sampling.weight"
 RULE_KEY = "sampling.rule"
 HEAD_KEY = "sampling.head_probability"
+MAX_OPEN_TRACES = 10_000  # 超えた分は、古い順に、判断せずに残す(規則は "evicted")
 MAX_DECISIONS = 8192  # 決定後に終わるスパン(背後のスレッドなど)のために覚えておく数
 _EVICTED = Decision(1.0, "evicted")
-
-
-@dataclass(frozen=True)
-class SamplerStats:
-    """``install()`` してからの件数。"""
-
-    kept: int
-    dropped: int
-    by_rule: Mapping[str, tuple[int, int]]
-    """規則 -> (残した件数, 捨てた件数)。``policy_error`` は判断が例外になったもの、``evicted`` は
-    開いているトレースが上限を超え、判断せずに残したもの。"""
-    open_traces: int
 
 
 def unit_hash(trace_id: str) -> float:
@@ -59,20 +46,21 @@ def unit_hash(trace_id: str) -> float:
 class TailSampler:
     """トレースが終わってから残すかどうかを決め、MLflow の送信につなぐ。"""
 
-    def __init__(
-        self, policy: Policy, *, head_probability: float = 1.0, max_open_traces: int = 10_000
-    ) -> None:
+    kept: int
+    """いままでに残したトレースの件数。"""
+    dropped: int
+    """いままでに捨てたトレースの件数(先頭で捨てたものも)。"""
+
+    def __init__(self, policy: Policy, *, head_probability: float = 1.0) -> None:
         """``policy`` は、トレースの要約から判断を返す関数。MLflow につなぐのは ``install()``。
 
         Args:
             head_probability: その前に先頭で残す割合。1 のままなら、環境変数
                 ``MLFLOW_TRACE_SAMPLING_RATIO`` の割合。どちらも重みに反映される。
-            max_open_traces: 同時に開いているトレースの上限(超えた分は古い順に残す)。
         """
         check_probability("head_probability", head_probability)
         self.head_probability = head_probability
         self._policy = policy
-        self._max_open = max_open_traces
         self._attached: dict[otel.TracerProvider, sampling.Sampler] = {}
         self.forget()
 
@@ -81,7 +69,8 @@ class TailSampler:
         self._lock = threading.Lock()
         self._open: OrderedDict[int, list[tuple[Send, ReadableSpan]]] = OrderedDict()
         self._decided: OrderedDict[int, bool] = OrderedDict()
-        self._counts: Counter[tuple[str, bool]] = Counter()
+        self.kept = 0
+        self.dropped = 0
 
     def install(self) -> TailSampler:
         """MLflow につなぐ。以後に始まるトレースから有効になる(2 回目は何もしない)。
@@ -89,19 +78,15 @@ class TailSampler:
         ``set_experiment`` などで MLflow がプロバイダーを作り直しても有効なまま残る。
 
         Raises:
-            RuntimeError: 別のサンプラーが有効、または MLflow の内部が変わった。
+            RuntimeError: 別のサンプラーが有効。
         """
         global _active
         if _active is self:
             return self
         if _active is not None:
             raise RuntimeError(f"{type(_active).__name__} is installed; uninstall() it first")
-        try:
-            self._attach()
-            self._unwatch = _internals.watch_provider(self._attach)
-        except (AttributeError, ImportError) as error:
-            self._detach()
-            raise RuntimeError(f"TailSampler: MLflow {mlflow.__version__}: {error}") from error
+        self._unwatch = _internals.watch_provider(self._attach)
+        self._attach()
         _active = self
         return self
 
@@ -119,25 +104,17 @@ class TailSampler:
         for send, child in held:
             send(child)
 
-    def stats(self) -> SamplerStats:
-        """いままでの件数。"""
-        with self._lock:
-            counts, open_traces = self._counts.copy(), len(self._open)
-        by_rule = {rule: (counts[rule, True], counts[rule, False]) for rule, _ in sorted(counts)}
-        kept, dropped = (sum(pair[side] for pair in by_rule.values()) for side in (0, 1))
-        return SamplerStats(kept, dropped, by_rule, open_traces)
-
     def _attach(self) -> None:
         """いまのプロバイダーの、スパンの行き先とサンプラーを包む。"""
         provider = _internals.current_provider()
         if not isinstance(provider, otel.TracerProvider) or provider in self._attached:
             return  # トレーシングが無効か、まだ作られていない
-        plain, ratio = provider.sampler, self.head_probability
-        if ratio >= 1.0:
-            ratio = _internals.head_ratio(plain)
+        plain = provider.sampler
+        self._attached[provider] = plain
+        given = self.head_probability < 1.0
+        ratio = self.head_probability if given else _internals.head_ratio(plain)
         head = plain if ratio is None else sampling.ParentBased(_Head(ratio, self))
         _internals.use_pipeline(provider, _Gate(self), head)
-        self._attached[provider] = plain
 
     def _detach(self) -> None:
         for provider, plain in self._attached.items():
@@ -147,7 +124,7 @@ class TailSampler:
     def head_dropped(self) -> None:
         """先頭で 1 件捨てられた。"""
         with self._lock:
-            self._counts["head", False] += 1
+            self.dropped += 1
 
     def span_started(self, span: otel.Span) -> None:
         """ここでルートが始まったトレースだけを預かる(続きは、呼び出し元のサービスが決める)。"""
@@ -157,9 +134,9 @@ class TailSampler:
         oldest: list[tuple[Send, ReadableSpan]] = []
         with self._lock:
             self._open[context.trace_id] = []
-            if len(self._open) > self._max_open:
+            if len(self._open) > MAX_OPEN_TRACES:
                 trace_id, oldest = self._open.popitem(last=False)
-                self._remember(trace_id, _EVICTED, True)
+                self._remember(trace_id, keep=True)
         for send, child in oldest:
             send(child)
 
@@ -167,7 +144,8 @@ class TailSampler:
         """子は預かり、ルートが終わったら決めて、まとめて渡すか捨てる。"""
         trace_id = _otel_id(span)
         with self._lock:
-            held, decided = self._open.get(trace_id), self._decided.get(trace_id)
+            held = self._open.get(trace_id)
+            decided = self._decided.get(trace_id)
             if held is not None and span.parent is not None:
                 held.append((send, span))
                 return
@@ -179,13 +157,14 @@ class TailSampler:
             send(span)
 
     def _decide(self, root: ReadableSpan, children: list[ReadableSpan], send: Send) -> None:
-        trace_id, summary = _otel_id(root), _summary(root, children)
+        trace_id = _otel_id(root)
+        summary = _summary(root, children)
         decision = self._ask(summary)
         keep = unit_hash(summary.trace_id) < decision.probability
         with self._lock:
             held = self._open.pop(trace_id, None)
             if held is not None:
-                self._remember(trace_id, decision, keep)
+                self._remember(trace_id, keep)
         if held is None:  # 判断している間にあふれた
             send(_marked(root, _EVICTED))
         elif keep:
@@ -205,8 +184,11 @@ class TailSampler:
             logger.exception("sampling policy failed; the trace is kept")
             return Decision(1.0, "policy_error")
 
-    def _remember(self, trace_id: int, decision: Decision, keep: bool) -> None:
-        self._counts[decision.rule, keep] += 1
+    def _remember(self, trace_id: int, keep: bool) -> None:
+        if keep:
+            self.kept += 1
+        else:
+            self.dropped += 1
         self._decided[trace_id] = keep
         if len(self._decided) > MAX_DECISIONS:
             self._decided.popitem(last=False)
@@ -280,12 +262,8 @@ def _summary(root: ReadableSpan, children: list[ReadableSpan]) -> TraceSummary:
             name=root.name,
             duration_ms=((root.end_time or 0) - (root.start_time or 0)) / 1e6,
             is_error=failed or info.state is TraceState.ERROR,
-            num_spans=len(children) + 1,
             user=info.trace_metadata.get("mlflow.trace.user"),
-            session=info.trace_metadata.get("mlflow.trace.session"),
             tags=dict(info.tags),
-            metadata=dict(info.trace_metadata),
-            feedback={one.name: one.feedback.value for one in info.assessments if one.feedback},
         )
 
 

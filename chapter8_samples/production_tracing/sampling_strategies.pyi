@@ -16,7 +16,7 @@ class ProbabilisticSampler(TailSampler):
 class ConditionalSampler(TailSampler):
     """テール: 終わってから選ぶ。``KeepRules`` は必ず、ほかは ``rest_probability`` で残す。"""
 
-    def __init__(self, rest_probability: float=0.1, *, slow_ms: float=5000.0, vip_users: Iterable[str]=(), keep_tag: str='sampling.keep', low_rating: float=2.0, head_probability: float=1.0) -> None:
+    def __init__(self, rest_probability: float=0.1, *, slow_ms: float=5000.0, vip_users: Iterable[str]=(), keep_tag: str='sampling.keep') -> None:
         """``rest_probability`` は、どの条件にも当てはまらないトレースを残す割合 [0, 1]。"""
 
 class AdaptiveSampler(TailSampler):
@@ -25,8 +25,7 @@ class AdaptiveSampler(TailSampler):
     残す確率は「目標 / いまの流量」で、1 件ごとに変わる。``rules`` に当たるものは別に、必ず残す。
     """
 
-    def __init__(self, target_per_minute: float=60.0, *, rules: KeepRules | None=None, time_constant_seconds: float=10.0, min_probability: float=0.0001, clock: Callable[[], float]=time.monotonic) -> None:
-        """``time_constant_seconds`` が短いほど、急増に速く追従する。"""
+    def __init__(self, target_per_minute: float=60.0, *, rules: KeepRules | None=None, clock: Callable[[], float]=time.monotonic) -> None:
         self.rate: AdaptiveRate
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import contextvars
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Generator, Iterable, Mapping
-from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
@@ -131,10 +130,6 @@ async def _aread(stream: _Stream, chunks: AsyncIterable[T]) -> AsyncGenerator[T,
                     await aclose()
 
 
-# 動いているストリームのトレース
-_STREAMING: ContextVar[str | None] = ContextVar("streaming_trace_id", default=None)
-
-
 # 読まれている途中のストリーム(スパンの ID ごと)。外側が切断されると、内側も一緒に終える
 _OPEN: WeakValueDictionary[str, _Stream] = WeakValueDictionary()
 
@@ -143,7 +138,9 @@ class _Stream:
     """ストリーミング 1 回分のスパン。"""
 
     def __init__(self, name: str, inputs: Any, join: Join) -> None:
-        self._name, self._inputs, self._join = name, as_utf8(inputs), join
+        self._name = name
+        self._inputs = as_utf8(inputs)
+        self._join = join
         self._chunks: list[Any] = []
         # 本体は、リクエストの文脈が片付いた後に、別のスレッドから読まれることがある
         self._made_in = contextvars.copy_context()
@@ -153,10 +150,10 @@ class _Stream:
         """最初の断片を求められたときに始め、どう終わっても、スパンを終える。"""
         in_trace = _internals.current_span().is_recording()
         self._span = self._start_span() if in_trace else self._made_in.run(self._start_span)
+        above = _internals.span_ids_above(self._span)
+        self._is_inner = any(span_id in _OPEN for span_id in above)
         _OPEN[self._span.span_id] = self
         self._inside = INVALID_SPAN  # 中で開いたままのスパンは、次の断片のときも開いている
-        around = (_STREAMING.get(), self._made_in.get(_STREAMING))
-        self._is_inner = self._span.trace_id in around
         self._started = time.perf_counter()
         try:
             yield
@@ -176,14 +173,9 @@ class _Stream:
     @contextlib.contextmanager
     def running(self) -> Generator[None, None, None]:
         """中身が動いている間だけ、スパンを有効にする(断片を受け取る側には漏らさない)。"""
-        around = _STREAMING.get()
-        _STREAMING.set(self._span.trace_id)
-        try:
-            with _internals.span_is_current(self._span, self._inside):
-                yield
-                self._inside = _internals.current_span()
-        finally:
-            _STREAMING.set(around)
+        with _internals.span_is_current(self._span, self._inside):
+            yield
+            self._inside = _internals.current_span()
 
     def add(self, chunk: Any) -> None:
         self._chunks.append(chunk)

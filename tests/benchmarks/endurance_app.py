@@ -47,9 +47,9 @@ class SupportApp:
 
     def __init__(self, home: Path, endpoint: str, timeout_seconds: float) -> None:
         self.home = home
-        setup_production_tracing(
-            "endurance", strict=True, http_timeout_seconds=5, http_max_retries=1
-        )
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "5"
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+        setup_production_tracing("endurance", strict=True)
         setup_otlp_export(endpoint, "support-bot", timeout_seconds=timeout_seconds)
         mlflow.openai.autolog()  # type: ignore[no-untyped-call]
         self.spool = TraceSpool(home / "spool", cooldown_seconds=1).install()

@@ -35,15 +35,14 @@ def answer(question: str) -> str:
     return f"回答: {question}"
 
 
-def mlflow_call(sampling_ratio: float | None = None) -> Call:
+def mlflow_call(sampling_ratio: float = 1.0) -> Call:
     """8.1 の設定をした MLflow。"""
     import mlflow
 
     from chapter8_samples.production_tracing import setup_production_tracing
 
-    setup_production_tracing(
-        "overhead", tracking_uri="sqlite:///overhead.db", sampling_ratio=sampling_ratio
-    )
+    os.environ["MLFLOW_TRACE_SAMPLING_RATIO"] = str(sampling_ratio)
+    setup_production_tracing("overhead", tracking_uri="sqlite:///overhead.db")
     return mlflow.trace(answer)
 
 

@@ -134,13 +134,13 @@ def test_transient_answers_never_stop_the_app(front: Callable[..., Front]) -> No
     busy = front(None)
     for status, body, headers in TRANSIENT:
         busy.status, busy.body, busy.headers = status, body, headers
-        found = setup_production_tracing("a", tracking_uri=busy.url, http_max_retries=0)
+        found = setup_production_tracing("a", tracking_uri=busy.url)
         assert not found.ready, status
         assert "experiment 'a' cannot be used" in found.warnings[-1], found.warnings
         assert answer(1) == 1
         reset_production_tracing()
         with pytest.raises(TracingSetupError, match="strict=False"):
-            setup_production_tracing("a", tracking_uri=busy.url, http_max_retries=0, strict=True)
+            setup_production_tracing("a", tracking_uri=busy.url, strict=True)
 
 
 @pytest.mark.slow
@@ -149,9 +149,7 @@ def test_tracing_starts_after_every_transient_answer(
 ) -> None:
     busy = front(mlflow_server_url)
     busy.status = 404
-    setup_production_tracing(
-        "transient", tracking_uri=busy.url, http_max_retries=0, retry_seconds=0.05
-    )
+    setup_production_tracing("transient", tracking_uri=busy.url, retry_seconds=0.05)
     for status, body, headers in TRANSIENT:
         busy.status, busy.body, busy.headers = status, body, headers
         seen = busy.answered

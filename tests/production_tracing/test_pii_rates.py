@@ -14,7 +14,8 @@ from urllib.parse import urlencode
 import pytest
 
 from chapter8_samples.production_tracing import masking
-from chapter8_samples.production_tracing.masking import luhn, mask_pii, my_number
+from chapter8_samples.production_tracing.masking import mask_pii
+from chapter8_samples.production_tracing.masking.patterns import luhn, my_number
 
 Rng = random.Random
 MASKER = mask_pii()

@@ -137,31 +137,25 @@ def test_rejected_and_unreadable_traces_are_set_aside(
     assert (spool.stats().dead, spool.stats().delivered, len(stored())) == (1, 2, 2)
 
 
-def test_full_spool_sends_directly_and_counts_real_loss(
-    server: Server, tmp_path: Path, stored: Any
+def test_disk_error_is_reported_sends_directly_and_counts_real_loss(
+    spool: TraceSpool, server: Server, stored: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.error = ConnectionError("refused")
-    spool = TraceSpool(tmp_path / "s", deliver=server, max_traces=2, cooldown_seconds=60).install()
-    record("a", "b", "c")
-    assert spool.stats().pending == 2 and LEDGER.counts() == (0, 1, 2)
+    record("a", "b")
+    folder = spool.directory.rename(spool.directory.with_name("moved"))
+    spool.directory.write_text("not a folder", encoding="utf-8")
+    record("c")
+    assert "cannot write to spool" in caplog.text
+    assert (spool.stats().write_errors, LEDGER.counts()) == (1, (0, 1, 2))
     server.error = None
     record("d")
+    assert spool.stats().write_errors == 2
     (direct,) = stored()
     assert {span.name for span in direct.data.spans} == {"d", "child"}
+    spool.directory.unlink()
+    folder.rename(spool.directory)
     assert spool.drain(30) == 0 and LEDGER.counts() == (0, 1, 0)
-    spool.uninstall()
     assert len(stored()) == 3
-
-
-@pytest.mark.slow
-def test_disk_error_is_reported_and_falls_back(
-    spool: TraceSpool, stored: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    spool.directory.rmdir()
-    spool.directory.write_text("not a folder", encoding="utf-8")
-    record("a")
-    assert spool.stats().write_errors == 1 and "cannot write to spool" in caplog.text
-    assert len(stored()) == 1
 
 
 def test_text_that_no_file_can_hold_waits_on_disk_like_any_other(
@@ -267,13 +261,15 @@ def test_survives_provider_rebuild_and_uninstall_restores(spool: TraceSpool, sto
 
 
 @pytest.mark.slow
-def test_handler_reports_what_stays_on_disk(spool: TraceSpool, server: Server) -> None:
+def test_handler_reports_what_stays_on_disk(
+    spool: TraceSpool, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     server.error = ConnectionError("refused")
     record("a", "b")
-    handler = setup_graceful_shutdown(5, spool=spool)
-    result = handler.flush(1)
+    handler = setup_graceful_shutdown(1, spool=spool)
+    handler._deliver_before_the_end()
     handler.unregister()
-    assert not result.ok and "2 traces are kept on disk" in str(result.error)
+    assert "2 traces are kept on disk for replay" in caplog.text
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ MLflow は、送れなかったトレースをログに書くだけで、あふ�
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
@@ -39,10 +38,15 @@ class Ledger:
         self._changed = threading.Condition(threading.Lock())
         self._waiting: dict[str, float] = {}  # 終わった時刻
         self._torn: set[str] = set()  # そのうち、スパンは届き、タグやメタデータがまだのもの
-        self._dropped = self._reported = self._sending = 0
+        self._dropped = 0
+        self._reported = 0
         self._failure = ""
-        self._slowest = self._paused_until = 0.0
+        self._sending = 0
+        self._slowest = 0.0
+        self._paused_until = 0.0
         self.closed = False
+
+    # ---- MLflow の送信に立ち会う ----
 
     def attach_if_rebuilt(self, span: LiveSpan) -> None:
         """スパンプロセッサー: MLflow がプロバイダーを作り直していたら、立ち会い直す。"""
@@ -51,14 +55,53 @@ class Ledger:
 
     def attach(self) -> None:
         """いまの送信処理に、まだなら立ち会う。"""
+        if self.problem:
+            return
         try:
             with self._changed:
                 self._pipeline = _internals.current_pipeline()
-                for processor in [] if self.problem else _internals.mlflow_processors():
+                for processor in _internals.mlflow_processors():
                     _internals.watch_export(processor, self, send_cleaned)
         except AttributeError as error:  # 数えられなくても、記録は続ける
             self.problem = f"MLflow {mlflow.__version__} has changed: {error}"
             logger.warning("undelivered traces are not counted: %s", self.problem)
+
+    def send(self, name: str, call: Callable[..., Any], *values: Any) -> Any:
+        """MLflow の送信を 1 つ通して、結果を記す。閉じた後は、送らずに終える。"""
+        if not self._may_send():
+            return values[-1]
+        started = time.monotonic()
+        ids = _trace_ids(name, values)
+        try:
+            send = send_cleaned if name in ("export", "start_trace") else send_as_utf8
+            answer = send(call, *values)
+            if name == "export" and answer.name == "FAILURE":
+                self.lost(ids, "the OTLP endpoint did not accept the spans")
+            else:
+                self.arrived(ids, whole=name != "log_spans")
+            return answer
+        except Exception as error:
+            # スパンだけを送れなくても、MLflow は続く start_trace の後で全体を送り直す
+            self.lost(() if name == "log_spans" else ids, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._sent(time.monotonic() - started)
+
+    def _may_send(self) -> bool:
+        while not self.closed and time.monotonic() < self._paused_until:
+            time.sleep(0.02)
+        with self._changed:
+            if not self.closed:
+                self._sending += 1
+            return not self.closed
+
+    def _sent(self, seconds: float) -> None:
+        with self._changed:
+            self._sending -= 1
+            self._slowest = max(seconds, 0.9 * self._slowest)
+            self._changed.notify_all()
+
+    # ---- 帳簿 ----
 
     def ended(self, trace_id: str) -> None:
         """送信を待つトレースが増えた。"""
@@ -87,39 +130,26 @@ class Ledger:
             del self._waiting[trace_id]
         return missing
 
-    def send(self, name: str, call: Callable[..., Any], *values: Any) -> Any:
-        """MLflow の送信を 1 つ通して、結果を記す。閉じた後は、送らずに終える。"""
-        if not self._may_send():
-            return values[-1]
-        started = time.monotonic()
-        ids, whole = _trace_ids(name, values), name != "log_spans"
-        try:
-            send = send_cleaned if name in ("export", "start_trace") else send_as_utf8
-            answer = send(call, *values)
-            if name == "export" and answer.name == "FAILURE":
-                self.lost(ids, "the OTLP endpoint did not accept the spans")
-            else:
-                self.arrived(ids, whole=whole)
-            return answer
-        except Exception as error:
-            # スパンだけを送れなくても、MLflow は続く start_trace の後で全体を送り直す
-            self.lost(ids if whole else (), f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            self._sent(time.monotonic() - started)
-
-    def _may_send(self) -> bool:
-        while not self.closed and time.monotonic() < self._paused_until:
-            time.sleep(0.02)
+    def waiting(self, ended_before: float) -> list[str]:
+        """それまでに終わったのに届かないトレース(まだ終わらない子を待つものは除く)。"""
         with self._changed:
-            self._sending += not self.closed
-            return not self.closed
+            old = [key for key, ended in self._waiting.items() if ended <= ended_before]
+        return [trace_id for trace_id in old if not _internals.has_open_spans(trace_id)]
 
-    def _sent(self, seconds: float) -> None:
-        with self._changed:
-            self._sending -= 1
-            self._slowest = max(seconds, 0.9 * self._slowest)
-            self._changed.notify_all()
+    def settle(self) -> None:
+        """MLflow のキューが空なのに届いていないトレースは、途中で捨てられている。"""
+        if not _internals.export_is_idle():
+            return
+        if gone := self.waiting(time.monotonic() - _SETTLE_SECONDS):
+            self.lost(gone, f"MLflow discarded {len(gone)} traces or their tags (full queue)")
+
+    def counts(self) -> tuple[int, int, int]:
+        """いまの(待つ件数, 失った件数, ディスクの件数)。"""
+        self.attach()
+        self.settle()
+        return len(self._waiting), self._dropped, self.spooled()
+
+    # ---- 期限つきのフラッシュ ----
 
     def grace_seconds(self, timeout_seconds: float) -> float:
         """期限のうち、送り始めたものの返事だけを待つ時間。"""
@@ -134,32 +164,16 @@ class Ledger:
                 self.closed = True
                 self._dropped += self._forget(set(self._waiting))
 
-    def waiting(self, ended_before: float) -> list[str]:
-        """それまでに終わったのに届かないトレース(まだ終わらない子を待つものは除く)。"""
-        with self._changed:
-            old = [key for key, ended in self._waiting.items() if ended <= ended_before]
-        return [trace_id for trace_id in old if not _internals.has_open_spans(trace_id)]
-
-    def settle(self) -> None:
-        """MLflow のキューが空なのに届いていないトレースは、途中で捨てられている。"""
-        if not _internals.export_is_idle():
-            return
-        if gone := self.waiting(time.monotonic() - _SETTLE_SECONDS):
-            self.lost(gone, f"MLflow discarded {len(gone)} traces or their tags (full queue)")
-
     def report(self, *, finished: bool) -> tuple[int, str | None]:
         """前回の後に失った件数(送り終えていなければ、待っている分も)と、失敗の説明。"""
         with self._changed:
-            late = 0 if finished else len(self._waiting.keys() - self._torn)
-            count, failure = self._dropped - self._reported + late, self._failure
-            self._reported, self._failure = self._dropped, ""
+            count = self._dropped - self._reported
+            if not finished:
+                count += len(self._waiting.keys() - self._torn)
+            failure = self._failure
+            self._reported = self._dropped
+            self._failure = ""
         return count, f"export failures: {failure}" if failure else None
-
-    def counts(self) -> tuple[int, int, int]:
-        """いまの(待つ件数, 失った件数, ディスクの件数)。"""
-        self.attach()
-        self.settle()
-        return len(self._waiting), self._dropped, self.spooled()
 
 
 def _trace_ids(name: str, values: tuple[Any, ...]) -> set[str]:
@@ -173,16 +187,11 @@ def _trace_ids(name: str, values: tuple[Any, ...]) -> set[str]:
 
 
 LEDGER = Ledger()
-
-
-@functools.cache
-def _watch_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=LEDGER.start_over)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=LEDGER.start_over)
 
 
 def start_counting() -> Callable[[], None]:
     """数え始める(接続はしない)。MLflow が送信処理を作り直しても、戻り値を呼ぶまで追う。"""
     LEDGER.attach()
-    _watch_forks()
     return _internals.watch_provider(LEDGER.attach)

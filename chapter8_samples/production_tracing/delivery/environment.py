@@ -16,22 +16,30 @@ from mlflow.utils.credentials import get_default_host_creds
 from .settings import Backend, TracingOptions, TracingSetupError, hide_secrets
 
 _WORKERS = "MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS"
+_RESOURCE = "OTEL_RESOURCE_ATTRIBUTES"
+# 止まっているサーバーへの 1 回の送信を、30 秒ほどであきらめる(MLflow の既定では、数分から 30 分)
+_HTTP_LIMITS = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",  # 従うと、1 時間でも眠る
+}
 
 
 class EnvironmentPatch:
     """環境変数を書き、後で元に戻す。利用者が先に決めた値は変えず、``warnings`` に書く。"""
 
     def __init__(self) -> None:
-        self.applied: dict[str, str] = {}
         self.warnings: list[str] = []
         self._before = dict(os.environ)
+        self._written = ["MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI"]  # 書くのは MLflow
 
     def set(self, values: Mapping[str, str]) -> None:
         """まだない環境変数を書く。"""
         for name, value in values.items():
-            if os.environ.setdefault(name, value) == value and name not in self._before:
-                self.applied[name] = _shown(name, value)
-            self._compare(name, os.environ[name], value)
+            if name not in self._before:
+                self._written.append(name)
+            self._compare(name, os.environ.setdefault(name, value), value)
 
     def set_resource(self, options: TracingOptions) -> None:
         """サービス名とリソース属性。``OTEL_RESOURCE_ATTRIBUTES`` の利用者の値が優先する。"""
@@ -40,7 +48,7 @@ class EnvironmentPatch:
             "service.version": options.service_version,
             "cloud.region": options.deployment_region,
         }
-        items = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",")
+        items = os.environ.get(_RESOURCE, "").split(",")
         pairs = [item.split("=", 1) for item in items if "=" in item]
         given = {key.strip(): value.strip() for key, value in pairs}
         if "service.name" in given:
@@ -48,25 +56,22 @@ class EnvironmentPatch:
         else:
             self.set({"OTEL_SERVICE_NAME": options.service_name})
         merged = {**{key: value for key, value in wanted.items() if value}, **given}
-        text = ",".join(f"{key}={value}" for key, value in merged.items())
-        self.applied["OTEL_RESOURCE_ATTRIBUTES"] = os.environ["OTEL_RESOURCE_ATTRIBUTES"] = text
+        os.environ[_RESOURCE] = ",".join(f"{key}={value}" for key, value in merged.items())
+        self._written.append(_RESOURCE)
 
     def restore(self) -> None:
-        """書く前の値に戻す(``set_experiment`` などが書いたものも)。"""
-        for name in (*self.applied, "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI"):
+        """書く前の値に戻す。"""
+        for name in self._written:
             os.environ.pop(name, None)
             if name in self._before:
                 os.environ[name] = self._before[name]
 
     def _compare(self, name: str, given: str, wanted: str) -> None:
         if given != wanted:
-            given, wanted = _shown(name, given), _shown(name, wanted)
-            self.warnings.append(f"{name}={given} from the environment is kept (wanted {wanted})")
-
-
-def _shown(name: str, value: str) -> str:
-    """送信のヘッダーには鍵が入る。"""
-    return "(hidden)" if name.endswith("_HEADERS") else hide_secrets(value)
+            if name.endswith("_HEADERS"):  # 鍵が入る
+                given = wanted = "(hidden)"
+            text = f"{name}={given} from the environment is kept (wanted {wanted})"
+            self.warnings.append(hide_secrets(text))
 
 
 def limits_of(
@@ -74,16 +79,10 @@ def limits_of(
 ) -> dict[str, str]:
     """引数と保存先による設定を、プロファイルに足したもの。"""
     values = {**profile, "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": str(options.enable_async).lower()}
-    if options.sampling_ratio is not None:
-        values["MLFLOW_TRACE_SAMPLING_RATIO"] = str(options.sampling_ratio)
     if backend == "sqlite" and _WORKERS in values:
         values[_WORKERS] = "1"  # 書き手が 1 人のほうが衝突の再試行がなく、失わない
-    if backend == "server":  # 止まっているときに、1 回の送信をあきらめるまで
-        values["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(options.http_timeout_seconds)
-        values["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = str(options.http_max_retries)
-        values["MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"] = "1"
-        # 429 の Retry-After に従うと、1 時間でも眠る
-        values["MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER"] = "false"
+    if backend == "server":
+        values |= _HTTP_LIMITS
     return values
 
 

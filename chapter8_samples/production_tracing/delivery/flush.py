@@ -79,7 +79,8 @@ def _finishes(started: float, deadline: float) -> bool:
         return False
 
 
-_starting, _owner = threading.RLock(), 0
+_starting = threading.RLock()
+_owner = 0  # _requests を読むスレッドがいるプロセス
 _requests: queue.SimpleQueue[queue.SimpleQueue[None]]
 
 
@@ -88,7 +89,8 @@ def start_flush() -> queue.SimpleQueue[None]:
     global _owner, _requests
     with _starting:
         if _owner != os.getpid():  # 最初か、fork した子
-            _owner, _requests = os.getpid(), queue.SimpleQueue()
+            _owner = os.getpid()
+            _requests = queue.SimpleQueue()
             threading.Thread(target=_flush_forever, name="trace-flush", daemon=True).start()
     done: queue.SimpleQueue[None] = queue.SimpleQueue()
     _requests.put(done)

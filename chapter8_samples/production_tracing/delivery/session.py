@@ -16,11 +16,11 @@ from typing import Final
 import mlflow.tracing
 from mlflow.entities import LiveSpan
 from mlflow.exceptions import InvalidUrlException
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
-from .._internals import TracingClient, renew_trace_buffer
+from .._internals import TracingClient, renew_trace_buffer, use_id_generator
 from .counts import LEDGER
 from .environment import EnvironmentPatch, check_otlp, limits_of, otlp_environment
-from .ids import use_system_random_ids
 from .settings import TracingOptions, TracingSetupError, TracingStatus, backend_of, hide_secrets
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ class _Session:
             tracking_uri=hide_secrets(self.uri),
             backend=self.backend,
             export_profile=self.options.export_profile,
-            applied=dict(self.environment.applied),
             warnings=(*self.environment.warnings, *filter(None, [self.problem])),
             ready=bool(self.experiment_id),
             backlog=backlog,
@@ -79,9 +78,7 @@ class _Session:
             experiment_id = self._set_experiment(name)
         except Exception as error:
             problem = f"experiment {name!r} cannot be used: {hide_secrets(str(error))}"
-            refused = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"  # 使えない名前
-            bad_uri = isinstance(error, ValueError | InvalidUrlException)
-            if refused or bad_uri or self.backend == "sqlite":
+            if self._never_works(error):
                 raise TracingSetupError(problem) from None  # 元の文面には、パスワードが残る
             if problem != self.problem:
                 logger.warning("tracing is off until the server answers: %s", problem)
@@ -93,8 +90,15 @@ class _Session:
         if self.problem:
             mlflow.tracing.enable()
             logger.warning("tracing is on: %s", hide_secrets(self.uri))
-        use_system_random_ids()
-        self.experiment_id, self.problem = experiment_id, ""
+        if os.environ.get("MLFLOW_USE_DEFAULT_TRACER_PROVIDER", "").lower() not in ("false", "0"):
+            use_id_generator(SystemRandomIds())  # アプリと共有するプロバイダーは変えない
+        self.experiment_id = experiment_id
+        self.problem = ""
+
+    def _never_works(self, error: Exception) -> bool:
+        refused_name = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
+        bad_uri = isinstance(error, ValueError | InvalidUrlException)
+        return refused_name or bad_uri or self.backend == "sqlite"
 
     def _set_experiment(self, name: str) -> str:
         with self._short_requests():
@@ -110,12 +114,15 @@ class _Session:
     @contextlib.contextmanager
     def _short_requests(self) -> Iterator[None]:
         """サーバーへのリクエストを短く、1 回だけにする(既定の再試行は、数分続く)。"""
+        if self.backend != "server":
+            yield
+            return
         short = {
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(self.options.probe_timeout_seconds)),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         }
-        usual = {name: os.environ[name] for name in short if self.backend == "server"}
-        os.environ.update(short if usual else {})
+        usual = {name: os.environ[name] for name in short}
+        os.environ.update(short)
         try:
             yield
         finally:
@@ -142,6 +149,20 @@ class _Session:
         self.stop.set()
         mlflow.set_tracking_uri(self.previous_uri)  # type: ignore[arg-type]  # None で未設定に戻る
         self.environment.restore()
+
+
+class SystemRandomIds(RandomIdGenerator):
+    """OS の乱数による ID。fork も、アプリの ``random.seed(42)`` も影響しない。
+
+    OpenTelemetry の既定では、``random.seed(42)`` を呼ぶと、起動のたびに同じ ID になり、前のトレース
+    を上書きする。MLflow にも ID を分ける設定があるが、3.17 では終了時に例外を残す。
+    """
+
+    def generate_span_id(self) -> int:
+        return int.from_bytes(os.urandom(8), "big") or 1
+
+    def generate_trace_id(self) -> int:
+        return int.from_bytes(os.urandom(16), "big") or 1
 
 
 def _keep_counting(span: LiveSpan) -> None:
@@ -181,7 +202,8 @@ def close_session() -> None:
     """残りのトレースを送り終えてから、設定を取り消す。"""
     global _session
     with _lock:
-        session, _session = _session, None
+        session = _session
+        _session = None
         if session is not None:
             mlflow.flush_trace_async_logging()
             mlflow.tracing.reset()

@@ -1,10 +1,10 @@
-"""8.1.4 トレーシングの設定値・状態・環境変数(basic_setup.py の土台)。"""
+"""8.1.4 トレーシングの設定値と状態(basic_setup.py の土台)。"""
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -32,8 +32,6 @@ class TracingStatus:
     tracking_uri: str
     backend: Backend
     export_profile: str
-    applied: Mapping[str, str]
-    """この設定が書いた環境変数。利用者が先に設定していたものは含まない。"""
     warnings: tuple[str, ...]
     ready: bool
     """``False`` はサーバーに届かず記録を止めている状態。届きしだい自動で始まる。"""
@@ -58,10 +56,7 @@ class TracingOptions(BaseModel):
     service_version: ResourceValue | None
     environment: ResourceValue
     export_profile: ExportProfile
-    sampling_ratio: Annotated[float, Field(ge=0, le=1)] | None
     strict: bool
-    http_timeout_seconds: Annotated[int, Field(gt=0)]
-    http_max_retries: Annotated[int, Field(ge=0)]
     probe_timeout_seconds: Seconds
     retry_seconds: Seconds
     span_processors: Annotated[tuple[Callable[..., None], ...], BeforeValidator(tuple)]

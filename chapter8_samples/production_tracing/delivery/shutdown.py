@@ -15,12 +15,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from typing import Any
 
 from .._internals import before_threads_are_joined, renew_provider
 from .counts import LEDGER, start_counting
-from .flush import FlushResult, deliver, flush_traces, require_seconds, start_flush
+from .flush import deliver, flush_traces, require_seconds, start_flush
 from .spool import TraceSpool
 
 logger = logging.getLogger(__name__)
@@ -36,10 +35,9 @@ class GracefulShutdownHandler:
     閉じ、終了処理で送り、最後に元のシグナルで終わり直す。
     """
 
-    def __init__(self, timeout_seconds: float, signals: tuple[int, ...], spool: TraceSpool | None):
+    def __init__(self, timeout_seconds: float, spool: TraceSpool | None) -> None:
         require_seconds(timeout_seconds)
         self.timeout_seconds = timeout_seconds
-        self.signals = signals
         self.spool = spool
         self._previous: dict[int, Any] = {}
         self._stop_counting = start_counting()
@@ -59,18 +57,6 @@ class GracefulShutdownHandler:
             self._stop_counting()
             atexit.unregister(self._at_exit)
             self._restore_signals()
-
-    def flush(self, timeout_seconds: float | None = None, *, for_good: bool = False) -> FlushResult:
-        """送り終えるまで待つ(``for_good`` は終了のとき)。ディスクに残った件数も報告する。"""
-        limit = timeout_seconds or self.timeout_seconds
-        result = deliver(limit, for_good=for_good)
-        left = self.spool.drain(max(0.0, limit - result.seconds)) if self.spool else 0
-        if left:
-            error = f"{left} traces are kept on disk for replay ({result.error or 'undelivered'})"
-            result = FlushResult(False, result.seconds, error, result.undelivered + left)
-        if not result.ok:
-            logger.warning("trace flush at shutdown: %s", result.error)
-        return result
 
     def _start_over(self) -> None:
         """スレッドを起動しておく(終わりかけてからではできない)。fork した子では、もう一度。"""
@@ -102,7 +88,16 @@ class GracefulShutdownHandler:
             if number := self._signal_to_repeat() or next(iter(self._held), None):
                 self._deadline.put(number)
         left = self._exit_by - _SPARE_SECONDS - time.monotonic()
-        self.flush(max(0.1, left), for_good=True)
+        self._deliver(max(0.1, left))
+
+    def _deliver(self, seconds: float) -> None:
+        result = deliver(seconds, for_good=True)
+        kept = self.spool.drain(max(0.0, seconds - result.seconds)) if self.spool else 0
+        if kept:
+            reason = result.error or "undelivered"
+            logger.warning("at shutdown %d traces are kept on disk for replay (%s)", kept, reason)
+        elif not result.ok:
+            logger.warning("trace flush at shutdown: %s", result.error)
 
     def _watch(self) -> None:
         """シグナルから期限まで待ち、まだ終わらなければ強制終了する。次のシグナルなら、すぐに。"""
@@ -116,7 +111,7 @@ class GracefulShutdownHandler:
     def install_signals(self) -> None:
         if self._previous:
             return
-        for number in self.signals:
+        for number in (signal.SIGTERM, signal.SIGINT):
             previous = self._previous[number] = signal.getsignal(number)
             if previous is not signal.SIG_IGN:  # nohup などの指定はそのまま
                 signal.signal(number, self._on_signal)
@@ -179,18 +174,15 @@ class GracefulShutdownHandler:
 _installed: GracefulShutdownHandler | None = None
 
 
-def install_handler(
-    timeout_seconds: float, *, signals: Iterable[int], spool: TraceSpool | None
-) -> GracefulShutdownHandler:
+def install_handler(timeout_seconds: float, spool: TraceSpool | None) -> GracefulShutdownHandler:
     """プロセスに 1 つだけ登録する。2 回目は、登録済みのものを返す(違う設定なら ``ValueError``)。
 
     メインスレッドのほかで呼んだときは、次にメインスレッドで呼ぶまで、シグナルは登録されない。
     """
     global _installed
-    settings = (timeout_seconds, tuple(signals), spool)
     if _installed is None:
-        _installed = GracefulShutdownHandler(*settings)
-    elif settings != (_installed.timeout_seconds, _installed.signals, _installed.spool):
+        _installed = GracefulShutdownHandler(timeout_seconds, spool)
+    elif (timeout_seconds, spool) != (_installed.timeout_seconds, _installed.spool):
         raise ValueError("graceful shutdown is already set up differently; unregister() it first")
     if threading.current_thread() is threading.main_thread():
         _installed.install_signals()

@@ -55,19 +55,20 @@ class TraceSpool:
         self,
         directory: str | os.PathLike[str],
         *,
-        max_traces: int = 10_000,
         cooldown_seconds: float = 5.0,
         deliver: Callable[[Sequence[Trace]], None] = deliver,
     ) -> None:
         """置き場を、他の利用者には読めない権限で作る(複数のプロセスで 1 つを使える)。
 
-        ``max_traces`` を超えた分は書かずにその場で送り、失敗した後は ``cooldown_seconds`` 秒待つ。
+        送れなかった後は、次に試すまで ``cooldown_seconds`` 秒待つ。
         """
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._max, self._cooldown = max_traces, cooldown_seconds
+        self._cooldown = cooldown_seconds
         self._deliver = deliver
-        self._delivered = self._dead = self._write_errors = 0
+        self._delivered = 0
+        self._dead = 0
+        self._write_errors = 0
         self._start_over(self.directory.glob("*.json"))
 
     def _start_over(self, pending: Iterable[Path]) -> None:
@@ -81,21 +82,24 @@ class TraceSpool:
         """MLflow の送信をこの置き場に切り替え(できなければ ``RuntimeError``)、残りも送り始める。"""
         if sends_only_otlp():
             raise RuntimeError("traces go only to OTLP, past the spool; use export_profile='burst'")
-        if LEDGER.accept not in (None, self.accept):
+        if LEDGER.accept == self.accept:
+            return self
+        if LEDGER.accept is not None:
             raise RuntimeError("another TraceSpool is installed; uninstall() it first")
-        if LEDGER.accept is None:
-            self._stop_counting = start_counting()
-            LEDGER.accept, LEDGER.spooled = self.accept, lambda: len(self._pending)
-            if LEDGER.problem:
-                self.uninstall()
-                raise RuntimeError(f"TraceSpool: {LEDGER.problem}")
-            self._start_sending()
+        self._stop_counting = start_counting()
+        if LEDGER.problem:
+            self._stop_counting()
+            raise RuntimeError(f"TraceSpool: {LEDGER.problem}")
+        LEDGER.accept = self.accept
+        LEDGER.spooled = lambda: len(self._pending)
+        self._start_sending()
         return self
 
     def uninstall(self) -> None:
         """MLflow の送信に戻し、背後で送るのをやめる。残ったファイルはそのまま置いておく。"""
         if LEDGER.accept == self.accept:
-            LEDGER.accept, LEDGER.spooled = None, lambda: 0
+            LEDGER.accept = None
+            LEDGER.spooled = lambda: 0
             self._stop_counting()
         with self._changed:
             self._sender = None
@@ -105,27 +109,31 @@ class TraceSpool:
         """トレースを書いて、送信を頼む。書けなければ、その場で送る。"""
         self._start_sending()
         try:
-            if not self._keep(trace):
-                self._deliver([trace])
-                self._delivered += 1
+            self._keep_or_send(trace)
         except Exception as error:
             LEDGER.lost([trace.info.trace_id], f"{type(error).__name__}: {error}")
             logger.error("a trace could neither be kept nor sent: %s", error)
         else:
             LEDGER.arrived([trace.info.trace_id])
 
-    def _keep(self, trace: Trace) -> bool:
+    def _keep_or_send(self, trace: Trace) -> None:
         try:
-            with self._changed:
-                if len(self._pending) >= self._max:
-                    return False
-                self._pending[self._write(trace)] = None
-                self._changed.notify_all()
-                return True
+            path = self._write(trace)
         except OSError as error:
             self._write_errors += 1
             logger.error("cannot write to spool %s: %s", self.directory, error)
-            return False
+            self._deliver([trace])
+            self._delivered += 1
+            return
+        with self._changed:
+            self._pending[path] = None
+            self._changed.notify_all()
+
+    def _write(self, trace: Trace) -> Path:
+        draft = self.directory / f"{trace.info.trace_id}.tmp"
+        draft.touch(mode=0o600)
+        draft.write_text(Trace(as_utf8(trace.info), trace.data).to_json(), encoding="utf-8")
+        return draft.replace(draft.with_suffix(".json"))
 
     def drain(self, timeout_seconds: float = 10.0) -> int:
         """送り終えるまで最大 ``timeout_seconds`` 秒待ち、ディスクに残った件数を返す。"""
@@ -139,6 +147,8 @@ class TraceSpool:
     def stats(self) -> SpoolStats:
         return SpoolStats(self._delivered, len(self._pending), self._dead, self._write_errors)
 
+    # ---- 背後で送る ----
+
     def _start_sending(self) -> None:
         if self._pid != os.getpid():  # fork した子では、親の残りは親が送る
             self._start_over([])
@@ -148,12 +158,6 @@ class TraceSpool:
                 with contextlib.suppress(RuntimeError):  # 終了処理の中では起動できない。次に送る
                     sender.start()
                     self._sender = sender
-
-    def _write(self, trace: Trace) -> Path:
-        draft = self.directory / f"{trace.info.trace_id}.tmp"
-        draft.touch(mode=0o600)
-        draft.write_text(Trace(as_utf8(trace.info), trace.data).to_json(), encoding="utf-8")
-        return draft.replace(draft.with_suffix(".json"))
 
     def _send_forever(self) -> None:
         me = threading.current_thread()
@@ -194,10 +198,11 @@ class TraceSpool:
     def _load(self, path: Path) -> Trace | None:
         try:
             return Trace.from_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None  # 同じ置き場を使う別のプロセスが送り終えた
+        except FileNotFoundError:  # 同じ置き場を使う別のプロセスが送り終えた
+            return None
         except Exception as error:
-            return self._set_aside(path, f"unreadable ({error})")
+            self._set_aside(path, f"unreadable ({error})")
+            return None
 
     def _set_aside(self, path: Path, reason: str) -> None:
         grave = self.directory / "dead"

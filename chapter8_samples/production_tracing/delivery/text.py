@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_OBJECTS = TraceInfo, TraceData, Assessment, FeedbackValue, ExpectationValue, Event, Status
 _SPAN_FIELDS = (
     "name context parent resource attributes events links kind status start_time end_time "
     "instrumentation_scope"
@@ -54,16 +55,12 @@ def as_utf8(value: Any) -> Any:
         return [as_utf8(item) for item in value]
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
-    if isinstance(value, TraceInfo | TraceData | Assessment | FeedbackValue | ExpectationValue):
+    if isinstance(value, _OBJECTS):
         cleaned = copy(value)
         vars(cleaned).update(as_utf8(vars(value)))
         return cleaned
     if isinstance(value, Span):
         return Span.from_dict(as_utf8(value.to_dict()))
-    if isinstance(value, Event):
-        return Event(as_utf8(value.name), as_utf8(value.attributes), value.timestamp)
-    if isinstance(value, Status):
-        return Status(value.status_code, as_utf8(value.description))
     if isinstance(value, ReadableSpan) and _has_halves(value):
         texts = {name: getattr(value, name) for name in ("name", "attributes", "events", "status")}
         return copied_span(value, **as_utf8(texts))

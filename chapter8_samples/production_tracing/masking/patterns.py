@@ -39,7 +39,9 @@ class Pattern:
 # 区切り: 空白、かっこ、点、斜線、下線、"+"(URL の空白)と、ハイフンや横線や長音記号
 _GAP = r"[\s()./_+・\u00b7\-~\u02d7‐-―\u2043−─━〜ー\ufe58\ufe63ｰ]"
 _DOTS = r"./_・\u00b7"
-_YEAR, _MONTH, _DAY = r"(?:19\d|20[0-3])\d", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
+_YEAR = r"(?:19\d|20[0-3])\d"
+_MONTH = r"(?:0[1-9]|1[0-2])"
+_DAY = r"(?:0[1-9]|[12]\d|3[01])"
 _TIME = r"(?:[01]\d|2[0-3])[0-5]\d"
 _DATE = re.compile(
     rf"{_YEAR}\W?{_MONTH}{_DAY}\W?{_TIME}"  # 202609011234、2026-0901-1234
@@ -73,7 +75,8 @@ class Number(Pattern):
 
 
 def _is_number(text: str, start: int, end: int) -> bool:
-    before, number = text[max(0, start - 32) : start], text[start:end]
+    before = text[max(0, start - 32) : start]
+    number = text[start:end]
     in_code = _IN_CODE.search(before) and not _AFTER_WORD.search(before)
     # "03/2026 1015" のように、区切りが混ざったもの。ハイフン、空白、かっこは同じとみなす
     gaps = {re.sub(rf"[^{_DOTS}]", "", gap) for gap in re.findall(r"\D+", number)}

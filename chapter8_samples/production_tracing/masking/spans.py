@@ -53,11 +53,12 @@ def _event_attributes(events: list[Any], change: Change) -> list[dict[str, Any]]
 
 
 def _parsed(value: Any) -> Any:
-    """MLflow は、断片を JSON の文字列にしてイベントに入れる。"""
+    """MLflow は、断片を JSON の文字列にしてイベントに入れる("-83" の断片は、数ではない)。"""
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, TypeError, RecursionError):
         return value
+    return parsed if isinstance(parsed, str | list | dict) else value
 
 
 def _like(old: Any, new: Any) -> Any:

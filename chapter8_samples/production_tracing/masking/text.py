@@ -13,7 +13,8 @@ from .patterns import Found, Pattern, is_secret, secret_label
 
 # 幅のない文字。読む人には見えない
 _UNSEEN = r"\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff"
-_SLASH, _HEX = r"(?:\\|%5[Cc]){1,8}", "[0-9a-fA-F]"
+_SLASH = r"(?:\\|%5[Cc]){1,8}"
+_HEX = "[0-9a-fA-F]"
 _BYTE = rf"(?:{_SLASH}x|%(?:25)*(?!25))"  # bytes の "\\xe3" と、URL の "%E3"("%25E3")
 _ESCAPE = re.compile(
     rf"{_SLASH}(?:u{_HEX}{{4}}|[nrt])|[{_UNSEEN}]"
@@ -137,7 +138,8 @@ class Pass:
         for start, end, label in reversed(self._find(joined)):
             if label == "EMAIL":
                 end = _email_end(joined, start, end, borders)
-            first, last = piece_of[start], piece_of[end - 1] + 1
+            first = piece_of[start]
+            last = piece_of[end - 1] + 1
             # 番号を並べただけのリスト。つないだ 10 桁と 12 桁は、偶然に合いすぎる
             if not (joined.isdigit() and end - start in (10, 12)):
                 texts[first:last] = ["".join(texts[first:last]), *[""] * (last - first - 1)]
