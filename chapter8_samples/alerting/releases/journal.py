@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter
+
 from ..processes import is_gone, machine
 from .errors import ConcurrentChangeError
 from .targets import AliasTarget
@@ -57,19 +59,19 @@ class Change:
 
     def to_json(self) -> str:
         """タグの値(1,000 文字以内)。長すぎる理由は切る。"""
-        fields = {**asdict(self), "at": self.at.timestamp()}
-        kept = {key: value for key, value in fields.items() if value not in (None, "")}
-        if (extra := len(_json(kept)) - MAX_TAG_CHARS) > 0:
-            kept["reason"] = self.reason[: max(0, len(self.reason) - extra - 8)]
-        return _json(kept)
+        fields = _CHANGE.dump_python(self, mode="json", exclude_defaults=True)
+        extra = len(_json(fields)) - MAX_TAG_CHARS
+        if extra > 0:
+            fields["reason"] = self.reason[: max(0, len(self.reason) - extra - 8)]
+        return _json(fields)
 
     @classmethod
     def from_json(cls, text: str) -> Change:
-        """``to_json`` の逆。"""
-        data: dict[str, Any] = json.loads(text)
-        data["seq"] = int(data["seq"])
-        data["at"] = datetime.fromtimestamp(data["at"], timezone.utc)
-        return cls(**data)
+        """``to_json`` の逆。読めなければ ``ValueError``。"""
+        return _CHANGE.validate_json(text)
+
+
+_CHANGE = TypeAdapter(Change)
 
 
 def _json(data: dict[str, Any]) -> str:
@@ -114,11 +116,8 @@ class _Lock:
     machine: str = ""
     pid: int = 0
 
-    @classmethod
-    def from_json(cls, text: str) -> _Lock:
-        raw: dict[str, Any] = json.loads(text)
-        pid = int(raw.get("pid", 0))
-        return cls(raw["id"], float(raw["until"]), raw["by"], raw.get("machine", ""), pid)
+
+_LOCK = TypeAdapter(_Lock)
 
 
 class Journal:
@@ -155,14 +154,14 @@ class Journal:
         """残っている記録を、古い順に。"""
         slot = re.compile(re.escape(self._prefix) + r"\d+")
         tags = self.target.tags().items()
-        found = [self._read(k, v, Change.from_json) for k, v in tags if slot.fullmatch(k)]
+        found = [self._read(key, text, _CHANGE) for key, text in tags if slot.fullmatch(key)]
         return sorted(filter(None, found), key=lambda change: change.seq)
 
-    def _read(self, key: str, text: str, parse: Callable[[str], T]) -> T | None:
+    def _read(self, key: str, text: str, kind: TypeAdapter[T]) -> T | None:
         """タグを読む。手で書き換えられて読めないものは、ないものとする。"""
         try:
-            return parse(text)
-        except (ValueError, TypeError, KeyError, OverflowError, OSError) as error:
+            return kind.validate_json(text)
+        except ValueError as error:
             logger.warning("tag %s of %s is unreadable: %s", key, self._label, error)
             return None
 
@@ -195,7 +194,7 @@ class Journal:
 
     def _lock(self) -> _Lock | None:
         text = self.target.tags().get(self._lock_key)
-        return self._read(self._lock_key, text, _Lock.from_json) if text else None
+        return self._read(self._lock_key, text, _LOCK) if text else None
 
     def _write_lock(self, me: str) -> None:
         until = (self.clock() + self._lease).timestamp()
