@@ -60,7 +60,8 @@ class _Manager:
     default_alias: str
 
     def __init__(self, target: Callable[[str], AliasTarget], **options: Any) -> None:
-        self._target, self._options = target, options
+        self._target = target
+        self._options = options
 
     def for_alias(self, alias: str | None = None) -> AliasRollback:
         """一つのエイリアスの操作。"""
@@ -112,7 +113,8 @@ class ModelRollbackManager(_Manager):
     default_alias = "champion"
 
     def __init__(self, model_name: str, client: Any = None, **options: Any) -> None:
-        self.model_name, self.client = model_name, client or _client()
+        self.model_name = model_name
+        self.client = client or _client()
         super().__init__(lambda alias: ModelAlias(self.client, model_name, alias), **options)
 
     def get_model_versions(self) -> list[Any]:
@@ -137,7 +139,8 @@ class PromptRollbackManager(_Manager):
     default_alias = "production"
 
     def __init__(self, prompt_name: str, client: Any = None, **options: Any) -> None:
-        self.prompt_name, self.client = prompt_name, client or _client()
+        self.prompt_name = prompt_name
+        self.client = client or _client()
         super().__init__(lambda alias: PromptAlias(self.client, prompt_name, alias), **options)
 
 

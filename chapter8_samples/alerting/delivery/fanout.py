@@ -88,8 +88,8 @@ class ChannelQueue:
         """列を通さずに送る。"""
         delivery = self.handler.send(alert)
         if not delivery.ok:
-            name, reason = self.handler.name, delivery.error
-            logger.warning("alert %s not sent by %s: %s", alert.name, name, reason)
+            problem = f"{self.handler.name}: {delivery.error}"
+            logger.warning("alert %s not sent by %s", alert.name, problem)
         return delivery
 
 

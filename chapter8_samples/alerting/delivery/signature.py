@@ -81,7 +81,8 @@ class ReplayGuard:
     def __init__(
         self, path: str | os.PathLike[str] = ":memory:", clock: Callable[[], float] = time.time
     ) -> None:
-        self._clock, self._lock = clock, threading.Lock()
+        self._clock = clock
+        self._lock = threading.Lock()
         self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
         self._run("CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, until REAL NOT NULL)")
 

@@ -268,7 +268,8 @@ class AliasRollback:
     def _recover(self, history: list[Change]) -> Change | None:
         if not history or history[-1].state != "prepared":
             return None
-        change, current = history[-1], self.target.current()
+        change = history[-1]
+        current = self.target.current()
         logger.warning("recovering %s %s of %s", change.action, change.id, self.target.uri())
         if current != change.to_version:
             state = "aborted" if current == change.from_version else "superseded"

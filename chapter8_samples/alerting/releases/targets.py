@@ -26,7 +26,9 @@ class AliasTarget:
     number: Callable[[str], str | int]
 
     def __init__(self, client: Any, name: str, alias: str) -> None:
-        self.client, self.name, self.alias = client, name, alias
+        self.client = client
+        self.name = name
+        self.alias = alias
 
     def uri(self, version: str | None = None) -> str:
         """確認に使う URI。省略するとエイリアスの URI。"""
@@ -102,7 +104,9 @@ class ModelAlias(AliasTarget):
     ('models:/support-agent@champion', 'models:/support-agent/2')
     """
 
-    scheme, noun, number = "models", "registered_model", str
+    scheme = "models"
+    noun = "registered_model"
+    number = str
 
     def current(self) -> str | None:
         """エイリアスの指すバージョン。"""
@@ -117,7 +121,9 @@ class PromptAlias(AliasTarget):
     'prompts:/support-answer@production'
     """
 
-    scheme, noun, number = "prompts", "prompt", int
+    scheme = "prompts"
+    noun = "prompt"
+    number = int
 
     def current(self) -> str | None:
         """エイリアスの指すバージョン。"""
