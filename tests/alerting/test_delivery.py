@@ -599,6 +599,12 @@ def test_a_link_too_long_for_slack_is_named_and_not_cut() -> None:
     assert [e["text"] for e in elements] == ["long", "<https://x.example/%7Ca|pipe>", "none"]
 
 
+def test_an_example_trace_is_named_once_and_linked_where_its_url_is_known() -> None:
+    alert = replace(ALERT, examples=("tr-1", "tr-2"), links={"tr-1": "https://ui/1"})
+    elements = slack_message(alert)["blocks"][-1]["elements"]
+    assert [e["text"] for e in elements] == ["<https://ui/1|tr-1>", "tr-2"]
+
+
 def test_a_pagerduty_event_of_the_longest_texts_stays_below_the_limit() -> None:
     text = "\x01" * 3000  # JSON では 1 文字が 6 バイトになる
     huge = replace(

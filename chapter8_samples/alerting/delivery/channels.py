@@ -74,12 +74,8 @@ class TeamsNotificationHandler(HttpHandler):
 
 
 def _markdown_links(alert: Alert) -> str:
-    """手順書と例のトレースへのリンク。URL の分からないトレースは ID だけになる。"""
-    found = {"runbook": alert.runbook_url} if alert.runbook_url else {}
-    found |= {trace: alert.links.get(trace, "") for trace in alert.examples}
-    found |= alert.links
     notes: list[str] = []
-    for name, url in islice(found.items(), 6):
+    for name, url in links(alert)[:6]:
         short = name[:100]
         notes.append(f"[{short}]({url})" if 0 < len(url) <= 900 else short)
     return " / ".join(notes)
@@ -184,7 +180,7 @@ class EmailNotificationHandler(NotificationHandler):
         mail["Message-ID"] = make_msgid(domain=domain or "alerts.invalid")
         mail["References"] = f"<{alert.fingerprint}@alerts.invalid>"
         rows = [("重大度", alert.severity.value), *facts(alert)]
-        rows += [("トレース", trace) for trace in alert.examples] + links(alert)
+        rows += [(name, url) if url else ("トレース", name) for name, url in links(alert)]
         lines = [f"{key}: {value}" for key, value in rows]
         mail.set_content(encodable("\n".join([alert.summary, "", *lines])))
         return mail

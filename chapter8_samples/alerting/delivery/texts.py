@@ -119,9 +119,11 @@ def facts(alert: Alert) -> Iterator[tuple[str, str]]:
 
 
 def links(alert: Alert) -> list[tuple[str, str]]:
-    """手順書とトレースへのリンク(表示名, URL)。"""
-    runbook = [("runbook", alert.runbook_url)] if alert.runbook_url else []
-    return runbook + list(alert.links.items())
+    """手順書、例のトレース、そのほかのリンク(表示名, URL)。URL の分からないトレースでは空。"""
+    found = {"runbook": alert.runbook_url} if alert.runbook_url else {}
+    found |= dict.fromkeys(alert.examples, "")
+    found |= alert.links
+    return list(found.items())
 
 
 def one_line(alert: Alert) -> str:
@@ -136,8 +138,7 @@ def slack_message(alert: Alert) -> dict[str, Any]:
         {"type": "mrkdwn", "verbatim": True, "text": slack_escape(f"*{k}*\n{v}", 2000)}
         for k, v in facts(alert)
     ]
-    notes = [_slack_link(name, url) for name, url in links(alert)[:5]]
-    notes += ["トレース " + slack_escape(trace, 60) for trace in alert.examples[:5]]
+    notes = [_slack_link(name, url) for name, url in links(alert)[:10]]
     blocks: list[dict[str, Any]] = [
         {"type": "header", "text": {"type": "plain_text", "text": clip(headline(alert), 150)}},
         {"type": "section", "fields": fields[:10]},
@@ -154,7 +155,8 @@ def slack_message(alert: Alert) -> dict[str, Any]:
 
 def _slack_link(name: str, url: str) -> str:
     """リンク。長すぎる URL は、切ると別の場所を指すので、名前だけにする。"""
-    target, label = slack_escape(url.replace("|", "%7C"), 900), slack_escape(name, 60)
+    target = slack_escape(url.replace("|", "%7C"), 900)
+    label = slack_escape(name, 60)
     return f"<{target}|{label}>" if target and not target.endswith("…") else label
 
 
@@ -170,9 +172,13 @@ def pagerduty_event(alert: Alert, source: str) -> dict[str, Any]:
     }
     title = f"{alert.name}: {alert.summary or alert.metric}"
     details = dict(facts(alert)) | {"examples": alert.examples[:10]}
-    short = [{"text": clip(k, 255), "href": u} for k, u in links(alert)[:10] if len(u) <= 2000]
-    payload = pagerduty_payload(title, fields, details)
-    return {"event_action": "trigger", "dedup_key": key, "payload": payload, "links": short}
+    short = [(name, url) for name, url in links(alert) if 0 < len(url) <= 2000]
+    return {
+        "event_action": "trigger",
+        "dedup_key": key,
+        "payload": pagerduty_payload(title, fields, details),
+        "links": [{"text": clip(name, 255), "href": url} for name, url in short[:10]],
+    }
 
 
 def pagerduty_payload(title: str, fields: Mapping[str, str], details: object) -> dict[str, Any]:
