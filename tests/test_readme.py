@@ -83,4 +83,4 @@ def test_requirement_files_are_bounded_and_end_with_the_project() -> None:
 
 def test_help_names_every_command() -> None:
     words = parser().format_help()
-    assert all(word in words for word in ("report", "doctor", "serve", "ui", "--keep", "--fresh"))
+    assert all(word in words for word in ("report", "doctor", "serve", "ui", "--fresh"))

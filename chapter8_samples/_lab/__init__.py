@@ -4,17 +4,7 @@ API キーも Databricks もない環境で、本物の MLflow・openai SDK・OT
 アプリにコピーするものは、ここにはない。各サンプルの ``main()`` だけが import する。
 """
 
-from .environment import OFFLINE_DEFAULTS, bypass_proxy, go_offline, home, use_real_llm
-from .workbench import Lab, local_store, sample, set_aside
+from .environment import OFFLINE_DEFAULTS, bypass_proxy, go_offline
+from .workbench import sample
 
-__all__ = [
-    "OFFLINE_DEFAULTS",
-    "Lab",
-    "bypass_proxy",
-    "go_offline",
-    "home",
-    "local_store",
-    "sample",
-    "set_aside",
-    "use_real_llm",
-]
+__all__ = ["OFFLINE_DEFAULTS", "bypass_proxy", "go_offline", "sample"]

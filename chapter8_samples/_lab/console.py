@@ -16,14 +16,11 @@ def width(text: str) -> int:
     >>> width("コスト(USD)"), width("ok")
     (11, 2)
     """
-    return sum(
-        0
-        if unicodedata.combining(character)
-        else 2
-        if unicodedata.east_asian_width(character) in "WF"
-        else 1
-        for character in text
-    )
+    columns = 0
+    for character in text:
+        if not unicodedata.combining(character):
+            columns += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    return columns
 
 
 def pad(text: str, size: int, align: str = "<") -> str:
@@ -54,14 +51,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], align: str = 
     gpt-4o   $0.01
     """
     lines = [list(header), *([str(cell) for cell in row] for row in rows)]
-    sizes = [max(width(line[i]) for line in lines) for i in range(len(header))]
-    aligns = align or "<" * len(header)
-    body = [
-        "  ".join(pad(*cell) for cell in zip(line, sizes, aligns, strict=True)).rstrip()
-        for line in lines
-    ]
-    body.insert(1, "  ".join("-" * size for size in sizes))
-    return "\n".join(body)
+    sizes = [max(map(width, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * size for size in sizes])
+    aligns = align or "<" * len(sizes)
+    return "\n".join("  ".join(map(pad, line, sizes, aligns)).rstrip() for line in lines)
 
 
 def color(text: str, code: str) -> str:
@@ -89,27 +82,24 @@ class Step:
     run: Callable[[], str]
 
 
-def run_steps(steps: Sequence[Step], *, clock: Callable[[], float] = time.perf_counter) -> int:
+def run_steps(steps: Sequence[Step]) -> int:
     """手順を順に実行し、失敗した数を返す。失敗しても最後まで続ける。"""
-    section, size = (max(map(width, texts)) for texts in zip(*_labels(steps), strict=True))
+    section = max(width(step.section) for step in steps)
+    title = max(width(step.title) for step in steps)
     failed = 0
     for number, step in enumerate(steps, 1):
-        print(
-            f"[{number:2}/{len(steps)}] {pad(step.section, section)} {pad(step.title, size)} ",
-            end="",
-            flush=True,
-        )
-        started = clock()
+        head = f"[{number:2}/{len(steps)}] {pad(step.section, section)} {pad(step.title, title)} "
+        print(head, end="", flush=True)
+        started = time.perf_counter()
         try:
-            mark, note = color("OK", "32"), step.run()
+            note = step.run()
+            mark = color("OK", "32")
         except Exception as error:
-            mark, note, failed = color("NG", "31"), describe(error), failed + 1
-        print(f"{mark} {clock() - started:5.1f}s  {note}", flush=True)
+            note = describe(error)
+            mark = color("NG", "31")
+            failed += 1
+        print(f"{mark} {time.perf_counter() - started:5.1f}s  {note}", flush=True)
     return failed
-
-
-def _labels(steps: Sequence[Step]) -> list[tuple[str, str]]:
-    return [(step.section, step.title) for step in steps]
 
 
 def describe(error: Exception) -> str:

@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .doctor.setup_problems import backend_problem, explained, mlflow_problem, require
 from .environment import bypass_proxy, go_offline, home, use_real_llm
-
-if TYPE_CHECKING:
-    from .llm.server import StubLlm
 
 # MLflow の公開 API では、SQLite の成果物の置き場所(既定は ./mlruns)を変えられない(3.17.2)
 ARTIFACT_ROOT = "_MLFLOW_SERVER_ARTIFACT_ROOT"
@@ -29,7 +25,6 @@ class Lab:
     home: Path
     tracking_uri: str
     experiment_id: str | None = None
-    llm: StubLlm | None = None
 
 
 @contextlib.contextmanager
@@ -57,7 +52,8 @@ def sample(
     with contextlib.ExitStack() as stack:
         stack.callback(_restore, saved_environment, saved_uri)
         stack.enter_context(explained())
-        stub = stack.enter_context(_stub_llm()) if llm and not use_real_llm() else None
+        if llm and not use_real_llm():
+            stack.enter_context(_stub_llm())
         own = not os.environ.get("MLFLOW_TRACKING_URI")
         uri = local_store(fresh_store) if own else os.environ["MLFLOW_TRACKING_URI"]
         if own:
@@ -70,7 +66,7 @@ def sample(
             if own:
                 set_aside(experiment)
             experiment_id = mlflow.set_experiment(experiment).experiment_id
-        yield Lab(home(), uri, experiment_id, stub)
+        yield Lab(home(), uri, experiment_id)
 
 
 def local_store(fresh: bool = False) -> str:
@@ -97,18 +93,13 @@ def set_aside(experiment: str) -> None:
 
 
 @contextlib.contextmanager
-def _stub_llm() -> Iterator[StubLlm]:
-    try:
-        from .llm.server import StubLlm
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"LLM スタブには {error.name} が必要です: pip install -r requirements.txt "
-            "(または OPENAI_API_KEY と OPENAI_BASE_URL で LLM の接続先を設定します)"
-        ) from error
+def _stub_llm() -> Iterator[None]:
+    from .llm.server import StubLlm
+
     with StubLlm() as stub:
         os.environ["OPENAI_BASE_URL"] = stub.base_url
         os.environ["OPENAI_API_KEY"] = "sk-local-stub"
-        yield stub
+        yield
 
 
 def _flush() -> None:

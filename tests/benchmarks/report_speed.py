@@ -144,9 +144,13 @@ def measure(database: Path, output: Path) -> tuple[float, float, float]:
 
     command = [
         sys.executable, "-m", "chapter8_samples", "report", "--experiment", NAME,
-        "--since", "25h", "-o", str(output), "--tracking-uri", f"sqlite:///{database}",
+        "--since", "25h", "-o", str(output),
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CHAPTER8_LAB": str(database.parent)}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "CHAPTER8_LAB": str(database.parent),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{database}",
+    }
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlflow
 import pytest
 from fastapi.testclient import TestClient
 from openai import OpenAI
 
-from chapter8_samples._lab import Lab
 from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.shop.chat import create_app
-from chapter8_samples._lab.shop.chat_server import chat_app
 from chapter8_samples._lab.shop.documents import load_questions
 from chapter8_samples._lab.shop.support_bot import (
     PROMPT_ALIAS,
@@ -23,7 +19,6 @@ from chapter8_samples._lab.shop.support_bot import (
     SupportBot,
     register_releases,
 )
-from chapter8_samples.quality_monitoring import FeedbackOutbox
 
 pytestmark = pytest.mark.slow
 
@@ -77,8 +72,8 @@ def test_thumbs_land_on_the_trace_of_the_answer(client: TestClient) -> None:
 
 def test_failure_of_the_llm_is_shown_and_traced(client: TestClient, stub_llm: StubLlm) -> None:
     stub_llm.set_faults(error_rate=1.0)
-    error, last = ask(client, "返品できますか")
-    assert error["error"] == "InternalServerError" and "もう一度送って" in error["advice"]
+    failed, last = ask(client, "返品できますか")
+    assert "もう一度送って" in failed["failure"]
     mlflow.flush_trace_async_logging()
     trace = mlflow.get_trace(last["trace_id"])
     assert trace is not None and trace.info.state.value == "ERROR"
@@ -89,23 +84,9 @@ def test_bad_input_is_refused(client: TestClient) -> None:
         ("/ask", {"question": "", "session_id": "s"}),
         ("/ask", {"question": " \u3000\n", "session_id": "s"}),
         ("/ask", {"question": "あ" * 501, "session_id": "s"}),
-        ("/ask", {"question": "\ud800", "session_id": "s"}),
         ("/feedback", {"trace_id": "", "is_positive": True}),
         ("/feedback", {"trace_id": "tr-1", "is_positive": "maybe"}),
     ]
     for path, body in bodies:
         answer = client.post(path, content=json.dumps(body))
         assert answer.status_code == 422 and answer.json()["detail"], body
-
-
-def test_votes_for_unknown_traces_do_not_hold_up_the_end(
-    stub_llm: StubLlm, mlflow_server_url: str, tmp_path: Path
-) -> None:
-    lab = Lab(tmp_path, mlflow_server_url)
-    with chat_app(lab, mlflow_server_url) as app, TestClient(app) as client:
-        for number in range(2):
-            body = {"trace_id": f"tr-{number:032x}", "is_positive": True}
-            assert client.post("/feedback", json=body).status_code == 202
-        began = time.monotonic()
-    assert time.monotonic() - began < 20
-    assert len(FeedbackOutbox(tmp_path / "outbox" / "chat.db")) == 2

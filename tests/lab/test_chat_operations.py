@@ -43,18 +43,15 @@ def kinds(operations: Operations) -> list[str]:
     return [event["kind"] for event in operations.status()["events"]]
 
 
-def test_each_release_is_a_new_version_and_can_be_taken_back(operations: Operations) -> None:
-    with pytest.raises(OperationRefusedError, match="戻すリリース"):
-        operations.roll_back()
+def test_each_release_is_a_new_version(operations: Operations) -> None:
     for version in ("2", "3"):
         operations.release_bad_prompt()
         assert operations.current_version() == version
         with pytest.raises(OperationRefusedError, match="もう本番"):
             operations.release_bad_prompt()
-        operations.roll_back()
-        assert operations.current_version() == "1"
+        operations.releases.rollback(reason="test")
         operations.releases = type(operations.releases)("support-bot", cooldown_seconds=0)
-    assert kinds(operations) == ["release", "rollback"] * 2
+    assert kinds(operations) == ["release"] * 2
 
 
 def test_alert_without_a_release_is_left_to_people(
@@ -63,7 +60,6 @@ def test_alert_without_a_release_is_left_to_people(
     stub_llm.set_faults(bad_release=True)  # プロンプトは変わらず、モデルの側が悪くなった
     operations.traffic.send(12)
     mlflow.flush_trace_async_logging()
-    operations.score()
     operations.check()
     status = operations.status()
     assert kinds(operations) == ["alert", "suggest"]
@@ -75,7 +71,6 @@ def test_alert_without_a_release_is_left_to_people(
 def test_panel_answers_in_json_and_says_why_not(operations: Operations, tracking_uri: str) -> None:
     operations.traffic.send(2)
     mlflow.flush_trace_async_logging()
-    operations.score()
     operations.check()
     app = FastAPI()
     app.include_router(create_panel_router(operations, TraceSearch("operations")))
@@ -88,42 +83,22 @@ def test_panel_answers_in_json_and_says_why_not(operations: Operations, tracking
     assert status["alert"]["detail"] == (
         "直近 30 秒: 根拠のある答え 100%(2 件)、しきい値 80%。8 件になると判定します。"
     )
-    refused = client.post("/operations/rollback")
-    assert (refused.status_code, refused.json()) == (409, {"detail": "戻すリリースはありません。"})
-    assert client.post("/operations/auto", json={"enabled": False}).json() == {"ok": True}
-    assert client.get("/status").json()["auto_rollback"] is False
+    operations.release_bad_prompt()
+    refused = client.post("/operations/release")
+    assert (refused.status_code, "もう本番" in refused.json()["detail"]) == (409, True)
 
 
-@pytest.mark.parametrize("automatic", [True, False])
 def test_the_alert_closes_by_itself_after_a_rollback(
-    operations: Operations, monkeypatch: pytest.MonkeyPatch, automatic: bool
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("chapter8_samples._lab.shop.operations.RECOVERY_PAUSE_SECONDS", 0.2)
-    operations.auto_rollback = automatic
     operations.release_bad_prompt()
     operations.traffic.send(12)
     operations.start_watching()
-    wait_for(lambda: operations.status()["alert"]["firing"])
-    if not automatic:
-        operations.roll_back()
     wait_for(lambda: "resolved" in kinds(operations), 90)
     operations.stop()
-    rolled_back = ["rollback"] if automatic else ["suggest", "rollback"]
-    assert kinds(operations) == ["release", "alert", *rolled_back, "resolved"]
+    assert kinds(operations) == ["release", "alert", "rollback", "resolved"]
     assert not operations.status()["recovering"] and not operations.status()["sending"]
-
-
-def test_a_rollback_that_does_not_help_is_said(
-    operations: Operations, stub_llm: StubLlm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("chapter8_samples._lab.shop.operations.RECOVERY_SECONDS", 0.5)
-    operations.release_bad_prompt()
-    stub_llm.set_faults(bad_release=True)
-    operations.traffic.send(12)
-    operations.start_watching()
-    wait_for(lambda: "戻しても回復しません" in operations.status()["events"][-1]["text"], 60)
-    operations.stop()
-    assert "原因を直して" in operations.status()["next_step"]
 
 
 def row(at: float, *assessments: tuple[str, str], latency_ms: float = 100.0) -> TraceRow:
@@ -155,22 +130,6 @@ def test_every_answer_is_in_the_trend_once(moments: list[float]) -> None:
         found["start"] // 5 + i for i, v in enumerate(found["latency_p95_ms"]) if v is not None
     ]
     assert filled == sorted(bins)
-
-
-def test_slow_judge_is_told_and_does_not_hold_up_the_alert(
-    operations: Operations, stub_llm: StubLlm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operations.traffic.send(1)
-    mlflow.flush_trace_async_logging()
-    monkeypatch.setattr("chapter8_samples._lab.shop.operations.SLOW_SCORING_SECONDS", 0.0)
-    stub_llm.set_faults(latency_seconds=3)
-    operations.start_watching()
-    wait_for(lambda: "採点が進みません" in operations.status()["problem"])
-    before = operations.engine.last_evaluated_at
-    wait_for(lambda: operations.engine.last_evaluated_at != before)
-    assert "採点が進みません" in operations.status()["problem"]  # 採点を待たずに評価した
-    operations.stop()
-    assert operations.status()["problem"] == ""
 
 
 def test_unreadable_traces_are_told_and_forgotten(

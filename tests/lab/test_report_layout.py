@@ -50,7 +50,6 @@ def point(number: int) -> Point:
         row=row,
         at=number * 600.0,
         user="a-very-long-user-name@example.co.jp",
-        version="support-bot/1",
         models={"claude-3-5-haiku-20241022-with-a-long-suffix": 0.01},
         prompts=frozenset(),
         human=frozenset(),
@@ -64,14 +63,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         history=[point(number) for number in range(60)],
         limits={"error_rate": Limit(">", 0.05), "pass_rate": Limit("<", 0.8)},
         events=[
-            Event(START + timedelta(hours=h), "長い名前のアラート 発報", "alert") for h in (1, 9)
+            Event(START + timedelta(hours=h), "長い名前のアラート 発報", "alert", "エラー率 60%")
+            for h in (1, 9)
         ],
-        days=1.0,
     )
     path = tmp_path_factory.mktemp("layout") / "report.html"
-    return write_report(
-        path, title="健全性レポート", subtitle="", cards=cards(subject), sections=sections(subject)
-    )
+    write_report(path, subtitle="", cards=cards(subject), sections=sections(subject))
+    return path
 
 
 def chromium(home: Path, *arguments: str) -> str:

@@ -89,13 +89,6 @@ def test_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"MLflow サーバー {NOWHERE} が答えません" in text and "mlflow server" in text
 
 
-def test_no_database_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    uri = "postgresql+psycopg2://u:s3cret@127.0.0.1:9/db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    text = said(sample)
-    assert "データベースのサーバー postgresql+psycopg2://127.0.0.1:9/db が答えません" in text
-
-
 def test_no_databricks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -152,17 +145,21 @@ def test_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         assert f"{place} に書き込めません" in said(sample)
 
 
-def test_report_that_cannot_be_written_is_known_first(tmp_path: Path) -> None:
+def test_report_that_cannot_be_written_is_known_first(
+    tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """40 秒のシナリオの最後ではなく、手元のデータを消す前に分かる。"""
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "health_report.html").mkdir()
+    for command in ([], ["--fresh"]):
+        assert "health_report.html に書き込めません" in said(lambda c=command: main(c))
+    assert not (tmp_path / ".chapter8").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     for output, words in {
-        "folder": "folder に書き込めません",
+        "health_report.html": "health_report.html に書き込めません",
         "no/report.html": "no がありません",
         f"{UNWRITABLE}.html": "/dev/null がありません",
     }.items():
-        for command in ([], ["--fresh"], ["report"]):
-            assert words in said(lambda c=command, o=output: main([*c, "-o", o]))
-    assert not (tmp_path / ".chapter8").exists()
+        assert words in said(lambda o=output: main(["report", "-o", o]))
 
 
 def test_backends_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,18 +172,6 @@ def test_backends_that_do_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert words in said(sample)
         assert words in said(report)
-
-
-@pytest.mark.slow
-def test_names_that_are_not_there(tracking_uri: str) -> None:
-    client = mlflow.MlflowClient()
-    for ask, words in (
-        (lambda: client.get_experiment("999"), "MLFLOW_EXPERIMENT_ID"),
-        (lambda: client.get_registered_model("nobody"), "登録済みモデル 'nobody'"),
-    ):
-        with pytest.raises(MlflowException) as error:
-            ask()
-        assert words in str(explain(error.value))
 
 
 @pytest.mark.slow
@@ -204,7 +189,7 @@ def test_a_proxy_is_not_asked_for_what_is_here(
         for name, value in excluded.items():
             monkeypatch.setenv(name, value)
         with _lab.sample(llm=True):
-            assert OpenAI(max_retries=0).models.list().data
+            assert OpenAI(max_retries=0).embeddings.create(model="e", input="返品").data
         with WebhookReceiver() as hooks:
             assert requests.post(hooks.url, timeout=5).status_code == 200
 

@@ -73,7 +73,7 @@ def test_the_end_blames_the_release_but_not_the_machine(tmp_path: Path) -> None:
     ):
         nobody: Any = None
         receiver: Any = SimpleNamespace(received=[])
-        story = Story(nobody, receiver, receiver, nobody, tmp_path)
+        story = Story(nobody, receiver, nobody, tmp_path)
         story.engine = AlertEngine(alert_config(), before)
         story.traffic = cast("Any", SimpleNamespace(last_at=NOW))
         story.stay_quiet()

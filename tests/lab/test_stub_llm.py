@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import requests
 from openai import AsyncOpenAI, OpenAI
 
 from chapter8_samples._lab.llm.answers import NOT_FOUND
-from chapter8_samples._lab.llm.server import Faults, StubLlm
+from chapter8_samples._lab.llm.server import StubLlm
 from chapter8_samples._lab.llm.text import count_tokens
 
 DOCUMENTS = """<documents>
@@ -136,16 +135,6 @@ def test_stream_carries_the_same_text_and_usage_only_when_asked(client: OpenAI) 
     assert all(c.usage is None and c.choices for c in plain)
 
 
-def test_tool_calls_are_streamed_too(client: OpenAI) -> None:
-    tool: Any = {"type": "function", "function": {"name": "get_root_span", "parameters": {}}}
-    asked: Any = {"model": "gpt-4o", "messages": ask(GOOD), "tools": [tool]}
-    whole = client.chat.completions.create(**asked).choices[0]
-    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
-    (call,) = (call for choice in chunks for call in choice.delta.tool_calls or [])
-    assert call.function is not None and call.function.name == "get_root_span"
-    assert whole.finish_reason == chunks[-1].finish_reason == "tool_calls"
-
-
 def test_client_may_leave_in_the_middle_of_a_stream(client: OpenAI) -> None:
     for _ in range(3):
         stream = client.chat.completions.create(model="gpt-4o", messages=ask(BAD), stream=True)
@@ -186,7 +175,7 @@ def test_keep_alive_has_no_delayed_ack_pause(stub_llm: StubLlm) -> None:
     with requests.Session() as session:
         for _ in range(30):
             started = time.monotonic()
-            session.get(f"{stub_llm.base_url}/models")
+            session.post(f"{stub_llm.base_url}/embeddings", json={"model": "e", "input": "返品"})
             times.append(time.monotonic() - started)
     assert sorted(times)[9] < 0.035  # 遅延 ACK は、ほとんどの回で 40 ms。混んだ機械はときどき遅い
 
@@ -206,63 +195,9 @@ def test_embeddings_count_their_tokens(client: OpenAI) -> None:
     reply = client.embeddings.create(model="text-embedding-3-small", input=texts)
     assert [item.index for item in reply.data] == [0, 1]
     assert reply.usage.prompt_tokens == sum(count_tokens(text) for text in texts)
-    with pytest.raises(openai.BadRequestError, match="input"):
-        client.embeddings.create(model="text-embedding-3-small", input=[])
-
-
-def test_models_are_listed(client: OpenAI) -> None:
-    names = [model.id for model in client.models.list()]
-    assert {"gpt-4o", "gpt-4o-2024-08-06"} <= set(names)
 
 
 HELLO = {"model": "gpt-4o", "messages": [{"role": "user", "content": "こんにちは"}]}
-RING = {"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}
-
-
-def refused(reply: requests.Response) -> str:
-    """OpenAI と同じ形の 400 の文面。"""
-    error = reply.json()["error"]
-    assert (reply.status_code, error["type"]) == (400, "invalid_request_error")
-    return str(error["message"])
-
-
-def test_malformed_requests_are_refused(stub_llm: StubLlm) -> None:
-    bodies: list[tuple[Any, str]] = [
-        ({}, "model"),
-        ({"model": "gpt-4o"}, "messages"),
-        ({"messages": []}, "model"),
-        ([1], "body"),
-        ({**HELLO, "messages": []}, "messages"),
-        ({**HELLO, "messages": ["こんにちは"]}, "messages.0"),
-        ({**HELLO, "messages": [{"content": "役割がない"}]}, "messages.0.role"),
-        ({**HELLO, "model": ["gpt-4o"]}, "model"),
-        ({**HELLO, "stream_options": "include_usage"}, "stream_options"),
-        ({**HELLO, "response_format": "json"}, "response_format"),
-        ({**HELLO, "tools": [{"type": "function"}]}, "tools.0.function"),
-        ({**HELLO, "messages": [{"role": "user", "content": "\ud800"}]}, "not valid JSON"),
-    ]
-    with requests.Session() as session:
-        for body, place in bodies:
-            reply = session.post(f"{stub_llm.base_url}/chat/completions", json=body, timeout=5)
-            assert place in refused(reply)
-        for data in (b"", b"{", b"\xff", b"[" * 100_000):
-            reply = session.post(f"{stub_llm.base_url}/chat/completions", data=data, timeout=5)
-            assert "not valid JSON" in refused(reply)
-
-
-def test_broken_judge_schemas_are_refused(client: OpenAI) -> None:
-    nobody = {"$ref": "#/$defs/Nobody"}
-    for schema in (RING, nobody, {"enum": []}, {"type": 5}, {"properties": {"a": True}}):
-        shape: Any = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema}}
-        with pytest.raises(openai.BadRequestError, match="Invalid schema for response_format"):
-            client.chat.completions.create(**HELLO, response_format=shape)  # type: ignore[arg-type]
-
-
-def test_other_paths_and_methods_answer_like_openai(client: OpenAI, stub_llm: StubLlm) -> None:
-    with pytest.raises(openai.NotFoundError, match="Invalid URL"):
-        client.moderations.create(input="こんにちは")
-    reply = requests.get(f"{stub_llm.base_url}/chat/completions", timeout=5)
-    assert (reply.status_code, reply.json()["error"]["type"]) == (405, "invalid_request_error")
 
 
 def test_error_rate_fails_exactly_that_share(client: OpenAI, stub_llm: StubLlm) -> None:
@@ -271,23 +206,6 @@ def test_error_rate_fails_exactly_that_share(client: OpenAI, stub_llm: StubLlm) 
     assert outcomes.count("InternalServerError") == 5
     stub_llm.set_faults(error_rate=0.25)
     assert [_outcome(client) for _ in range(20)] == outcomes
-
-
-def test_rate_limit_carries_retry_after(client: OpenAI, stub_llm: StubLlm) -> None:
-    stub_llm.set_faults(rate_limit_rate=1, retry_after_seconds=7)
-    with pytest.raises(openai.RateLimitError) as caught:
-        client.chat.completions.create(model="gpt-4o", messages=ask(GOOD))
-    assert caught.value.response.headers["retry-after"] == "7"
-    assert caught.value.code == "rate_limit_exceeded"
-
-
-@pytest.mark.slow
-def test_sdk_retries_over_a_rate_limit(stub_llm: StubLlm) -> None:
-    stub_llm.set_faults(rate_limit_rate=0.5, retry_after_seconds=0.01)
-    client = OpenAI(max_retries=1)
-    for _ in range(3):
-        assert client.chat.completions.create(model="gpt-4o", messages=ask(GOOD)).choices
-    assert len(stub_llm.requests) == 5  # 2 件目と 4 件目が 429 で、やり直している
 
 
 @pytest.mark.slow
@@ -306,38 +224,14 @@ def test_bad_release_ignores_the_prompt(client: OpenAI, stub_llm: StubLlm) -> No
     assert forced.choices[0].message.content == invented.choices[0].message.content
 
 
-def test_faults_that_make_no_sense_are_refused(stub_llm: StubLlm) -> None:
-    stub_llm.set_faults(error_rate=0.5)
-    faults: list[dict[str, Any]] = [
-        {"eror_rate": 0.5},
-        {"error_rate": 1.5},
-        {"error_rate": "half"},
-        {"rate_limit_rate": -0.1},
-        {"latency_seconds": -1},
-        {"latency_seconds": math.nan},
-        {"latency_seconds": True},
-        {"bad_release": 1},
-    ]
-    for fault in faults:
-        with pytest.raises(ValueError, match=next(iter(fault))):
-            stub_llm.set_faults(**fault)
-        assert stub_llm.faults == Faults(error_rate=0.5)
-
-
 @pytest.mark.slow
-def test_stop_closes_the_port_and_start_opens_it_again() -> None:
-    stub = StubLlm()
-    with pytest.raises(RuntimeError, match="not running"):
-        _ = stub.base_url
-    with stub:
-        url, port = stub.base_url, int(stub.base_url.split(":")[2].split("/")[0])
-        assert requests.get(f"{url}/models", timeout=5).ok
-    stub.stop()
+def test_the_end_closes_the_port() -> None:
+    with StubLlm() as stub:
+        port = int(stub.base_url.split(":")[2].split("/")[0])
+        with socket.create_connection(("127.0.0.1", port)):
+            pass
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
-    with stub.start():
-        assert stub.base_url == url
-        assert requests.get(f"{url}/models", timeout=5).ok
 
 
 @pytest.mark.slow
@@ -351,7 +245,7 @@ def test_runs_alone_from_the_command_line() -> None:
         assert process.stdout is not None
         url = process.stdout.readline().strip().removeprefix("OPENAI_BASE_URL=")
         client = OpenAI(base_url=url, api_key="x", max_retries=5)
-        assert client.models.list().data
+        assert client.embeddings.create(model="e", input="返品").data
     finally:
         process.terminate()
         process.communicate(timeout=10)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import re
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -16,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 MINIMUM_MLFLOW, UNTESTED_MLFLOW = (3, 17), (3, 19)
 """動く最低の版と、まだ確かめていない最初の版。"""
@@ -27,7 +25,6 @@ _CANNOT_WRITE = {
     *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),  # フォルダーのはずがファイル、またはその逆
 }
 _SCHEME = re.compile(r"https?|grpc|sqlite|databricks|(postgresql|mysql|mssql)(\+\w+)?")
-_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SERVER_COMMAND = "python -m mlflow server --host 127.0.0.1 --port 5000"
 
 
@@ -40,6 +37,34 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.what}\n  -> {self.fix}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """診断の 1 件。``level`` は ok、warning(注意)、error(NG)。"""
+
+    name: str
+    level: Literal["ok", "warning", "error"]
+    detail: str
+    fix: str = ""
+
+
+def require(problem: Problem | None) -> None:
+    """問題があれば、説明を標準エラーに書いて終了ステータス 1 で終わる。"""
+    if problem is not None:
+        raise SystemExit(str(problem))
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """用意の誤りなら、説明を標準エラーに書いて終了ステータス 1 で終わる。"""
+    try:
+        yield
+    except Exception as error:
+        problem = explain(error)
+        if problem is None:
+            raise
+        raise SystemExit(str(problem)) from error
 
 
 def shown(uri: str) -> str:
@@ -57,15 +82,6 @@ def shown(uri: str) -> str:
     if scheme in ("http", "https") and path not in ("", "v1/traces"):
         path = "..."
     return f"{scheme}://{host}{slash if path else ''}{path}"
-
-
-def address_of(url: str) -> tuple[str, int | None] | None:
-    """URL のホストとポート。読めなければ ``None``。"""
-    try:
-        parts = urlsplit(url)
-        return (parts.hostname, parts.port) if parts.hostname else None
-    except ValueError:
-        return None
 
 
 def bounded(call: Callable[[], Any], seconds: float) -> Any:
@@ -89,18 +105,15 @@ def bounded(call: Callable[[], Any], seconds: float) -> Any:
     return answers[0]
 
 
-def mlflow_problem() -> Problem | None:
-    """MLflow が入っていない、または古い。"""
+# 実行の前に調べる ----------------------------------------------------------
+
+
+def installed(package: str) -> str:
+    """入っている版。なければ空。"""
     try:
-        found = version("mlflow")
+        return version(package)
     except PackageNotFoundError:
-        try:
-            found = version("mlflow-tracing")
-        except PackageNotFoundError:
-            return Problem("MLflow が入っていません。", f"入れてください: {INSTALL}")
-    if numbers_of(found) >= MINIMUM_MLFLOW:
-        return None
-    return Problem(f"MLflow {found} は古すぎます(3.17 以上が必要)。", f"上げてください: {INSTALL}")
+        return ""
 
 
 def numbers_of(text: str) -> tuple[int, ...]:
@@ -112,46 +125,41 @@ def numbers_of(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
+def mlflow_problem() -> Problem | None:
+    """MLflow が入っていない、または古い。"""
+    found = installed("mlflow") or installed("mlflow-tracing")
+    if not found:
+        return Problem("MLflow が入っていません。", f"入れてください: {INSTALL}")
+    if numbers_of(found) < MINIMUM_MLFLOW:
+        what = f"MLflow {found} は古すぎます(3.17 以上が必要)。"
+        return Problem(what, f"上げてください: {INSTALL}")
+    return None
+
+
 def backend_problem(uri: str, timeout_seconds: float = 5.0) -> Problem | None:
-    """接続先が答えない、または受け付けない理由。MLflow の長い再試行(数分)に入る前に分かる。"""
+    """サーバーが答えない、または受け付けない理由。MLflow の長い再試行(数分)に入る前に分かる。"""
     if not uri.startswith(("http://", "https://", "databricks")):
-        return _database_problem(uri, timeout_seconds)
+        return None
     try:
-        status, text = bounded(lambda: _ask(uri, timeout_seconds), timeout_seconds + 1)
+        answer = bounded(lambda: _ask(uri, timeout_seconds), timeout_seconds + 1)
     except Exception as error:
-        return explain(error) or no_server(uri)
-    if status in (401, 403):
-        return wrong_key(uri)
-    if status != 200 or not text.lstrip().startswith("{"):
+        return explain(error) or _no_server(uri)
+    if answer.status_code in (401, 403):
+        return _wrong_key(uri)
+    if answer.status_code != 200 or not answer.text.lstrip().startswith("{"):
         return Problem(
-            f"{shown(uri)} は MLflow サーバーの答えを返しません(HTTP {status})。",
+            f"{shown(uri)} は MLflow サーバーの答えを返しません(HTTP {answer.status_code})。",
             "MLFLOW_TRACKING_URI のホスト、ポート、パスを確かめてください。",
         )
     return None
 
 
-def _database_problem(uri: str, timeout_seconds: float) -> Problem | None:
-    """データベースのサーバーに届かない(MLflow は 1 分以上、つなぎ直し続ける)。"""
-    kind = re.split(r"[+:]", uri)[0]
-    address = address_of(uri)
-    if kind not in _DATABASE_PORTS or not address:
-        return None
-    try:
-        place = address[0], address[1] or _DATABASE_PORTS[kind]
-        socket.create_connection(place, timeout_seconds).close()
-    except OSError:
-        return Problem(
-            f"データベースのサーバー {shown(uri)} が答えません。",
-            "サーバーの起動と、MLFLOW_TRACKING_URI のホストとポートを確かめてください。",
-        )
-    return None
-
-
-def _ask(uri: str, timeout_seconds: float) -> tuple[int, str]:
+def _ask(uri: str, timeout_seconds: float) -> Any:
+    """再試行なしで 1 回だけ尋ねる。認証は MLflow の環境変数のもの。"""
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request
 
-    answer: Any = http_request(
+    return http_request(
         get_default_host_creds(uri),
         "/api/2.0/mlflow/experiments/search",
         "POST",
@@ -160,7 +168,6 @@ def _ask(uri: str, timeout_seconds: float) -> tuple[int, str]:
         timeout=timeout_seconds,
         raise_on_status=False,
     )
-    return answer.status_code, answer.text
 
 
 def missing_database(uri: str) -> Problem | None:
@@ -170,7 +177,7 @@ def missing_database(uri: str) -> Problem | None:
         return None
     return Problem(
         f"データベース {path} がありません。",
-        "パスを直すか、先に記録してください(手元なら python -m chapter8_samples)。",
+        "パスを直すか、先に python -m chapter8_samples を実行して記録してください。",
     )
 
 
@@ -187,44 +194,12 @@ def output_problem(path: Path) -> Problem | None:
         return Problem(what, "-o に、書き込めるファイルの名前を指定してください。")
 
 
-def file_store() -> Problem:
-    """MLflow が使わなくなった、ファイルの保存先。"""
-    return Problem(
-        "ファイルの保存先(mlruns)は、いまの MLflow では使えません。",
-        "MLFLOW_TRACKING_URI を sqlite:///mlflow.db か、サーバーの URL にしてください。",
-    )
-
-
-def no_server(uri: str) -> Problem:
-    """サーバーが答えない。"""
-    if uri.startswith("databricks"):
-        return Problem(
-            "Databricks に接続できません。",
-            "DATABRICKS_HOST と DATABRICKS_TOKEN(または ~/.databrickscfg)と、"
-            "ネットワークを確かめてください。",
-        )
-    return Problem(
-        f"MLflow サーバー {shown(uri)} が答えません。",
-        f"サーバーを起動する({_SERVER_COMMAND})か、MLFLOW_TRACKING_URI を直すか、"
-        "消して手元の SQLite を使ってください。",
-    )
-
-
-def wrong_key(uri: str = "") -> Problem:
-    """認証に失敗した。"""
-    names = "MLFLOW_TRACKING_USERNAME と MLFLOW_TRACKING_PASSWORD(または MLFLOW_TRACKING_TOKEN)"
-    if uri.startswith("databricks"):
-        names = "DATABRICKS_TOKEN"
-    where = f" {shown(uri)} " if uri else ""
-    return Problem(
-        f"接続先{where}が、鍵を受け付けません(401 または 403)。",
-        f"{names} と、その利用者の権限を確かめてください。",
-    )
+# 起きた例外を説明する ------------------------------------------------------
 
 
 def explain(error: BaseException) -> Problem | None:
     """例外の説明。用意の誤りと分からなければ ``None``。"""
-    for reader in (_missing_package, _file_problem, _llm_problem, _port_problem, _mlflow_problem):
+    for reader in (_missing_package, _file_problem, _llm_problem, _server_problem, _mlflow_problem):
         if found := reader(error):
             return found
     return None
@@ -252,27 +227,25 @@ def _file_problem(error: BaseException) -> Problem | None:
 def _llm_problem(error: BaseException) -> Problem | None:
     if type(error).__module__.partition(".")[0] != "openai":
         return None
+    stub = "CHAPTER8_OFFLINE=1 で手元の LLM スタブを使ってください。"
     if getattr(error, "status_code", None) in (401, 403):
-        return Problem(
-            "LLM のプロバイダーが、API キーを受け付けません。",
-            "OPENAI_API_KEY を直すか、CHAPTER8_OFFLINE=1 で手元の LLM スタブを使ってください。",
-        )
+        what = "LLM のプロバイダーが、API キーを受け付けません。"
+        return Problem(what, f"OPENAI_API_KEY を直すか、{stub}")
     if type(error).__name__ in ("APIConnectionError", "APITimeoutError"):
-        return Problem(
-            "LLM のプロバイダーに接続できません。",
-            "OPENAI_BASE_URL を直すか、CHAPTER8_OFFLINE=1 で手元の LLM スタブを使ってください。",
-        )
+        what = "LLM のプロバイダーに接続できません。"
+        return Problem(what, f"OPENAI_BASE_URL を直すか、{stub}")
     return None
 
 
-def _port_problem(error: BaseException) -> Problem | None:
-    taken = re.search(r"port (\d+) is not free", str(error))
-    if type(error).__name__ == "MlflowServerError" and taken:
+def _server_problem(error: BaseException) -> Problem | None:
+    if type(error).__name__ != "MlflowServerError":
+        return None
+    if taken := re.search(r"port (\d+) is not free", str(error)):
         return Problem(
-            f"ポート {taken[1]} は、ほかのプログラムが使っています。",
-            "--port に別の番号を渡すか、使っているプログラムを終了してください。",
+            f"ポート {taken[1]} は使えません(ほかのプログラムが使っています)。",
+            "--port で別の番号を指定するか、使っているプログラムを終了してください。",
         )
-    return None
+    return Problem("MLflow サーバーを起動できません。", f"ログを確かめてください。\n{error}")
 
 
 _NO_SERVER = r"Connection refused|Max retries|Failed to establish|Read timed out|NameResolution"
@@ -280,19 +253,20 @@ _NO_DATABRICKS = r"default auth: cannot|cannot be used without a Databricks|Read
 _WRONG_KEY = (
     r"(?:code|HTTP|status)\W{1,3}40[13]\b|UNAUTHENTICATED|PERMISSION_DENIED|not authenticated"
 )
+_OF_THE_PARTS = ("ExperimentNotFoundError", "MetricSourceError", "TracingSetupError")
 # 例外の文 -> (何が起きたか, 直し方)。{uri} は接続先
 _TEXTS = {
     r"unsupported URI": (
         "接続先 {uri} の種類は使えません。",
         "http://HOST:PORT、sqlite:///mlflow.db、databricks のように書いてください。",
     ),
+    r"filesystem tracking backend": (
+        "ファイルの保存先(mlruns)は、いまの MLflow では使えません。",
+        "MLFLOW_TRACKING_URI を sqlite:///mlflow.db か、サーバーの URL にしてください。",
+    ),
     r"file is not a database": (
         "{uri} は SQLite のデータベースではありません。",
         "パスを直すか、壊れたファイルならバックアップから戻してください。",
-    ),
-    r"No Experiment with id": (
-        "その番号のエクスペリメントは {uri} にありません。",
-        "MLFLOW_EXPERIMENT_ID と MLFLOW_TRACKING_URI を確かめてください。",
     ),
     r"deleted experiment|in deleted state": (
         "そのエクスペリメントは削除されています。",
@@ -315,69 +289,56 @@ _TEXTS = {
 
 
 def _mlflow_problem(error: BaseException) -> Problem | None:
-    text = str(error)
-    if type(error).__name__ in ("ExperimentNotFoundError", "MetricSourceError"):
-        named = re.search(r"experiment '(.*?)'", text)
-        if named and ("does not exist" in text or text.startswith("no experiment")):
-            return wrong_experiment(named[1])
     if not _from_mlflow(error):
         return None
-    if model := re.search(r"Registered Model with name=(.+) not found", text):
-        what = f"登録済みモデル {model[1]!r} は {shown(_current_uri())} にありません。"
+    import mlflow
+
+    text, uri = str(error), mlflow.get_tracking_uri()
+    named = re.search(r"experiment '(.*?)'", text)
+    if named and ("does not exist" in text or text.startswith("no experiment")):
+        what = f"エクスペリメント {named[1]!r} は {shown(uri)} にありません。"
         return Problem(what, "名前と MLFLOW_TRACKING_URI を確かめてください。")
-    return _known_text(text, _current_uri())
-
-
-def _known_text(text: str, uri: str) -> Problem | None:
     if re.search(_NO_SERVER, text):
-        return no_server(uri)
+        return _no_server(uri)
+    if re.search(_NO_DATABRICKS, text):
+        return _no_server("databricks")
     if re.search(_WRONG_KEY, text):
-        return wrong_key(uri)
-    if "filesystem tracking backend" in text:
-        return file_store()
+        return _wrong_key(uri)
     for pattern, (what, fix) in _TEXTS.items():
         if re.search(pattern, text):
             return Problem(what.format(uri=shown(uri)), fix)
-    return no_server("databricks") if re.search(_NO_DATABRICKS, text) else None
+    return None
 
 
 def _from_mlflow(error: BaseException) -> bool:
+    """MLflow か、その下の通信とデータベースの例外か。"""
     names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
     return bool(
         names & {"mlflow.MlflowException", "requests.RequestException", "sqlalchemy.DatabaseError"}
-        or type(error).__name__ in ("MetricSourceError", "TracingSetupError")
+        or type(error).__name__ in _OF_THE_PARTS
         or (isinstance(error, ValueError) and "default auth" in str(error))
     )
 
 
-def wrong_experiment(name: str) -> Problem:
-    """エクスペリメントがない。"""
+def _no_server(uri: str) -> Problem:
+    if uri.startswith("databricks"):
+        return Problem(
+            "Databricks に接続できません。",
+            "DATABRICKS_HOST と DATABRICKS_TOKEN(または ~/.databrickscfg)と、"
+            "ネットワークを確かめてください。",
+        )
     return Problem(
-        f"エクスペリメント {name!r} は {shown(_current_uri())} にありません。",
-        "名前と MLFLOW_TRACKING_URI を確かめてください"
-        "(名前の一覧: python -m mlflow experiments search)。",
+        f"MLflow サーバー {shown(uri)} が答えません。",
+        f"サーバーを起動する({_SERVER_COMMAND})か、MLFLOW_TRACKING_URI を直すか、"
+        "消して手元の SQLite を使ってください。",
     )
 
 
-def _current_uri() -> str:
-    import mlflow
-
-    return mlflow.get_tracking_uri()
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """用意の誤りなら、説明を標準エラーに書いて終了ステータス 1 で終わる。"""
-    try:
-        yield
-    except Exception as error:
-        problem = explain(error)
-        if problem is None:
-            raise
-        raise SystemExit(str(problem)) from error
-
-
-def require(problem: Problem | None) -> None:
-    """問題があれば、説明を標準エラーに書いて終了ステータス 1 で終わる。"""
-    if problem is not None:
-        raise SystemExit(str(problem))
+def _wrong_key(uri: str) -> Problem:
+    names = "MLFLOW_TRACKING_USERNAME と MLFLOW_TRACKING_PASSWORD(または MLFLOW_TRACKING_TOKEN)"
+    if uri.startswith("databricks"):
+        names = "DATABRICKS_TOKEN"
+    return Problem(
+        f"接続先 {shown(uri)} が、鍵を受け付けません(401 または 403)。",
+        f"{names} と、その利用者の権限を確かめてください。",
+    )

@@ -25,8 +25,6 @@ from .text import (
     system_text,
 )
 
-__all__ = ["GROUNDED_PHRASE", "NOT_FOUND", "answer"]
-
 GROUNDED_PHRASE = "参考資料だけ"
 NOT_FOUND = "参考資料には、ご質問への答えが見つかりませんでした。担当者に確認します。"
 INVENTED_TOKENS_FACTOR = 4

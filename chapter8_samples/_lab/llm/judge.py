@@ -1,7 +1,7 @@
 """スタブ LLM の採点。ジャッジのプロンプトを読み、`rules` の規則で判定し、頼まれた形で返す。
 
-MLflow の組み込みジャッジは `<question>` などのタグで、make_judge は「inputs: …」「outputs: …」で
-材料を渡してくる。どちらも読み取って同じ規則に掛ける。
+MLflow の組み込みジャッジは材料を `<question>` などのタグで、`make_judge` は「inputs: …」などの行で
+渡してくる。どちらからも取り出して、同じ規則に掛ける。
 """
 
 from __future__ import annotations
@@ -13,139 +13,65 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from . import rules
-from .rules import Case, Verdict
-from .schema import fill
-from .text import message_text, system_text
+from .rules import Verdict
+from .text import Message, message_text
 
-__all__ = ["is_judge", "judge", "verdict"]
-
-_DEFAULT_SCHEMA = {
-    "type": "object",
-    "properties": {"result": {"type": "string"}, "rationale": {"type": "string"}},
-}
 _TAG = re.compile(r"<(\w+)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
 _FIELD = re.compile(
-    r"^(inputs|outputs|expectations|conversation|context|retrieved_context):\s*"
-    r"(.*?)(?=^(?:inputs|outputs|expectations|conversation|context|retrieved_context):|\Z)",
+    r"^(inputs|outputs|conversation):\s*(.*?)(?=^(?:inputs|outputs|conversation):|\Z)",
     re.DOTALL | re.MULTILINE,
 )
-# make_judge が {{ trace }} のときに渡す道具のうち、入力と出力を読むもの
-_ROOT_SPAN_TOOL = "get_root_span"
-_QUESTION_KEYS = ("question", "query", "message", "request", "prompt", "content", "text")
-_ANSWER_KEYS = ("answer", "response", "output", "result", "content", "text", "message")
-_DOCUMENT_KEYS = ("documents", "document", "context", "retrieved_context", "references")
-_EXPECTED_KEYS = ("expected_response", "expected_facts", "expected_answer", "guidelines")
+_TEXT_KEYS = ("question", "query", "answer", "response", "message", "content", "text")
+_GOOD = re.compile(r"yes|true|pass(ed)?|ok|good|はい|良い|合格", re.IGNORECASE)
+_BAD = re.compile(r"no|false|fail(ed)?|ng|bad|いいえ|悪い|不合格", re.IGNORECASE)
 
 
 def is_judge(body: Mapping[str, Any]) -> bool:
-    """採点のリクエストか(`response_format` に JSON を求めているか)。"""
-    return _response_format(body).get("type") in ("json_schema", "json_object")
+    """採点のリクエストか(`response_format` に JSON Schema を求めているか)。"""
+    return (body.get("response_format") or {}).get("type") == "json_schema"
 
 
 def verdict(body: Mapping[str, Any]) -> str:
     """採点の答え。`response_format` の JSON Schema に合う JSON の文字列。"""
-    wrapped: Any = _response_format(body).get("json_schema") or {}
-    schema: Any = wrapped.get("schema") or _DEFAULT_SCHEMA
-    messages: list[Mapping[str, Any]] = body["messages"]
-    value = fill(schema, judge(messages), _instructions(system_text(messages)))
-    return json.dumps(value, ensure_ascii=False)
+    schema: dict[str, Any] = body["response_format"]["json_schema"]["schema"]
+    return json.dumps(fill(schema, judge(body["messages"])), ensure_ascii=False)
 
 
-def tool_calls(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """道具(tools)を渡された採点で、まだ使っていなければ、最初に呼ぶもの。なければ空。"""
-    tools: list[Any] = body.get("tools") or []
-    used = any(m.get("role") == "tool" for m in body["messages"])
-    if used or not any(tool["function"]["name"] == _ROOT_SPAN_TOOL for tool in tools):
-        return []
-    function = {"name": _ROOT_SPAN_TOOL, "arguments": "{}"}
-    return [{"id": "call_root_span", "type": "function", "function": function}]
+# プロンプトを読む ----------------------------------------------------------
 
 
-def judge(messages: list[Mapping[str, Any]]) -> Verdict:
+def judge(messages: list[Message]) -> Verdict:
     """プロンプトを読み、合う規則で判定する。"""
     prompt = "\n".join(message_text(m) for m in messages if m.get("role") != "system")
-    stated = {name: text.strip() for name, text in _FIELD.findall(prompt)}
-    fields = _traced_fields(messages) or stated
-    if fields:
-        return _judge_fields(fields, system_text(messages))
-    tags = _tags("\n".join(message_text(m) for m in messages))
-    return _judge_tags(tags) if tags else _judge_text(prompt, system_text(messages))
+    if fields := dict(_FIELD.findall(prompt)):
+        return _judge_fields(fields)
+    return _judge_tags(_tags("\n".join(map(message_text, messages))))
 
 
 def _judge_tags(tags: dict[str, list[str]]) -> Verdict:
-    """MLflow の組み込みジャッジ。どのタグがあるかで、何を聞かれているかが分かる。"""
-    first = {name: texts[0] for name, texts in tags.items()}
-    question = _main_text(_parsed(first.get("question", first.get("request", ""))), _QUESTION_KEYS)
-    answer = first.get("answer", first.get("response", first.get("actual_output", "")))
-    case = Case(
-        question=question,
-        answer=_main_text(_parsed(answer), _ANSWER_KEYS),
-        document=_all_text(_parsed(first.get("document", ""))),
-        expected=first.get("expected_output", first.get("claim", "")),
-    )
+    """組み込みジャッジ。どのタグがあるかで、何を聞かれているかが分かる。"""
+    texts = {name: _text(found[0]) for name, found in tags.items()}
+    question = texts.get("question") or texts.get("request", "")
+    answer = texts.get("answer") or texts.get("response", "")
+    document = texts.get("document", "")
     if "guideline" in tags:
-        return rules.follows(case, tags["guideline"])
-    if "expected_output" in tags:
-        return rules.equivalent(case)
+        return rules.follows(answer, tags["guideline"])
     if "text" in tags:
-        return rules.safe(Case(answer=_all_text(_parsed(first["text"]))))
+        return rules.safe(texts["text"])
     if "document" in tags and "answer" in tags:
-        return rules.grounded(case)
+        return rules.grounded(answer, document)
     if "document" in tags and "claim" in tags:
-        return rules.supported(Case(expected=case.expected, answer=_without_question(first)))
-    return rules.relevant(case)
+        # Correctness の document は「質問 - 回答」。質問の語を回答の手柄にしない
+        return rules.supported(document.removeprefix(question), texts["claim"])
+    return rules.relevant(question, answer or document)
 
 
-def _judge_fields(fields: dict[str, str], criteria: str) -> Verdict:
-    """make_judge。基準の文にある語で規則を選ぶ。"""
-    parsed = {name: _parsed(text) for name, text in fields.items()}
-    turns = _turns(parsed.get("conversation"))
-    inputs, outputs = parsed.get("inputs"), parsed.get("outputs")
-    answer = _main_text(outputs, _ANSWER_KEYS)
-    case = Case(
-        question=_main_text(inputs, _QUESTION_KEYS),
-        answer=answer or "\n".join(text for role, text in turns if role != "user"),
-        document="\n".join(_picked(v, _DOCUMENT_KEYS) for v in (inputs, outputs, parsed)),
-        expected=_picked(parsed.get("expectations"), _EXPECTED_KEYS),
-        user_turns=tuple(text for role, text in turns if role == "user"),
-        criteria=_instructions(criteria),
-    )
-    default = rules.calm if turns else rules.relevant
-    rule = rules.rule_for(case.criteria) or default
-    return rule(case)
-
-
-def _traced_fields(messages: list[Mapping[str, Any]]) -> dict[str, str]:
-    """道具が返したルートスパンの入力と出力。"""
-    for message in messages:
-        if message.get("role") == "tool":
-            span = _entry(_parsed(message_text(message)), "content")
-            attributes = _entry(_parsed(str(span)), "attributes")
-            return {
-                "inputs": str(_entry(attributes, "mlflow.spanInputs")),
-                "outputs": str(_entry(attributes, "mlflow.spanOutputs")),
-            }
-    return {}
-
-
-def _entry(value: Any, key: str) -> Any:
-    return cast(dict[str, Any], value).get(key, "") if isinstance(value, dict) else ""
-
-
-def _judge_text(prompt: str, criteria: str) -> Verdict:
-    """決まった形のない採点。本文をそのまま回答とみなす。"""
-    rule = rules.rule_for(criteria) or rules.safe
-    return rule(Case(answer=prompt, criteria=criteria))
-
-
-def _response_format(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    return cast(Mapping[str, Any], body.get("response_format") or {})
-
-
-def _instructions(system: str) -> str:
-    """make_judge の定型文を除いた、利用者の書いた基準。"""
-    text = system.split("Your task:", 1)[-1].split("Instructions\n", 1)[-1]
-    return text.split("You *must* format", 1)[0]
+def _judge_fields(fields: dict[str, str]) -> Verdict:
+    """``make_judge``。会話なら不満がないか、そうでなければ質問に答えているか。"""
+    if "conversation" in fields:
+        turns: list[dict[str, Any]] = _parsed(fields["conversation"].strip())
+        return rules.calm([_text(str(t["content"])) for t in turns if t["role"] == "user"])
+    return rules.relevant(_text(fields.get("inputs", "")), _text(fields.get("outputs", "")))
 
 
 def _tags(prompt: str) -> dict[str, list[str]]:
@@ -158,9 +84,9 @@ def _tags(prompt: str) -> dict[str, list[str]]:
     return found
 
 
-def _without_question(tags: Mapping[str, str]) -> str:
-    # Correctness の document は「質問 - 回答」。質問の語を回答の手柄にしない
-    return tags["document"].removeprefix(tags.get("question", "")).removeprefix(" - ")
+def _text(text: str) -> str:
+    """値に含まれる文章。辞書なら `question` や `answer` など、決まったキーを先に探す。"""
+    return _all_text(_parsed(text.strip()))
 
 
 def _parsed(text: str) -> Any:
@@ -176,32 +102,43 @@ def _parsed(text: str) -> Any:
     return text
 
 
-def _main_text(value: Any, keys: tuple[str, ...]) -> str:
-    return _picked(value, keys) or _all_text(value)
-
-
-def _picked(value: Any, keys: tuple[str, ...]) -> str:
-    if not isinstance(value, dict):
-        return ""
-    items = cast(dict[str, Any], value)
-    return next((_all_text(items[key]) for key in keys if items.get(key)), "")
-
-
 def _all_text(value: Any) -> str:
-    """値に含まれる文字列を、改行でつないだもの。"""
     if isinstance(value, dict):
         items = cast(dict[str, Any], value)
-        return "\n".join(_all_text(v) for k, v in items.items() if k not in ("role", "id", "type"))
+        known = [items[key] for key in _TEXT_KEYS if items.get(key)]
+        return _all_text(known[0] if known else list(items.values()))
     if isinstance(value, list):
-        return "\n".join(_all_text(item) for item in cast(list[Any], value))
+        return "\n".join(map(_all_text, cast(list[Any], value)))
     return value if isinstance(value, str) else ""
 
 
-def _turns(conversation: Any) -> list[tuple[str, str]]:
-    if not isinstance(conversation, list):
-        return []
-    turns = [cast(dict[str, Any], t) for t in cast(list[Any], conversation) if isinstance(t, dict)]
-    return [
-        (str(t.get("role")), _main_text(_parsed(str(t.get("content"))), _QUESTION_KEYS))
-        for t in turns
-    ]
+# 判定を、頼まれた形に詰める ------------------------------------------------
+
+
+def fill(schema: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
+    """判定を `schema` の項目に詰める。`result` が判定、ほかの文字列は理由になる。"""
+    properties: dict[str, dict[str, Any]] = schema["properties"]
+    return {name: _value(name, part, verdict) for name, part in properties.items()}
+
+
+def _value(name: str, schema: Mapping[str, Any], verdict: Verdict) -> Any:
+    if "enum" in schema:
+        return _choice(schema["enum"], verdict)
+    if schema.get("type") == "boolean":
+        return verdict.passed
+    if schema.get("type") == "integer":  # 1 から 5
+        return 1 + round(4 * verdict.score)
+    if schema.get("type") == "number":
+        return verdict.score
+    if name == "result":
+        return "yes" if verdict.passed else "no"
+    return verdict.reason
+
+
+def _choice(options: list[str], verdict: Verdict) -> str:
+    """判定に合う選択肢。分からなければ、良いほうが先に並んでいるとみなす。"""
+    if verdict.label in options:
+        return verdict.label or ""
+    wanted = _GOOD if verdict.passed else _BAD
+    known = [option for option in options if wanted.fullmatch(option)]
+    return known[0] if known else options[0 if verdict.passed else -1]

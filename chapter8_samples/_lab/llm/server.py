@@ -18,24 +18,18 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
-from starlette.exceptions import HTTPException
 
 from . import answers, judge
 from .text import count_tokens, prompt_tokens, system_text
-from .wire import ChatBody, EmbeddingsBody, InvalidRequestError, read_body
-
-__all__ = ["Faults", "StubLlm", "listen"]
 
 SECONDS_PER_TOKEN = 0.002
 CACHE_BLOCK_TOKENS = 128
-
 SNAPSHOTS = {
     "gpt-4o": "gpt-4o-2024-08-06",
     "gpt-4o-mini": "gpt-4o-mini-2024-07-18",
@@ -46,110 +40,64 @@ SNAPSHOTS = {
 """別名と、応答に入る日付付きの名前。表にない名前はそのまま返す。"""
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0)]
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+@dataclass(frozen=True)
 class Faults:
-    """注入する障害。割合は 0 から 1、時間は秒。
+    """注入する障害。
 
-    `error_rate` は HTTP 500、`rate_limit_rate` は Retry-After 付きの 429 にする割合で、
-    届いた順に均等に割り当てる(0.25 なら 4 件ごとに 1 件)。`bad_release=True` は、
-    プロンプトによらず参考資料にない長い答えを返す。
+    Attributes:
+        latency_seconds: 答えを遅らせる秒数。
+        error_rate: HTTP 500 にする割合。届いた順に均等に割り当てる(0.25 なら 4 件ごとに 1 件)。
+        bad_release: プロンプトによらず、参考資料にない長い答えを返す。
     """
 
-    latency_seconds: Seconds = 0.0
-    error_rate: Share = 0.0
-    rate_limit_rate: Share = 0.0
-    retry_after_seconds: Seconds = 1.0
+    latency_seconds: float = 0.0
+    error_rate: float = 0.0
     bad_release: bool = False
-
-
-class _Share:
-    """`rate` の割合だけ True を、均等な間隔で返す。"""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._count = 0
-
-    def take(self) -> bool:
-        self._count += 1
-        return math.floor(self._count * self._rate) > math.floor((self._count - 1) * self._rate)
 
 
 class StubLlm:
     """スタブのサーバー 1 つ。`with StubLlm() as llm:` の間だけ `llm.base_url` で答える。
 
     Attributes:
+        base_url: `http://127.0.0.1:PORT/v1`。
         requests: 受け取った本文(障害として失敗させたものも含む)。古い順。
+        faults: 注入している障害。
     """
 
-    def __init__(self, *, port: int = 0) -> None:
+    def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
-        self._port = port
-        self._lock = threading.Lock()
-        self._server: uvicorn.Server | None = None
-        self._thread: threading.Thread | None = None
         self.set_faults()
 
-    @property
-    def base_url(self) -> str:
-        """`http://127.0.0.1:PORT/v1`。起動前は RuntimeError。"""
-        if self._server is None:
-            raise RuntimeError("StubLlm is not running; use it in a with statement")
-        return f"http://127.0.0.1:{self._port}/v1"
-
-    @property
-    def faults(self) -> Faults:
-        """いま注入している障害。"""
-        return self._faults
-
-    def set_faults(self, **faults: Any) -> Faults:
-        """障害を設定し直す。挙げなかったものは既定値に戻る(引数なしなら障害なし)。
-
-        Raises:
-            ValueError: 知らない名前か、範囲の外の値。
-        """
-        new = Faults(**faults)
-        with self._lock:
-            self._faults = new
-            self._errors = _Share(new.error_rate)
-            self._rate_limits = _Share(new.rate_limit_rate)
-        return new
-
-    def start(self) -> StubLlm:
-        """待ち受けを始める(スレッド 1 本)。"""
-        if self._server is None:
-            listener = listen(self._port)
-            self._port = int(listener.getsockname()[1])
-            self._server = _uvicorn_server(create_app(self))
-            self._thread = _serve(self._server, listener)
-        return self
-
-    def stop(self) -> None:
-        """ポートを閉じ、スレッドの終わりを待つ。何度呼んでもよい。"""
-        server, self._server = self._server, None
-        if server is not None and self._thread is not None:
-            server.should_exit = True
-            self._thread.join(5)
+    def set_faults(self, **faults: Any) -> None:
+        """障害を設定し直す。挙げなかったものは既定値に戻る(引数なしなら障害なし)。"""
+        self.faults = Faults(**faults)
+        self._count = 0
 
     def __enter__(self) -> StubLlm:
-        return self.start()
+        listener = listen(0)
+        self.base_url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        self._server = _uvicorn_server(create_app(self))
+        self._thread = threading.Thread(
+            target=self._server.run, args=([listener],), name="stub-llm", daemon=True
+        )
+        self._thread.start()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.005)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._server.should_exit = True
+        self._thread.join(5)
 
     def admit(self, body: dict[str, Any]) -> Response | None:
-        """本文を記録し、障害に当たれば 429 か 500 の応答を返す(HTTP の処理から呼ばれる)。"""
-        with self._lock:
-            self.requests.append(body)
-            faults = self._faults
-            limited, failed = self._rate_limits.take(), self._errors.take()
-        if limited:
-            headers = {"Retry-After": f"{faults.retry_after_seconds:g}"}
-            return _error(429, "Rate limit reached (injected)", "rate_limit_exceeded", headers)
-        return _error(500, "The server had an error (injected)", "server_error") if failed else None
+        """本文を記録し、障害に当たれば 500 の応答を返す(HTTP の処理から呼ばれる)。"""
+        self.requests.append(body)
+        self._count += 1
+        rate = self.faults.error_rate
+        if math.floor(self._count * rate) == math.floor((self._count - 1) * rate):
+            return None
+        error = {"message": "The server had an error (injected)", "type": "server_error"}
+        return JSONResponse({"error": error}, status_code=500)
 
 
 def create_app(stub: StubLlm) -> FastAPI:
@@ -157,25 +105,17 @@ def create_app(stub: StubLlm) -> FastAPI:
     app = FastAPI(title="stub-llm", openapi_url=None)
 
     async def chat(request: Request) -> Response:
-        body = await read_body(request, ChatBody)
-        refused = stub.admit(body)
+        body = await request.json()
+        failed = stub.admit(body)
         await asyncio.sleep(stub.faults.latency_seconds)
-        return refused or await _chat_response(body, bad_release=stub.faults.bad_release)
+        return failed or await _chat_response(body, bad_release=stub.faults.bad_release)
 
     async def embeddings(request: Request) -> Response:
-        body = await read_body(request, EmbeddingsBody)
+        body = await request.json()
         return stub.admit(body) or JSONResponse(_embeddings(body))
 
-    async def models() -> dict[str, Any]:
-        names = [*SNAPSHOTS, *SNAPSHOTS.values()]
-        data = [{"id": n, "object": "model", "created": 0, "owned_by": "stub"} for n in names]
-        return {"object": "list", "data": data}
-
-    app.add_exception_handler(InvalidRequestError, _refuse)
-    app.add_exception_handler(HTTPException, _refuse)
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/embeddings", embeddings, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", models, methods=["GET"])
     return app
 
 
@@ -193,40 +133,25 @@ def _embeddings(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
-    """OpenAI と同じ形のエラー: 誤った本文は 400、ないパスは 404、違うメソッドは 405。"""
-    if isinstance(error, HTTPException):
-        text = f"Invalid URL ({request.method} {request.url.path})"
-        return _error(error.status_code, text, "invalid_request_error")
-    return _error(400, str(error), "invalid_request_error")
-
-
 async def _chat_response(body: dict[str, Any], *, bad_release: bool) -> Response:
-    judging = judge.is_judge(body)
-    calls = judge.tool_calls(body)
-    text = ""
-    if not calls:
-        text = judge.verdict(body) if judging else answers.answer(body, bad=bad_release)
-    completion = _Completion(body, text, calls)
-    pace = 0.0 if judging else SECONDS_PER_TOKEN
+    if judge.is_judge(body):
+        return JSONResponse(_Completion(body, judge.verdict(body)).whole())
+    completion = _Completion(body, answers.answer(body, bad=bad_release))
     if body.get("stream"):
-        return StreamingResponse(completion.stream(pace), media_type="text/event-stream")
-    await asyncio.sleep(pace * count_tokens(text))
+        return StreamingResponse(completion.stream(), media_type="text/event-stream")
+    await asyncio.sleep(SECONDS_PER_TOKEN * count_tokens(completion.text))
     return JSONResponse(completion.whole())
 
 
 class _Completion:
     """1 つの答えを、まとめて、または SSE の断片として表す。"""
 
-    def __init__(self, body: dict[str, Any], text: str, tool_calls: list[dict[str, Any]]) -> None:
+    def __init__(self, body: dict[str, Any], text: str) -> None:
         model = str(body["model"])
         content = json.dumps([model, body["messages"]], ensure_ascii=False, sort_keys=True)
-        self._text = text
-        self._tool_calls = tool_calls
-        self._finish_reason = "tool_calls" if tool_calls else "stop"
+        self.text = text
         self._usage = usage(body["messages"], text)
-        options = cast(dict[str, Any], body.get("stream_options") or {})
-        self._include_usage = bool(options.get("include_usage"))
+        self._include_usage = (body.get("stream_options") or {}).get("include_usage")
         self._head = {
             "id": "chatcmpl-" + hashlib.sha256(content.encode()).hexdigest()[:24],
             "created": int(time.time()),
@@ -236,26 +161,18 @@ class _Completion:
 
     def whole(self) -> dict[str, Any]:
         """`chat.completion` の本文。"""
-        message: dict[str, Any] = {"role": "assistant", "content": self._text, "refusal": None}
-        if self._tool_calls:
-            message |= {"content": None, "tool_calls": self._tool_calls}
-        reason = self._finish_reason
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
-        return self._head | {
-            "object": "chat.completion",
-            "choices": [choice],
-            "usage": self._usage,
-        }
+        message = {"role": "assistant", "content": self.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        more = {"object": "chat.completion", "choices": [choice], "usage": self._usage}
+        return self._head | more
 
-    async def stream(self, pace: float) -> AsyncIterator[str]:
-        """`chat.completion.chunk` を並べた SSE。1 トークンごとに `pace` 秒かける。"""
+    async def stream(self) -> AsyncIterator[str]:
+        """`chat.completion.chunk` を並べた SSE。1 トークンごとに `SECONDS_PER_TOKEN` 秒かける。"""
         yield self._chunk({"role": "assistant", "content": ""})
-        for piece in _pieces(self._text):
-            await asyncio.sleep(pace * count_tokens(piece))
+        for piece in _pieces(self.text):
+            await asyncio.sleep(SECONDS_PER_TOKEN * count_tokens(piece))
             yield self._chunk({"content": piece})
-        for index, call in enumerate(self._tool_calls):
-            yield self._chunk({"tool_calls": [{"index": index, **call}]})
-        yield self._chunk({}, finish_reason=self._finish_reason)
+        yield self._chunk({}, finish_reason="stop")
         if self._include_usage:
             yield self._event({"choices": [], "usage": self._usage})
         yield "data: [DONE]\n\n"
@@ -291,13 +208,6 @@ def _pieces(text: str, size: int = 6) -> list[str]:
     return [text[i : i + size] for i in range(0, len(text), size)]
 
 
-def _error(
-    status: int, message: str, code: str, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    error = {"message": message, "type": code, "param": None, "code": code}
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
-
-
 def listen(port: int) -> socket.socket:
     """ループバックの ``port``(0 なら空いている番号)に結び付けたソケット。"""
     # asyncio は、プロトコルが明示された TCP にだけ NODELAY を付ける。なければ 1 往復に 40 ms かかる
@@ -319,14 +229,6 @@ def _uvicorn_server(app: FastAPI) -> uvicorn.Server:
             timeout_graceful_shutdown=1,
         )
     )
-
-
-def _serve(server: uvicorn.Server, listener: socket.socket) -> threading.Thread:
-    thread = threading.Thread(target=server.run, args=([listener],), name="stub-llm", daemon=True)
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.005)
-    return thread
 
 
 def main() -> None:

@@ -4,20 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
-
-__all__ = [
-    "bigrams",
-    "count_tokens",
-    "gram_weight",
-    "key_terms",
-    "last_user_text",
-    "message_text",
-    "overlap",
-    "prompt_tokens",
-    "sentences",
-    "system_text",
-]
+from typing import Any
 
 Message = Mapping[str, Any]
 
@@ -41,17 +28,13 @@ def prompt_tokens(messages: Iterable[Message]) -> int:
 
 
 def message_text(message: Message) -> str:
-    """メッセージの本文。部品のリストなら文字の部品だけをつなぐ。"""
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [cast(Message, p) for p in cast(list[Any], content) if isinstance(p, dict)]
-        return "\n".join(str(p.get("text", "")) for p in parts)
-    return "" if content is None else str(content)
+    """メッセージの本文。"""
+    return str(message.get("content") or "")
 
 
 def system_text(messages: Iterable[Message]) -> str:
-    """システムメッセージ(developer を含む)の本文。"""
-    return "\n".join(message_text(m) for m in messages if m.get("role") in ("system", "developer"))
+    """システムメッセージの本文。"""
+    return "\n".join(message_text(m) for m in messages if m.get("role") == "system")
 
 
 def last_user_text(messages: Iterable[Message]) -> str:

@@ -10,10 +10,9 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any, cast
 
-from mlflow.entities import Trace, TraceInfo
+from mlflow.entities import TraceInfo
 
 from chapter8_samples.alerting.metrics.measures import (
     FAIL_VALUES,
@@ -23,13 +22,12 @@ from chapter8_samples.alerting.metrics.measures import (
     measure,
 )
 from chapter8_samples.alerting.metrics.source import to_row
-from chapter8_samples.cost_tracking.usage.reader import iter_traces
 from chapter8_samples.cost_tracking.usage.span_costs import BY_MODEL_TAG
-from chapter8_samples.quality_monitoring.feedback.summary import version_of
 
 USER_KEY = "mlflow.trace.user"
 LINKED_PROMPTS = "mlflow.linkedPrompts"
 UNRECORDED = "(記録なし)"
+BINS = 24
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,6 @@ class Point:
     row: TraceRow
     at: float
     user: str
-    version: str | None
     models: Mapping[str, float]
     prompts: frozenset[str]
     human: frozenset[str]
@@ -49,11 +46,6 @@ class Point:
     def failed_verdicts(self) -> list[str]:
         """不合格だった評価の名前。"""
         return [name for name, value in self.row.assessments if value in FAIL_VALUES]
-
-
-def stored_traces(experiment_id: str, since_ms: int = 0) -> Iterator[Trace]:
-    """エクスペリメントのトレース(スパンなし)を古い順に。ページの切れ目で失わない。"""
-    return iter_traces(experiment_id, datetime.fromtimestamp(since_ms / 1000, timezone.utc))
 
 
 def points(infos: Iterable[TraceInfo], started_ms: int) -> list[Point]:
@@ -68,7 +60,6 @@ def _point(info: TraceInfo, started_ms: int) -> Point:
         row=row,
         at=(row.at_ms - started_ms) / 1000,
         user=info.trace_metadata.get(USER_KEY) or UNRECORDED,
-        version=version_of(info),
         models=_cost_by_model(info, row.cost_usd or 0.0),
         prompts=frozenset(_prompt_names(info)),
         human=frozenset(people),
@@ -143,10 +134,10 @@ class Timeline:
         return [None if value is None else scale * value for value in values]
 
 
-def timeline(history: Sequence[Point], bins: int = 24) -> Timeline:
-    """推移を、``bins`` 個ほどの区間に分ける。区間の長さは秒の整数倍。"""
+def timeline(history: Sequence[Point]) -> Timeline:
+    """推移を、``BINS`` 個ほどの区間に分ける。区間の長さは秒の整数倍。"""
     end = max((point.at for point in history), default=0.0)
-    size = max(1, math.ceil(end / bins))
+    size = max(1, math.ceil(end / BINS))
     groups: list[list[Point]] = [[] for _ in range(int(end // size) + 1)]
     for point in history:
         groups[int(point.at // size)].append(point)

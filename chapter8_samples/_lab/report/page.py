@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
@@ -48,7 +48,7 @@ class Section:
     title: str
     comment: str
     figures: Sequence[Figure] = ()
-    tables: Sequence[Table] = field(default=())
+    tables: Sequence[Table] = ()
 
 
 def link(text: str, url: str) -> Markup:
@@ -61,13 +61,12 @@ def link(text: str, url: str) -> Markup:
 def write_report(
     path: Path,
     *,
-    title: str,
     subtitle: str,
     cards: Sequence[Card],
     sections: Sequence[Section],
     notes: Sequence[str] = (),
-) -> Path:
-    """レポートを書き、そのパスを返す。"""
+) -> None:
+    """レポートを書く。"""
     environment = Environment(
         loader=PackageLoader("chapter8_samples._lab.report"),
         autoescape=True,
@@ -75,7 +74,6 @@ def write_report(
         lstrip_blocks=True,
     )
     html = environment.get_template("report.html.j2").render(
-        title=title, subtitle=subtitle, cards=cards, sections=sections, notes=notes
+        subtitle=subtitle, cards=cards, sections=sections, notes=notes
     )
     path.write_text(html, encoding="utf-8")
-    return path

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from chapter8_samples.alerting.metrics.measures import FAIL_VALUES, PASS_VALUES, RowNumbers
+from chapter8_samples.alerting.metrics.measures import FAIL_VALUES, PASS_VALUES
 from chapter8_samples.quality_monitoring.feedback.summary import Rate, agreement
 
 from ..console import shortened
@@ -55,13 +55,9 @@ class Subject:
     """指標の名前 -> しきい値。``pass_rate`` は、個別の指定のない合格率すべてに使う。"""
     events: Sequence[Event] = ()
     trace_url: Callable[[str], str] = lambda _: ""
-    days: float | None = None
-    """1 日のコストに直すときの日数。``None`` なら合計を示す。"""
     judged_from: float = 0.0
     """カードの判定に使う最初の時刻(開始からの秒)。"""
     judged_label: str = ""
-    comments: Mapping[str, str] | None = None
-    """節の番号 -> 決まった説明の代わりの文。"""
     extra_tables: Sequence[Table] = ()
     """8.4 に加える表。"""
 
@@ -76,15 +72,10 @@ class Subject:
         kind = metric.partition(":")[0]
         return self.limits.get(metric) or (self.limits.get(kind) if ":" in metric else None)
 
-    def scorers(self) -> list[str]:
-        """人以外が付けた、合格・不合格の評価の名前。"""
-        human = {name for point in self.history for name in point.human}
-        return [name for name in health.pass_rate_names(self.history) if name not in human]
-
     def ratings(self) -> list[str]:
-        """合格率を示す評価: スコアラーと、ユーザーの 👍/👎。"""
-        rated = any(name == THUMBS for p in self.history for name, _ in p.row.assessments)
-        return [*self.scorers(), *([THUMBS] if rated else [])]
+        """合格率を示す評価: スコアラーと、ユーザーの 👍/👎(人が付けたほかの評価は除く)。"""
+        human = {name for point in self.history for name in point.human} - {THUMBS}
+        return [name for name in health.pass_rate_names(self.history) if name not in human]
 
 
 # カード --------------------------------------------------------------------
@@ -110,56 +101,34 @@ def _count_card(subject: Subject) -> Card:
     return Card("リクエスト", f"{seen:,} 件", f"失敗 {failed:,} 件、{whole}")
 
 
-def _card(subject: Subject, title: str, metric: str, unit: str, scale: float = 1) -> Card:
-    value = health.value_of(metric, subject.judged)
-    return _judged_card(subject, title, value, subject.limit(metric), unit, scale)
-
-
-def _judged_card(
-    subject: Subject,
-    title: str,
-    value: float | None,
-    limit: Limit | None,
-    unit: str,
-    scale: float = 1,
-    *extra: str,
+def _card(
+    subject: Subject, title: str, metric: str, unit: str, scale: float = 1, extra: str = ""
 ) -> Card:
+    value = health.value_of(metric, subject.judged)
     if value is None:
         return Card(title, "-", "記録なし")
-    rule = "しきい値なし"
+    limit = subject.limit(metric)
+    rule, verdict = "しきい値なし", None
     if limit is not None:
-        rule = (
-            f"しきい値 {unit.format(scale * limit.value)} {'以下' if limit.op == '>' else '以上'}"
-        )
-    notes = [subject.judged_label, rule, *extra]
-    verdict = None if limit is None else limit.holds(value)
-    return Card(title, unit.format(scale * value), "、".join(filter(None, notes)), verdict)
+        side = "以下" if limit.op == ">" else "以上"
+        rule = f"しきい値 {unit.format(scale * limit.value)} {side}"
+        verdict = limit.holds(value)
+    notes = [note for note in (subject.judged_label, rule, extra) if note]
+    return Card(title, unit.format(scale * value), "、".join(notes), verdict)
 
 
 def _cost_card(subject: Subject) -> Card:
     total = health.value_of("cost_usd", subject.history) or 0.0
     unpriced = sum(point.row.cost_usd is None for point in subject.history)
-    missing = [f"コストの記録のないトレース {unpriced:,} 件"] if unpriced else []
-    if subject.days is None:
-        return Card("合計コスト", f"${total:.4f}", "、".join(["全期間", *missing]))
-    hourly = subject.limits.get("cost_usd_per_hour")
-    limit = hourly and Limit(hourly.op, 24 * hourly.value)
-    how = f"{subject.days:.1f} 日の平均" if subject.days > 1 else ""
-    if subject.days < 1:
-        how = f"{24 * subject.days:.1f} 時間からの換算"
-    extra = [text for text in (how, *missing) if text]
-    return _judged_card(subject, "1 日のコスト", total / subject.days, limit, "${:,.2f}", 1, *extra)
+    note = f"、コストの記録のないトレース {unpriced:,} 件" if unpriced else ""
+    return Card("合計コスト", f"${total:.4f}", f"全期間{note}")
 
 
 def _quality_card(subject: Subject, name: str) -> Card:
-    metric = f"pass_rate:{name}"
-    value = health.value_of(metric, subject.judged)
     good, total = _verdict_counts(subject.judged, name)
     low, high = Rate(good, total).interval
     spread = f"{total:,} 件、95% 区間 {100 * low:.0f} から {100 * high:.0f}%"
-    return _judged_card(
-        subject, assessment_name(name), value, subject.limit(metric), "{:.1f}%", 100, spread
-    )
+    return _card(subject, assessment_name(name), f"pass_rate:{name}", "{:.1f}%", 100, spread)
 
 
 def _verdict_counts(history: Sequence[Point], name: str) -> tuple[int, int]:
@@ -174,21 +143,19 @@ def _verdict_counts(history: Sequence[Point], name: str) -> tuple[int, int]:
 def sections(subject: Subject) -> list[Section]:
     """8.1 から 8.4 の図と表。"""
     return [
-        _section(subject, "8.1", "応答時間とエラー", *_speed(subject)),
-        _section(subject, "8.2", "コスト", *_cost(subject)),
-        _section(subject, "8.3", "品質", *_quality(subject)),
+        _section("8.1", "応答時間とエラー", *_speed(subject)),
+        _section("8.2", "コスト", *_cost(subject)),
+        _section("8.3", "品質", *_quality(subject)),
         *_budget(subject),
-        _section(subject, "8.4", "アラートとロールバック", [], _incidents(subject)),
+        _section("8.4", "アラートとロールバック", [], _incidents(subject)),
     ]
 
 
 def _section(
-    subject: Subject, number: str, title: str, figures: Sequence[Figure], tables: Sequence[Table]
+    number: str, title: str, figures: Sequence[Figure], tables: Sequence[Table]
 ) -> Section:
     tables = [table for table in tables if table.rows]
-    comment = (subject.comments or {}).get(number, _COMMENTS[number])
-    if not (figures or tables):
-        comment = _NOTHING[number]
+    comment = _COMMENTS[number] if figures or tables else _NOTHING[number]
     return Section(number, title, comment, figures, tables)
 
 
@@ -202,35 +169,34 @@ def _chart(
     shown: bool = True,
 ) -> Figure:
     """指標の推移。しきい値は、最初の指標のもの。"""
-    line = health.timeline(subject.history, bins=48 if len(subject.history) > 1000 else 24)
+    line = health.timeline(subject.history)
     limit = subject.limit(lines[0][1])
     markers = [
         Marker((event.at - subject.started).total_seconds(), event.label, event.kind)
         for event in subject.events
     ]
     chart = LineChart(
+        subject.started.astimezone(),
         line.times,
         [Series(name, line.series(metric, scale)) for name, metric in lines],
         unit,
         None if limit is None else scale * limit.value,
         markers,
-        subject.started.astimezone(),
     )
     return Figure(title, chart.svg(), shown=shown)
 
 
 def _speed(subject: Subject) -> tuple[list[Figure], list[Table]]:
     latency = [("p95", "latency_p95_ms"), ("p50", "latency_p50_ms")]
-    rows = {point.row.trace_id: point for point in subject.history}
-    numbers = RowNumbers([point.row for point in subject.history])
-    slow = [rows[row.trace_id] for row in numbers.worst("latency_p95_ms")[:WORST]]
-    failed = [rows[row.trace_id] for row in numbers.worst("error_rate")[-WORST:]]
+    timed = [point for point in subject.history if point.row.latency_ms is not None]
+    slow = sorted(timed, key=lambda point: point.row.latency_ms or 0, reverse=True)
+    failed = [point for point in reversed(subject.history) if point.row.state == "ERROR"]
     return [
         _chart(subject, "応答時間", "{:,.0f} ms", latency),
         _chart(subject, "エラー率", "{:.3g}%", [("エラー率", "error_rate")], 100, shown=False),
     ], [
         _traces(subject, "遅いトレース", slow),
-        _traces(subject, "失敗したトレース(新しい順)", failed[::-1]),
+        _traces(subject, "失敗したトレース(新しい順)", failed),
     ]
 
 
@@ -245,23 +211,12 @@ def _cost(subject: Subject) -> tuple[list[Figure], list[Table]]:
         Figure("モデルごとのコスト", bars(_short(by_model), "${:.4f}")),
         Figure("ユーザーごとのコスト", bars(_short(by_user), "${:.4f}")),
     ]
-    if versions := _cost_by_version(history):
-        figures.append(Figure("プロンプトの版ごとの、1 件のコスト", bars(versions, "${:.6f}")))
     costly = sorted((p for p in history if p.row.cost_usd), key=lambda p: -(p.row.cost_usd or 0))
-    return figures, [_traces(subject, "コストの高いトレース", costly[:WORST])]
+    return figures, [_traces(subject, "コストの高いトレース", costly)]
 
 
 def _short(rows: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     return [(shortened(name, NAME_COLUMNS), value) for name, value in rows]
-
-
-def _cost_by_version(history: Sequence[Point]) -> list[tuple[str, float]]:
-    groups: dict[str, list[Point]] = {}
-    for point in history:
-        if point.version:
-            groups.setdefault(point.version, []).append(point)
-    pairs = ((v, health.value_of("cost_usd_per_request", g)) for v, g in sorted(groups.items()))
-    return [(version, value) for version, value in pairs if value is not None]
 
 
 def _quality(subject: Subject) -> tuple[list[Figure], list[Table]]:
@@ -276,7 +231,7 @@ def _quality(subject: Subject) -> tuple[list[Figure], list[Table]]:
         shown=True,
     )
     bad = sorted((p for p in subject.history if p.failed_verdicts), key=_badness)
-    return figures, [table, _traces(subject, "品質の低いトレース", bad[:WORST])]
+    return figures, [table, _traces(subject, "品質の低いトレース", bad)]
 
 
 def _badness(point: Point) -> tuple[int, float]:
@@ -294,13 +249,11 @@ def _quality_row(subject: Subject, name: str) -> tuple[str, ...]:
 
 def _agreement(subject: Subject, name: str) -> str:
     """ユーザーの 👍/👎 との一致(Cohen のカッパ係数)と、その 95% 区間。"""
-    known = PASS_VALUES | FAIL_VALUES
-    told = [
-        {n: v in PASS_VALUES for n, v in p.row.assessments if v in known} for p in subject.history
-    ]
-    pairs = [
-        (one[name], one[THUMBS]) for one in told if name != THUMBS and {name, THUMBS} <= one.keys()
-    ]
+    known, pairs = PASS_VALUES | FAIL_VALUES, list[tuple[bool, bool]]()
+    for point in subject.history:
+        told = {n: v in PASS_VALUES for n, v in point.row.assessments if v in known}
+        if name != THUMBS and name in told and THUMBS in told:
+            pairs.append((told[name], told[THUMBS]))
     found = agreement(pairs) if pairs else None
     if found is None or found.kappa is None:
         return "-"
@@ -310,7 +263,8 @@ def _agreement(subject: Subject, name: str) -> str:
 
 def _traces(subject: Subject, title: str, found: Sequence[Point]) -> Table:
     header = ("時刻", "トレース", "応答時間", "コスト", "ユーザー", "問題")
-    return Table(title, header, [_trace_row(subject, point) for point in found], numbers=(2, 3))
+    rows = [_trace_row(subject, point) for point in found[:WORST]]
+    return Table(title, header, rows, numbers=(2, 3))
 
 
 def _trace_row(subject: Subject, point: Point) -> list[object]:

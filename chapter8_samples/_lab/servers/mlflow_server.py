@@ -18,10 +18,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["MlflowServer", "MlflowServerError"]
-
 _GUARD = Path(__file__).with_name("process_guard.py")
-_GRACE_SECONDS = 10.0
+_GRACE_SECONDS, _READY_SECONDS = 10.0, 60.0
 _POLL_SECONDS = 0.1
 _LOG_LINES_IN_ERROR = 25
 # OS に選ばせた番号は、サーバーが開く前に、よその送信用として使われることがある
@@ -60,7 +58,9 @@ class MlflowServer:
         jobs: True ならジョブ実行(継続的な評価)を有効にする。
         backend_store_uri: 既定は `home` の SQLite。PostgreSQL などの URI も渡せる。
         env: サーバーに追加で渡す環境変数。
-        ready_timeout_seconds: /health が答えるまで待つ秒数。
+
+    Attributes:
+        url: `http://127.0.0.1:PORT`。
     """
 
     def __init__(
@@ -71,23 +71,15 @@ class MlflowServer:
         jobs: bool = False,
         backend_store_uri: str | None = None,
         env: Mapping[str, str] | None = None,
-        ready_timeout_seconds: float = 60,
     ) -> None:
         self.home = home.resolve()
         self.log_path = self.home / "mlflow-server.log"
-        self._port = port
+        self._port = port or _free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
         self._jobs = jobs
         self._store = backend_store_uri or f"sqlite:///{(self.home / 'mlflow.db').as_posix()}"
         self._extra_env = dict(env or {})
-        self._ready_timeout_seconds = ready_timeout_seconds
         self._guard: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        """`http://127.0.0.1:PORT`。起動前は RuntimeError。"""
-        if self._port is None:
-            raise RuntimeError("MlflowServer is not started; use it in a with statement")
-        return f"http://127.0.0.1:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -105,7 +97,8 @@ class MlflowServer:
         if self._guard is not None:
             return self
         self.home.mkdir(parents=True, exist_ok=True)
-        self._port = _bindable_port(self._port)
+        # 使用中のポートでは、別のサーバーの /health を自分のものと取り違える
+        require_free(self._port)
         self._guard = self._launch()
         try:
             self._wait_until_ready(self._guard)
@@ -125,25 +118,20 @@ class MlflowServer:
             guard.wait(_GRACE_SECONDS + 5)
         except subprocess.TimeoutExpired:
             _kill_group(guard)
-        _wait_until_closed(self._port or 0)
+        _wait_until_closed(self._port)
 
     def kill(self) -> None:
         """グループ全体を SIGKILL で落とし、ポートが空くまで待つ(サーバー停止の試験用)。"""
         guard, self._guard = self._guard, None
         if guard is not None:
             _kill_group(guard)
-            _wait_until_closed(self._port or 0)
+            _wait_until_closed(self._port)
 
     def __enter__(self) -> MlflowServer:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-    def log_tail(self, lines: int = _LOG_LINES_IN_ERROR) -> str:
-        """サーバーのログの最後の `lines` 行。"""
-        text = self.log_path.read_text(encoding="utf-8", errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
 
     def _launch(self) -> subprocess.Popen[bytes]:
         windows = sys.platform == "win32"
@@ -174,17 +162,19 @@ class MlflowServer:
         return inherited | _OFFLINE | jobs | self._extra_env
 
     def _wait_until_ready(self, guard: subprocess.Popen[bytes]) -> None:
-        deadline = time.monotonic() + self._ready_timeout_seconds
-        while not _healthy(self._port or 0):
+        deadline = time.monotonic() + _READY_SECONDS
+        while not _healthy(self._port):
             if guard.poll() is not None:
                 raise self._error("exited while starting")
             if time.monotonic() > deadline:
-                raise self._error(f"did not answer /health in {self._ready_timeout_seconds} s")
+                raise self._error(f"did not answer /health in {_READY_SECONDS:g} s")
             time.sleep(_POLL_SECONDS)
 
     def _error(self, problem: str) -> MlflowServerError:
+        lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        tail = "\n".join(lines[-_LOG_LINES_IN_ERROR:])
         return MlflowServerError(
-            f"mlflow server on {self.url} {problem}; end of {self.log_path}:\n{self.log_tail()}"
+            f"mlflow server on {self.url} {problem}; end of {self.log_path}:\n{tail}"
         )
 
 
@@ -208,20 +198,16 @@ def _wait_until_closed(port: int, timeout_seconds: float = 5.0) -> None:
         time.sleep(0.02)
 
 
-def _bindable_port(port: int | None) -> int:
-    """`port` が空いていることを確かめる。None なら選ぶ。"""
-    # 使用中のポートでは、別のサーバーの /health を自分のものと取り違えるので先に確かめる
-    if port is not None:
-        _try_to_bind(port)
-        return port
-    for candidate in random.sample(_OUTSIDE_EPHEMERAL, 100):
+def _free_port() -> int:
+    for port in random.sample(_OUTSIDE_EPHEMERAL, 100):
         with contextlib.suppress(MlflowServerError):
-            _try_to_bind(candidate)
-            return candidate
+            require_free(port)
+            return port
     raise MlflowServerError("found no free port in 20000-32767; pass one")
 
 
-def _try_to_bind(port: int) -> None:
+def require_free(port: int) -> None:
+    """ポートが使われていれば ``MlflowServerError``。"""
     with socket.socket() as probe:
         if sys.platform != "win32":
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,12 +1,12 @@
 """監視パネルの HTTP エンドポイント: いまの指標を JSON で返し、ボタンの操作を受ける。"""
-# FastAPI が関数の中で定義した型を読めるように、from __future__ import annotations は使わない
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
-from pydantic import BaseModel
 
 from chapter8_samples.alerting import MetricSourceError, RollbackError
 from chapter8_samples.alerting.metrics.measures import RowNumbers, TraceRow, measure
@@ -34,12 +34,6 @@ FIGURES = {
 }
 """画面の数字の名前と、8.4 の指標の名前。"""
 TRENDS = ("grounded_rate", "latency_p95_ms", "cost_usd_per_request")
-
-
-class Switch(BaseModel):
-    """入か切か。"""
-
-    enabled: bool
 
 
 def figures(rows: Sequence[TraceRow]) -> dict[str, dict[str, float | int | None]]:
@@ -80,7 +74,7 @@ def alert_detail(value: float | None, n: int, rows: Sequence[TraceRow]) -> str:
 
 
 def create_panel_router(operations: Operations, search: TraceSearch) -> APIRouter:
-    """``GET /status`` と、``POST /operations/...`` の 4 つのボタン。"""
+    """``GET /status`` と、``POST /operations/...`` の 2 つのボタン。"""
     router = APIRouter()
 
     def status() -> dict[str, Any]:
@@ -101,18 +95,12 @@ def create_panel_router(operations: Operations, search: TraceSearch) -> APIRoute
             **told,
         }
 
-    def switch(body: Switch) -> dict[str, bool]:
-        operations.auto_rollback = body.enabled
-        return {"ok": True}
-
     router.add_api_route("/status", status)
-    for path, work in {
-        "release": operations.release_bad_prompt,
-        "rollback": operations.roll_back,
-        "burst": operations.send_burst,
-    }.items():
+    for path, work in (
+        ("release", operations.release_bad_prompt),
+        ("burst", operations.send_burst),
+    ):
         router.add_api_route(f"/operations/{path}", _button(work), methods=["POST"])
-    router.add_api_route("/operations/auto", switch, methods=["POST"])
     return router
 
 
@@ -120,10 +108,8 @@ def _button(work: Callable[[], None]) -> Callable[[], dict[str, bool]]:
     def press() -> dict[str, bool]:
         try:
             work()
-        except OperationRefusedError as error:
+        except (OperationRefusedError, RollbackError) as error:
             raise HTTPException(409, str(error)) from error
-        except RollbackError as error:
-            raise HTTPException(409, f"版を切り替えられません: {error}") from error
         return {"ok": True}
 
     return press

@@ -14,14 +14,12 @@ from chapter8_samples.alerting.metrics.source import TraceSearch
 from chapter8_samples.cost_tracking import setup_cost_tracking
 from chapter8_samples.production_tracing import (
     enable_autologging,
-    flush_traces,
     reset_production_tracing,
     setup_production_tracing,
 )
-from chapter8_samples.quality_monitoring import FeedbackOutbox
 
 from ..llm.server import listen
-from ..servers.mlflow_server import MlflowServer
+from ..servers.mlflow_server import MlflowServer, MlflowServerError
 from ..workbench import Lab
 from .chat import VERSION, create_app
 from .chat_panel import create_panel_router
@@ -31,15 +29,10 @@ from .traffic import Traffic
 
 EXPERIMENT = "/production/support-bot-chat"
 ENVIRONMENT = "production"
-LAST_TRY_SECONDS = 3  # トレースは送り終えているので、ここで見つからない評価は待っても届かない
-
-
-class PortTakenError(RuntimeError):
-    """画面のポートで待ち受けられない。"""
 
 
 @contextlib.contextmanager
-def chat_app(lab: Lab, tracking_uri: str) -> Iterator[FastAPI]:
+def chat_app(tracking_uri: str) -> Iterator[FastAPI]:
     """``tracking_uri`` に記録するチャットのアプリ。抜けるときに、残りを送って元に戻す。"""
     setup_production_tracing(
         EXPERIMENT,
@@ -52,20 +45,15 @@ def chat_app(lab: Lab, tracking_uri: str) -> Iterator[FastAPI]:
         enable_autologging(["openai"])
         setup_cost_tracking()
         bot, search = SupportBot(OpenAI()), TraceSearch(EXPERIMENT)
-        outbox = FeedbackOutbox(lab.home / "outbox" / "chat.db")
-        outbox.replay(timeout_seconds=1)
         traffic = Traffic(bot, environment=ENVIRONMENT, service_version=VERSION)
         operations = Operations(EXPERIMENT, traffic)
         operations.start_watching()
         try:
             panel = create_panel_router(operations, search)
-            yield create_app(bot, outbox, panel=panel, trace_url=search.trace_url)
+            yield create_app(bot, panel=panel, trace_url=search.trace_url)
         finally:
             print("\n残りのトレースを送っています(数秒かかります)。", flush=True)
             operations.stop()
-            if len(outbox):  # 評価は、トレースが届いた後でないと記録できない
-                flush_traces()
-                outbox.replay(timeout_seconds=LAST_TRY_SECONDS)
     finally:
         reset_production_tracing()
 
@@ -74,13 +62,13 @@ def serve_chat(lab: Lab, port: int) -> None:
     """画面を開き、Ctrl-C まで待つ。抜けるときに、起動したものをすべて止める。
 
     Raises:
-        PortTakenError: ``port`` で待ち受けられない(何も起動しない)。
+        MlflowServerError: ``port`` で待ち受けられない(何も起動しない)。
     """
     with _listener(port) as listener:
         print("MLflow サーバーを起動しています(10 秒ほどかかります)。", flush=True)
         with (
             MlflowServer(lab.home, backend_store_uri=lab.tracking_uri) as server,
-            chat_app(lab, server.url) as app,
+            chat_app(server.url) as app,
         ):
             print(f"チャット画面: http://127.0.0.1:{port}/  (Ctrl-C で終わります)")
             print(f"MLflow UI:    {server.url}/", flush=True)
@@ -93,6 +81,6 @@ def _listener(port: int) -> socket.socket:
     try:
         listener = listen(port)
         listener.listen()
-    except (OSError, OverflowError) as error:
-        raise PortTakenError(f"port {port}: {error}") from error
+    except OSError as error:
+        raise MlflowServerError(f"port {port} is not free ({error.strerror})") from error
     return listener

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
-from typing import Any, Literal
+from typing import Any
 
 from mlflow.genai.scorers import RetrievalGroundedness
 
@@ -20,7 +19,6 @@ from chapter8_samples.alerting import (
     Alert,
     AlertConfig,
     AlertRule,
-    AlertSeverity,
     AlertStatus,
     ConsoleNotificationHandler,
     MultiChannelNotifier,
@@ -40,21 +38,18 @@ QUALITY_FLOOR, ALERT_SECONDS, MIN_SAMPLES = 0.8, 30, 8
 BURST, PORTION = 30, 5
 """1 回に送る質問の数と、途中でやめられる単位。"""
 LOOKBACK = timedelta(minutes=5)
-CHECK_SECONDS, SLOW_SCORING_SECONDS = 1.0, 20.0
-RECOVERY_SECONDS, RECOVERY_PAUSE_SECONDS = 120.0, 2.0
-"""戻した後に回復を確かめる質問を送り続ける長さと、その間隔。"""
-
-EventKind = Literal["release", "alert", "suggest", "rollback", "resolved"]
+CHECK_SECONDS, RECOVERY_PAUSE_SECONDS = 1.0, 2.0
+"""監視の間隔と、戻した後に回復を確かめる質問を送る間隔。"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """時系列に並べる出来事。``url`` は、例のトレースを開くリンク(なければ空)。"""
 
-    kind: EventKind
+    kind: str
     text: str
     at: str
-    url: str = ""
+    url: str
 
 
 class OperationRefusedError(RuntimeError):
@@ -72,7 +67,7 @@ def quality_rule(seconds: float = ALERT_SECONDS, min_samples: int = MIN_SAMPLES)
         clear_threshold=0.9,
         confidence=0.95,
         min_samples=min_samples,
-        severity=AlertSeverity.CRITICAL,
+        severity="critical",
         action="rollback",
         summary="資料に根拠のない答えが増えています",
     )
@@ -88,13 +83,10 @@ class Operations:
 
     def __init__(self, experiment: str, traffic: Traffic) -> None:
         self.experiment, self.traffic = experiment, traffic
-        self.auto_rollback = True
-        """発報したら自動で戻すか。``False`` なら提案だけをする。"""
-        self._problems: dict[str, str] = {}
-        self._scoring_since: float | None = None
+        self._problem = ""
         self._events: deque[Event] = deque(maxlen=50)
         self._sending, self._releasing = threading.Lock(), threading.Lock()
-        self._rolled_back = self._recovering = False
+        self._rolled_back = False
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._scorers = setup_scorers(
@@ -121,20 +113,11 @@ class Operations:
             self._rolled_back = False
             self._note("release", f"v{version} をリリース(もっと詳しい案内に変更)")
 
-    def roll_back(self) -> None:
-        """本番のエイリアスを、直前の版に戻す。"""
-        with self._releasing:
-            if self.current_version() == self.good_version:
-                raise OperationRefusedError("戻すリリースはありません。")
-            change = self.releases.rollback(reason="画面のボタン")
-            self._rolled_back = True
-            self._note("rollback", f"v{change.from_version} から v{change.to_version} に戻しました")
-
     def send_burst(self) -> None:
         """サンプルの質問を、別のスレッドで ``BURST`` 件送る。"""
         if not self._sending.acquire(blocking=False):
             raise OperationRefusedError("質問を送っている途中です。終わるまで待ってください。")
-        self._start(self._burst, "chat-burst")
+        self._start(self._burst)
 
     def current_version(self) -> str:
         """本番のプロンプトの版。"""
@@ -144,9 +127,7 @@ class Operations:
 
     def start_watching(self) -> None:
         """別のスレッドで、採点とアラートの評価を続ける。"""
-        # ジャッジが答えないと採点は数分かかるので、アラートの評価とは別に進める
-        self._start(lambda: self._repeat(self.score), "chat-scoring")
-        self._start(lambda: self._repeat(self.check), "chat-watch")
+        self._start(self._watch)
 
     def stop(self) -> None:
         """スレッドを、始めた分だけ終わらせて止める。"""
@@ -154,20 +135,13 @@ class Operations:
         for thread in self._threads:
             thread.join(15)
 
-    def score(self) -> None:
-        """新しい答えを採点する。"""
-        self._scoring_since = time.monotonic()
-        try:
-            run_scoring_cycle(self.experiment, self._scorers, lookback=LOOKBACK, flush=False)
-        finally:
-            self._scoring_since = None
-
     def check(self) -> None:
-        """ルールを評価し、発報したらリリースを戻し、回復を確かめる質問を送る。"""
+        """新しい答えを採点してルールを評価し、発報したらリリースを戻し、回復を確かめる。"""
+        run_scoring_cycle(self.experiment, self._scorers, lookback=LOOKBACK, flush=False)
         for alert in self.engine.evaluate():
             self._answer(alert)
-        if self._rolled_back and self._firing() and self._sending.acquire(blocking=False):
-            self._start(self._recover, "chat-recovery")
+        if self._recovering() and self._sending.acquire(blocking=False):
+            self._start(self._recover)
 
     def status(self) -> dict[str, Any]:
         """画面に出す、いまの様子。"""
@@ -175,10 +149,9 @@ class Operations:
         return {
             "version": version,
             "healthy_version": version == self.good_version,
-            "recovering": self._recovering,
-            "auto_rollback": self.auto_rollback,
+            "recovering": self._recovering(),
             "sending": self._sending.locked(),
-            "problem": self._problem(),
+            "problem": self._problem,
             "alert": self._alert_status(),
             "next_step": self._next_step(version == self.good_version),
             "events": [asdict(event) for event in self._events],
@@ -189,22 +162,16 @@ class Operations:
         if alert.status is AlertStatus.RESOLVED:
             self._note("resolved", f"アラートが解消しました({share})")
             return
-        url = next(iter(alert.links.values()), "")
-        self._note("alert", f"{alert.summary}({share})", url)
+        self._note("alert", f"{alert.summary}({share})", next(iter(alert.links.values()), ""))
         with self._releasing:
-            mode = "apply" if self.auto_rollback else "suggest"
-            decision = auto_rollback(alert, self.releases, mode=mode)
-            self._rolled_back |= decision.outcome == "applied"
+            decision = auto_rollback(alert, self.releases, mode="apply")
         change = decision.change
-        if change is None:
-            why = "前の版に戻してあります" if self._rolled_back else "直前のリリースがありません"
-            self._note("suggest", f"{why}。自動では何もせず、人の判断を待ちます")
-            return
-        move = f"v{change.from_version} から v{change.to_version}"
-        if decision.outcome == "applied":
+        if decision.outcome == "applied" and change is not None:
+            self._rolled_back = True
+            move = f"v{change.from_version} から v{change.to_version}"
             self._note("rollback", f"{move} に自動で戻しました")
         else:
-            self._note("suggest", f"{move} に戻すことを提案します")
+            self._note("suggest", "戻すリリースがありません。人の判断を待ちます")
 
     def _alert_status(self) -> dict[str, Any]:
         rule = quality_rule()
@@ -218,25 +185,28 @@ class Operations:
         }
 
     def _firing(self) -> bool:
-        return self.engine.phases()[quality_rule().name] == "firing"
+        return any(alert.name == quality_rule().name for alert in self.engine.active())
+
+    def _recovering(self) -> bool:
+        return self._rolled_back and self._firing()
 
     def _next_step(self, healthy: bool) -> str:
-        if self._firing() and self._rolled_back:
+        if self._recovering():
             return "回復を確かめる質問を送っています。悪い答えが集計期間から外れると解消します。"
-        if self._firing() and healthy:
-            return "原因を直して、質問を送ってください。悪い答えが集計期間から外れると解消します。"
         if self._firing():
-            return "前の版に戻してください。"
+            return "自動では戻せません。原因を調べてください。"
         if not healthy:
             return "質問を送ってください。答えが採点されると、アラートが検知します。"
         return "悪いプロンプトをリリースすると、アラートとロールバックを試せます。"
 
-    def _note(self, kind: EventKind, text: str, url: str = "") -> None:
+    def _note(self, kind: str, text: str, url: str = "") -> None:
         at = datetime.now(timezone.utc).isoformat()
         self._events.append(Event(kind=kind, text=text, at=at, url=url))
 
-    def _start(self, work: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=work, name=name, daemon=True)
+    # スレッド ---------------------------------------------------------------
+
+    def _start(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, name="chat-operations", daemon=True)
         self._threads = [*(t for t in self._threads if t.is_alive()), thread]
         thread.start()
 
@@ -251,33 +221,17 @@ class Operations:
 
     def _recover(self) -> None:
         """アラートが解消するまで、質問を少しずつ送る。"""
-        deadline = time.monotonic() + RECOVERY_SECONDS
-        self._recovering = True
         try:
-            while self._rolled_back and self._firing() and time.monotonic() < deadline:
+            while self._recovering() and not self._stop.wait(RECOVERY_PAUSE_SECONDS):
                 self.traffic.send(PORTION)
-                if self._stop.wait(RECOVERY_PAUSE_SECONDS):
-                    return
-            if self._rolled_back and self._firing():
-                self._rolled_back = False
-                self._note("suggest", "戻しても回復しません。プロンプト以外の原因を調べてください")
         finally:
-            self._recovering = False
             self._sending.release()
 
-    def _repeat(self, work: Callable[[], None]) -> None:
+    def _watch(self) -> None:
         while not self._stop.wait(CHECK_SECONDS):
             try:
-                work()
-                self._problems.pop(work.__name__, None)
+                self.check()
+                self._problem = ""
             except Exception as error:  # 監視を止めず、理由を画面に出して次の回を待つ
-                logger.warning("%s failed: %s", work.__name__, error)
-                self._problems[work.__name__] = (
-                    "トレースを読めません。端末の表示を確かめてください。"
-                )
-
-    def _problem(self) -> str:
-        since = self._scoring_since
-        if since is not None and time.monotonic() - since > SLOW_SCORING_SECONDS:
-            return "採点が進みません。LLM が答えているか確かめてください。"
-        return next(iter(self._problems.values()), "")
+                logger.warning("the check failed: %s", error)
+                self._problem = "トレースを読めません。端末の表示を確かめてください。"

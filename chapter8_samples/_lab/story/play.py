@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from chapter8_samples.alerting import (
     setup_alerting,
 )
 from chapter8_samples.cost_tracking import CostCalculator, price_trace, setup_cost_tracking
+from chapter8_samples.cost_tracking.usage.reader import iter_traces
 from chapter8_samples.opentelemetry import disable_otlp_export, flush_all, setup_otlp_export
 from chapter8_samples.production_tracing import (
     enable_autologging,
@@ -54,8 +54,8 @@ from chapter8_samples.quality_monitoring import (
 )
 
 from ..console import Step, check, table
-from ..llm.server import StubLlm
-from ..report.health import stored_traces
+from ..report.incidents import Event
+from ..report.sections import Limit
 from ..servers.receivers import OtlpReceiver, WebhookReceiver
 from ..shop.documents import load_questions
 from ..shop.operations import JUDGE_MODEL, QUALITY, QUALITY_FLOOR, quality_rule
@@ -67,8 +67,7 @@ from ..shop.support_bot import (
     register_releases,
 )
 from ..shop.traffic import Traffic, Visit
-from ..workbench import Lab
-from .report import StoryRecord, write_story_report
+from .report import write_story_report
 
 EXPERIMENT, SERVICE, VERSION = "/production/support-bot", "support-bot", "1.4.0"
 CHECKED_ALIAS = "checked"
@@ -89,7 +88,7 @@ def alert_config() -> AlertConfig:
             op=">",
             threshold=threshold,
             min_samples=MIN_SAMPLES,
-            severity=AlertSeverity.WARNING,
+            severity="warning",
             summary=summary,
         )
         for name, metric, threshold, summary in (
@@ -105,7 +104,6 @@ def alert_config() -> AlertConfig:
 class Story:
     """シナリオで使う部品と、これまでに起きたこと。``steps()`` を順に実行する。"""
 
-    llm: StubLlm
     otlp: OtlpReceiver
     slack: WebhookReceiver
     pagerduty: WebhookReceiver
@@ -114,17 +112,8 @@ class Story:
     alerts: list[Alert] = field(default_factory=list[Alert])
     feedback_count: int = 0
     cost_usd: Decimal = Decimal(0)
-    record: StoryRecord = field(
-        default_factory=lambda: StoryRecord(
-            started_ms=time.time_ns() // 1_000_000,
-            quality=QUALITY,
-            limits={
-                "latency_ms": SLOW_MS,
-                "cost_usd": COST_CEILING_USD,
-                "quality": 100 * QUALITY_FLOOR,
-            },
-        )
-    )
+    started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    events: list[Event] = field(default_factory=list[Event])
 
     def steps(self) -> list[Step]:
         """手順の一覧(節、題、関数)。"""
@@ -221,7 +210,7 @@ class Story:
 
     def release_bad_prompt(self) -> str:
         self.releases.promote(self.bad_version, reason="もっと詳しい案内に変更")
-        self.record.event(f"v{self.bad_version} をリリース", "release", "もっと詳しい案内に変更")
+        self._note(f"v{self.bad_version} をリリース", "release", "もっと詳しい案内に変更")
         visits = self._send(INCIDENT)
         return f"v{self.bad_version} で {len(visits)} 件に回答"
 
@@ -229,7 +218,7 @@ class Story:
         rate = self._score_and_listen(self.visits[-INCIDENT:])
         self._evaluate()
         self.alert = self._only_page(AlertStatus.FIRING)
-        self.record.event("アラート", "alert", f"{self.alert.summary}({_share(self.alert)})")
+        self._note("アラート", "alert", f"{self.alert.summary}({_share(self.alert)})")
         check("Slack の通知", len(self.slack.received), 1)
         check("PagerDuty の trigger", self._pagerduty_actions(), ["trigger"])
         return f"根拠あり {rate:.0%}、Slack 1 件、PagerDuty 1 件、警告 {len(self.warnings)} 件"
@@ -240,7 +229,7 @@ class Story:
         check("自動ロールバック", (decision.outcome, change is not None), ("applied", True))
         assert change is not None
         move = f"v{change.from_version} から v{change.to_version} へ"
-        self.record.event("ロールバック", "rollback", f"{move}({change.reason})")
+        self._note("ロールバック", "rollback", f"{move}({change.reason})")
         check("エイリアスが指す版", self._alias_version(), self.good_version)
         return move
 
@@ -249,7 +238,7 @@ class Story:
         rate = self._score_and_listen(self.visits[-RECOVERY:])
         self._evaluate()
         resolved = self._only_page(AlertStatus.RESOLVED)
-        self.record.event("解消", "resolved", _share(resolved))
+        self._note("解消", "resolved", _share(resolved))
         check("Slack の通知", len(self.slack.received), 2)
         check("PagerDuty の記録", self._pagerduty_actions(), ["trigger", "resolve"])
         check("発報中のアラート", self.still_firing(), [])
@@ -266,10 +255,7 @@ class Story:
 
     def reconcile_counts(self) -> str:
         check("フラッシュ", flush_traces(30).ok, True)
-        stored = {
-            trace.info.trace_id
-            for trace in stored_traces(self.experiment_id, self.record.started_ms)
-        }
+        stored = {trace.info.trace_id for trace in iter_traces(self.experiment_id, self.started)}
         check("送った件数と保存された件数", len(stored), len(self.visits))
         check("トレース ID", stored, {visit.trace_id for visit in self.visits})
         sessions = mlflow.search_sessions(locations=[self.experiment_id], max_results=100)
@@ -319,12 +305,25 @@ class Story:
         return f"v{self.bad_version} を拒否({refused.partition(' (')[2].partition(' on ')[0]})"
 
     def write_report(self) -> str:
-        self.record.notifications = sorted(self._notifications())
-        self.record.save(self.experiment_id)
-        write_story_report(self.report_path, self.experiment_id)
+        write_story_report(
+            self.report_path,
+            self.experiment_id,
+            self.started,
+            limits={
+                "latency_p95_ms": Limit(">", SLOW_MS),
+                "cost_usd_per_request": Limit(">", COST_CEILING_USD),
+                f"pass_rate:{QUALITY}": Limit("<", QUALITY_FLOOR),
+            },
+            events=self.events,
+            notifications=sorted(self._notifications()),
+        )
         return self.report_path.name
 
     # 共通 ------------------------------------------------------------------
+
+    def _note(self, label: str, kind: str, detail: str) -> None:
+        """レポートの時間軸に、いま起きたことを加える。"""
+        self.events.append(Event(datetime.now(timezone.utc), label, kind, detail))
 
     def _send(self, count: int) -> list[Visit]:
         visits = self.traffic.send(count)
@@ -340,13 +339,12 @@ class Story:
             log_thumbs_feedback(visit.trace_id, visit.helpful, visit.user_id)
             self.feedback_count += 1
         wanted = {visit.trace_id for visit in visits}
-        verdicts = [
-            assessment.feedback.value == "yes"
-            for trace in stored_traces(self.experiment_id, self.record.started_ms)
-            if trace.info.trace_id in wanted
-            for assessment in trace.info.assessments or []
-            if assessment.name == QUALITY and assessment.feedback
-        ]
+        verdicts: list[bool] = []
+        for trace in iter_traces(self.experiment_id, self.started):
+            if trace.info.trace_id in wanted:
+                for assessment in trace.info.assessments or []:
+                    if assessment.name == QUALITY and assessment.feedback:
+                        verdicts.append(assessment.feedback.value == "yes")
         check(f"{QUALITY} を採点した件数", len(verdicts), len(visits))
         return sum(verdicts) / len(verdicts)
 
@@ -412,12 +410,11 @@ def _share(alert: Alert) -> str:
 
 
 @contextlib.contextmanager
-def cast(lab: Lab, report_path: Path) -> Iterator[Story]:
-    """部品(LLM、OTLP の受信側、Slack と PagerDuty の代わり)を起動し、最後に終了する。"""
-    assert lab.llm is not None
+def cast(report_path: Path) -> Iterator[Story]:
+    """相手役(OTLP の受信側、Slack と PagerDuty の代わり)を起動し、最後に終了する。"""
     with OtlpReceiver() as otlp, WebhookReceiver() as slack, WebhookReceiver() as pagerduty:
         try:
-            yield Story(lab.llm, otlp, slack, pagerduty, report_path)
+            yield Story(otlp, slack, pagerduty, report_path)
         finally:
             disable_otlp_export()
             reset_production_tracing()

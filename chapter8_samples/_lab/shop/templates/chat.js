@@ -42,17 +42,17 @@ async function* jsonLines(body) {
   }
 }
 
-function fail(answer, advice) {
+function fail(answer, reason) {
   answer.classList.add("failed");
   const text = document.createElement("p");
   text.className = "failure";
-  text.textContent = advice;
+  text.textContent = reason;
   answer.querySelector(".text").after(text);
 }
 
 function show(answer, event) {
   if (event.text) answer.querySelector(".text").textContent += event.text;
-  if (event.error) fail(answer, event.advice);
+  if (event.failure) fail(answer, event.failure);
   if (event.trace_id) openTools(answer, event.trace_id, event.trace_url);
 }
 
@@ -103,24 +103,15 @@ function openTools(answer, traceId, traceUrl) {
   link.hidden = !traceUrl;
   link.href = traceUrl;
   for (const button of tools.querySelectorAll("[data-vote]")) button.onclick = () => vote(tools, button);
-  const open = tools.querySelector("[data-comment]"), comment = answer.querySelector(".comment");
-  comment.dataset.id = crypto.randomUUID();
-  open.onclick = () => {
-    comment.hidden = !comment.hidden;
-    open.setAttribute("aria-expanded", String(!comment.hidden));
-    if (!comment.hidden) comment.querySelector("textarea").focus();
-    answer.scrollIntoView({block: "nearest"});
-  };
-  comment.onsubmit = event => sendComment(event, tools, open);
 }
 
-async function record(tools, fields) {
+async function record(tools, positive) {
   const note = tools.querySelector("span");
   note.textContent = "送っています";
+  const body = {trace_id: tools.dataset.trace, is_positive: positive, feedback_id: crypto.randomUUID()};
   try {
-    const response = await post("/feedback", {trace_id: tools.dataset.trace, ...fields});
-    note.textContent = response.status === 202 ? "受け付けました。後で MLflow に記録します"
-      : response.ok ? "記録しました" : "記録できませんでした。もう一度押してください";
+    const response = await post("/feedback", body);
+    note.textContent = response.ok ? "記録しました" : "記録できませんでした。もう一度押してください";
     return response.ok;
   } catch {
     note.textContent = GONE;
@@ -129,22 +120,9 @@ async function record(tools, fields) {
 }
 
 async function vote(tools, button) {
-  const stored = await record(tools, {is_positive: button.dataset.vote === "true", feedback_id: crypto.randomUUID()});
+  const stored = await record(tools, button.dataset.vote === "true");
   if (!stored) return;
   for (const other of tools.querySelectorAll("[data-vote]")) other.setAttribute("aria-pressed", String(other === button));
-}
-
-async function sendComment(event, tools, open) {
-  event.preventDefault();
-  const comment = event.target, text = comment.querySelector("textarea");
-  // 同じ ID で送り直すので、途中で切れても二重に記録されない
-  const stored = await record(tools, {type: "comment", comment: text.value, feedback_id: comment.dataset.id});
-  if (!stored) return;
-  comment.hidden = true;
-  comment.dataset.id = crypto.randomUUID();
-  text.value = "";
-  open.setAttribute("aria-expanded", "false");
-  open.focus();
 }
 
 /* 監視 -------------------------------------------------------------------- */
@@ -231,11 +209,9 @@ function showRelease(status) {
   put("#version", `v${status.version}(${status.healthy_version ? "資料だけで短く答える" : "詳しく答える"})`);
   put("#next-step", status.next_step);
   $("[data-action=release]").disabled = !status.healthy_version;
-  $("[data-action=rollback]").disabled = status.healthy_version;
   const burst = $("[data-action=burst]");
   burst.disabled = status.sending;
   put("[data-action=burst]", status.recovering ? "回復を確かめています" : status.sending ? "質問を送っています" : "質問を 30 件送る");
-  $("#auto").checked = status.auto_rollback;
 }
 
 function addEvent({kind, text, at, url}) {
@@ -293,9 +269,9 @@ async function poll() {
   setTimeout(poll, POLL_MS);
 }
 
-async function act(path, body) {
+async function act(path) {
   try {
-    const response = await post(`/operations/${path}`, body);
+    const response = await post(`/operations/${path}`);
     if (!response.ok) refuse((await response.json()).detail);
   } catch {
     refuse(GONE);
@@ -309,7 +285,6 @@ for (const button of document.querySelectorAll("[data-action]")) {
     act(button.dataset.action);
   };
 }
-$("#auto").onchange = event => act("auto", {enabled: event.target.checked});
 
 for (const tab of document.querySelectorAll("[data-show]")) {
   tab.onclick = () => {
