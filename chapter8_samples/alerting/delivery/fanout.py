@@ -19,9 +19,6 @@ from .alert import (
 
 logger = logging.getLogger(__name__)
 
-MAX_UNCLAIMED = 1000
-"""受け取られるのを待つ、結果の数の上限。"""
-
 Key = tuple[str, AlertStatus, AlertSeverity, datetime]
 Route = tuple[Mapping[str, str], Sequence[str]]
 """(条件, 通知先の名前)。"""
@@ -58,8 +55,6 @@ class ChannelQueue:
             job = self._jobs.get(key)
             if job and (again or not job.done()):
                 return job
-            if len(self._jobs) >= MAX_UNCLAIMED:
-                self._jobs = {k: kept for k, kept in self._jobs.items() if not kept.done()}
             self._last = self._jobs[key] = self._worker.submit(self.send, alert)
             return self._last
 
