@@ -325,7 +325,7 @@ def test_what_cannot_be_reported_is_said_with_the_fix(tracking_uri: str, tmp_pat
     cases: list[tuple[str, list[str], str]] = [
         ("", [], "エクスペリメント '' は .* にありません"),
         ("nothere", [], "エクスペリメント 'nothere' は .* にありません"),
-        ("empty", [], "からのトレースがありません"),
+        ("empty", [], "のトレースがありません"),
         ("empty", ["--alerts", "none.yaml"], "アラートの設定 none.yaml に誤りがあります"),
         ("empty", ["-o", "no/folder/x.html"], "フォルダー .*no/folder がありません"),
     ]

@@ -253,7 +253,7 @@ def test_runs_alone_from_the_command_line() -> None:
 
 def _outcome(client: OpenAI) -> str:
     try:
-        client.chat.completions.create(**HELLO)
+        client.embeddings.create(model="text-embedding-3-small", input="返品")
     except openai.APIStatusError as error:
         return type(error).__name__
     return "ok"

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+
+from mlflow.entities import TraceInfo
 
 from chapter8_samples.alerting import AlertConfig, AlertConfigError, AlertRule, load_config
 from chapter8_samples.alerting.metrics.source import TraceSearch
@@ -39,36 +41,39 @@ def write_experiment_report(
     search = TraceSearch(experiment)
     ended = datetime.now(timezone.utc)
     infos = [trace.info for trace in iter_traces(search.experiment_id, since, ended)]
+    period = f"{since.astimezone():%Y-%m-%d %H:%M} から {ended.astimezone():%Y-%m-%d %H:%M %Z}"
     if not infos:
         raise ReportInputError(
-            f"{since.astimezone():%Y-%m-%d %H:%M} からのトレースがありません。\n"
+            f"{period}のトレースがありません。\n"
             "  -> --since で期間を長くするか、エクスペリメントの名前を確かめてください。"
         )
+    subject, problems = _subject(config, search, infos)
+    write_report(
+        path,
+        subtitle=f"{experiment}: {period}",
+        cards=cards(subject),
+        sections=sections(subject),
+        notes=[_about_limits(alerts), *problems, _about_links(search)],
+    )
+    return len(infos)
+
+
+def _subject(
+    config: AlertConfig, search: TraceSearch, infos: Sequence[TraceInfo]
+) -> tuple[Subject, list[str]]:
     started_ms = infos[0].request_time
     started = datetime.fromtimestamp(started_ms / 1000, timezone.utc)
     history = health.points(infos, started_ms)
-    found, problems = replayed_alerts(config, [point.row for point in history])
-    found += journal_events({name for point in history for name in point.prompts})
+    alerts, problems = replayed_alerts(config, [point.row for point in history])
+    changes = journal_events({name for point in history for name in point.prompts})
     subject = Subject(
         started=started,
         history=history,
         limits=limits_of(config),
-        events=sorted(event for event in found if started <= event.at <= ended),
+        events=sorted(event for event in [*alerts, *changes] if event.at >= started),
         trace_url=search.trace_url,
     )
-    write_report(
-        path,
-        subtitle=f"{experiment}: {since.astimezone():%Y-%m-%d %H:%M} から "
-        f"{ended.astimezone():%Y-%m-%d %H:%M %Z}",
-        cards=cards(subject),
-        sections=sections(subject),
-        notes=[
-            _about_limits(alerts),
-            *(f"計算できないルール: {problem}" for problem in problems),
-            _about_links(search),
-        ],
-    )
-    return len(infos)
+    return subject, [f"計算できないルール: {problem}" for problem in problems]
 
 
 def _config(path: Path | None) -> AlertConfig:
