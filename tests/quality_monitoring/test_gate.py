@@ -159,6 +159,7 @@ def test_every_question_is_asked_once(store: str, caplog: pytest.LogCaptureFixtu
 
     result = compare_releases(["a", "a", "b"], counting, good, [says_good])
     assert (sorted(asked), result.baseline.questions) == (["a", "b"], 2)
+    assert result.verdict == "not enough data" and not result
     assert "1 repeated questions are asked once" in caplog.text
 
 
@@ -194,9 +195,7 @@ def test_both_releases_answer_every_question_apart_from_production(store: str) -
 
 
 def test_what_is_not_proven_passes_only_on_request(store: str, caplog) -> None:
-    result = compare_releases(QUESTIONS[:3], good, good, [says_good])
-    assert result.verdict == "not enough data" and not result
-    allowed = compare_releases(QUESTIONS[:3], good, good, [says_good], allow_unproven=True)
+    allowed = compare_releases(QUESTIONS[:1], good, good, [says_good], allow_unproven=True)
     assert allowed and allowed.verdict == "not enough data"
     assert "an unproven release is allowed: says_good: not enough data" in caplog.text
 

@@ -23,7 +23,8 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._waiting: dict[Future[None], str] = {}
-        self._lock, self._more = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._more = threading.Event()
         self._watching = False
 
     @contextmanager
@@ -32,10 +33,10 @@ class Arrivals:
         arrival: Future[None] = Future()
         with self._lock:
             self._waiting[arrival] = trace_id
-            start, self._watching = not self._watching, True
+            if not self._watching:
+                self._watching = True
+                threading.Thread(target=self._watch, daemon=True, name="feedback-arrivals").start()
         self._more.set()
-        if start:
-            threading.Thread(target=self._watch, daemon=True, name="feedback-arrivals").start()
         try:
             yield arrival
         finally:

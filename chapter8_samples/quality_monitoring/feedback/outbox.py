@@ -64,7 +64,8 @@ class FeedbackOutbox:
         expire_hours: float = 24.0,
     ) -> None:
         """``expire_hours`` を過ぎてもトレースが現れない評価は、あきらめて分ける。"""
-        self._path, self._send = Path(path), send
+        self._path = Path(path)
+        self._send = send
         self._expire_seconds = expire_hours * 3600
 
     def __len__(self) -> int:
@@ -96,7 +97,8 @@ class FeedbackOutbox:
 
     def keep(self, request: FeedbackRequest) -> None:
         """送らずに残す。戻ったときには、電源が落ちても消えない。"""
-        subject, now = _subject(request), time.time()
+        subject = _subject(request)
+        now = time.time()
         values = (subject + request.feedback_id, subject, json.dumps(asdict(request)), now, now)
         self._run("INSERT OR REPLACE INTO feedback VALUES (?, ?, ?, ?, ?, NULL)", *values)
 
@@ -118,7 +120,8 @@ class FeedbackOutbox:
 
     def replay(self, *, timeout_seconds: float = 15.0) -> ReplayReport:
         """残りを 1 回ずつ、全部で ``timeout_seconds`` 秒まで送る。届かないものは後ろに回す。"""
-        started, deadline = time.time(), time.monotonic() + timeout_seconds
+        started = time.time()
+        deadline = time.monotonic() + timeout_seconds
         sent = rejected = unreached = 0
         while unreached < _UNREACHED and (left := deadline - time.monotonic()) > 0:
             kept = self._claim(started)
@@ -139,7 +142,8 @@ class FeedbackOutbox:
                 rejected += 1
             else:
                 self._run(_SENT, key, body)
-                sent, unreached = sent + 1, 0
+                sent += 1
+                unreached = 0
         return ReplayReport(sent, rejected, len(self))
 
     def _claim(self, before: float) -> tuple[str, str, float] | None:

@@ -44,8 +44,11 @@ class Rate:
         """信頼区間。1 件もなければ 0 から 1(何も分からない)。"""
         if not self.total:
             return 0.0, 1.0
-        z, n, p = NormalDist().inv_cdf(0.975), self.total, self.positive / self.total
-        center, scale = p + z * z / (2 * n), 1 + z * z / n
+        z = NormalDist().inv_cdf(0.975)
+        n = self.total
+        p = self.positive / n
+        center = p + z * z / (2 * n)
+        scale = 1 + z * z / n
         spread = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
         return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
@@ -61,7 +64,8 @@ class Agreement(NamedTuple):
 def agreement(pairs: Sequence[tuple[bool, bool]]) -> Agreement:
     """(ジャッジ, ユーザー) が良いとしたかの組から求める。1 組以上。"""
     same = Rate(sum(judge == user for judge, user in pairs), len(pairs))
-    judge, user = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+    judge = sum(judge for judge, _ in pairs) / len(pairs)
+    user = sum(user for _, user in pairs) / len(pairs)
     chance = judge * user + (1 - judge) * (1 - user)
     if chance == 1:
         return Agreement(None, (-1.0, 1.0), len(pairs))

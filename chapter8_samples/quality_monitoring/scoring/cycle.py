@@ -58,7 +58,8 @@ def run_scoring_cycle(
     end = now or datetime.now(timezone.utc)
     if end.tzinfo is not None:
         end = end.astimezone(timezone.utc)  # 夏時間の変わり目でも、lookback の長さを変えない
-    start, experiment_id = end - lookback, _experiment_id(experiment_name_or_id)
+    start = end - lookback
+    experiment_id = _experiment_id(experiment_name_or_id)
     here = [scorer for scorer in scorers if _runs_here(scorer)]
     elsewhere = tuple(scorer.name for scorer in scorers if not _runs_here(scorer))
     targets, refused = _runnable(here)
@@ -97,7 +98,8 @@ def _runnable(
 
 
 def _experiment_id(name_or_id: str) -> str:
-    client, found = MlflowClient(), None
+    client = MlflowClient()
+    found = None
     try:
         found = patiently(lambda: client.get_experiment_by_name(name_or_id))
         if found is None and name_or_id.isdigit():

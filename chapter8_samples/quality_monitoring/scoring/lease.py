@@ -58,7 +58,8 @@ class Lease:
     """
 
     def __init__(self, experiment_id: str, names: Sequence[str]) -> None:
-        self._experiment_id, self._names = experiment_id, list(names)
+        self._experiment_id = experiment_id
+        self._names = list(names)
         self._token = uuid.uuid4().hex
         self._renew_at = math.inf
 
