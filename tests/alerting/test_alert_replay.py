@@ -157,8 +157,7 @@ def test_a_rule_that_could_not_be_evaluated_does_not_look_quiet() -> None:
 
 @pytest.mark.slow
 def test_a_repeat_is_no_second_page() -> None:
-    routes = ({"match": {}, "to": [], "repeat": "1m"},)
-    config = AlertConfig(rules=[CAREFUL], repeat="1m", routes=routes)
+    config = AlertConfig(rules=[CAREFUL], repeat="1m")
     (found,) = replay(config, SyntheticTraffic().rows()).rules
     assert len(found.firings) == len(found.resolutions) == 1
 
