@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow.tracing
-from mlflow.entities import LiveSpan, Trace, TraceInfo, TraceLocation, TraceState
+from mlflow.entities import LiveSpan, Trace, TraceInfo
 from mlflow.tracing import provider as mlflow_provider
 from mlflow.tracing import sampling as mlflow_sampling
 from mlflow.tracing.client import TracingClient as TracingClient  # 公開の log_trace は ID を変える
@@ -240,7 +240,7 @@ def _open_trace(trace_id: str) -> Iterator[Any]:
 
 @contextmanager
 def open_trace_info(trace_id: str) -> Iterator[TraceInfo | None]:
-    """組み立て中のトレースのタグ・メタデータ・プレビュー・評価。"""
+    """組み立て中のトレースのタグ・メタデータ・プレビュー・評価(期限が切れたものは ``None``)。"""
     with _open_trace(trace_id) as trace:
         yield trace.info if trace else None
 
@@ -315,14 +315,6 @@ def head_ratio(sampler: Sampler) -> float | None:
 def sampling_ratio_override() -> float | None:
     """``@mlflow.trace(sampling_ratio_override=...)`` の値。公開 API では読めない。"""
     return mlflow_sampling._SAMPLING_RATIO_OVERRIDE.get()
-
-
-@contextmanager
-def live_trace(root: ReadableSpan) -> Iterator[TraceInfo]:
-    """``open_trace_info`` と同じ。期限(``MLFLOW_TRACE_TIMEOUT_SECONDS``)切れなら、空のもの。"""
-    trace_id = mlflow_trace_id(root)
-    with open_trace_info(trace_id) as info:
-        yield info or TraceInfo(trace_id, TraceLocation.from_experiment_id("0"), 0, TraceState.OK)
 
 
 def forget_trace(otel_trace_id: int) -> None:

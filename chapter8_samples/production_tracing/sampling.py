@@ -256,15 +256,22 @@ def _otel_id(span: ReadableSpan) -> int:
 
 def _summary(root: ReadableSpan, children: list[ReadableSpan]) -> TraceSummary:
     failed = any(span.status.status_code is StatusCode.ERROR for span in (root, *children))
-    with _internals.live_trace(root) as info:
-        return TraceSummary(
-            trace_id=info.trace_id,
-            name=root.name,
-            duration_ms=((root.end_time or 0) - (root.start_time or 0)) / 1e6,
-            is_error=failed or info.state is TraceState.ERROR,
-            user=info.trace_metadata.get("mlflow.trace.user"),
-            tags=dict(info.tags),
-        )
+    user: str | None = None
+    tags: dict[str, str] = {}
+    trace_id = _internals.mlflow_trace_id(root)
+    with _internals.open_trace_info(trace_id) as info:
+        if info is not None:
+            failed = failed or info.state is TraceState.ERROR
+            user = info.trace_metadata.get("mlflow.trace.user")
+            tags = dict(info.tags)
+    return TraceSummary(
+        trace_id=trace_id,
+        name=root.name,
+        duration_ms=((root.end_time or 0) - (root.start_time or 0)) / 1e6,
+        is_error=failed,
+        user=user,
+        tags=tags,
+    )
 
 
 def _marked(root: ReadableSpan, decision: Decision) -> ReadableSpan:
@@ -276,7 +283,8 @@ def _marked(root: ReadableSpan, decision: Decision) -> ReadableSpan:
         WEIGHT_KEY: repr(1.0 / probability),
         RULE_KEY: decision.rule,
     }
-    with _internals.live_trace(root) as info:
-        info.trace_metadata.update(values)
+    with _internals.open_trace_info(_internals.mlflow_trace_id(root)) as info:
+        if info is not None:
+            info.trace_metadata.update(values)
     tags = {f"mlflow.traceTag.{key}": value for key, value in values.items()}
     return copied_span(root, attributes={**attributes, **values, **tags})

@@ -97,13 +97,14 @@ def test_in_memory_trace_manager_finds_and_forgets_a_trace(tracking_uri: str) ->
     """``get_trace`` と ``pop_trace``。"""
     root = mlflow.start_span_no_context("root")
     span: Any = root._span
-    with _internals.live_trace(span) as info:
+    with _internals.open_trace_info(root.trace_id) as info:
+        assert info is not None and info.trace_id == root.trace_id
         info.trace_metadata["key"] = "value"
-    with _internals.live_trace(span) as info:
-        assert (info.trace_id, info.trace_metadata["key"]) == (root.trace_id, "value")
+    with _internals.open_trace_info(root.trace_id) as info:
+        assert info is not None and info.trace_metadata["key"] == "value"
     _internals.forget_trace(span.context.trace_id)
-    with _internals.live_trace(span) as info:
-        assert info.trace_id == root.trace_id and not info.trace_metadata
+    with _internals.open_trace_info(root.trace_id) as info:
+        assert info is None
 
 
 # ---- いまのスパン、進行中のトレース ----

@@ -21,7 +21,7 @@ from typing import Any
 import mlflow
 import mlflow.tracing.provider as provider_module
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry.sdk.trace import ReadableSpan, SynchronousMultiSpanProcessor
@@ -408,6 +408,7 @@ def a_span(trace_id: int, number: int, *, flags: int = 1) -> Any:
     return ReadableSpan("span", context=context, parent=parent, start_time=1, end_time=2)
 
 
+@settings(max_examples=50)
 @given(st.permutations([(trace, number) for trace in range(1, 5) for number in range(4)]))
 def test_whatever_ends_first_a_trace_is_sent_whole_or_not_at_all(
     order: list[tuple[int, int]],
