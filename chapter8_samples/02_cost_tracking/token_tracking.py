@@ -155,17 +155,22 @@ def aggregate_token_usage_from_traces(
     end: datetime | None = None,
     *,
     filter_string: str | None = None,
+    max_traces: int | None = None,
     page_size: int = reader.PAGE_SIZE,
 ) -> TokenUsageSummary:
     """エクスペリメントのトークン数とコストを、タイムゾーン付きの [start, end) について合計する。
 
     スパンを読まずにページをめくる。件数で黙って打ち切らず、メモリーは 1 ページ分しか使わない。
-    ``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。
+    ``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。``max_traces`` で
+    止めたら ``truncated=True`` を返す。
     """
     summary = TokenUsageSummary(experiment_id=reader.find_experiment_id(experiment_name))
     for trace in reader.iter_traces(
         summary.experiment_id, start, end, filter_string=filter_string, page_size=page_size
     ):
+        if summary.trace_count == max_traces:
+            summary.truncated = True
+            break
         summary.add(trace.info)
     return summary
 

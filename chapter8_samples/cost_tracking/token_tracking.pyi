@@ -66,11 +66,12 @@ def usage_by_model(trace: Trace | str) -> list[ModelUsage]:
 def price_trace(trace: Trace | str, calculator: Calculator | None=None, *, at: datetime | None=None) -> TraceCost:
     """保存済みのトレースを計算し直す。``at`` がなければ、それぞれの呼び出しが始まった日の料金。"""
 
-def aggregate_token_usage_from_traces(experiment_name: str, start: datetime | None=None, end: datetime | None=None, *, filter_string: str | None=None, page_size: int=reader.PAGE_SIZE) -> TokenUsageSummary:
+def aggregate_token_usage_from_traces(experiment_name: str, start: datetime | None=None, end: datetime | None=None, *, filter_string: str | None=None, max_traces: int | None=None, page_size: int=reader.PAGE_SIZE) -> TokenUsageSummary:
     """エクスペリメントのトークン数とコストを、タイムゾーン付きの [start, end) について合計する。
 
     スパンを読まずにページをめくる。件数で黙って打ち切らず、メモリーは 1 ページ分しか使わない。
-    ``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。
+    ``filter_string`` は ``"tag.environment = 'production'"`` のような追加の条件。``max_traces`` で
+    止めたら ``truncated=True`` を返す。
     """
 
 def main() -> None:

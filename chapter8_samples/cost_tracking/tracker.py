@@ -74,8 +74,14 @@ class BudgetAlert:
 class CostSnapshot:
     """ある瞬間の合計のコピー。``by_model`` の合計は、必ず ``total`` と一致する。"""
 
+    budget_usd: Decimal | None
     total: CostTotals = field(default_factory=CostTotals)
     by_model: dict[str, CostTotals] = field(default_factory=dict[str, CostTotals])
+
+    @property
+    def budget_used(self) -> float | None:
+        """予算に対する割合(0.8 = 80%)。未計算があれば下限。予算がなければ ``None``。"""
+        return float(self.total.cost_usd / self.budget_usd) if self.budget_usd else None
 
 
 class BaseCostTracker:
@@ -108,7 +114,7 @@ class BaseCostTracker:
         self.thresholds = tuple(sorted(thresholds))
         self.calculator: Calculator = calculator or self.default_calculator()
         self._lock = threading.Lock()
-        self._now = CostSnapshot()
+        self._now = CostSnapshot(self.budget_usd)
         self._crossed: set[float] = set()
 
     def default_calculator(self) -> Calculator:
@@ -151,7 +157,7 @@ class BaseCostTracker:
     def reset(self) -> CostSnapshot:
         """0 に戻し、直前までの合計を返す。間に入った記録が失われることはない。"""
         with self._lock:
-            last, self._now = self._now, CostSnapshot()
+            last, self._now = self._now, CostSnapshot(self.budget_usd)
             self._crossed.clear()
         return last
 

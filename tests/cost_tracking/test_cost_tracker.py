@@ -44,7 +44,7 @@ def test_each_threshold_is_announced_once() -> None:
     assert [alert.spent_usd for alert in alerts] == [
         Decimal("0.015"), Decimal("0.03"), Decimal("0.03"),
     ]  # fmt: skip
-    assert tracker.snapshot().total.cost_usd == Decimal("0.045")
+    assert tracker.snapshot().budget_used == 1.5
     tracker.reset()
     for _ in range(2):
         tracker.record("gpt-4o", 1000, 500)

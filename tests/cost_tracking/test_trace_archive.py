@@ -119,6 +119,11 @@ def test_traces_whose_spans_are_lost_are_kept(
         database.execute("DELETE FROM spans WHERE trace_id = ?", (victim,))
     result = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
     assert (result.traces, result.traces_without_spans) == (6, 1)
+    result = export_traces_to_parquet(
+        three_days, tmp_path / "a", include_spans=False, now=clock(100)
+    )
+    assert (result.traces, result.traces_without_spans) == (6, 0)
+    assert all(row == [] for row in pq.read_table(tmp_path / "a")["spans"].to_pylist())
 
 
 def test_inputs_and_outputs_are_left_out(three_days: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from chapter8_samples.cost_tracking import (
 )
 from chapter8_samples.cost_tracking.usage.leaves import llm_calls
 from chapter8_samples.cost_tracking.usage.reader import find_experiment_id, iter_traces
+from chapter8_samples.cost_tracking.usage.summary import sampling_weight
 
 
 def test_a_priced_span_is_stored_with_its_source(costs: CostTracking) -> None:
@@ -278,24 +279,43 @@ def test_aggregation_pages_without_a_cut(costs: CostTracking) -> None:
     assert summary.cost_usd == Decimal("0.0525")
     assert summary.by_model["gpt-4o"].calls == 7
     assert summary.by_model["gpt-4o"].cost_usd == Decimal("0.0525")
+    assert not summary.truncated
+    cut = aggregate_token_usage_from_traces("many", page_size=3, max_traces=5)
+    assert (cut.trace_count, cut.truncated) == (5, True)
     with pytest.raises(ValueError, match="page_size must be >= 1, got 0"):
         aggregate_token_usage_from_traces("many", page_size=0)
+    whole = aggregate_token_usage_from_traces("many", max_traces=8)
+    assert (whole.trace_count, whole.truncated) == (8, False)
 
 
 @pytest.mark.slow
-def test_aggregation_by_time_and_filter(costs: CostTracking) -> None:
+def test_aggregation_by_time_weight_and_filter(costs: CostTracking) -> None:
     mlflow.set_experiment("two-days")
     record(2, hours=0)
-    record(3, hours=24, metadata={"app.part": "chat"})
+    record(3, hours=24, metadata={"sampling.weight": "10"})
     day = datetime.fromtimestamp(DECEMBER / 1e9, timezone.utc) + timedelta(days=1)
     first = aggregate_token_usage_from_traces("two-days", end=day)  # この時刻ちょうどは含まない
     second = aggregate_token_usage_from_traces("two-days", start=day)
-    assert (first.trace_count, second.trace_count) == (2, 3)
+    assert (first.trace_count, first.weighted_trace_count) == (2, 2)
+    assert (second.trace_count, second.weighted_trace_count) == (3, 30)
     assert (second.total_tokens, second.cost_usd) == (3 * 1500, Decimal("0.0225"))
-    where = "metadata.`app.part` = 'chat'"
+    assert second.weighted_total_tokens == 30 * 1500
+    assert second.weighted_cost_usd == pytest.approx(30 * 0.0075)
+    where = "metadata.`sampling.weight` = '10'"
     assert aggregate_token_usage_from_traces("two-days", filter_string=where) == second
     with pytest.raises(ValueError, match="no time zone"):
         aggregate_token_usage_from_traces("two-days", start=datetime(2024, 12, 1))
+
+
+@pytest.mark.slow
+def test_a_broken_weight_counts_as_one(costs: CostTracking) -> None:
+    mlflow.set_experiment("broken-weight")
+    weights = ("ten", "", "nan", "-3", "inf")
+    for weight in weights:
+        record(1, metadata={"sampling.weight": weight})
+    for trace in iter_traces(find_experiment_id("broken-weight")):
+        assert sampling_weight(trace.info) == 1, trace.info.trace_metadata
+    assert aggregate_token_usage_from_traces("broken-weight").weighted_trace_count == len(weights)
 
 
 @pytest.mark.slow

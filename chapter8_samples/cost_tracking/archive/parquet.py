@@ -61,6 +61,7 @@ def export_traces_to_parquet(
     start: datetime | None = None,
     end: datetime | None = None,
     *,
+    include_spans: bool = True,
     now: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
 ) -> ExportResult:
     """トレースを ``<directory>/day=YYYY-MM-DD/traces.parquet`` に、1 件 1 行で書き出す。
@@ -68,7 +69,7 @@ def export_traces_to_parquet(
     UTC の日ごとに、``start`` の日(既定は最初のトレースの日)から ``end``(既定はいま)の手前まで。
     書き終わった日は飛ばし、途中で止まっても壊れたファイルは残らない。書き終わった日に後から届いた
     トレースは、その日のフォルダーを消して呼ぶと加わる。入力と出力は個人情報が入りうるので書かない。
-    別のエクスペリメントの書き出しがある場所では ``ValueError``。
+    モデル別の分析にはスパンが要る。別のエクスペリメントの書き出しがある場所では ``ValueError``。
     """
     archive_schema()  # 追加パッケージがないことは、トレースを探す前に分かる
     experiment_id, result = find_experiment_id(experiment_name), ExportResult()
@@ -80,13 +81,13 @@ def export_traces_to_parquet(
     start, stop = start and with_time_zone("start", start), with_time_zone("end", end or now())
     for day in _days(experiment_id, start, stop):
         path = Path(directory, f"day={day:%Y-%m-%d}", "traces.parquet")
-        if _label_of(path) == f"{experiment_id} complete":
+        label = f"{experiment_id} spans={include_spans}"
+        if _label_of(path) == f"{label} complete":
             result.days_skipped += 1
             continue
-        label = experiment_id
         if day + _DAY + _GRACE <= min(stop, now()):  # この日の行は、もう増えない
             label += " complete"
-        rows = _rows((experiment_id, day, min(day + _DAY, stop)), result)
+        rows = _rows((experiment_id, day, min(day + _DAY, stop)), include_spans, result)
         result.traces += _write(path, rows, label)
         result.files.append(path)
     return result
@@ -111,15 +112,18 @@ def _label_of(path: Path) -> str:
     return metadata.get(_LABEL, b"").decode()
 
 
-def _rows(window: tuple[str, datetime, datetime], result: ExportResult) -> Iterator[dict[str, Any]]:
+def _rows(
+    window: tuple[str, datetime, datetime], spans: bool, result: ExportResult
+) -> Iterator[dict[str, Any]]:
     """期間の行。MLflow はスパンの欠けたトレースを検索結果から黙って落とすので、後から補う。"""
     seen: set[str] = set()
-    for trace in iter_traces(*window, include_spans=True, page_size=100):
-        seen.add(trace.info.trace_id)
-        yield _row(trace)
+    if spans:
+        for trace in iter_traces(*window, include_spans=True, page_size=100):
+            seen.add(trace.info.trace_id)
+            yield _row(trace)
     for trace in iter_traces(*window):
         if trace.info.trace_id not in seen:
-            result.traces_without_spans += 1
+            result.traces_without_spans += spans
             yield _row(trace)
 
 

@@ -26,7 +26,6 @@ from mlflow.tracing.config import get_config  # 登録済みのプロセッサ�
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from mlflow.tracing.utils import aggregate_cost_from_spans, aggregate_usage_from_spans
 
-from .._internals import store_attributes
 from ..prices.call import PriceBreakdown
 from ..tracker import BaseCostTracker, Calculator
 from .calls import STATUS_KEY, USAGE_ATTRIBUTE, LlmCall, read_call
@@ -168,19 +167,18 @@ class CostTracking:
             span.set_attribute(STATUS_KEY, "rollup")
 
     def _write_call(self, span: LiveSpan, call: LlmCall, cost: PriceBreakdown) -> None:
-        found: dict[str, Any] = {STATUS_KEY: cost.status}
-        if cost.price_source:
-            found[SOURCE_KEY] = cost.price_source
-        if cost.reason:
-            found[REASON_KEY] = cost.reason
-        if not cost.total_usd.is_nan():
-            # 料金未定のときに None を書くと、MLflow 3.17 はトレースのスパンを 1 つも保存しなくなる
-            found[COST_ATTRIBUTE] = _usd(cost)
         if call.usage and not cost.output_tokens and not span.get_attribute(USAGE_ATTRIBUTE):
             tokens = cost.input_tokens  # 埋め込みの使用量を補う
             usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
-            found[USAGE_ATTRIBUTE] = usage
-        store_attributes(span, found)
+            span.set_attribute(USAGE_ATTRIBUTE, usage)
+        if not cost.total_usd.is_nan():
+            # 料金未定のときに None を書くと、MLflow 3.17 はトレースのスパンを 1 つも保存しなくなる
+            span.set_attribute(COST_ATTRIBUTE, _usd(cost))
+        span.set_attribute(STATUS_KEY, cost.status)
+        if cost.price_source:
+            span.set_attribute(SOURCE_KEY, cost.price_source)
+        if cost.reason:
+            span.set_attribute(REASON_KEY, cost.reason)
         first = self._count(cost.status, cost.model) == 1
         if first and cost.status in ("unpriced", "partial"):
             logger.warning("cost.status=%s, model %r: %s", cost.status, cost.model, cost.reason)

@@ -25,8 +25,9 @@ class ModelTotals:
 
 @dataclass(slots=True, kw_only=True)
 class TokenUsageSummary:
-    """期間の合計。金額は USD。サンプリングで捨てた分は補わない(補うのは cost_analysis.sql)。
+    """期間の合計。金額は USD。
 
+    ``weighted_*`` は、サンプリングで捨てた分を ``sampling.weight`` で補った推定値。
     ``traces_partly_priced`` は、自分の料金表で計算しきれなかったトレースの数。MLflow が自前の
     カタログで補った金額が混ざっていることがある。``by_model`` は、``setup_cost_tracking`` が内訳を
     残したトレースの分だけ。
@@ -40,13 +41,19 @@ class TokenUsageSummary:
     output_tokens: int = 0
     total_tokens: int = 0
     cost_usd: Decimal = Decimal(0)
+    weighted_trace_count: float = 0.0
+    weighted_total_tokens: float = 0.0
+    weighted_cost_usd: float = 0.0
+    truncated: bool = False
     by_model: dict[str, ModelTotals] = field(default_factory=dict[str, ModelTotals])
 
     def add(self, info: TraceInfo) -> None:
         """トレース 1 件を足す。"""
+        weight = sampling_weight(info)
         usage = _reported_usage(info)
         status = info.tags.get(STATUS_KEY) or ("unpriced" if info.token_usage else "priced")
         self.trace_count += 1
+        self.weighted_trace_count += weight
         self.traces_partly_priced += status != "priced"
         if usage is None:
             self.traces_without_usage += 1
@@ -54,9 +61,11 @@ class TokenUsageSummary:
             self.input_tokens += usage.input_tokens
             self.output_tokens += usage.output_tokens
             self.total_tokens += usage.total_tokens
+            self.weighted_total_tokens += weight * usage.total_tokens
         usd = (info.cost or {}).get("total_cost")
         if usd is not None:
             self.cost_usd += Decimal(str(usd))
+            self.weighted_cost_usd += weight * usd
         self._add_models(info.tags.get(BY_MODEL_TAG, "{}"))
 
     def _add_models(self, tag: str) -> None:
@@ -69,6 +78,15 @@ class TokenUsageSummary:
                 item.unpriced_calls += calls
             else:
                 item.cost_usd += usd
+
+
+def sampling_weight(info: TraceInfo) -> float:
+    """このトレースが代表する件数。ないものと壊れたものは 1 件分(cost_analysis.sql と同じ扱い)。"""
+    try:
+        weight = float(info.trace_metadata.get("sampling.weight") or 1)
+    except ValueError:
+        return 1.0
+    return weight if 0 < weight < float("inf") else 1.0
 
 
 def _reported_usage(info: TraceInfo) -> TokenUsage | None:
