@@ -105,9 +105,8 @@ def _database_problem(uri: str) -> Problem | None:
 
     if uri.startswith(("http://", "https://", "databricks")):
         return None
-    client = mlflow.MlflowClient(uri)
     try:
-        bounded(lambda: client.search_experiments(max_results=1), 2 * SECONDS)
+        bounded(lambda: mlflow.MlflowClient(uri).search_experiments(max_results=1), 2 * SECONDS)
     except Exception as error:
         return explain(error) or Problem(
             f"{shown(uri)} を開けません({type(error).__name__})。",
