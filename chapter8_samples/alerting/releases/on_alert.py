@@ -68,10 +68,7 @@ def auto_rollback(
     if last is None or last.action != "promote":
         return RollbackDecision(outcome="none", reason="the last recorded change is no promotion")
     now = engine.target.current()
-    age = engine.journal.clock() - last.at
-    if age > max_change_age:
-        return RollbackDecision(outcome="none", reason=f"the last promotion is {age} old")
-    if reason := _unrelated(alert, last, engine, now):
+    if reason := _unrelated(alert, last, engine, now, max_change_age):
         return RollbackDecision(outcome="none", reason=reason)
     try:
         change = engine.rollback(
@@ -82,6 +79,7 @@ def auto_rollback(
         )
     except (NoHistoryError, CooldownError, KnownBadVersionError) as refusal:
         return RollbackDecision(outcome="none", reason=str(refusal))
+    age = engine.journal.clock() - last.at
     return RollbackDecision(
         outcome="applied" if mode == "apply" else "suggested",
         reason=f"{change.reason}; version {last.to_version} was promoted {age} ago",
@@ -89,8 +87,13 @@ def auto_rollback(
     )
 
 
-def _unrelated(alert: Alert, last: Change, engine: AliasRollback, now: str | None) -> str:
+def _unrelated(
+    alert: Alert, last: Change, engine: AliasRollback, now: str | None, max_age: timedelta
+) -> str:
     """直近の昇格 ``last`` が、この発報の原因ではない理由。原因らしければ空。"""
+    age = engine.journal.clock() - last.at
+    if age > max_age:
+        return f"the last promotion is {age} old"
     if now != last.to_version and (now or _exists(engine, last.to_version)):
         return f"the alias points at version {now}, no longer at the promoted {last.to_version}"
     if alert.starts_at < last.at - CLOCK_SKEW:

@@ -103,14 +103,14 @@ def to_databricks_alert(
     query: str,
     warehouse_id: str,
     destination_ids: Sequence[str] = (),
-    cron: str = "0 */5 * * * ?",
 ) -> Any:
-    """Databricks の SQL アラート(v2)。``WorkspaceClient().alerts_v2.create_alert(...)`` に渡す。
+    """5 分ごとの Databricks の SQL アラート(v2)。
+
+    ``WorkspaceClient().alerts_v2.create_alert(...)`` に渡す。
 
     Args:
         query: 列 ``value`` に指標の値を 1 行だけ返す SQL。
         destination_ids: 通知先の ID。
-        cron: 評価の間隔(Quartz の書き方、UTC)。
 
     Raises:
         AlertConfigError: 二つの期間を見る burn rate は、一つの SQL アラートにできない。
@@ -141,5 +141,5 @@ def to_databricks_alert(
             empty_result_state=empty[rule.no_data],
             notification=sql.AlertV2Notification(notify_on_ok=True, subscriptions=subscriptions),
         ),
-        schedule=sql.CronSchedule(quartz_cron_schedule=cron, timezone_id="UTC"),
+        schedule=sql.CronSchedule(quartz_cron_schedule="0 */5 * * * ?", timezone_id="UTC"),
     )
