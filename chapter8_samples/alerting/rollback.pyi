@@ -22,7 +22,8 @@ class _Manager:
     default_alias: str
 
     def __init__(self, target: Callable[[str], AliasTarget], **options: Any) -> None:
-        ...
+        self._target = target
+        self._options = options
 
     def for_alias(self, alias: str | None=None) -> AliasRollback:
         """一つのエイリアスの操作。"""
@@ -57,7 +58,7 @@ class ModelRollbackManager(_Manager):
     default_alias = 'champion'
 
     def __init__(self, model_name: str, client: Any=None, **options: Any) -> None:
-        ...
+        self.model_name = model_name
 
     def get_model_versions(self) -> list[Any]:
         """登録済みのバージョン(新しい順)。"""
@@ -73,7 +74,7 @@ class PromptRollbackManager(_Manager):
     default_alias = 'production'
 
     def __init__(self, prompt_name: str, client: Any=None, **options: Any) -> None:
-        ...
+        self.prompt_name = prompt_name
 
 def get_champion_version(model_name: str) -> str | None:
     """``champion`` の指すバージョン。"""
