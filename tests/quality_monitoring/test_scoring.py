@@ -39,6 +39,7 @@ from chapter8_samples.quality_monitoring import (
     ScoringError,
     ScoringOptions,
     ScoringTarget,
+    backfill,
     evaluate_with_scorers,
     run_scoring_cycle,
     setup_builtin_scorers,
@@ -453,8 +454,11 @@ def test_ctrl_c_keeps_what_was_scored(store: str, ask: Any, infos: Any) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_scoring_cycle(
-            "quality", [length], options=ScoringOptions(concurrency=2), on_progress=interrupt
+        backfill(
+            store,
+            [ScoringTarget(scorer=length)],
+            options=ScoringOptions(concurrency=2),
+            on_progress=interrupt,
         )
     stored = sum(len(info.assessments) for info in infos().values())
     assert stored >= done >= 2

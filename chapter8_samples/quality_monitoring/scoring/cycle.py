@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -23,7 +22,7 @@ from mlflow.genai.scorers import Scorer
 from .engine import score_traces
 from .judges import ScoringError, require_judges
 from .lease import ScoringBusyError, patiently
-from .plan import FINISHED_TRACES, ProgressCallback, ScoringOptions, ScoringReport, ScoringTarget
+from .plan import FINISHED_TRACES, ScoringOptions, ScoringReport, ScoringTarget
 from .registry import ScorerStatus
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,6 @@ def run_scoring_cycle(
     options: ScoringOptions | None = None,
     now: datetime | None = None,
     flush: bool = True,
-    on_progress: ProgressCallback | None = None,
 ) -> ScoringReport:
     """直近 ``lookback`` のトレースを採点する。cron などから、それより短い間隔で呼ぶ。
 
@@ -66,10 +64,9 @@ def run_scoring_cycle(
     if not targets and not elsewhere:
         raise next(iter(refused.values()), ScoringError("no scorers to run: pass at least one"))
     report = ScoringReport(experiment_id=experiment_id, start=start, end=end)
-    run: dict[str, Any] = {"options": options, "on_progress": on_progress}
     while targets:
         try:
-            report = score_traces(experiment_id, targets, start=start, end=end, **run)
+            report = score_traces(experiment_id, targets, start=start, end=end, options=options)
             break
         except ScoringBusyError as busy:  # 空いているスコアラーだけで、やり直す
             refused |= {target.name: busy for target in targets if target.name in busy.names}
