@@ -23,16 +23,17 @@ _MODULES = {
         "setup_otlp_for_jaeger setup_otlp_via_collector"
     ),
     "export.config": "OtlpConfig OtlpConfigError OtlpSetupError OtlpStatus",
-    "export.resolve": "build_otlp_config",
-    "export.delivery": "ConnectionCheck FlushReport check_config check_otlp_connection flush_all",
-    "export.presets": "OtlpPreset preset",
+    "export.environment": "build_otlp_config",
+    "export.check": "ConnectionCheck check_otlp_connection",
+    "export.delivery": "FlushReport flush_all",
+    "export.presets": "preset",
     "export.session": "disable_otlp_export otlp_status",
     "genai.conventions": "GENAI_SEMANTIC_CONVENTIONS",
     "genai.evaluation": "EvaluationEvents setup_evaluation_events",
     "genai.semconv": "find_semconv_gaps print_semantic_conventions",
     "genai.metrics": "GenAIMetrics setup_genai_metrics",
     "native": "setup_native_tracing traced annotate_span NativeStatus NativeTracing",
-    "web": "trace_http_requests use_unified_tracer_provider",
+    "web": "use_unified_tracer_provider",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -13,11 +13,12 @@ from typing import Any
 
 from .export import (
     OtlpConfig,
-    OtlpError,
+    OtlpConfigError,
+    OtlpSetupError,
     build_otlp_config,
-    check_config,
-    delivery_counts,
+    check_otlp_connection,
     disable_otlp_export,
+    flush_all,
     preset,
 )
 from .export.config import PROTOCOLS
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     try:
         return int(chosen.run(chosen))
-    except OtlpError as error:
+    except (OtlpConfigError, OtlpSetupError) as error:
         parser.error(str(error))
 
 
@@ -62,7 +63,7 @@ def _config(chosen: argparse.Namespace, **options: Any) -> OtlpConfig:
 
 
 def _check(chosen: argparse.Namespace) -> int:
-    check = check_config(_config(chosen))
+    check = check_otlp_connection(_config(chosen), timeout_seconds=10)
     print(f"{check.reason}: {check.detail}")
     return 0 if check.ok else 1
 
@@ -75,8 +76,7 @@ def _send(chosen: argparse.Namespace) -> int:
         for warning in status.warnings:
             print(f"注意: {warning}")
         print(three_requests())
-        counts = delivery_counts()
-        return 0 if counts.delivered == counts.accepted else 1
+        return 0 if flush_all().complete else 1
     finally:
         disable_otlp_export()
 

@@ -8,24 +8,19 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import mlflow.tracing
-from mlflow.environment_variables import MLFLOW_USE_DEFAULT_TRACER_PROVIDER
 from mlflow.tracing.config import get_config
 from mlflow.tracing.processor.otel import OtelSpanProcessor
 from mlflow.tracing.provider import provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 from opentelemetry import trace
 from opentelemetry.attributes import BoundedAttributes
-from opentelemetry.context import Context
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan, Span, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace import Event, ReadableSpan, Span, SpanProcessor
 
 
 def current_provider() -> Any:
@@ -76,97 +71,35 @@ def span_hooks() -> list[Any]:
 
 def tags_and_metadata(span: ReadableSpan) -> tuple[dict[str, str], dict[str, str]]:
     """スパンの属する、まだ終わっていないトレースのタグとメタデータ。"""
-    manager, context = InMemoryTraceManager.get_instance(), span.get_span_context()
+    manager = InMemoryTraceManager.get_instance()
+    context = span.get_span_context()
     trace_id = manager.get_mlflow_trace_id_from_otel_id(context.trace_id) if context else None
-    if trace_id is None:
-        return {}, {}
-    with manager.get_trace(trace_id) as trace:
-        return (dict(trace.info.tags), dict(trace.info.trace_metadata)) if trace else ({}, {})
+    if trace_id is not None:
+        with manager.get_trace(trace_id) as trace:
+            if trace is not None:
+                return dict(trace.info.tags), dict(trace.info.trace_metadata)
+    return {}, {}
 
 
 def change_before_export(
-    name: str, change: Callable[[OtelSpanProcessor, ReadableSpan], ReadableSpan]
-) -> bool:
-    """OTLP に渡すスパンを ``change`` の返すものに替える。
+    change: Callable[[OtelSpanProcessor, ReadableSpan], ReadableSpan],
+) -> None:
+    """OTLP に渡すスパンを ``change`` の返すものに替える(2 回めからは何もしない)。
 
-    MLflow がプロバイダーを作り直しても残るように、プロセッサーの型のほうを替える。同じ ``name`` は
-    1 回だけで、替えたら True を返す。
+    MLflow がプロバイダーを作り直しても残るように、プロセッサーの型のほうを替える。
     """
     original: Callable[..., None] = OtelSpanProcessor.on_end
-    if hasattr(original, name):
-        return False
+    if hasattr(original, "is_changed"):
+        return
 
-    @functools.wraps(original)
     def on_end(self: OtelSpanProcessor, span: ReadableSpan) -> None:
         original(self, change(self, span))
 
-    vars(on_end)[name] = True
+    vars(on_end)["is_changed"] = True
     OtelSpanProcessor.on_end = on_end  # pyright: ignore[reportAttributeAccessIssue]
-    return True
 
 
 # ---- 共通のプロバイダー(web) ----
-
-
-def survive_rebuilds() -> None:
-    """MLflow が作り直すときも、共通のプロバイダーに足されたプロセッサーを移す。
-
-    ``set_experiment`` などは、グローバルのプロバイダーを黙って None にし、後で新しく作る。その間の
-    代わりを置き、古いプロバイダーから取ってあった tracer のスパンも、新しいほうへ渡す。
-    """
-    if "reset" in vars(provider):
-        return
-    reset, set_ = provider.reset, provider.set
-    added: tuple[SpanProcessor, ...] = ()
-
-    def leave(old: Any) -> None:
-        nonlocal added
-        if isinstance(old, TracerProvider):
-            own = [p for p in processors_of(old) if not any(map(is_mlflows, unwrapped([p])))]
-            added = tuple(own)
-            old._active_span_processor._span_processors = (_ToCurrent(),)
-
-    def carried_reset() -> None:
-        old = current_provider()
-        reset()
-        if not MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
-            leave(old)
-            trace._TRACER_PROVIDER = _Starter()
-
-    def carried_set(new: Any) -> None:
-        old = current_provider()
-        set_(new)
-        if not MLFLOW_USE_DEFAULT_TRACER_PROVIDER.get():
-            leave(old)
-            for processor in added if isinstance(new, TracerProvider) else ():
-                new.add_span_processor(processor)
-
-    vars(provider).update(reset=carried_reset, set=carried_set)
-
-
-class _Starter(trace.TracerProvider):
-    """作り直されるまでの代わり。使われたら MLflow に作らせる。"""
-
-    def get_tracer(self, *names: Any, **options: Any) -> trace.Tracer:
-        mlflow.tracing.get_bridged_tracer_provider()
-        return current_provider().get_tracer(*names, **options)
-
-
-class _ToCurrent(SpanProcessor):
-    """いまのプロバイダーのプロセッサーへ渡す。"""
-
-    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        mlflow.tracing.get_bridged_tracer_provider()
-        for processor in processors_of(current_provider()):
-            processor.on_start(span, parent_context)
-
-    def _on_ending(self, span: Span) -> None:
-        for processor in processors_of(current_provider()):
-            processor._on_ending(span)
-
-    def on_end(self, span: ReadableSpan) -> None:
-        for processor in processors_of(current_provider()):
-            processor.on_end(span)
 
 
 class EndingSpans(SpanProcessor):
@@ -191,7 +124,8 @@ class EndingSpans(SpanProcessor):
         events = zip(span.events, new["events"], strict=True)
         changed: Any = [Event(e.name, given, e.timestamp) for e, given in events]
         span._events = changed
-        span._name, span._status = new["name"], trace.Status(status.status_code, new["status"])
+        span._name = new["name"]
+        span._status = trace.Status(status.status_code, new["status"])
 
 
 # ---- メトリクスとログ(genai) ----
@@ -210,33 +144,27 @@ def exporter_class(signal: str, protocol: str) -> Any:
     return http_logs.OTLPLogExporter if signal == "logs" else http_metrics.OTLPMetricExporter
 
 
-@dataclass(frozen=True)
-class EventLogger:
-    """スパンに結び付いたイベントを送る口(OpenTelemetry のログの API は、名前に _ が付いている)。"""
-
-    provider: LoggerProvider
-
-    def emit(
-        self,
-        name: str,
-        attributes: Mapping[str, Any],
-        trace_id: int,
-        span_id: int,
-        created_ms: int | None,
-    ) -> None:
-        """``trace_id`` と ``span_id`` のスパンに結び付けて送る。"""
-        flags = trace.TraceFlags(trace.TraceFlags.SAMPLED)
-        owner = trace.SpanContext(trace_id, span_id, is_remote=True, trace_flags=flags)
-        self.provider.get_logger("chapter8.genai").emit(
-            event_name=name,
-            attributes=dict(attributes),
-            timestamp=created_ms and created_ms * 1_000_000,
-            context=trace.set_span_in_context(trace.NonRecordingSpan(owner)),
-        )
-
-
-def make_event_logger(exporter: Any, service_name: str) -> EventLogger:
-    """``exporter`` へ送る口を作る。"""
+def make_logger_provider(exporter: Any, service_name: str) -> LoggerProvider:
+    """``exporter`` へログを送るプロバイダー。"""
     provider = LoggerProvider(resource=Resource.create({"service.name": service_name}))
     provider.add_log_record_processor(BatchLogRecordProcessor(exporter))
-    return EventLogger(provider)
+    return provider
+
+
+def emit_event(
+    provider: LoggerProvider,
+    name: str,
+    attributes: Mapping[str, Any],
+    trace_id: int,
+    span_id: int,
+    created_ms: int | None,
+) -> None:
+    """``trace_id`` と ``span_id`` のスパンに結び付いたイベント(ログレコード)を送る。"""
+    flags = trace.TraceFlags(trace.TraceFlags.SAMPLED)
+    owner = trace.SpanContext(trace_id, span_id, is_remote=True, trace_flags=flags)
+    provider.get_logger("chapter8.genai").emit(
+        event_name=name,
+        attributes=dict(attributes),
+        timestamp=created_ms and created_ms * 1_000_000,
+        context=trace.set_span_in_context(trace.NonRecordingSpan(owner)),
+    )

@@ -7,19 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 
 
-def run_in_time(jobs: Sequence[Callable[[], object]], timeout_seconds: float) -> list[float | None]:
-    """同時に動かし、``timeout_seconds`` 秒までにかかった秒数を返す。間に合わなければ None。"""
+def run_in_time(jobs: Sequence[Callable[[], object]], timeout_seconds: float) -> list[bool]:
+    """同時に動かして ``timeout_seconds`` 秒まで待ち、それぞれが終わったかを返す。"""
     deadline = time.monotonic() + timeout_seconds
-    took: list[float | None] = [None for _ in jobs]
-
-    def run(number: int, job: Callable[[], object]) -> None:
-        started = time.monotonic()
-        job()
-        took[number] = time.monotonic() - started
-
-    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(jobs)]
+    threads = [threading.Thread(target=job, daemon=True) for job in jobs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    return list(took)
+    return [not thread.is_alive() for thread in threads]

@@ -11,48 +11,30 @@ import asyncio
 import functools
 import inspect
 import json
-import logging
-import os
 import re
-import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 import requests
 from opentelemetry import context, trace
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
 from .deadlines import run_in_time
 from .endpoint import split_endpoint
+from .native_delivery import SPAN_TYPE, Destination, NativeStatus
 
 F = TypeVar("F", bound=Callable[..., Any])
-_TYPE, _INPUTS, _OUTPUTS = "mlflow.spanType", "mlflow.spanInputs", "mlflow.spanOutputs"
-_NATIVE, _NO_PARENT = context.create_key("native-span"), context.Context()
-_NOT_FAILURES = (StopIteration, StopAsyncIteration, GeneratorExit, asyncio.CancelledError)
+_INPUTS = "mlflow.spanInputs"
+_OUTPUTS = "mlflow.spanOutputs"
+_TRACE_NAME = "mlflow.traceTag.mlflow.traceName"
+_EXPERIMENT_HEADER = "x-mlflow-experiment-id"
 _tracer: trace.Tracer = trace.NoOpTracer()
 
 
-@dataclass
-class NativeStatus:
-    """終わったスパンの数(fork した子は 0 から)。``dropped`` と ``refused`` は失った数。"""
-
-    ended: int = 0
-    dropped: int = 0
-    sent: int = 0
-    delivered: int = 0
-    refused: int = 0
-
-    @property
-    def pending(self) -> int:
-        """まだ結果の出ていない数。"""
-        return self.ended - self.dropped - self.delivered - self.refused
+# ---- 送信を始める
 
 
 @dataclass
@@ -60,22 +42,20 @@ class NativeTracing:
     """動いている送信。``setup_native_tracing`` が返す。"""
 
     experiment_id: str | None
-    _destinations: dict[str, _Destination]
+    _destinations: dict[str, Destination]
 
     def status(self) -> dict[str, NativeStatus]:
         """送り先の URL ごとの、届いた数と失われた数。"""
-        return {url: replace(one.sender.status) for url, one in self._destinations.items()}
+        return {url: replace(one.exporter.status) for url, one in self._destinations.items()}
 
     def flush(self, timeout_seconds: float = 10.0) -> dict[str, NativeStatus]:
         """残りを送る。``timeout_seconds`` 秒で必ず戻る(間に合わなかった数は ``pending``)。"""
-        return self._run([one.force_flush for one in self._destinations.values()], timeout_seconds)
+        run_in_time([one.force_flush for one in self._destinations.values()], timeout_seconds)
+        return self.status()
 
     def shutdown(self, timeout_seconds: float = 10.0) -> dict[str, NativeStatus]:
         """残りを送って終える。呼ばなければ、プロセスの終わりに SDK が行う(30 秒まで待つ)。"""
-        return self._run([one.shutdown for one in self._destinations.values()], timeout_seconds)
-
-    def _run(self, jobs: list[Callable[[], Any]], seconds: float) -> dict[str, NativeStatus]:
-        run_in_time(jobs, seconds)
+        run_in_time([one.shutdown for one in self._destinations.values()], timeout_seconds)
         return self.status()
 
 
@@ -103,19 +83,35 @@ def setup_native_tracing(
     if not service_name or not 0 <= sampling_ratio <= 1 or max_queue_spans < 1:
         given = f"{service_name=}, {sampling_ratio=}, {max_queue_spans=}"
         raise ValueError(f"{given}: write a name, a ratio from 0 to 1, and a limit of 1 or more")
+    server = _base_url(endpoint_or_server)
     keys = {name: value.strip() for name, value in (headers or {}).items()}
-    url, experiment_id = _base_url(endpoint_or_server), None
+    receivers = {server: keys}
+    if collector is not None:
+        receivers[_base_url(collector)] = {}
+    experiment_id = None
     if experiment is not None:
-        experiment_id = keys["x-mlflow-experiment-id"] = _experiment_id(url, experiment, keys)
-    receivers = {url: keys} if collector is None else {url: keys, _base_url(collector): {}}
-    resource = Resource.create({"service.name": service_name})
+        experiment_id = keys[_EXPERIMENT_HEADER] = _experiment_id(server, experiment, keys)
+    resource = _HashedOnce(Resource.create({"service.name": service_name}))
     provider = TracerProvider(ParentBasedTraceIdRatio(sampling_ratio), resource)
-    destinations: dict[str, _Destination] = {}
-    for url, keys in receivers.items():
-        destinations[url] = _Destination(_Sender(url, keys, masking), max_queue_spans)
-        provider.add_span_processor(destinations[url])
+    destinations = {
+        url: Destination(url, keys_of_url, masking, max_queue_spans)
+        for url, keys_of_url in receivers.items()
+    }
+    for destination in destinations.values():
+        provider.add_span_processor(destination)
     _tracer = provider.get_tracer(__name__)
     return NativeTracing(experiment_id, destinations)
+
+
+class _HashedOnce(Resource):
+    """ハッシュを 1 回だけ求める(SDK は、送るスパン 1 つごとに、属性を全部 JSON にして求める)。"""
+
+    def __init__(self, made: Resource) -> None:
+        super().__init__(made.attributes, made.schema_url)
+        self._hash = hash(made)
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def _base_url(url: str) -> str:
@@ -129,12 +125,16 @@ def _base_url(url: str) -> str:
 
 
 def _experiment_id(server: str, name: str, headers: Mapping[str, str]) -> str:
-    api, session, found = f"{server}/api/2.0/mlflow/experiments", requests.Session(), {}
-    session.headers.update(headers)
+    """エクスペリメントの ID。なければ作る(MLflow の REST API)。"""
+    api = f"{server}/api/2.0/mlflow/experiments"
+    found: dict[str, Any] = {}
     try:
-        session.post(f"{api}/create", json={"name": name}, timeout=10)  # あれば、拒否されるだけ
-        answer = session.get(f"{api}/get-by-name", params={"experiment_name": name}, timeout=10)
-        said, found = f"HTTP {answer.status_code}", answer.json().get("experiment", {})
+        with requests.Session() as session:
+            session.headers.update(headers)
+            session.post(f"{api}/create", json={"name": name}, timeout=10)  # あれば、拒否される
+            answer = session.get(f"{api}/get-by-name", params={"experiment_name": name}, timeout=10)
+        said = f"HTTP {answer.status_code}"
+        found = answer.json().get("experiment", {})
     except (requests.RequestException, ValueError) as error:
         said = type(error).__name__  # 文面には、ヘッダーの値が入りうる
     if found.get("lifecycle_stage") != "active":
@@ -145,83 +145,7 @@ def _experiment_id(server: str, name: str, headers: Mapping[str, str]) -> str:
     return str(found["experiment_id"])
 
 
-class _Destination(BatchSpanProcessor):
-    """送り先 1 つ。SDK の送信待ちは、あふれると数えずに捨てるので、その手前で数えて捨てる。"""
-
-    def __init__(self, sender: _Sender, limit: int) -> None:
-        self.sender, self._limit, self._lock = sender, limit, threading.Lock()
-        self._forked_ns = 0
-        super().__init__(sender, limit, max_export_batch_size=min(512, limit))
-        getattr(os, "register_at_fork", lambda **_: None)(after_in_child=self._restart)
-
-    def on_end(self, span: ReadableSpan) -> None:
-        if (span.start_time or 0) > self._forked_ns:  # fork の前に始まったものは、親が送る
-            with self._lock:
-                status = self.sender.status
-                status.ended += 1
-                is_full = status.ended - status.dropped - status.sent > self._limit
-                status.dropped += is_full
-            if not is_full:
-                super().on_end(span)
-
-    def shutdown(self) -> None:
-        self._limit = 0
-        super().shutdown()
-
-    def _restart(self) -> None:  # fork した子は、親とつながったままの接続も使わない
-        self._lock, self._forked_ns = threading.Lock(), time.time_ns()
-        self.sender.start_again()
-
-
-class _Sender(OTLPSpanExporter):
-    """標準のエクスポーターに、マスキングと、結果を数えることを足したもの(送信スレッドで動く)。"""
-
-    def __init__(self, url: str, keys: dict[str, str], mask: Callable[[str], str] | None) -> None:
-        self.status, self._mask = NativeStatus(), mask
-        self.start_again = functools.partial(self.__init__, url, keys, mask)
-        super().__init__(f"{url}/v1/traces", headers=keys)
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self.status.sent, mask = self.status.sent + len(spans), self._mask
-        result = SpanExportResult.FAILURE
-        try:
-            result = super().export([_hidden_copy(s, mask) for s in spans] if mask else spans)
-        except Exception as error:  # マスキングの失敗も。隠せないまま送るより、1 回分を捨てる
-            logging.getLogger(__name__).error("sending failed (%s)", type(error).__name__)
-        if result is SpanExportResult.SUCCESS:
-            self.status.delivered += len(spans)
-        else:
-            self.status.refused += len(spans)
-        return result
-
-
-def _hidden_copy(span: ReadableSpan, mask: Callable[[str], str]) -> ReadableSpan:
-    def attributes(given: Any) -> dict[str, Any]:
-        return {k: v if k == _TYPE else _hidden(v, mask) for k, v in (given or {}).items()}
-
-    same = ("context", "parent", "resource", "links", "instrumentation_scope")
-    return ReadableSpan(
-        name=_hidden(span.name, mask),
-        attributes=attributes(span.attributes),
-        events=[Event(e.name, attributes(e.attributes), e.timestamp) for e in span.events],
-        status=trace.Status(span.status.status_code, _hidden(span.status.description, mask)),
-        **{name: getattr(span, name) for name in (*same, "start_time", "end_time")},
-    )
-
-
-def _hidden(value: Any, mask: Callable[[str], str]) -> Any:
-    """JSON は、エスケープを解いてから中のキーと文字列と数を調べ、JSON に戻す。"""
-    if isinstance(value, dict):
-        return {str(mask(key)): _hidden(item, mask) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_hidden(item, mask) for item in value]
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, str) and value.startswith(("{", "[", '"')):
-        with suppress(json.JSONDecodeError):
-            return json.dumps(_hidden(json.loads(value), mask), ensure_ascii=False)
-    hidden = str(mask(str(value)))
-    return value if hidden == str(value) else hidden
+# ---- スパン
 
 
 class traced:
@@ -232,74 +156,135 @@ class traced:
     """
 
     def __init__(self, *, span_type: str = "UNKNOWN", name: str | None = None) -> None:
-        self._span_type, self._name = span_type, name
-        self._inside: Any = None
-        self.chunks: list[Any] | None = None
+        self._span_type = span_type
+        self._name = name
+        self._running: _Running | None = None
+
+    def __enter__(self) -> trace.Span:
+        self._running = _Running(self._name or self._span_type, self._span_type)
+        self._running.__enter__()
+        return self._running.span
+
+    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
+        running = cast("_Running", self._running)
+        running.__exit__(kind, error, where)
+        if error is None:
+            running.end()
 
     def __call__(self, function: F) -> F:
-        signature, name = inspect.signature(function), self._name or function.__name__
+        name = self._name or function.__name__
+        arguments = _arguments_of(function)
 
-        def start(args: Any, kwargs: Any) -> traced:
-            running = traced(span_type=self._span_type, name=name)
-            if running._start().is_recording():
-                with suppress(TypeError):  # 引数の誤りは、呼ばれた関数が知らせる
-                    bound = signature.bind(*args, **kwargs)
-                    bound.apply_defaults()
-                    given = {k: v for k, v in bound.arguments.items() if k not in ("self", "cls")}
-                    _write(running._span, _INPUTS, given)
+        def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Running:
+            running = _Running(name, self._span_type)
+            if running.span.is_recording():
+                given = arguments(args, kwargs)
+                given.pop("self", None)
+                given.pop("cls", None)
+                _write(running.span, _INPUTS, given)
             return running
 
         is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
         wrap = _asynchronous if is_async else _synchronous
         return cast("F", functools.wraps(function)(wrap(function, start)))
 
-    def _start(self) -> trace.Span:
-        around, native = trace.get_current_span(), context.get_value(_NATIVE)
-        outer = around.get_span_context()
-        parent: Any = around if outer.is_remote else native
-        # ほかの計装のスパンは MLflow に届かないので、親にしない。いまのスパンとしても替えない
-        is_foreign = outer.is_valid and around is not parent
-        name, attributes = self._name or self._span_type, {_TYPE: self._span_type}
-        if not parent:  # これがないと、トレースに名前が付かない
-            attributes["mlflow.traceTag.mlflow.traceName"] = name
-        above = trace.set_span_in_context(parent) if parent else _NO_PARENT
-        self._span = _tracer.start_span(name, above, attributes=attributes)
-        inside = context.get_current() if is_foreign else trace.set_span_in_context(self._span)
-        self._inside = context.set_value(_NATIVE, self._span, inside)
-        return self._span
 
-    def __enter__(self) -> trace.Span:
-        span = self._span if self._inside else self._start()
+Arguments = Callable[[tuple[Any, ...], dict[str, Any]], "dict[str, Any]"]
+
+
+def _arguments_of(function: Callable[..., Any]) -> Arguments:
+    """呼び出しの引数を、名前つきの辞書にする関数(既定値も入る。誤りは、呼ばれた関数が知らせる)。"""
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    names = [one.name for one in parameters]
+    defaults = {one.name: None if one.default is one.empty else one.default for one in parameters}
+
+    def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return defaults | dict(zip(names, args, strict=False)) | kwargs
+
+    def bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        try:
+            found = signature.bind(*args, **kwargs)
+        except TypeError:
+            return {}
+        found.apply_defaults()
+        return found.arguments
+
+    varies = any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters)
+    return bound if varies else named
+
+
+_NATIVE = context.create_key("native-span")
+_EMPTY = context.Context()
+_NOT_FAILURES = (StopIteration, StopAsyncIteration, GeneratorExit, asyncio.CancelledError)
+
+
+class _Running:
+    """動いているスパン 1 つ。``with`` で中に入り、何度でも出入りできる。例外で出ると終わる。"""
+
+    def __init__(self, name: str, span_type: str) -> None:
+        around = trace.get_current_span()
+        around_context = around.get_span_context()
+        native: Any = context.get_value(_NATIVE)
+        parent = around if around_context.is_remote else native
+        attributes = {SPAN_TYPE: span_type}
+        if parent is None:
+            above = _EMPTY
+            attributes[_TRACE_NAME] = name  # これがないと、トレースに名前が付かない
+        else:
+            above = trace.set_span_in_context(parent, _EMPTY)
+        self.span = _tracer.start_span(name, above, attributes=attributes)
+        # ほかの計装のスパンは MLflow に届かないので、親にしない。いまのスパンとしても替えない
+        is_foreign = around_context.is_valid and around is not parent
+        inside = context.get_current() if is_foreign else trace.set_span_in_context(self.span)
+        self._inside = context.set_value(_NATIVE, self.span, inside)
+        self._outside = _EMPTY
+        self.chunks: list[Any] | None = None
+        """ジェネレーターの、いままでの断片。"""
+
+    def __enter__(self) -> None:
         self._outside = context.get_current()
         context.attach(self._inside)
-        return span
 
     def __exit__(self, _kind: object, error: BaseException | None, _where: object) -> None:
         self._inside = context.get_current()  # 中で開いたままの with は、次の断片でも開いている
         context.attach(self._outside)  # detach(token) は、別のスレッドの文脈で終わると失敗する
+        if error is not None:
+            self.end(error)
+
+    def end(self, error: BaseException | None = None) -> None:
+        """状態を付けて終える。"""
+        span = self.span
         if self.chunks is not None:
-            if error is None:
-                return
-            _write(self._span, _OUTPUTS, self.chunks)
+            _write(span, _OUTPUTS, self.chunks)
         if isinstance(error, GeneratorExit | asyncio.CancelledError):
-            self._span.set_attribute("stream.aborted", True)
+            span.set_attribute("stream.aborted", True)
         if error is not None and not isinstance(error, _NOT_FAILURES):
-            self._span.record_exception(error)
-            self._span.set_status(trace.StatusCode.ERROR, f"{type(error).__name__}: {error}")
-        elif isinstance(self._span, ReadableSpan) and not self._span.status.status_code.value:
-            self._span.set_status(trace.StatusCode.OK)  # 利用者が決めていれば、そのまま
-        self._span.end()
-        self._inside = None
+            span.record_exception(error)
+            span.set_status(trace.StatusCode.ERROR, f"{type(error).__name__}: {error}")
+        elif isinstance(span, ReadableSpan) and span.status.status_code is trace.StatusCode.UNSET:
+            span.set_status(trace.StatusCode.OK)  # 利用者が決めていれば、そのまま
+        span.end()
 
 
-def _synchronous(function: Any, start: Callable[..., traced]) -> Callable[..., Any]:
+Start = Callable[[tuple[Any, ...], dict[str, Any]], _Running]
+
+
+def _synchronous(function: Any, start: Start) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        with start(args, kwargs) as span:
-            return _write(span, _OUTPUTS, function(*args, **kwargs))
+        running = start(args, kwargs)
+        with running:
+            result = function(*args, **kwargs)
+            _write(running.span, _OUTPUTS, result)
+        running.end()
+        return result
 
     def generate(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        source, running = function(*args, **kwargs), start(args, kwargs)
-        step, value, running.chunks = source.send, None, []
+        source = function(*args, **kwargs)
+        running = start(args, kwargs)
+        running.chunks = []
+        step: Callable[[Any], Any] = source.send
+        value: Any = None
         while True:
             try:
                 with running:
@@ -308,30 +293,43 @@ def _synchronous(function: Any, start: Callable[..., traced]) -> Callable[..., A
                 return stop.value
             running.chunks.append(chunk)
             try:
-                step, value = source.send, (yield chunk)
+                value = yield chunk
+                step = source.send
             except BaseException as error:  # 閉じられたことも、中身に知らせる
-                step, value = source.throw, error
+                value = error
+                step = source.throw
 
     return generate if inspect.isgeneratorfunction(function) else call
 
 
-def _asynchronous(function: Any, start: Callable[..., traced]) -> Callable[..., Any]:
+def _asynchronous(function: Any, start: Start) -> Callable[..., Any]:
     async def call(*args: Any, **kwargs: Any) -> Any:
-        with start(args, kwargs) as span:
-            return _write(span, _OUTPUTS, await function(*args, **kwargs))
+        running = start(args, kwargs)
+        with running:
+            result = await function(*args, **kwargs)
+            _write(running.span, _OUTPUTS, result)
+        running.end()
+        return result
 
     async def generate(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        source, running = function(*args, **kwargs), start(args, kwargs)
-        step, value, running.chunks = source.asend, None, []
-        with suppress(StopAsyncIteration):
-            while True:
+        source = function(*args, **kwargs)
+        running = start(args, kwargs)
+        running.chunks = []
+        step: Callable[[Any], Any] = source.asend
+        value: Any = None
+        while True:
+            try:
                 with running:
                     chunk = await step(value)
-                running.chunks.append(chunk)
-                try:
-                    step, value = source.asend, (yield chunk)
-                except BaseException as error:
-                    step, value = source.athrow, error
+            except StopAsyncIteration:
+                return
+            running.chunks.append(chunk)
+            try:
+                value = yield chunk
+                step = source.asend
+            except BaseException as error:
+                value = error
+                step = source.athrow
 
     return generate if inspect.isasyncgenfunction(function) else call
 
@@ -369,17 +367,20 @@ def annotate_span(*, inputs: Any = None, outputs: Any = None, **values: Any) -> 
     _write(span, _OUTPUTS, outputs)
 
 
-_encoder = json.JSONEncoder(
+_ENCODER = json.JSONEncoder(
     ensure_ascii=False,  # dataclass と pydantic のモデルは、その項目を書く
     default=lambda v: vars(v) if is_dataclass(v) or hasattr(type(v), "model_dump") else str(v),
 )
 
 
-def _write(span: trace.Span, name: str, value: Any) -> Any:
-    if value is not None and span.is_recording():
-        try:
-            text = _encoder.encode(value)
-        except Exception as error:  # 循環、文字列でないキー、例外になる __str__
-            text = json.dumps(f"<{type(value).__name__} is not JSON: {type(error).__name__}>")
-        span.set_attribute(name, text.encode(errors="replace").decode())  # 片割れの文字は送れない
-    return value
+def _write(span: trace.Span, name: str, value: Any) -> None:
+    """値を JSON にして、スパンに書く。"""
+    if value is None or not span.is_recording():
+        return
+    try:
+        text = _ENCODER.encode(value)
+    except Exception as error:  # 循環、文字列でないキー、例外になる __str__
+        text = json.dumps(f"<{type(value).__name__} is not JSON: {type(error).__name__}>")
+    if not text.isascii():
+        text = text.encode(errors="replace").decode()  # 片割れの文字は送れない
+    span.set_attribute(name, text)

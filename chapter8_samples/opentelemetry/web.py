@@ -11,10 +11,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
-import mlflow
 import mlflow.tracing
 from opentelemetry import context as otel_context
 from opentelemetry import propagate, trace
@@ -34,7 +32,7 @@ from ._internals import (
     current_provider,
     processors_of,
     span_hooks,
-    survive_rebuilds,
+    unwrapped,
 )
 
 logger = logging.getLogger(__name__)
@@ -47,12 +45,15 @@ def use_unified_tracer_provider(
 ) -> TracerProvider:
     """MLflow と OpenTelemetry で、同じプロバイダー(プロセスに 1 つ)を使う。
 
-    最初のトレースと、8.1 の設定と、``setup_otlp_export`` の前に 1 回呼ぶ。後から ``set_experiment``
-    などが MLflow のプロバイダーを作り直しても、足したプロセッサーは移る。HTTP のリクエストはすべて
-    トレースになるので、死活確認は ``FastAPI(telemetry={"exclude": ...})`` などで除く。
+    最初のトレース、8.1 の設定、``setup_otlp_export`` の前に呼ぶ。それらや ``set_experiment`` は
+    プロバイダーを作り直すが、リンクとマスキングは、次のリクエストから付け直す。その前のスパン(起動時の
+    処理など)も隠すなら、設定の後でもう一度呼ぶ。作り直しの前にアプリが足したプロセッサーと、取った
+    tracer は使われないので、設定の後で足し、取る。
 
     呼び出し元が送ってきた ``traceparent`` は親にせず、リンクとして残す。MLflow は、ルートスパンが
-    このプロセスにないトレースを保存できないため。
+    このプロセスにないトレースを保存できないため。HTTP のリクエストはすべてトレースになるので、
+    死活確認は ``FastAPI(telemetry={"exclude": ...})`` などで除く。自分ではスパンを作らない版の
+    FastAPI には ``opentelemetry-instrumentation-fastapi`` を使う。
 
     Args:
         masking: HTTP のスパンの属性(``url.query``、ヘッダーなど)、名前、イベント、状態を隠す関数。
@@ -66,8 +67,8 @@ def use_unified_tracer_provider(
     Raises:
         RuntimeError: トレースがもう始まっている。または、無効になっている。
     """
-    before, existing = os.environ.get(_FLAG), current_provider()
-    if not _is_unified() and existing is not None:
+    before = os.environ.get(_FLAG)
+    if not _is_unified() and current_provider() is not None:
         raise RuntimeError(
             "MLflow already traces with its own provider; call use_unified_tracer_provider() "
             "before the first trace, before setup_production_tracing() and setup_otlp_export()"
@@ -82,10 +83,11 @@ def use_unified_tracer_provider(
             f"the global tracer provider is {type(unified).__name__}, which records nothing; "
             "enable tracing (mlflow.tracing.enable(), OTEL_SDK_DISABLED) first"
         )
-    survive_rebuilds()
-    _link_callers()
-    _add_once(unified, LinkToCaller())
-    _add_once(unified, EndingSpans(lambda content: _hidden(content, masking)))
+    restarting = propagate.get_global_textmap()
+    if not isinstance(restarting, RestartTraces):
+        restarting = RestartTraces(restarting, masking)
+        propagate.set_global_textmap(restarting)
+    restarting.join()
     return unified
 
 
@@ -98,17 +100,6 @@ def _restore_flag(value: str | None) -> None:
         del os.environ[_FLAG]
     else:
         os.environ[_FLAG] = value
-
-
-def _link_callers() -> None:
-    current = propagate.get_global_textmap()
-    if not isinstance(current, RestartTraces):
-        propagate.set_global_textmap(RestartTraces(current))
-
-
-def _add_once(unified: TracerProvider, processor: SpanProcessor) -> None:
-    if not any(isinstance(one, type(processor)) for one in processors_of(unified)):
-        unified.add_span_processor(processor)
 
 
 def _hidden(content: dict[str, Any], masking: Callable[[Any], Any] | None) -> dict[str, Any]:
@@ -135,8 +126,21 @@ class RestartTraces(TextMapPropagator):
     ``traceparent`` を送ることも止まってしまう。
     """
 
-    def __init__(self, inner: TextMapPropagator) -> None:
+    def __init__(self, inner: TextMapPropagator, masking: Callable[[Any], Any] | None) -> None:
         self._inner = inner
+        self._masking = masking
+        self._joined: Any = None
+
+    def join(self) -> None:
+        """MLflow のプロバイダーに、リンクとマスキングを付ける(作り直された後は、もう一度)。"""
+        mlflow.tracing.get_bridged_tracer_provider()
+        current = current_provider()
+        if current is self._joined or not isinstance(current, TracerProvider):
+            return
+        self._joined = current
+        if not any(isinstance(one, LinkToCaller) for one in unwrapped(processors_of(current))):
+            current.add_span_processor(LinkToCaller())
+            current.add_span_processor(EndingSpans(lambda one: _hidden(one, self._masking)))
 
     def extract(
         self,
@@ -145,8 +149,8 @@ class RestartTraces(TextMapPropagator):
         getter: Getter[CarrierT] = default_getter,
     ) -> Context:
         """baggage などは読み、呼び出し元のスパンは ``LinkToCaller`` のために控える。"""
-        if _is_unified():  # 作り直された後の最初のリクエストでも、HTTP のスパンより先に作る
-            mlflow.tracing.get_bridged_tracer_provider()
+        if _is_unified():  # 作り直された後の最初のリクエストでも、HTTP のスパンより先に
+            self.join()
         found = self._inner.extract(carrier, context, getter)
         caller = trace.get_current_span(found).get_span_context()
         if not (caller.is_valid and caller.is_remote):
@@ -176,24 +180,3 @@ class LinkToCaller(SpanProcessor):
         caller: Any = otel_context.get_value(_CALLER, parent_context)
         if span.parent is None and caller is not None:
             span.add_link(caller)
-
-
-def trace_http_requests(app: Any) -> None:
-    """リクエストのスパンを自分では作らない FastAPI に、作るミドルウェアを足す。
-
-    新しい FastAPI は自分で作るので何もしない(Python 3.10 に入るのは、作らない版)。
-    """
-    if find_spec("fastapi.telemetry"):
-        return
-    tracer = trace.get_tracer(__name__)
-
-    @app.middleware("http")
-    async def http_span(request: Any, call_next: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
-        caller = propagate.extract(request.headers)
-        kind = trace.SpanKind.SERVER
-        with tracer.start_as_current_span(request.method, context=caller, kind=kind) as span:
-            response = await call_next(request)
-            route = getattr(request.scope.get("route"), "path", request.url.path)
-            span.update_name(f"{request.method} {route}")
-            span.set_attribute("http.response.status_code", response.status_code)
-            return response

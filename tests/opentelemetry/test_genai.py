@@ -158,7 +158,7 @@ def test_gaps(attributes: dict[str, object], gaps: list[str]) -> None:
 
 
 def test_a_span_as_mlflow_translates_it_has_no_gap(tracking_uri: str, otlp: OtlpReceiver) -> None:
-    setup_otlp_export(otlp.grpc_endpoint, "bot")
+    setup_otlp_export(otlp.grpc_endpoint, "bot", mode="otlp_only")
     with mlflow.start_span("llm", span_type="CHAT_MODEL") as llm:
         llm.set_attribute("mlflow.llm.model", "gpt-4o-mini")
         llm.set_attribute("mlflow.llm.provider", "openai")

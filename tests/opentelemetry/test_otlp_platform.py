@@ -24,10 +24,7 @@ from chapter8_samples.opentelemetry import (
     setup_otlp_via_collector,
 )
 from chapter8_samples.opentelemetry.endpoint import split_endpoint
-from chapter8_samples.opentelemetry.export.environment import (
-    format_pairs,
-    parse_resource_attributes,
-)
+from chapter8_samples.opentelemetry.export.config import format_pairs, parse_pairs
 
 KEY = "s3cret-key"
 
@@ -100,7 +97,7 @@ def test_an_override_by_an_argument_is_a_warning_without_the_secret(
     for name in ("ENDPOINT", "PROTOCOL", "HEADERS", "TIMEOUT"):
         assert f"OTEL_EXPORTER_OTLP_TRACES_{name}" in told
     assert "service_name='bot' overrides OTEL_SERVICE_NAME='from-platform'" in told
-    assert "service_version='2' overrides OTEL_RESOURCE_ATTRIBUTES='1'" in told
+    assert "service.version='2' overrides OTEL_RESOURCE_ATTRIBUTES service.version='1'" in told
     assert "team='chat' overrides" in told and "prod" not in told
     assert KEY not in told and "mine" not in told
     with mlflow.start_span("answer"):
@@ -232,4 +229,4 @@ def test_any_text_is_an_endpoint_or_a_clear_error(text: str) -> None:
 
 @given(st.dictionaries(st.from_regex(r"[a-z.]{1,8}", fullmatch=True), st.text()))
 def test_pairs_survive_the_environment_variable(pairs: dict[str, Any]) -> None:
-    assert parse_resource_attributes(format_pairs(pairs)) == pairs
+    assert parse_pairs(format_pairs(pairs)) == pairs

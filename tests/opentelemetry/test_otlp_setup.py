@@ -129,6 +129,7 @@ def test_resource_names_service_version_and_environment(
     setup_otlp_export(
         otlp.grpc_endpoint,
         "bot",
+        mode="otlp_only",
         service_version="1.2.0",
         deployment_environment="本番, 東京=1",
     )
@@ -143,7 +144,11 @@ def test_resource_names_service_version_and_environment(
 
 def test_headers_arrive_and_are_not_shown(tracking_uri: str, otlp: OtlpReceiver) -> None:
     status = setup_otlp_export(
-        otlp.http_endpoint, "bot", "http/protobuf", headers={"x-api-key": "s3cret, =1"}
+        otlp.http_endpoint,
+        "bot",
+        "http/protobuf",
+        mode="otlp_only",
+        headers={"x-api-key": "s3cret, =1"},
     )
     answer()
     flush_all()

@@ -20,7 +20,6 @@ from chapter8_samples.opentelemetry import (
     OtlpConfig,
     OtlpSetupError,
     build_otlp_config,
-    check_config,
     check_otlp_connection,
     flush_all,
     setup_otlp_export,
@@ -130,7 +129,7 @@ def test_the_check_answers_what_the_exporter_would_do(
     config = build_otlp_config(
         endpoint_of(secure, protocol), "bot", protocol, certificate_file=files.get(given or "")
     )
-    check = check_config(config)
+    check = check_otlp_connection(config)
     assert check.reason == reason, check
     assert _delivered_by_the_exporter(config) is check.ok
 

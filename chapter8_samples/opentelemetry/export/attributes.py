@@ -15,26 +15,24 @@ from typing import Any
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace import StatusCode
 
-from .._internals import change_before_export, tags_and_metadata
+from .._internals import tags_and_metadata
 
 logger = logging.getLogger(__name__)
 
 
-def add_export_attributes() -> None:
-    """OTLP に渡すスパンを、属性を足したコピーに替える(プロセス全体で 1 回だけ)。
+def with_export_attributes(span: ReadableSpan) -> ReadableSpan:
+    """属性を足したコピー。
 
     opentelemetry-sdk 1.43 以降は終わったスパンの属性を書き換えられない。MLflow 3.17 は
     OTLP だけの送信でルートにタグを書こうとして失敗し、ルートスパンが黙って消える。
     """
-    change_before_export("exports_copies", lambda _, span: _exported(span))
-
-
-def _exported(span: ReadableSpan) -> ReadableSpan:
     attributes: dict[str, Any] = dict(span.attributes or {})
     try:
         attributes = _extra(span, attributes) | attributes
         _keep_name(attributes)
-        attributes |= {k: float(attributes[k]) for k in _NUMBERS if k in attributes}
+        for name in _NUMBERS:
+            if name in attributes:
+                attributes[name] = float(attributes[name])
     except (AttributeError, KeyError, TypeError, ValueError):
         logger.warning("span %s is exported without extra attributes", span.name, exc_info=True)
     same: dict[str, Any] = {name: getattr(span, name) for name in _COPIED}

@@ -12,35 +12,55 @@ import re
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, cast, get_args
+from urllib.parse import SplitResult, quote, unquote
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ..endpoint import signal_url, split_endpoint
-from .environment import PREFIX, format_pairs, parse_resource_attributes
 
 Protocol = Literal["grpc", "http/protobuf"]
 Mode = Literal["dual", "otlp_only"]
 Compression = Literal["gzip", "none", "deflate"]
 
-PROTOCOLS = ("grpc", "http/protobuf")
+PROTOCOLS = get_args(Protocol)
+PREFIX = "OTEL_EXPORTER_OTLP_"
 # HTTP ヘッダー名に使える文字(RFC 9110 の token)
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 # gRPC はもっと狭い。-bin で終わる名前は、値がバイト列でなければならない
 _GRPC_NAME = re.compile(r"(?!.*-bin$)[._0-9a-z-]+", re.IGNORECASE)
 
 
-class OtlpError(Exception):
-    """8.5 の例外の親。"""
-
-
-class OtlpConfigError(OtlpError, ValueError):
+class OtlpConfigError(ValueError):
     """設定値の誤り。文面に、誤った値と直し方がある。"""
 
 
-class OtlpSetupError(OtlpError, RuntimeError):
+class OtlpSetupError(RuntimeError):
     """設定値は正しいが、この環境では OTLP の送信を始められない。"""
+
+
+# ---- 環境変数の k=v,k=v ----
+
+
+def parse_pairs(text: str) -> dict[str, str]:
+    """``OTEL_RESOURCE_ATTRIBUTES`` やヘッダーの ``k=v,k=v`` を読む。
+
+    壊れた項目だけを飛ばす(MLflow は 1 つでも壊れていると、全部を捨てる)。
+
+    >>> parse_pairs("team=search,broken,")
+    {'team': 'search'}
+    """
+    pairs = (item.partition("=") for item in text.split(","))
+    return {k.strip(): unquote(v.strip()) for k, found, v in pairs if found and k.strip()}
+
+
+def format_pairs(pairs: Mapping[str, str]) -> str:
+    """``k=v,k=v`` にする。区切りの文字と日本語はパーセント符号化する。"""
+    return ",".join(f"{name}={quote(value, safe='')}" for name, value in pairs.items())
+
+
+# ---- 値の検査 ----
 
 
 def _named(service_name: str) -> str:
@@ -123,18 +143,25 @@ class OtlpConfig(_Fields):
             parts = split_endpoint(self.endpoint)
         except ValueError as error:
             raise OtlpConfigError(str(error)) from None
-        url, is_grpc = f"{parts.scheme}://{parts.netloc}", self.protocol == "grpc"
-        if is_grpc and parts.scheme == "http" and parts.port is None:
+        if self.protocol == "grpc":
+            self._check_grpc(parts)
+            url = f"{parts.scheme}://{parts.netloc}"
+        else:
+            url = signal_url(parts, "traces")
+        object.__setattr__(self, "endpoint", url)  # frozen
+
+    def _check_grpc(self, parts: SplitResult) -> None:
+        if parts.scheme == "http" and parts.port is None:
+            url = f"http://{parts.netloc}"
             raise OtlpConfigError(f"endpoint {url!r} has no port; grpc needs one: {url}:4317")
-        if is_grpc and self.compression == "deflate":
+        if self.compression == "deflate":
             raise OtlpConfigError("compression 'deflate' is not 'gzip' or 'none', as grpc needs")
-        for name in self.headers if is_grpc else ():
+        for name in self.headers:
             if not _GRPC_NAME.fullmatch(name):
                 raise OtlpConfigError(
                     f"header name {name!r} cannot be sent over grpc (letters, digits, '_', '-' "
                     "and '.' only, no -bin at the end); rename it or use http/protobuf"
                 )
-        object.__setattr__(self, "endpoint", url if is_grpc else signal_url(parts, "traces"))
 
     def resource(self) -> dict[str, str]:
         """リソース属性。``service.name`` は含まない。"""
@@ -155,6 +182,7 @@ class OtlpConfig(_Fields):
         そのラベルにユーザーやセッションの ID が入って、系列が際限なく増えるため。
         """
         is_plain_grpc = self.protocol == "grpc" and self.compression == "none"
+        resource = parse_pairs(inherited) | self.resource()
         traces = {
             "ENDPOINT": self.endpoint,
             "PROTOCOL": self.protocol,
@@ -167,9 +195,7 @@ class OtlpConfig(_Fields):
         values = {
             **{f"{PREFIX}TRACES_{name}": value for name, value in traces.items()},
             "OTEL_SERVICE_NAME": self.service_name,
-            "OTEL_RESOURCE_ATTRIBUTES": format_pairs(
-                parse_resource_attributes(inherited) | self.resource()
-            ),
+            "OTEL_RESOURCE_ATTRIBUTES": format_pairs(resource),
             "MLFLOW_ENABLE_OTLP_EXPORTER": "true",
             "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT": str(self.mode == "dual").lower(),
             "MLFLOW_ENABLE_OTEL_GENAI_SEMCONV": str(self.genai_semconv).lower(),
@@ -177,26 +203,15 @@ class OtlpConfig(_Fields):
         return {name: value for name, value in sorted(values.items()) if value}
 
 
-_EXPECTED = {
-    "protocol": f"one of {PROTOCOLS} (MLflow cannot send http/json)",
-    "mode": "'dual' or 'otlp_only'",
-    "compression": "'gzip' or 'none'",
-    "timeout_seconds": "a finite number above 0",
-    "genai_semconv": "True or False",
-}
-
-
 def _told(error: ValidationError) -> str:
-    """すべての誤りを 1 行にする。値に鍵が入りうるもの(ヘッダー)の値は、文面に出さない。"""
+    """すべての誤りを 1 行にする。鍵が入りうるもの(ヘッダー、知らない項目)の値は、出さない。"""
     told: list[str] = []
     for one in error.errors(include_url=False):
-        name, value = str(one["loc"][0]) if one["loc"] else "", one["input"]
+        name = str(one["loc"][0]) if one["loc"] else ""
         if one["type"] == "value_error":
             told.append(one["msg"].removeprefix("Value error, "))
-        elif name in _EXPECTED:
-            told.append(f"{name} {value!r} is not {_EXPECTED[name]}")
-        elif one["type"] == "string_type":
-            told.append(f"{name} {value!r} is {type(value).__name__}, not str")
+        elif name in _Fields.__dataclass_fields__:
+            told.append(f"{name} {one['input']!r} is wrong: {one['msg']}")
         else:
             options = ", ".join(_Fields.__dataclass_fields__)
             told.append(f"{name}: {one['msg']}; options are: {options}")

@@ -1,54 +1,85 @@
-"""8.5.3 OTLP の環境変数: 基盤(Kubernetes など)が付けた値を読み、書き、元に戻す。"""
+"""8.5.3 OTLP の環境変数: 基盤(Kubernetes など)が付けた値と引数から設定を作り、書き、元に戻す。
+
+引数にないものは、基盤の ``OTEL_*`` を残す(ヘッダーとリソース属性は合わせる)。引数が基盤の値を替えた
+ときは、そう書いて残す。
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from urllib.parse import quote, unquote
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-PREFIX = "OTEL_EXPORTER_OTLP_"
+from ..endpoint import signal_url, split_endpoint
+from .config import PREFIX, OtlpConfig, OtlpConfigError, OtlpOptions, parse_pairs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+RESOURCE_VARIABLE = "OTEL_RESOURCE_ATTRIBUTES"
 # setup_otlp_export が書き、disable_otlp_export が戻す環境変数
 OWNED_ENV = (
-    *(f"MLFLOW_{name}" for name in ("ENABLE_DUAL_EXPORT", "TRACE_ENABLE_OTLP_DUAL_EXPORT")),
-    *(f"MLFLOW_ENABLE_{name}" for name in ("OTEL_GENAI_SEMCONV", "OTLP_EXPORTER")),
-    *(f"{PREFIX}TRACES_{name}" for name in ("ENDPOINT", "PROTOCOL", "HEADERS", "TIMEOUT")),
-    *(f"{PREFIX}TRACES_{name}" for name in ("COMPRESSION", "CERTIFICATE", "INSECURE")),
-    *("OTEL_RESOURCE_ATTRIBUTES", "OTEL_SERVICE_NAME"),
+    "MLFLOW_ENABLE_DUAL_EXPORT",
+    "MLFLOW_ENABLE_OTEL_GENAI_SEMCONV",
+    "MLFLOW_ENABLE_OTLP_EXPORTER",
+    "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT",
+    "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
+    "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+    "OTEL_EXPORTER_OTLP_TRACES_INSECURE",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+    "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
+    "OTEL_RESOURCE_ATTRIBUTES",
+    "OTEL_SERVICE_NAME",
 )
-_before: dict[str, str | None] | None = None
+_before: dict[str, str | None] = {}
+
+
+# ---- 書く、戻す ----
 
 
 def platform_environment() -> dict[str, str]:
     """``setup_otlp_export`` が書く前の環境変数。"""
-    now: dict[str, str | None] = {**os.environ, **(_before or {})}
+    now: dict[str, str | None] = {**os.environ, **_before}
     return {name: value for name, value in now.items() if value is not None}
 
 
-def write_environment(values: Mapping[str, str | None]) -> None:
-    """``OWNED_ENV`` を書く(None のものは消す)。初めてなら、いまの値を控える。"""
-    global _before
-    if _before is None:
-        _before = {name: os.environ.get(name) for name in OWNED_ENV}
-    _write(values)
+def write_environment(values: Mapping[str, str]) -> None:
+    """``OWNED_ENV`` を書く(``values`` にないものは消す)。初めてなら、いまの値を控える。"""
+    for name in OWNED_ENV:
+        _before.setdefault(name, os.environ.get(name))
+        set_variable(name, values.get(name))
 
 
 def restore_environment() -> None:
     """``setup_otlp_export`` が書く前に戻す。"""
-    _write(_before or {})
+    for name, value in _before.items():
+        set_variable(name, value)
+    _before.clear()
 
 
-def forget_environment() -> None:
-    """いまの値を、基盤のものとして扱う。"""
-    global _before
-    _before = None
+def set_variable(name: str, value: str | None) -> None:
+    """環境変数を書く。None なら消す。"""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
-def _write(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+# ---- 読む ----
+
+_SETTINGS = {
+    "endpoint": "ENDPOINT",
+    "protocol": "PROTOCOL",
+    "compression": "COMPRESSION",
+    "timeout_seconds": "TIMEOUT",
+    "certificate_file": "CERTIFICATE",
+}
 
 
 def setting(environment: Mapping[str, str], name: str) -> tuple[str, str]:
@@ -59,18 +90,145 @@ def setting(environment: Mapping[str, str], name: str) -> tuple[str, str]:
     return "", ""
 
 
-def parse_resource_attributes(text: str) -> dict[str, str]:
-    """``OTEL_RESOURCE_ATTRIBUTES`` やヘッダーの ``k=v,k=v`` を読む。
+def platform_resource(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """基盤が付けたリソース属性。"""
+    found = platform_environment() if environment is None else environment
+    return parse_pairs(found.get(RESOURCE_VARIABLE, ""))
 
-    壊れた項目だけを飛ばす(MLflow は 1 つでも壊れていると、全部を捨てる)。
 
-    >>> parse_resource_attributes("team=search,broken,")
-    {'team': 'search'}
+def _platform_headers(environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    variable, text = setting(environment, "HEADERS")
+    return variable, parse_pairs(text)
+
+
+def _platform_options(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+    """項目ごとの、基盤の環境変数の名前と値。"""
+    found: dict[str, tuple[str, Any]] = {}
+    if name := platform_resource(environment).get("service.name"):
+        found["service_name"] = RESOURCE_VARIABLE, name
+    if name := environment.get("OTEL_SERVICE_NAME", "").strip():
+        found["service_name"] = "OTEL_SERVICE_NAME", name
+    for option, suffix in _SETTINGS.items():
+        variable, text = setting(environment, suffix)
+        if text:
+            found[option] = variable, _parsed(option, text)
+    return found
+
+
+def _parsed(option: str, text: str) -> Any:
+    if option == "timeout_seconds":
+        with suppress(ValueError):
+            return float(text)
+    return text.lower() if option == "compression" else text
+
+
+def build_otlp_config(
+    endpoint: str | None = None,
+    service_name: str = "",
+    protocol: str | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    **options: Unpack[OtlpOptions],
+) -> OtlpConfig:
+    """値を検査して ``OtlpConfig`` を作る。
+
+    Args:
+        endpoint: ``http://HOST:4317`` (gRPC) や ``http://HOST:4318`` (HTTP)。HTTP では
+            ``/v1/traces`` がなければ足し、gRPC ではパスを取り除く。
+        service_name: バックエンドで見えるサービス名。
+        protocol: ``"grpc"`` (既定)か ``"http/protobuf"``。
+        env: 基盤の設定を読む場所。既定は ``os.environ`` (``setup_otlp_export`` が書く前のもの)。
+        **options: ``OtlpConfig`` の残りの項目。
+
+    省略したものは、``OTEL_EXPORTER_OTLP_*`` ``OTEL_SERVICE_NAME`` ``OTEL_RESOURCE_ATTRIBUTES`` から
+    取る。
+
+    Raises:
+        OtlpConfigError: 値が誤っている。
     """
-    pairs = (item.partition("=") for item in text.split(","))
-    return {k.strip(): unquote(v.strip()) for k, found, v in pairs if found and k.strip()}
+    environment = platform_environment() if env is None else env
+    found = _platform_options(environment)
+    main = {"endpoint": endpoint, "service_name": service_name or None, "protocol": protocol}
+    given = _without_none({**main, **options})
+    values = _completed(given, found, environment)
+    try:
+        config = OtlpConfig(**values)
+    except OtlpConfigError as error:
+        variables = sorted({found[option][0] for option in found.keys() - given.keys()})
+        source = f" (from {', '.join(variables)})" if variables else ""
+        raise OtlpConfigError(f"{error}{source}") from None
+    return replace(config, overridden=tuple(_overridden(config, found, environment)))
 
 
-def format_pairs(pairs: Mapping[str, str]) -> str:
-    """``k=v,k=v`` にする。区切りの文字と日本語はパーセント符号化する。"""
-    return ",".join(f"{name}={quote(value, safe='')}" for name, value in pairs.items())
+def resolve_config(
+    endpoint: str | OtlpConfig | None,
+    service_name: str,
+    protocol: str | None,
+    options: OtlpOptions,
+) -> OtlpConfig:
+    """``setup_otlp_export`` の引数を 1 つの設定にする。できている設定は、単独でだけ受け取る。"""
+    if not isinstance(endpoint, OtlpConfig):
+        return build_otlp_config(endpoint, service_name, protocol, **options)
+    if service_name or options or protocol not in (None, endpoint.protocol):
+        raise OtlpConfigError("an OtlpConfig already has all options; pass it alone")
+    return endpoint
+
+
+def _without_none(given: Mapping[str, Any]) -> dict[str, Any]:
+    """None は、渡されなかったことにする(意味のあるものと、誤りとして知らせるもののほかは)。"""
+    keep_none = ("headers", "resource_attributes", "service_namespace")
+    return {name: v for name, v in given.items() if v is not None or name in keep_none}
+
+
+def _completed(
+    given: dict[str, Any], found: dict[str, tuple[str, Any]], environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """引数に、基盤の値を足したもの。"""
+    values: dict[str, Any] = {"endpoint": None, "service_name": ""}
+    for option, (_, value) in found.items():
+        if option != "certificate_file" or Path(value).is_file():
+            values[option] = value
+    if namespace := platform_resource(environment).get("service.namespace"):
+        values["service_namespace"] = namespace
+    values |= given
+    _, platform_headers = _platform_headers(environment)
+    headers = values.get("headers", {})
+    if isinstance(headers, Mapping):
+        own = {str(name).lower() for name in headers}
+        kept = {name: v for name, v in platform_headers.items() if name.lower() not in own}
+        values["headers"] = {**kept, **headers}
+    return values
+
+
+def _overridden(
+    config: OtlpConfig, found: dict[str, tuple[str, Any]], environment: Mapping[str, str]
+) -> Iterator[str]:
+    """基盤の値のうち、引数が替えたもの。"""
+    for option, (variable, old) in found.items():
+        used = getattr(config, option)
+        if option == "certificate_file" and used is None:
+            yield f"{variable}={old!r} does not exist; TLS uses default roots"
+        elif not _is_same(option, used, old):
+            yield f"{option}={used!r} overrides {variable}={_without_keys(old)!r}"
+    resource = config.resource()
+    for name, old in platform_resource(environment).items():
+        if resource.get(name, old) != old:
+            yield f"{name}={resource[name]!r} overrides {RESOURCE_VARIABLE} {name}={old!r}"
+    variable, platform_headers = _platform_headers(environment)
+    headers = {name.lower(): value for name, value in config.headers.items()}
+    for name, old in platform_headers.items():
+        if headers[name.lower()] != old:
+            yield f"header {name!r} overrides {variable}"
+
+
+def _is_same(option: str, used: Any, old: Any) -> bool:
+    if option == "endpoint":
+        with suppress(ValueError):
+            used = signal_url(split_endpoint(used), "traces")
+            old = signal_url(split_endpoint(old), "traces")
+    return bool(used == old)
+
+
+def _without_keys(value: Any) -> Any:
+    """URL の中の鍵かもしれないところを除く。"""
+    return re.sub("//[^/]*@|[?#].*", "//***@", value) if isinstance(value, str) else value

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .config import OtlpConfig, OtlpConfigError, Protocol
-from .resolve import build_otlp_config
+from .environment import build_otlp_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,82 +31,61 @@ class OtlpPreset:
     defaults: Mapping[str, str] = field(default_factory=dict[str, str])
     """なくてもよい環境変数の既定値。"""
     genai_semconv: bool = True
-    source: str = ""
-    """値の出典。"""
 
 
 _HTTP: tuple[Protocol, ...] = ("http/protobuf",)
 _HTTP_FIRST: tuple[Protocol, ...] = ("http/protobuf", "grpc")
+
+
+def _local(variable: str) -> OtlpPreset:
+    """手元で動くもの。"""
+    return OtlpPreset(endpoint="{" + variable + "}", defaults={variable: "http://127.0.0.1:4317"})
+
+
 PRESETS: dict[str, OtlpPreset] = {
-    "collector": OtlpPreset(
-        endpoint="{OTEL_COLLECTOR_URL}",
-        defaults={"OTEL_COLLECTOR_URL": "http://127.0.0.1:4317"},
-        source="open-telemetry/opentelemetry-collector receiver/otlpreceiver",
-    ),
-    "jaeger": OtlpPreset(
-        endpoint="{JAEGER_URL}",
-        defaults={"JAEGER_URL": "http://127.0.0.1:4317"},
-        source="jaegertracing.io (Jaeger v2)",
-    ),
-    "tempo": OtlpPreset(
-        endpoint="{TEMPO_URL}",
-        defaults={"TEMPO_URL": "http://127.0.0.1:4317"},
-        source="grafana.com/docs/tempo",
-    ),
-    "grafana_cloud": OtlpPreset(
-        endpoint="https://otlp-gateway-{GRAFANA_ZONE}.grafana.net/otlp",
-        protocols=_HTTP,
-        basic_auth=("GRAFANA_INSTANCE_ID", "GRAFANA_API_TOKEN"),
-        source="grafana.com/docs/grafana-cloud/send-data/otlp",
-    ),
-    "datadog": OtlpPreset(
+    "collector": _local("OTEL_COLLECTOR_URL"),
+    "jaeger": _local("JAEGER_URL"),
+    "tempo": _local("TEMPO_URL"),
+    "arize_phoenix": _local("PHOENIX_URL"),
+    "datadog_agent": _local("DD_AGENT_URL"),
+    "datadog": OtlpPreset(  # docs.datadoghq.com/opentelemetry/setup/otlp_ingest/traces
         endpoint="https://otlp.{DD_SITE}",
         protocols=_HTTP,
         headers={"dd-api-key": "{DD_API_KEY}"},
         defaults={"DD_SITE": "datadoghq.com"},
-        source="docs.datadoghq.com/opentelemetry/setup/otlp_ingest/traces (no gRPC)",
     ),
-    "datadog_agent": OtlpPreset(
-        endpoint="{DD_AGENT_URL}",
-        defaults={"DD_AGENT_URL": "http://127.0.0.1:4317"},
-        source="docs.datadoghq.com/opentelemetry/setup/otlp_ingest_in_the_agent",
+    "grafana_cloud": OtlpPreset(  # grafana.com/docs/grafana-cloud/send-data/otlp
+        endpoint="https://otlp-gateway-{GRAFANA_ZONE}.grafana.net/otlp",
+        protocols=_HTTP,
+        basic_auth=("GRAFANA_INSTANCE_ID", "GRAFANA_API_TOKEN"),
     ),
-    "new_relic": OtlpPreset(
+    "new_relic": OtlpPreset(  # docs.newrelic.com opentelemetry-otlp
         endpoint="{NEW_RELIC_OTLP_URL}",
         protocols=_HTTP_FIRST,
         headers={"api-key": "{NEW_RELIC_LICENSE_KEY}"},
         defaults={"NEW_RELIC_OTLP_URL": "https://otlp.nr-data.net:4318"},
-        source="docs.newrelic.com opentelemetry-otlp",
     ),
-    "honeycomb": OtlpPreset(
+    "honeycomb": OtlpPreset(  # docs.honeycomb.io
         endpoint="{HONEYCOMB_API_URL}",
         protocols=_HTTP_FIRST,
         headers={"x-honeycomb-team": "{HONEYCOMB_API_KEY}"},
         defaults={"HONEYCOMB_API_URL": "https://api.honeycomb.io:443"},
-        source="docs.honeycomb.io",
     ),
-    "langfuse": OtlpPreset(
+    "langfuse": OtlpPreset(  # langfuse.com/docs/opentelemetry
         endpoint="{LANGFUSE_HOST}/api/public/otel",
         protocols=_HTTP,
         headers={"x-langfuse-ingestion-version": "4"},
         basic_auth=("LANGFUSE_PUBLIC_KEY", "LANGFUSE_SECRET_KEY"),
         defaults={"LANGFUSE_HOST": "https://cloud.langfuse.com"},
-        source="langfuse.com/docs/opentelemetry",
     ),
-    "arize_phoenix": OtlpPreset(
-        endpoint="{PHOENIX_URL}",
-        defaults={"PHOENIX_URL": "http://127.0.0.1:4317"},
-        source="arize.com/docs/phoenix",
-    ),
-    "mlflow": OtlpPreset(
+    "mlflow": OtlpPreset(  # mlflow.org/docs opentelemetry/ingest
         endpoint="{MLFLOW_OTLP_URL}",
         protocols=_HTTP,
         headers={"x-mlflow-experiment-id": "{MLFLOW_EXPERIMENT_ID}"},
         defaults={"MLFLOW_OTLP_URL": "http://127.0.0.1:5000"},
         genai_semconv=False,
-        source="mlflow.org/docs opentelemetry/ingest",
     ),
-    "databricks": OtlpPreset(
+    "databricks": OtlpPreset(  # docs.databricks.com mlflow3 genai tracing Unity Catalog
         endpoint="{DATABRICKS_HOST}/api/2.0/otel",
         protocols=_HTTP,
         headers={
@@ -114,7 +93,6 @@ PRESETS: dict[str, OtlpPreset] = {
             "X-Databricks-UC-Table-Name": "{DATABRICKS_UC_TABLE}",
         },
         genai_semconv=False,
-        source="docs.databricks.com mlflow3 genai tracing Unity Catalog",
     ),
 }
 
@@ -135,30 +113,31 @@ def preset(
     """
     if name not in PRESETS:
         raise OtlpConfigError(f"preset {name!r} does not exist; choose from {sorted(PRESETS)}")
-    chosen, values = PRESETS[name], _Variables(name, PRESETS[name], env)
+    chosen = PRESETS[name]
     protocol: str = options.pop("protocol", chosen.protocols[0])
     if protocol not in chosen.protocols:
         raise OtlpConfigError(f"{name} accepts {chosen.protocols} only, not {protocol!r}")
-    headers = {key: value.format_map(values) for key, value in chosen.headers.items()}
-    if chosen.basic_auth:
-        user, secret = (values[variable] for variable in chosen.basic_auth)
-        headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode()
+    try:
+        endpoint, headers = _filled(chosen, os.environ if env is None else env)
+    except KeyError as missing:
+        variable = missing.args[0]
+        raise OtlpConfigError(
+            f"preset {name!r} needs the environment variable {variable}"
+        ) from None
     headers |= options.pop("headers", {})
     options.setdefault("genai_semconv", chosen.genai_semconv)
-    endpoint = chosen.endpoint.format_map(values)
     return build_otlp_config(endpoint, service_name, protocol, env=env, headers=headers, **options)
 
 
-class _Variables(dict[str, str]):
-    """プリセットの変数。なければ、名前を挙げて知らせる。"""
-
-    def __init__(self, name: str, chosen: OtlpPreset, env: Mapping[str, str] | None) -> None:
-        found = os.environ if env is None else env
-        given = {k: v.strip() for k, v in found.items()}  # ファイルから読んだ鍵の末尾の改行を除く
-        super().__init__({**chosen.defaults, **{k: v for k, v in given.items() if v}})
-        self.preset_name = name
-
-    def __missing__(self, variable: str) -> str:
-        raise OtlpConfigError(
-            f"preset {self.preset_name!r} needs the environment variable {variable}"
-        )
+def _filled(chosen: OtlpPreset, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """環境変数の値で埋めた送り先とヘッダー。足りなければ KeyError。"""
+    values = dict(chosen.defaults)
+    for variable, text in env.items():
+        if value := text.strip():  # ファイルから読んだ鍵の末尾の改行を除く
+            values[variable] = value
+    headers = {key: text.format_map(values) for key, text in chosen.headers.items()}
+    if chosen.basic_auth:
+        user, secret = chosen.basic_auth
+        pair = f"{values[user]}:{values[secret]}"
+        headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    return chosen.endpoint.format_map(values), headers

@@ -17,9 +17,10 @@ import mlflow
 import mlflow.tracing
 from mlflow.tracing.processor.otel import OtelSpanProcessor
 from mlflow.tracing.provider import is_tracing_enabled
-from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 from .._internals import (
+    change_before_export,
     current_provider,
     forget_provider,
     is_mlflows,
@@ -29,14 +30,14 @@ from .._internals import (
     wrapped_by,
 )
 from ..deadlines import run_in_time
-from .attributes import add_export_attributes
+from .attributes import with_export_attributes
 from .config import Mode, OtlpConfig, OtlpConfigError, OtlpSetupError, OtlpStatus
-from .delivery import watch_delivery
+from .delivery import count_span, restart_counts
 from .environment import (
-    OWNED_ENV,
-    forget_environment,
+    RESOURCE_VARIABLE,
     platform_environment,
     restore_environment,
+    set_variable,
     setting,
     write_environment,
 )
@@ -118,9 +119,9 @@ def _install(config: OtlpConfig) -> None:
     global _installed
     try:
         write_environment(_desired_env(config))
-        add_export_attributes()
+        change_before_export(_changed)
         warnings = _rebuild_provider()
-        watch_delivery()
+        restart_counts()
         if not _is_exporting(config.mode):
             raise OtlpSetupError(
                 f"MLflow built {_processor_names()}, not {config.mode} export; a destination "
@@ -133,30 +134,36 @@ def _install(config: OtlpConfig) -> None:
         raise OtlpSetupError(f"MLflow could not start the OTLP exporter: {error}") from error
     atexit.unregister(_at_exit)
     atexit.register(_at_exit)  # プロバイダーの終了処理(期限を守らない)より先に動く
-    _installed = _Installed(config, mlflow.get_tracking_uri(), _kept(), warnings)
+    _installed = _Installed(config, mlflow.get_tracking_uri(), _hooks_to_keep(), warnings)
 
 
-def _kept() -> list[str]:
+def _changed(processor: OtelSpanProcessor, span: ReadableSpan) -> ReadableSpan:
+    count_span(processor, span)
+    return with_export_attributes(span)
+
+
+def _hooks_to_keep() -> list[str]:
     """失ってはいけない span_processors。消えたものも、足し直されるまで覚えておく。"""
-    moved = _installed and _installed.tracking_uri != mlflow.get_tracking_uri()
-    gone = _installed.span_processors if _installed and moved else []
-    return list(dict.fromkeys([*_span_processor_names(), *gone]))
+    names = _hook_names()
+    if _installed and _installed.tracking_uri != mlflow.get_tracking_uri():
+        names += [name for name in _installed.span_processors if name not in names]
+    return names
 
 
-def _span_processor_names() -> list[str]:
-    return [getattr(p, "__name__", type(p).__name__) for p in span_hooks()]
+def _hook_names() -> list[str]:
+    return [getattr(hook, "__name__", type(hook).__name__) for hook in span_hooks()]
 
 
-def _desired_env(config: OtlpConfig) -> dict[str, str | None]:
+def _desired_env(config: OtlpConfig) -> dict[str, str]:
     """設定にないものは、基盤の値のまま。"""
     platform = platform_environment()
     if config.compression == "none":
         platform.pop("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", None)
-    values = platform | config.to_env(platform.get("OTEL_RESOURCE_ATTRIBUTES", ""))
+    values = platform | config.to_env(platform.get(RESOURCE_VARIABLE, ""))
     if mlflow.get_tracking_uri().startswith("databricks"):
         # Databricks の文書にある名前。OSS 版は MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT だけを読む
         values["MLFLOW_ENABLE_DUAL_EXPORT"] = values["MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT"]
-    return {name: values.get(name) for name in OWNED_ENV}
+    return values
 
 
 def _uninstall() -> None:
@@ -165,17 +172,17 @@ def _uninstall() -> None:
     restore_environment()
     if _added():
         _rebuild_provider()
-        restore_environment()  # MLflow は作り直すときに OTEL_RESOURCE_ATTRIBUTES を書き換える
     else:
         forget_provider()
-    forget_environment()
 
 
 def _rebuild_provider() -> list[str]:
     """プロバイダーを作り直す。アプリが足したプロセッサーは移し、移せないものを知らせる。"""
     added = _added()
+    resource = os.environ.get(RESOURCE_VARIABLE)
     forget_provider()
     rebuilt = mlflow.tracing.get_bridged_tracer_provider()
+    set_variable(RESOURCE_VARIABLE, resource)  # MLflow は、作り直すときに書き換える
     lost: list[str] = []
     for processor in added:
         name = type(processor).__name__
@@ -205,16 +212,21 @@ def otlp_status() -> OtlpStatus:
         if _installed is None:
             return OtlpStatus("off", processors=_processor_names())
         mlflow.tracing.get_bridged_tracer_provider()  # set_experiment の後は、ここで作り直される
-        c, names = _installed.config, _processor_names()
-        warnings = (*c.overridden, *_installed.warnings, *_drift(_installed))
+        config = _installed.config
         return OtlpStatus(
-            c.mode, c.endpoint, c.protocol, c.service_name, names, c.genai_semconv, warnings
+            config.mode,
+            config.endpoint,
+            config.protocol,
+            config.service_name,
+            processors=_processor_names(),
+            genai_semconv=config.genai_semconv,
+            warnings=(*config.overridden, *_installed.warnings, *_drift(_installed)),
         )
 
 
 def _drift(installed: _Installed) -> Iterator[str]:
     """設定した後で変わってしまったこと。"""
-    now = _span_processor_names()
+    now = _hook_names()
     if gone := [name for name in installed.span_processors if name not in now]:
         yield f"span processors {gone} are gone; configure them again after set_tracking_uri"
     if mlflow.get_tracking_uri() != installed.tracking_uri:
@@ -244,9 +256,9 @@ def _drain(timeout_seconds: float) -> None:
     """OTLP を書き出す。期限を過ぎたら送信をやめるので、終了処理が待たされない。"""
     found = unwrapped(processors_of(current_provider()))
     sending = [p for p in found if isinstance(p, OtelSpanProcessor)]
-    took = run_in_time([processor.force_flush for processor in sending], timeout_seconds)
-    for processor, seconds in zip(sending, took, strict=True):
-        if seconds is None:
+    finished = run_in_time([processor.force_flush for processor in sending], timeout_seconds)
+    for processor, is_empty in zip(sending, finished, strict=True):
+        if not is_empty:
             _abandon(processor)
 
 

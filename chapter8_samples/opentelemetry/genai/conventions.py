@@ -66,12 +66,11 @@ RENAMED: dict[str, str] = {
 RENAMED_IN_RETRIEVAL = {"gen_ai.request.top_k": "gen_ai.retrieval.top_k"}
 """検索(``retrieval``)のスパンだけで変わった名前。"""
 
-_INFERENCE, _OPERATION = "gen_ai.client.inference", "gen_ai.client.operation"
+_INFERENCE = "gen_ai.client.inference"
+_OPERATION = "gen_ai.client.operation"
 DURATION = f"{_INFERENCE}.duration"
-FIRST_CHUNK, NEXT_CHUNK = (
-    f"{_INFERENCE}.time_to_first_chunk",
-    f"{_INFERENCE}.time_per_output_chunk",
-)
+FIRST_CHUNK = f"{_INFERENCE}.time_to_first_chunk"
+NEXT_CHUNK = f"{_INFERENCE}.time_per_output_chunk"
 USAGE = {
     "input_tokens": f"{_INFERENCE}.usage.input_tokens",
     "output_tokens": f"{_INFERENCE}.usage.output_tokens",
@@ -85,8 +84,12 @@ PER_CALL = {
     "output_tokens": f"{_INFERENCE}.operation.output_tokens",
 }
 """呼び出し 1 回のトークン数のヒストグラム。"""
-OLD_DURATION, OLD_TOKENS = f"{_OPERATION}.duration", "gen_ai.client.token.usage"
+OLD_DURATION = f"{_OPERATION}.duration"
+OLD_TOKENS = "gen_ai.client.token.usage"
 """1.41 の名前。推論のほかの操作(embeddings)は、0.1.0 でもこの名前のまま。"""
+SECONDS = (DURATION, FIRST_CHUNK, NEXT_CHUNK, OLD_DURATION)
+TOKENS = (*PER_CALL.values(), OLD_TOKENS)
+"""秒とトークン数の、ヒストグラムの名前。"""
 
 RENAMED_METRICS: dict[str, tuple[str, ...]] = {
     OLD_DURATION: (DURATION,),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._internals import EventLogger, make_event_logger
+from .._internals import emit_event, make_logger_provider
 from .sending import flush_in_time, last_results, make_exporter
 
 EVENT = "gen_ai.evaluation.result"
@@ -44,7 +44,7 @@ def evaluation_attributes(assessment: Any) -> dict[str, Any] | None:
 class EvaluationEvents:
     """評価を送る口。``setup_evaluation_events`` が返す。"""
 
-    events: EventLogger
+    provider: Any
     results: Sequence[Any]
 
     def emit(self, trace: Any) -> int:
@@ -61,17 +61,18 @@ class EvaluationEvents:
                 attributes |= _response_id(spans, one.span_id)
                 trace_id = int(re.findall("[0-9a-f]{32}$", trace.info.trace_id)[0], 16)
                 span_id = int(one.span_id or root, 16)
-                self.events.emit(EVENT, attributes, trace_id, span_id, one.create_time_ms)
+                created_ms = one.create_time_ms
+                emit_event(self.provider, EVENT, attributes, trace_id, span_id, created_ms)
                 sent += 1
         return sent
 
     def flush(self, timeout_seconds: float = 10.0) -> bool:
         """いままでの分を送り、受け取られたかを返す。``timeout_seconds`` 秒で必ず戻る。"""
-        return flush_in_time(self.events.provider, self.results, timeout_seconds)
+        return flush_in_time(self.provider, self.results, timeout_seconds)
 
     def shutdown(self) -> None:
         """残りを送って終える。"""
-        self.events.provider.shutdown()
+        self.provider.shutdown()
 
 
 def setup_evaluation_events(
@@ -84,7 +85,7 @@ def setup_evaluation_events(
     """評価のイベントを OTLP(ログ)で送る口を作る。引数は ``setup_genai_metrics`` と同じ。"""
     exporter = make_exporter("logs", endpoint, protocol, headers)
     results = last_results(exporter)
-    return EvaluationEvents(make_event_logger(exporter, service_name), results)
+    return EvaluationEvents(make_logger_provider(exporter, service_name), results)
 
 
 def _response_id(spans: list[Any], span_id: str | None) -> dict[str, str]:

@@ -9,14 +9,12 @@ Databricks でも同じ。メトリクスの送り先は、Collector か、OTLP 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import mlflow
 import mlflow.tracing
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
@@ -39,7 +37,6 @@ _USAGE_KEYS = {  # ``mlflow.chat.tokenUsage`` の中の名前が、規約と違�
     "cache_write.input_tokens": "cache_creation_input_tokens",
     "reasoning.output_tokens": "reasoning_output_tokens",
 }
-_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,8 @@ class GenAIMetrics:
 
     def shutdown(self) -> None:
         """残りを送り、記録をやめる。"""
-        _configure([hook for hook in span_hooks() if hook is not self.hook])
+        others = [hook for hook in span_hooks() if hook is not self.hook]
+        mlflow.tracing.configure(span_processors=others)
         self.provider.shutdown()
 
 
@@ -67,7 +65,6 @@ def setup_genai_metrics(
     protocol: str = "grpc",
     *,
     headers: Mapping[str, str] | None = None,
-    interval_seconds: float = 60.0,
     names: str = "new",
 ) -> GenAIMetrics:
     """LLM のスパンから標準メトリクスを作り、OTLP で送り始める。
@@ -77,10 +74,10 @@ def setup_genai_metrics(
         service_name: メトリクスの ``service.name``。
         protocol: ``"grpc"`` か ``"http/protobuf"``。
         headers: 認証などのヘッダー。
-        interval_seconds: 送る間隔。
         names: ``"new"`` は規約のいまの名前だけ、``"both"`` は古いダッシュボードのために 1.41 の
             名前でも送る。embeddings は、どちらでも 1.41 の名前(新しい名前がない)。
 
+    60 秒(``OTEL_METRIC_EXPORT_INTERVAL`` ミリ秒)ごとに送る。
     ``mlflow.tracing.configure`` の span_processors に 1 つ足す(前からあるものは残す)。
     ``mlflow.set_tracking_uri`` で消えるので、その後で呼ぶ。
 
@@ -93,18 +90,13 @@ def setup_genai_metrics(
     if any(getattr(hook, "__name__", "") == "genai_metrics" for hook in span_hooks()):
         raise RuntimeError("GenAI metrics are already recorded: call shutdown() on them first")
     exporter = make_exporter("metrics", endpoint, protocol, headers)
-    reader = PeriodicExportingMetricReader(exporter, interval_seconds * 1000)
+    reader = PeriodicExportingMetricReader(exporter)
     resource = Resource.create({"service.name": service_name})
     provider = MeterProvider(metric_readers=[reader], resource=resource)
-    hook = _recorder(_Instruments(provider, names == "both"))
+    hook = _recorder(_Instruments(provider, with_old_names=names == "both"))
     metrics = GenAIMetrics(provider, hook, last_results(exporter))
-    _configure([*span_hooks(), hook])
+    mlflow.tracing.configure(span_processors=[*span_hooks(), hook])
     return metrics
-
-
-def _configure(hooks: list[Any]) -> None:
-    with _LOCK:
-        mlflow.tracing.configure(span_processors=hooks)
 
 
 def _recorder(instruments: _Instruments) -> Any:
@@ -124,27 +116,25 @@ def _recorder(instruments: _Instruments) -> Any:
 
 
 class _Instruments:
-    """メトリクスの計器。``names="both"`` では、1.41 の名前でも記録する。"""
+    """メトリクスの計器。``with_old_names`` では、1.41 の名前でも記録する。"""
 
     def __init__(self, provider: MeterProvider, with_old_names: bool) -> None:
         self._with_old_names = with_old_names
-        meter = provider.get_meter("chapter8.genai", conventions.SEMCONV_VERSION)
-        seconds = (conventions.DURATION, conventions.FIRST_CHUNK, conventions.NEXT_CHUNK)
-        tokens = (*conventions.PER_CALL.values(), conventions.OLD_TOKENS)
-        self._histograms: dict[str, Any] = {
-            name: meter.create_histogram(
-                name, unit=unit, explicit_bucket_boundaries_advisory=buckets
-            )
-            for names, unit, buckets in (
-                ((*seconds, conventions.OLD_DURATION), "s", SECOND_BUCKETS),
-                (tokens, "{token}", TOKEN_BUCKETS),
-            )
-            for name in names
-        }
+        self._meter = provider.get_meter("chapter8.genai", conventions.SEMCONV_VERSION)
+        self._histograms: dict[str, Any] = {}
+        for name in conventions.SECONDS:
+            self._histograms[name] = self._histogram(name, "s", SECOND_BUCKETS)
+        for name in conventions.TOKENS:
+            self._histograms[name] = self._histogram(name, "{token}", TOKEN_BUCKETS)
         self._counters: dict[str, Any] = {
-            kind: meter.create_counter(name, unit="{token}")
+            kind: self._meter.create_counter(name, unit="{token}")
             for kind, name in conventions.USAGE.items()
         }
+
+    def _histogram(self, name: str, unit: str, buckets: Sequence[float]) -> Any:
+        return self._meter.create_histogram(
+            name, unit=unit, explicit_bucket_boundaries_advisory=buckets
+        )
 
     def record_call(
         self,

@@ -40,5 +40,5 @@ def last_results(exporter: Any) -> Sequence[Any]:
 
 def flush_in_time(provider: Any, results: Sequence[Any], timeout_seconds: float) -> bool:
     """残りを送り、受け取られたかを返す。``timeout_seconds`` 秒で必ず戻る。"""
-    (seconds,) = run_in_time([provider.force_flush], timeout_seconds)
-    return seconds is not None and not any(result.name == "FAILURE" for result in results)
+    (finished,) = run_in_time([provider.force_flush], timeout_seconds)
+    return finished and not any(result.name == "FAILURE" for result in results)
