@@ -8,7 +8,7 @@ import warnings
 from importlib.resources import files
 from statistics import mean
 
-# 先に読み込む。MLflow の書き出しのスレッドが(litellm のために)読み込む途中では、openai SDK が失敗する
+# 先に読み込む。MLflow のスレッドが(litellm のために)読み込む途中では、openai SDK が失敗する
 import httpx  # noqa: F401
 import mlflow
 import pytest
