@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from chapter8_samples.alerting.delivery import Alert, Delivery, NotificationHandler
-from chapter8_samples.alerting.engine import AlertEngine, StateHeldError, read_state
+from chapter8_samples.alerting.engine import AlertEngine, StateHeldError
+from chapter8_samples.alerting.engine.file import StateFile
 from chapter8_samples.alerting.metrics.measures import MetricSample, MetricSourceError
 from chapter8_samples.alerting.notification_handlers import (
     ConsoleNotificationHandler,
@@ -487,24 +488,28 @@ def test_what_did_not_begin_before_the_end_is_left_to_the_next_run(tmp_path: Pat
 def test_a_second_watch_stands_by_until_the_first_ends(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path, recorder, stops = tmp_path / "alerts.db", Recorder(), [threading.Event() for _ in "12"]
-    source, rules = Scripted(error_rate=[1]), config(rule())
-    engines = [AlertEngine(rules, source, recorder, state_path=path) for _ in "12"]
+    path, recorders = tmp_path / "alerts.db", [Recorder(), Recorder()]
+    source, rules, stops = (
+        Scripted(error_rate=[1]),
+        config(rule()),
+        [threading.Event() for _ in "12"],
+    )
+    engines = [AlertEngine(rules, source, own, state_path=path) for own in recorders]
     watches = [
         threading.Thread(target=engine.run_forever, args=(0.02,), kwargs={"stop": stop})
         for engine, stop in zip(engines, stops, strict=True)
     ]
     watches[0].start()
-    wait_for(lambda: engines[0].last_evaluated_at is not None)
+    wait_for(lambda: bool(recorders[0].alive))
     watches[1].start()
     wait_for(lambda: "standing by: alert state" in caplog.text)
-    assert engines[1].last_evaluated_at is None
+    assert recorders[1].alive == []
     stops[0].set()
-    wait_for(lambda: engines[1].last_evaluated_at is not None)
+    wait_for(lambda: bool(recorders[1].alive))
     stops[1].set()
     for watch in watches:
         watch.join()
-    assert recorder.sent == [("firing", "errors")]
+    assert [own.sent for own in recorders] == [[("firing", "errors")], []]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -526,7 +531,9 @@ def test_each_value_of_a_label_is_an_alert_of_its_own(tmp_path: Path) -> None:
     ]
     labels = {"service": "bot", "version": "v2"}
     assert changes == [(1, "firing", labels), (3, "resolved", labels)]
-    assert {state.label for state in read_state(path).values() if state.rule == "errors"} == {"v1"}
+    saved = StateFile(path).hold()
+    assert saved is not None
+    assert {state.label for state in saved.rules.values() if state.rule == "errors"} == {"v1"}
 
 
 def test_a_rule_may_compare_with_an_earlier_window() -> None:

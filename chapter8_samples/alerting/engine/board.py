@@ -21,7 +21,7 @@ class RuleBoard:
     """ルールと、その状態の一覧。``by`` のルールは、ラベルの値ごとに一つの状態を持つ。"""
 
     def __init__(
-        self, config: AlertConfig, source: MetricSource, trace_url: Callable[[str], str] | None
+        self, config: AlertConfig, source: MetricSource, trace_url: Callable[[str], str]
     ) -> None:
         self.config, self.source, self._trace_url = config, source, trace_url
         self._lock = threading.RLock()
@@ -124,8 +124,7 @@ class RuleBoard:
         except Exception as error:  # 例がなくてもアラートは出す
             logger.warning("no example traces for %s: %s", rule.name, error)
             return alert
-        url = self._trace_url
-        links = {trace: link for trace in found if url and (link := url(trace))}
+        links = {trace: link for trace in found if (link := self._trace_url(trace))}
         return replace(alert, examples=tuple(found), links=links)
 
     def _alert(self, rule: Rule, state: RuleState) -> Alert:
@@ -137,8 +136,8 @@ class RuleBoard:
             details["summary"] = "; ".join(reasons)[:500]
         if state.told:
             details |= {"examples": state.told.examples, "links": state.told.links}
-        if state.fired_at:
-            details["starts_at"] = state.fired_at
+        if state.since:
+            details["starts_at"] = state.since
         return Alert(
             name=rule.name,
             severity=AlertSeverity(rule.severity),

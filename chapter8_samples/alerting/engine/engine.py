@@ -65,7 +65,7 @@ class AlertEngine(RuleBoard):
         *,
         state_path: str | os.PathLike[str] | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
-        trace_url: Callable[[str], str] | None = None,
+        trace_url: Callable[[str], str] = lambda _: "",
     ) -> None:
         super().__init__(config, source, trace_url)
         self.notifier, self._clock = notifier, clock
@@ -74,7 +74,6 @@ class AlertEngine(RuleBoard):
         self._pending: set[str] = set()
         """まだ送っている途中のもの。"""
         self._stays = False
-        self.last_evaluated_at: datetime | None = None
 
     def evaluate(self, at: datetime | None = None) -> list[Alert]:
         """一度だけ評価し、知らせるべき変化(発報、解消)を返す。通知先があれば送る。
@@ -89,7 +88,6 @@ class AlertEngine(RuleBoard):
             with self._held():
                 alerts = self._judge(at)
                 self._outbox |= {alert.fingerprint: Unsent(alert) for alert in alerts}
-                self.last_evaluated_at = at
                 self._save()
                 self._send(list(self._outbox.values()))
                 self._save()

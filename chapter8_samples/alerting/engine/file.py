@@ -75,11 +75,11 @@ class StateFile:
         self,
         path: str | os.PathLike[str],
         *,
-        lease: timedelta = LEASE,
         clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.path, self.lease, self._clock, self._sleep = Path(path), lease, clock, sleep
+        self.path, self.lease = Path(path), LEASE
+        self._clock, self._sleep = clock, sleep
         self._token, self._in_place = uuid.uuid4().hex, False
 
     def hold(self) -> Saved | None:
@@ -184,20 +184,6 @@ class StateFile:
         journal = Path(f"{self.path}-journal")
         if journal.exists():  # 残すと、新しいファイルに古い書きかけが混ざる
             journal.replace(f"{aside}-journal")
-
-
-def read_state(path: str | os.PathLike[str]) -> dict[str, RuleState]:
-    """アラートごとの状態(キーは ``fingerprint``)。ファイルには触れず、見張りが使っていても読める。
-
-    Raises:
-        OSError: 読めない、または状態ファイルでない。
-    """
-    try:
-        source = f"{Path(path).resolve().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(source, uri=True)) as database:
-            return _read(database).rules
-    except sqlite3.Error as error:
-        raise OSError(f"{path} is no alert state that can be read: {error}") from error
 
 
 def _check_header(path: Path) -> None:

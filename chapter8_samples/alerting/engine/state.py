@@ -22,8 +22,6 @@ class RuleState:
     phase: Phase = "inactive"
     since: AwareDatetime | None = None
     """今の phase になった時刻。"""
-    fired_at: AwareDatetime | None = None
-    """最後に発報した時刻。"""
     last_true: AwareDatetime | None = None
     value: float | None = None
     n: int | None = None
@@ -52,7 +50,7 @@ class RuleState:
             if self.phase == "inactive":
                 self.phase, self.since = "pending", at
             if self.phase == "pending" and at - (self.since or at) >= hold:
-                self.phase, self.since, self.fired_at = "firing", at, at
+                self.phase, self.since = "firing", at
         elif breached is False:
             calm = at - (self.last_true or at) >= keep
             if self.phase == "pending" or (self.phase == "firing" and calm):

@@ -153,6 +153,6 @@ class AlertConfig:
         return any(i.applies(alert, other) for i in self.inhibit for other in firing)
 
     @classmethod
-    def default(cls, experiment: str = "") -> AlertConfig:
+    def default(cls) -> AlertConfig:
         """LLM アプリの標準のルール。数値は自分のアプリの SLO に合わせて変える。"""
-        return cls(experiment=experiment, rules=DEFAULT_RULES)
+        return cls(rules=DEFAULT_RULES)

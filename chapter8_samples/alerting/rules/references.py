@@ -16,8 +16,6 @@ WATCHDOG = "alert_evaluation_failed"
 """指標を求められないルールがあることを知らせる、組み込みのアラートの名前。"""
 ANY = "*"
 """評価してみないと分からないラベルの値(``by``)。"""
-OWN = {"name": "", "severity": "warning", "metric": "error_rate"}
-"""ラベルのほかに照合できるものと、書かないときの値。"""
 SELECTORS = {"inhibit": ("when", "mute"), "mute": ("match",), "routes": ("match",)}
 """条件を書くところ。"""
 Labels = Mapping[str, Any]
@@ -30,12 +28,13 @@ def reference_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _route_problems(fields)
     if not rules:
         return
-    alerts = _possible_alerts(fields, rules)
+    known = _known_values(fields, rules)
     for key, parts in SELECTORS.items():
         for place, item in _items(fields, key).items():
             for part in parts:
-                yield from _selector_problems(f"{place}.{part}", item.get(part), alerts)
-    labels = {key for alert in alerts for key in alert if key not in OWN}
+                for problem in _selector_problems(_mapping(item.get(part)), known):
+                    yield f"{place}.{part}", problem
+    labels = known.keys() - {"name", "severity", "metric"}
     for place, inhibit in _items(fields, "inhibit").items():
         for key in _list(inhibit.get("equal")):
             if key not in list(labels):
@@ -83,42 +82,26 @@ def _route_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
         yield "routes", "the last route must match everything; add {match: {}, to: [...]}"
 
 
-def _possible_alerts(fields: Mapping[str, Any], rules: Sequence[Labels]) -> list[Labels]:
-    """起こりうるアラートの、照合に使えるラベル。"""
-    shared = _mapping(fields.get("labels"))
-    watchdog = {"name": WATCHDOG, "severity": fields.get("watchdog_severity", "critical")}
-    alerts: list[Labels] = [{**shared, **watchdog}]
+def _known_values(fields: Mapping[str, Any], rules: Sequence[Labels]) -> dict[str, list[Any]]:
+    """照合に使えるもの -> 起こりうる値。重大度は、いまのルールにないものでもよい。"""
+    known: dict[str, list[Any]] = {"name": [WATCHDOG], "severity": [*SEVERITIES], "metric": []}
+    for labels in (fields.get("labels"), *(rule.get("labels") for rule in rules)):
+        for key, value in _mapping(labels).items():
+            known.setdefault(key, []).append(value)
     for rule in rules:
-        alert = {**shared, **_mapping(rule.get("labels"))}
+        known["name"].append(rule.get("name"))
+        known["metric"].append(rule.get("metric", "error_rate"))
         if by := rule.get("by"):
-            alert[str(by).removeprefix("tag:")] = ANY
-        for key, usual in OWN.items():
-            alert[key] = rule.get(key, usual)
-        alerts.append(alert)
-    return alerts
+            known.setdefault(str(by).removeprefix("tag:"), []).append(ANY)
+    return known
 
 
-def _selector_problems(place: str, selector: Any, alerts: Sequence[Labels]) -> Iterator[Problem]:
+def _selector_problems(selector: Labels, known: Mapping[str, list[Any]]) -> Iterator[str]:
     """条件に合うアラートが起こりえない理由。"""
-    wanted = {key: value for key, value in _mapping(selector).items() if isinstance(value, str)}
-    misses = [_miss(key, value, alerts) for key, value in wanted.items()]
-    if any(misses):
-        yield from ((place, miss) for miss in misses if miss)
-    elif not any(all(_fits(alert, *pair) for pair in wanted.items()) for alert in alerts):
-        yield place, f"no single alert has all of {short(wanted)}"
-
-
-def _miss(key: Any, value: str, alerts: Sequence[Labels]) -> str:
-    """そのラベルか値を持つアラートが起こりえない理由。起こりうるなら空。"""
-    values = [alert[key] for alert in alerts if key in alert]
-    if not values:
-        labels = {name for alert in alerts for name in alert}
-        return f"no alert has the label {short(key)}{near(key, labels)}"
-    if not any(_fits(alert, key, value) for alert in alerts):
-        return f"no alert has {key} {short(value)}{near(value, values)}"
-    return ""
-
-
-def _fits(alert: Labels, key: Any, value: str) -> bool:
-    """その値になりうるか。重大度は、いまのルールにないものでもよい。"""
-    return alert.get(key) in (value, ANY) or (key == "severity" and value in SEVERITIES)
+    for key, value in selector.items():
+        if not isinstance(value, str):
+            continue  # 型の検査が知らせる
+        if key not in known:
+            yield f"no alert has the label {short(key)}{near(key, known)}"
+        elif value not in known[key] and ANY not in known[key]:
+            yield f"no alert has {key} {short(value)}{near(value, known[key])}"
