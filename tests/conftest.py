@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
@@ -53,6 +54,8 @@ def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         del os.environ[name]
     os.environ.update(_lab.OFFLINE_DEFAULTS)
     os.environ["CHAPTER8_LAB"] = str(tmp_path / ".chapter8")
+    # MLflow は、金額のない LLM スパンを保存するとき、あれば litellm を import する(数秒かかる)
+    monkeypatch.setitem(sys.modules, "litellm", None)
     monkeypatch.chdir(tmp_path)
     yield
     _forget_mlflow_state()

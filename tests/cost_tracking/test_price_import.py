@@ -169,6 +169,7 @@ def test_every_model_of_litellm_costs_the_same(
     段のある行で入力が 0 だと、litellm はどの段も選ばず 0 ドルにする(こちらは最初の段)。
     """
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    monkeypatch.delitem(sys.modules, "litellm")
     them: Any = pytest.importorskip(
         "litellm", reason="pip install litellm to compare all its models"
     )
