@@ -12,6 +12,7 @@ Databricks では登録され、Databricks の上で実行される。OSS 版で
 from __future__ import annotations
 
 import builtins
+import re
 import symtable
 import textwrap
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ def _check_source(name: str, dump: Mapping[str, Any]) -> None:
     source, signature = str(dump["call_source"] or ""), str(dump["call_signature"])
     if not source:
         raise CustomScorerError(f"{name}: has no body that can be stored (is it async?)")
-    if source.startswith(f"def {dump['original_func_name']}("):
+    if re.match(rf"\s*def\s+{dump['original_func_name']}\b", source):
         raise CustomScorerError(
             f"{name}: body on the def line is lost (MLflow bug): write it on lines of its own"
         )
