@@ -437,7 +437,7 @@ class Hanging(NotificationHandler):
 def test_while_one_channel_hangs_the_others_have_everything_within_a_second(count: int) -> None:
     hanging, lines = Hanging(), list[str]()
     channels = notifier(slow=hanging, page=ConsoleNotificationHandler(lines.append))
-    channels.wait_seconds = 1.0  # 評価が通知先を待つ上限
+    channels.wait_seconds = 0.5  # 評価が通知先を待つ上限
     rules = config(*(rule(f"r{i}") for i in range(count)))
     engine = AlertEngine(rules, Scripted(error_rate=[1]), channels)
     try:

@@ -228,7 +228,7 @@ ANYTHING = (
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(ANYTHING)
 def test_no_input_gives_anything_but_a_config_or_a_config_error(data: Any) -> None:
     check_config_or_config_error(data)

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ..durations import parse_duration
+from pydantic import ValidationInfo
+
+from ..durations import Duration, parse_duration
 from ..metrics import metric_problem
 from ..metrics.measures import RATE_METRICS
 from .checking import near
@@ -20,36 +22,51 @@ Fields = Mapping[str, Any]
 """同じルールの、先に読めた項目。"""
 
 
-def check_metric(metric: str, rule: Fields) -> None:
+def check_metric(metric: str) -> str:
     """知っている指標か。"""
     if problem := metric_problem(metric):
         raise ValueError(problem)
+    return metric
 
 
-def check_labels(labels: Mapping[str, str], rule: Fields) -> None:
+def check_failure_rate(metric: str) -> str:
+    """悪いほうを数える割合か(エラー予算を使うのは、悪いほう)。"""
+    if problem := metric_problem(metric, rate_for="a burn rate"):
+        raise ValueError(problem)
+    kind, _, name = metric.partition(":")
+    if kind == "pass_rate":
+        raise ValueError(f"{metric!r} does not count failures; write fail_rate:{name}")
+    return metric
+
+
+def check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
     """ルールの項目をラベルに書いていないか。"""
     if own := [key for key in labels if key in OWN_KEYS]:
         raise ValueError(f"{own[0]!r} is a key of the rule, not a label; write {own[0]}: there")
+    return labels
 
 
-def check_compare(compare: Any, rule: Fields) -> None:
+def check_compare(compare: Duration, info: ValidationInfo) -> Duration:
     """比べる二つの期間が重ならないか。"""
-    window = rule.get("window", "0s")
-    if compare is not None and parse_duration(compare) < parse_duration(window):
+    window = info.data.get("window", "0s")
+    if parse_duration(compare) < parse_duration(window):
         raise ValueError(f"{compare} is shorter than window {window}; the two would overlap")
+    return compare
 
 
-def check_by(by: str | None, rule: Fields) -> None:
+def check_by(by: str) -> str:
     """分けられるラベルか。"""
     known = ("model", "prompt_version")
-    if by is not None and by not in known and not (by.startswith("tag:") and by[4:]):
+    if by not in known and not (by.startswith("tag:") and by[4:]):
         raise ValueError(f"{by!r} is not model, prompt_version or tag:<name>{near(by, known)}")
+    return by
 
 
-def check_threshold(value: float, rule: Fields) -> None:
+def check_threshold(value: float, info: ValidationInfo) -> float:
     """その指標が取りうる範囲にあるか。外なら、決して越えないか、いつも越えている。"""
+    rule = info.data
     if not {"metric", "op", "compare"} <= rule.keys():
-        return
+        return value
     op = rule["op"]
     low, high = _range(rule)
     never = value >= high if op == ">" else value <= low
@@ -61,6 +78,7 @@ def check_threshold(value: float, rule: Fields) -> None:
         if rule["compare"] is not None:
             reason = "a ratio of 1 is no change"
         raise ValueError(f"{said}: {reason}{_meant(value, rule)}")
+    return value
 
 
 def _range(rule: Fields) -> tuple[float, float]:
@@ -106,10 +124,11 @@ def _as_share(value: float, rule: Fields) -> str:
     return f"; write {value / 100:g} for {value:g}%" if share and 1 <= value <= 100 else ""
 
 
-def check_clear(value: float | None, rule: Fields) -> None:
+def check_clear(value: float, info: ValidationInfo) -> float:
     """発報のしきい値の手前にあり、指標が届く値か。"""
-    if value is None or not {"metric", "op", "compare", "threshold"} <= rule.keys():
-        return
+    rule = info.data
+    if not {"metric", "op", "compare", "threshold"} <= rule.keys():
+        return value
     op, threshold = rule["op"], rule["threshold"]
     low, high = _range(rule) if rule["compare"] is None else (0, math.inf)
     beyond = value > threshold if op == ">" else value < threshold
@@ -120,52 +139,41 @@ def check_clear(value: float | None, rule: Fields) -> None:
     if not low <= value <= high:
         problem = f"{value:g} would never clear: {rule['metric']} never gets there"
         raise ValueError(problem + _as_share(value, rule))
+    return value
 
 
-def check_confidence(value: float | None, rule: Fields) -> None:
+def check_confidence(value: float, info: ValidationInfo) -> float:
     """割合の検定に使える確率か。"""
-    if value is None:
-        return
     if not 0.5 < value < 1:
         meant = f"; write {value / 100:g}" if 50 < value < 100 else ""
         raise ValueError(f"{value:g} is not between 0.5 and 1{meant}")
-    if problem := metric_problem(rule.get("metric", "error_rate"), rate_for="confidence"):
+    if problem := metric_problem(info.data.get("metric", "error_rate"), rate_for="confidence"):
         raise ValueError(problem)
+    return value
 
 
-def check_objective(value: float, rule: Fields) -> None:
+def check_objective(value: float) -> float:
     """目標は割合で書かれているか。"""
     if not 0 < value < 1:
         meant = f"; write {value / 100:g}" if 1 < value < 100 else ""
         raise ValueError(f"{value:g} is not between 0 and 1{meant}")
+    return value
 
 
-def check_factor(value: float, rule: Fields) -> None:
+def check_factor(value: float, info: ValidationInfo) -> float:
     """その速さに、割合が届くか。"""
-    objective = rule.get("objective", 1)
+    objective = info.data.get("objective", 1)
     if value <= 0:
         raise ValueError(f"{value:g} is not above 0; write 14.4, 6 or 1")
     if (limit := round(value * (1 - objective), 12)) >= 1:
         said = f"{value:g} x (1 - {objective:g}) = {limit:g}"
         raise ValueError(f"{said}, a rate can never exceed it; lower the factor")
+    return value
 
 
-def check_short(value: Any, rule: Fields) -> None:
+def check_short(value: Duration, info: ValidationInfo) -> Duration:
     """短い期間のほうが短いか。"""
-    if "long" in rule and parse_duration(value) >= parse_duration(rule["long"]):
-        raise ValueError(f"{value} is not shorter than long: {rule['long']}")
-
-
-CHECKS: Mapping[str, Callable[[Any, Fields], None]] = {
-    "metric": check_metric,
-    "labels": check_labels,
-    "compare": check_compare,
-    "by": check_by,
-    "threshold": check_threshold,
-    "clear_threshold": check_clear,
-    "confidence": check_confidence,
-    "low_traffic_confidence": check_confidence,
-    "objective": check_objective,
-    "factor": check_factor,
-    "short": check_short,
-}
+    long = info.data.get("long")
+    if long and parse_duration(value) >= parse_duration(long):
+        raise ValueError(f"{value} is not shorter than long: {long}")
+    return value

@@ -12,16 +12,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from datetime import timedelta
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field
 
 from ..durations import Duration, parse_duration
-from ..metrics import MetricSample, metric_problem
+from ..metrics import MetricSample
+from . import limits
 from .checking import model
-from .limits import CHECKS
 from .values import Length, Name, Number, PositiveLength, Severity, Text, Whole
 
+Confidence = Annotated[Number, AfterValidator(limits.check_confidence)]
 FEW_SAMPLES = 200
 """標本がこれより少ない集計期間では、``low_traffic_confidence`` を使う。"""
 
@@ -52,7 +53,7 @@ class BaseRule:
     """二種類のルールに共通の項目。"""
 
     name: Name
-    metric: Name = "error_rate"
+    metric: Annotated[Name, AfterValidator(limits.check_metric)] = "error_rate"
     for_: Annotated[Length, Field(validation_alias="for")] = "0s"
     """越えた状態がこれだけ続いたら発報する。"""
     keep_firing_for: Length = "0s"
@@ -61,17 +62,12 @@ class BaseRule:
     no_data: Literal["ok", "keep", "alert"] = "keep"
     """標本がないとき: 正常とみなす、状態を変えない、異常とみなす(``for_`` は待つ)。"""
     severity: Severity = "warning"
-    labels: Mapping[Name, Name] = field(default_factory=dict[str, str])
+    labels: Annotated[Mapping[Name, Name], AfterValidator(limits.check_labels)] = field(
+        default_factory=dict[str, str]
+    )
     summary: Text = ""
     runbook_url: Name | None = None
     action: Literal["rollback"] | None = None
-
-    @field_validator("*")
-    @classmethod
-    def _makes_sense(cls, value: Any, info: ValidationInfo) -> Any:
-        if check := CHECKS.get(info.field_name or ""):
-            check(value, info.data)
-        return value
 
     def no_data_verdict(self) -> bool | None:
         """標本がないときの判定。``None`` は状態を変えない。"""
@@ -97,12 +93,12 @@ class AlertRule(BaseRule):
 
     window: PositiveLength = "5m"
     op: Literal[">", "<"] = ">"
-    compare: PositiveLength | None = None
-    by: Name | None = None
-    threshold: Number = 0.0
-    clear_threshold: Number | None = None
-    confidence: Number | None = None
-    low_traffic_confidence: Number | None = None
+    compare: Annotated[PositiveLength, AfterValidator(limits.check_compare)] | None = None
+    by: Annotated[Name, AfterValidator(limits.check_by)] | None = None
+    threshold: Annotated[Number, AfterValidator(limits.check_threshold)] = 0.0
+    clear_threshold: Annotated[Number, AfterValidator(limits.check_clear)] | None = None
+    confidence: Confidence | None = None
+    low_traffic_confidence: Confidence | None = None
 
     @property
     def ago(self) -> timedelta | None:
@@ -179,19 +175,11 @@ class BurnRateRule(BaseRule):
 
     by: ClassVar[None] = None
     ago: ClassVar[None] = None
-    objective: Number = 0.99
-    factor: Number = 14.4
+    metric: Annotated[Name, AfterValidator(limits.check_failure_rate)] = "error_rate"
+    objective: Annotated[Number, AfterValidator(limits.check_objective)] = 0.99
+    factor: Annotated[Number, AfterValidator(limits.check_factor)] = 14.4
     long: PositiveLength = "1h"
-    short: PositiveLength = "5m"
-
-    @field_validator("metric")
-    @classmethod
-    def _counts_failures(cls, metric: str) -> str:
-        if problem := metric_problem(metric, rate_for="a burn rate"):
-            raise ValueError(problem)
-        if metric.startswith("pass_rate:"):
-            raise ValueError(f"{metric!r} does not count failures; write fail_rate:{metric[10:]}")
-        return metric
+    short: Annotated[PositiveLength, AfterValidator(limits.check_short)] = "5m"
 
     @property
     def threshold(self) -> float:
