@@ -128,22 +128,28 @@ class FeedbackOutbox:
             if kept is None:
                 break
             key, body, kept_at = kept
+            refused: FeedbackError | None = None
             try:
                 self._send_again(body, min(left, _TRY_SECONDS))
-            except FeedbackError as error:
-                absent = isinstance(error, TraceNotFoundError)
-                unsent = isinstance(error, FeedbackDeliveryError)
-                unreached = unreached + 1 if unsent and not absent else 0
-                if unsent and not (absent and kept_at + self._expire_seconds < started):
-                    self._run(_RETRY_AT, time.time(), key)
-                    continue
-                logger.warning("feedback is set aside: %s", error)
-                self._run(_ASIDE, str(error), key, body)
-                rejected += 1
-            else:
                 self._run(_SENT, key, body)
                 sent += 1
                 unreached = 0
+            except TraceNotFoundError as absent:
+                unreached = 0
+                if kept_at + self._expire_seconds < started:
+                    refused = absent
+                else:
+                    self._run(_RETRY_AT, time.time(), key)
+            except FeedbackDeliveryError:
+                unreached += 1
+                self._run(_RETRY_AT, time.time(), key)
+            except FeedbackError as error:
+                unreached = 0
+                refused = error
+            if refused is not None:
+                logger.warning("feedback is set aside: %s", refused)
+                self._run(_ASIDE, str(refused), key, body)
+                rejected += 1
         return ReplayReport(sent, rejected, len(self))
 
     def _claim(self, before: float) -> tuple[str, str, float] | None:
