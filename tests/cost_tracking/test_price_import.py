@@ -425,7 +425,9 @@ def test_a_source_that_cannot_be_read_is_named(
 def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "none" / "prices.json"
     assert main(["prices", "import", str(LITELLM), "-o", str(path)]) == 1
-    assert f"error: {path}: no such folder; create it or" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert repr(str(path)) in told
 
 
 def test_litellms_json_as_a_price_file_names_the_command() -> None:

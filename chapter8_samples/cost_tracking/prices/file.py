@@ -15,15 +15,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from .model import AMOUNTS, IMPORT_COMMAND, Level, ModelPrice, PriceTableError, Rates, row_problems
+from .model import AMOUNTS, IMPORT_COMMAND, LEAST, Level, ModelPrice, PriceTableError, Rates
 
 Rows = tuple[ModelPrice, ...]
 _ROWS = TypeAdapter(Rows)
+_LEAST_CACHED = Decimal("0.0001")
 _AnyRates = TypeVar("_AnyRates", bound=Rates)
 
 
@@ -111,7 +113,7 @@ def _rows(name: str, value: Any, per_1k: bool, problems: list[str]) -> Rows:
     if per_1k:
         rows = [replace(_scaled(row), tiers=tuple(map(_scaled, row.tiers))) for row in rows]
     rows = tuple(sorted(rows, key=lambda row: row.effective_from or date.min))
-    problems += row_problems(name, rows, limit=200 if per_1k else 1000)
+    problems += _row_problems(name, rows, limit=200 if per_1k else 1000)
     return rows
 
 
@@ -150,6 +152,35 @@ def _aliases(rows: Mapping[str, Rows], problems: list[str]) -> dict[str, str]:
             if alias in rows and alias != name:
                 problems.append(f"{name}.aliases: {alias!r} is another model of this table")
     return aliases
+
+
+def _row_problems(name: str, rows: Rows, limit: int) -> list[str]:
+    """あるモデルの行の誤り。行がない、期間が逆、期間が重なる、段の数や単価がおかしい。"""
+    problems = [] if rows else [f"{name}: no rows"]
+    for row in rows:
+        if (row.effective_from or date.min) >= (row.effective_to or date.max):
+            problems.append(f"{name}: effective_to is not after effective_from ({row.period})")
+        starts = [tier.above_input_tokens for tier in row.tiers]
+        if len(set(starts)) < len(starts) or min(starts, default=1) < 1:
+            problems.append(f"{name}.tiers.above_input_tokens: {starts} (each > 0, once)")
+        for level in (row, *row.tiers):
+            for rates in (level, *level.service_tiers.values()):
+                problems += [f"{name}.{why}" for why in _absurd(rates, limit)]
+    for earlier, later in pairwise(rows):
+        if (earlier.effective_to or date.max) > (later.effective_from or date.min):
+            problems.append(f"{name}: rows overlap ({earlier.period} / {later.period})")
+    return problems
+
+
+def _absurd(rates: Rates, limit: int) -> list[str]:
+    """ありえない単価。単位の取り違えは、ここで分かる。"""
+    problems: list[str] = []
+    for key in AMOUNTS:
+        price = getattr(rates, key)
+        if price and not LEAST.get(key, _LEAST_CACHED) <= price <= limit:
+            why = f"{price:f} USD per 1M tokens is not a price; check the sign and the unit"
+            problems.append(f"{key}: {why}")
+    return problems
 
 
 def _explain(name: str, error: ValidationError) -> list[str]:

@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
-from itertools import pairwise
 from typing import Any, ClassVar
 
 LEAST = {"input": Decimal("0.002"), "output": Decimal("0.002")}  # いちばん安いモデルより安い
-_LEAST_CACHED = Decimal("0.0001")
 AMOUNTS = ("input", "output", "cached_input", "cache_write", "cache_write_1h")
 _PACKAGE = __name__.rpartition(".prices.")[0]
 IMPORT_COMMAND = f"python -m {_PACKAGE} prices import genai-prices -o prices.json"
@@ -112,30 +110,3 @@ class ModelPrice(Level):
             row = f"the row of {model!r} ({self.period}); add it to service_tiers with pricing="
             raise NoPriceError(f"no {service_tier} price{long} in {row}")
         return level.service_tiers[service_tier]
-
-
-def row_problems(name: str, rows: Sequence[ModelPrice], limit: int = 1000) -> list[str]:
-    """あるモデルの行の誤り。行がない、期間が逆、期間が重なる、段の数や単価がおかしい。"""
-    problems = [] if rows else [f"{name}: no rows"]
-    for row in rows:
-        if (row.effective_from or date.min) >= (row.effective_to or date.max):
-            problems.append(f"{name}: effective_to is not after effective_from ({row.period})")
-        starts = [tier.above_input_tokens for tier in row.tiers]
-        if len(set(starts)) < len(starts) or min(starts, default=1) < 1:
-            problems.append(f"{name}.tiers.above_input_tokens: {starts} (each > 0, once)")
-        levels: list[Level] = [row, *row.tiers]
-        for rates in (one for level in levels for one in (level, *level.service_tiers.values())):
-            problems += [f"{name}.{why}" for why in _absurd(rates, limit)]
-    for earlier, later in pairwise(rows):
-        if (earlier.effective_to or date.max) > (later.effective_from or date.min):
-            problems.append(f"{name}: rows overlap ({earlier.period} / {later.period})")
-    return problems
-
-
-def _absurd(rates: Rates, limit: int) -> list[str]:
-    """ありえない単価。単位の取り違えは、ここで分かる。"""
-    return [
-        f"{key}: {price:f} USD per 1M tokens is not a price; check the sign and the unit"
-        for key in AMOUNTS
-        if (price := getattr(rates, key)) and not LEAST.get(key, _LEAST_CACHED) <= price <= limit
-    ]

@@ -49,8 +49,10 @@ class Imported:
         for kind in _KINDS:
             if any(kind in price for price in prices):
                 self.left_out.setdefault(f"{kind} prices", []).append(name)
-        if "claude" not in name:  # 1 時間の単価がない提供元では、書き込みの単価は 1 つである
-            for level in (level for row in rows for level in (row, *row["tiers"])):
+        if "claude" in name:
+            return
+        for row in rows:  # 1 時間の単価がない提供元では、書き込みの単価は 1 つである
+            for level in (row, *row["tiers"]):
                 for rates in (level, *level["service_tiers"].values()):
                     if "cache_write" in rates:
                         rates.setdefault("cache_write_1h", rates["cache_write"])
@@ -65,8 +67,6 @@ class Imported:
         about = {"name": self.name, "as_of": str(self.as_of), "not_carried": self.not_carried}
         text = json.dumps({**about, "models": self.models}, indent=1, default=float)
         PriceTable.from_mapping(json.loads(text))  # 読めないファイルは書かない
-        if not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"{path}: no such folder; create it or give another path")
         Path(path).write_text(text + "\n", encoding="utf-8")
 
 
@@ -129,10 +129,12 @@ def _from_genai(providers: list[Any], found: Imported) -> None:
     for provider in providers:
         taken = {model["id"].lower() for model in provider["models"]}
         for model in provider["models"]:
-            name, steps = f"{provider['id']}/{model['id']}".lower(), model["prices"]
+            name = f"{provider['id']}/{model['id']}".lower()
+            steps = model["prices"]
             if name.endswith(":free"):  # genai-prices は、無料のモデルに単価を書かない
                 steps = {"input_mtok": 0, "output_mtok": 0}
-            steps = steps if isinstance(steps, list) else [{"prices": steps}]
+            if not isinstance(steps, list):
+                steps = [{"prices": steps}]
             prices = {key for step in steps for key in step["prices"]}
             if why := _genai_problem(steps, prices):
                 found.leave_out(name, why)
@@ -174,18 +176,28 @@ def _genai_rows(steps: list[Entry], variants: list[Entry]) -> list[Entry]:
     for day, until in zip(days, [*days[1:], ""], strict=True):
         prices: Entry = [step["prices"] for step in steps if _start(step) <= day][-1]
         services = {"": prices}
-        for item in (item for item in variants if _start(item) <= day):
+        for item in variants:
             ((condition, value),) = item["when"].items()
-            if condition in ("processing", "service_tier", "speed") and value != "default":
+            named = condition in ("processing", "service_tier", "speed") and value != "default"
+            if named and _start(item) <= day:
                 services.setdefault(value, {**prices, **item["prices"]})
-        tiered = [price for level in services.values() for price in level.values()]
-        starts = {tier["start"] for price in tiered if isinstance(price, dict)
-                  for tier in price["tiers"]}  # fmt: skip
         row = _genai_level(services, -1)
-        row["tiers"] = [{"above_input_tokens": start, **_genai_level(services, start)}
-                        for start in sorted(starts)]  # fmt: skip
+        row["tiers"] = [
+            {"above_input_tokens": start, **_genai_level(services, start)}
+            for start in _genai_starts(services)
+        ]
         rows.append({**row, "effective_from": day or None, "effective_to": until or None})
     return rows
+
+
+def _genai_starts(services: Mapping[str, Entry]) -> list[int]:
+    """長い入力の段の始まり。"""
+    starts: set[int] = set()
+    for prices in services.values():
+        for price in prices.values():
+            if isinstance(price, dict):
+                starts.update(tier["start"] for tier in price["tiers"])
+    return sorted(starts)
 
 
 def _start(item: Entry) -> str:
