@@ -119,17 +119,17 @@ class PriceTable:
         それより前は元の行で計算する。
         """
         other = PriceTable.from_mapping(data)
-        pairs = {name: (self._rows_of(name), new) for name, new in other.rows.items()}
-        if problems := [text for name, pair in pairs.items() for text in _jump(name, *pair)]:
+        rows, problems = dict(self.rows), list[str]()
+        for name, new in other.rows.items():
+            old = self._rows_of(name)
+            problems += _jump(name, old, new)
+            rows[name] = _with_history(old, new)
+        if problems:
             raise PriceTableError(problems)
-        kept = {alias: name for alias, name in self.aliases.items() if alias not in pairs}
-        return PriceTable(
-            {**self.rows, **{name: _with_history(*pair) for name, pair in pairs.items()}},
-            {**kept, **other.aliases},
-            f"{self.name}+overrides",
-            self.as_of,
-            {name: why for name, why in self.not_carried.items() if name not in pairs},
-        )
+        aliases = {alias: name for alias, name in self.aliases.items() if alias not in other.rows}
+        left = {name: why for name, why in self.not_carried.items() if name not in other.rows}
+        name = f"{self.name}+overrides"
+        return PriceTable(rows, {**aliases, **other.aliases}, name, self.as_of, left)
 
     def with_aliases(self, aliases: Mapping[str, str]) -> PriceTable:
         """別名(Azure のデプロイ名など)を足した、新しい表。``{"my-deployment": "gpt-4o"}``"""
@@ -175,15 +175,21 @@ class PriceTable:
         names = spellings(model)
         for name in names:
             forms = (name, undated(name))
-            if match := self._exact(forms) or self._of_maker(forms):
+            match = self._exact(forms) or self._of_maker(forms)
+            if match:
                 return match
-            sold = list(dict.fromkeys(full for form in forms for full in self._tails.get(form, ())))
+            sold = [full for form in forms for full in self._tails.get(form, ())]
             if sold and "/" not in model:  # 接頭辞が違えば、よその提供元の単価は使わない
-                direct = [full for full in sold if not full.startswith(RESELLERS)]
-                prices = [self.rows.get(full, full) for full in direct]
-                same = bool(prices) and prices.count(prices[0]) == len(prices)
-                return Match(direct[0], "alias") if same else sold[:4]
+                return self._only_price(list(dict.fromkeys(sold)))
         return self._near_names(names[-1])
+
+    def _only_price(self, sold: list[str]) -> Match | list[str]:
+        """その名前のモデルを売っている行。単価が 1 つに決まらなければ、名前を挙げるだけ。"""
+        direct = [full for full in sold if not full.startswith(RESELLERS)]
+        prices = [self.rows.get(full, full) for full in direct]
+        if prices and prices.count(prices[0]) == len(prices):
+            return Match(direct[0], "alias")
+        return sold[:4]
 
     def _exact(self, names: Iterable[str]) -> Match | None:
         for name in names:
