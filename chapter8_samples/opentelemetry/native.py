@@ -11,26 +11,29 @@ import asyncio
 import functools
 import inspect
 import json
-import re
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
-import requests
 from opentelemetry import context, trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
 from .deadlines import run_in_time
-from .endpoint import split_endpoint
-from .native_delivery import SPAN_TYPE, Destination, NativeStatus
+from .native_delivery import (
+    SPAN_TYPE,
+    Destination,
+    HashedOnce,
+    NativeStatus,
+    base_url,
+    experiment_id_of,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 _INPUTS = "mlflow.spanInputs"
 _OUTPUTS = "mlflow.spanOutputs"
 _TRACE_NAME = "mlflow.traceTag.mlflow.traceName"
-_EXPERIMENT_HEADER = "x-mlflow-experiment-id"
 _tracer: trace.Tracer = trace.NoOpTracer()
 
 
@@ -83,15 +86,16 @@ def setup_native_tracing(
     if not service_name or not 0 <= sampling_ratio <= 1 or max_queue_spans < 1:
         given = f"{service_name=}, {sampling_ratio=}, {max_queue_spans=}"
         raise ValueError(f"{given}: write a name, a ratio from 0 to 1, and a limit of 1 or more")
-    server = _base_url(endpoint_or_server)
+    server = base_url(endpoint_or_server)
     keys = {name: value.strip() for name, value in (headers or {}).items()}
     receivers = {server: keys}
     if collector is not None:
-        receivers[_base_url(collector)] = {}
+        receivers[base_url(collector)] = {}
     experiment_id = None
     if experiment is not None:
-        experiment_id = keys[_EXPERIMENT_HEADER] = _experiment_id(server, experiment, keys)
-    resource = _HashedOnce(Resource.create({"service.name": service_name}))
+        experiment_id = experiment_id_of(server, experiment, keys)
+        keys["x-mlflow-experiment-id"] = experiment_id
+    resource = HashedOnce(Resource.create({"service.name": service_name}))
     provider = TracerProvider(ParentBasedTraceIdRatio(sampling_ratio), resource)
     destinations = {
         url: Destination(url, keys_of_url, masking, max_queue_spans)
@@ -101,48 +105,6 @@ def setup_native_tracing(
         provider.add_span_processor(destination)
     _tracer = provider.get_tracer(__name__)
     return NativeTracing(experiment_id, destinations)
-
-
-class _HashedOnce(Resource):
-    """ハッシュを 1 回だけ求める(SDK は、送るスパン 1 つごとに、属性を全部 JSON にして求める)。"""
-
-    def __init__(self, made: Resource) -> None:
-        super().__init__(made.attributes, made.schema_url)
-        self._hash = hash(made)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-
-def _base_url(url: str) -> str:
-    try:
-        parts = split_endpoint(url)
-    except ValueError as error:
-        safe = re.sub("[^/]*@|[?#].*", "", url.strip())  # 鍵かもしれないところは、文面に出さない
-        write = "write http://HOST:PORT, and keys in headers"
-        raise ValueError(f"endpoint {safe!r} is wrong; {write} ({error})") from None
-    return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/").removesuffix("/v1/traces")
-
-
-def _experiment_id(server: str, name: str, headers: Mapping[str, str]) -> str:
-    """エクスペリメントの ID。なければ作る(MLflow の REST API)。"""
-    api = f"{server}/api/2.0/mlflow/experiments"
-    found: dict[str, Any] = {}
-    try:
-        with requests.Session() as session:
-            session.headers.update(headers)
-            session.post(f"{api}/create", json={"name": name}, timeout=10)  # あれば、拒否される
-            answer = session.get(f"{api}/get-by-name", params={"experiment_name": name}, timeout=10)
-        said = f"HTTP {answer.status_code}"
-        found = answer.json().get("experiment", {})
-    except (requests.RequestException, ValueError) as error:
-        said = type(error).__name__  # 文面には、ヘッダーの値が入りうる
-    if found.get("lifecycle_stage") != "active":
-        raise ConnectionError(
-            f"experiment {name!r} cannot be used at {server} ({said}); start an MLflow server "
-            "there, check headers, restore it if deleted, or pass experiment=None for a Collector"
-        )
-    return str(found["experiment_id"])
 
 
 # ---- スパン

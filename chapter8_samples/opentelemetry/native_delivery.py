@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import requests
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from .endpoint import split_endpoint
 
 SPAN_TYPE = "mlflow.spanType"
 Mask = Callable[[str], str]
@@ -36,6 +41,52 @@ class NativeStatus:
     def pending(self) -> int:
         """まだ結果の出ていない数。"""
         return self.ended - self.dropped - self.delivered - self.refused
+
+
+# ---- 送り先
+
+
+class HashedOnce(Resource):
+    """ハッシュを 1 回だけ求める(SDK は、送るスパン 1 つごとに、属性を全部 JSON にして求める)。"""
+
+    def __init__(self, made: Resource) -> None:
+        super().__init__(made.attributes, made.schema_url)
+        self._hash = hash(made)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def base_url(url: str) -> str:
+    """``/v1/traces`` を除いた、送り先の URL。"""
+    try:
+        parts = split_endpoint(url)
+    except ValueError as error:
+        safe = re.sub("[^/]*@|[?#].*", "", url.strip())  # 鍵かもしれないところは、文面に出さない
+        write = "write http://HOST:PORT, and keys in headers"
+        raise ValueError(f"endpoint {safe!r} is wrong; {write} ({error})") from None
+    return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/").removesuffix("/v1/traces")
+
+
+def experiment_id_of(server: str, name: str, headers: Mapping[str, str]) -> str:
+    """エクスペリメントの ID。なければ作る(MLflow の REST API)。"""
+    api = f"{server}/api/2.0/mlflow/experiments"
+    found: dict[str, Any] = {}
+    try:
+        with requests.Session() as session:
+            session.headers.update(headers)
+            session.post(f"{api}/create", json={"name": name}, timeout=10)  # あれば、拒否される
+            answer = session.get(f"{api}/get-by-name", params={"experiment_name": name}, timeout=10)
+        said = f"HTTP {answer.status_code}"
+        found = answer.json().get("experiment", {})
+    except (requests.RequestException, ValueError) as error:
+        said = type(error).__name__  # 文面には、ヘッダーの値が入りうる
+    if found.get("lifecycle_stage") != "active":
+        raise ConnectionError(
+            f"experiment {name!r} cannot be used at {server} ({said}); start an MLflow server "
+            "there, check headers, restore it if deleted, or pass experiment=None for a Collector"
+        )
+    return str(found["experiment_id"])
 
 
 class Destination(BatchSpanProcessor):

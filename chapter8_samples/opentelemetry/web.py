@@ -78,7 +78,10 @@ def use_unified_tracer_provider(
     mlflow.tracing.get_bridged_tracer_provider()
     unified = current_provider()
     if not isinstance(unified, TracerProvider):
-        _restore_flag(before)
+        if before is None:
+            del os.environ[_FLAG]
+        else:
+            os.environ[_FLAG] = before
         raise RuntimeError(
             f"the global tracer provider is {type(unified).__name__}, which records nothing; "
             "enable tracing (mlflow.tracing.enable(), OTEL_SDK_DISABLED) first"
@@ -93,13 +96,6 @@ def use_unified_tracer_provider(
 
 def _is_unified() -> bool:
     return os.environ.get(_FLAG, "").lower() in ("false", "0")
-
-
-def _restore_flag(value: str | None) -> None:
-    if value is None:
-        del os.environ[_FLAG]
-    else:
-        os.environ[_FLAG] = value
 
 
 def _hidden(content: dict[str, Any], masking: Callable[[Any], Any] | None) -> dict[str, Any]:
