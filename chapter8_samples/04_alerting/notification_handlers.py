@@ -121,9 +121,9 @@ class PagerDutyNotificationHandler(HttpHandler):
 
 
 class ConsoleNotificationHandler(NotificationHandler):
-    """1 行の文にして渡す(既定は標準出力)。開発用であり、最後の頼みの綱でもある。
+    """1 行の文にして渡す(既定は標準出力)。開発用と、どの通知先にも届かないときのためにある。
 
-    端末の文字コードで書けない文字は「?」になる(書けないからといって、アラートを失わない)。
+    端末の文字コードで書けない文字は「?」になる。
     """
 
     name = "console"
@@ -196,7 +196,7 @@ def notifier_from_config(
     makers: dict[str, Callable[..., NotificationHandler]] = {
         "console": ConsoleNotificationHandler,
         "pagerduty": PagerDutyNotificationHandler,
-        "slack": lambda url: SlackNotificationHandler(url),
+        "slack": lambda url: SlackNotificationHandler(url),  # YAML の項目名は url
     }
     notifier = MultiChannelNotifier()
     for name, handler in handlers_from_config(config, makers, environ).items():
@@ -227,10 +227,10 @@ def main() -> None:
         notifier.add_handler("oncall", oncall)
         notifier.add_handler("retired", SlackNotificationHandler(f"{broken.url}/services/T/B/Y"))
         resolved = replace(alert, status=AlertStatus.RESOLVED, value=0.01)
-        for word, told in (("発報", alert), ("解消", resolved)):
-            for delivery in notifier.notify(told):
+        for label, event in (("発報", alert), ("解消", resolved)):
+            for delivery in notifier.notify(event):
                 result = "届いた" if delivery.ok else f"失敗: {delivery.error}"
-                print(f"{word} {delivery.handler:8} 試行 {delivery.attempts} 回 {result}")
+                print(f"{label} {delivery.handler:8} 試行 {delivery.attempts} 回 {result}")
         for request in slack.received[1:]:  # 最初の 1 回は、429 で拒否された
             print("Slack:", request.json["text"])
         for request in pagerduty.received:

@@ -1,7 +1,8 @@
 """8.4.5 ロールバック(リスト8.13)。
 
 エイリアスの付け替えは 1 行で書けるが、本番では「戻る先は正しいか」「同時に誰かが動かしていないか」
-「途中で落ちたら」「やはり取り消したい」に答える必要がある。答えはレジストリのタグの記録にある。
+「途中で落ちたら」「やはり取り消したい」に答える必要がある。順序は、ロック、検査、記録(prepared)、付け替え、
+確認、記録(done)。記録はレジストリのタグに残る(部品の ``releases/switch.py``)。
 
 実行::
 
@@ -12,8 +13,8 @@
     戻す: 2 -> 1 (done)
     再起動後に取り消す: 1 -> 2 (done)
     二度目の取り消し: NoHistoryError: no rollback to undo for prompts:/support-answer@production
-    壊れた版: VerificationError: version 3 failed the smoke check before the switch: no answer
-    いまの production: 版 2
+    検査に失敗: VerificationError: version 3 failed the smoke check before the switch: no answer
+    いまの production: バージョン 2
 
 Databricks では、名前を ``カタログ.スキーマ.名前`` にするだけでよい(``mlflow`` 本体が要る)。
 """
@@ -40,7 +41,7 @@ def quick_rollback(
     reason: str = "",
     **options: Any,
 ) -> Change:
-    """エイリアスを 1 行で戻す(リスト8.13)。版を省略すると、記録にある一つ前に戻る。
+    """エイリアスを 1 行で戻す(リスト8.13)。バージョンを省略すると、記録にある一つ前に戻る。
 
     付け替えだけなら ``client.set_registered_model_alias(model_name, alias, "1")`` で済む。ここでは
     さらに、戻る先を確かめ、記録を残し、同時の変更を拒否する。
@@ -55,7 +56,7 @@ def quick_rollback(
 
 
 class _Manager:
-    """本の API。エイリアスごとに ``AliasRollback`` を用意する。"""
+    """モデルとプロンプトに共通の操作。エイリアスごとに ``AliasRollback`` を用意する。"""
 
     default_alias: str
 
@@ -120,12 +121,14 @@ class ModelRollbackManager(_Manager):
     def get_model_versions(self) -> list[Any]:
         """登録済みのバージョン(新しい順)。"""
         found = self.client.search_model_versions(f"name = '{self.model_name}'")
-        return sorted(found, key=lambda version: -int(version.version))
+        return sorted(found, key=lambda version: int(version.version), reverse=True)
 
     def get_alias_info(self, alias: str = "champion") -> Any:
         """エイリアスの指すバージョン(MLflow の ``ModelVersion``)。なければ ``None``。"""
         version = self.current_version(alias)
-        return version and self.client.get_model_version(self.model_name, version)
+        if version is None:
+            return None
+        return self.client.get_model_version(self.model_name, version)
 
     def list_aliases(self) -> dict[str, str]:
         """エイリアス -> バージョン。"""
@@ -167,7 +170,7 @@ def main() -> None:
 
     from chapter8_samples import _lab
 
-    def answers(uri: str) -> None:
+    def smoke_check(uri: str) -> None:
         if "壊れた" in str(mlflow.genai.load_prompt(uri, cache_ttl_seconds=0).template):
             raise ValueError("no answer")
 
@@ -184,22 +187,22 @@ def main() -> None:
 
         for text in ("版 1 {{q}}", "版 2 {{q}}", "版 3 壊れた {{q}}"):
             mlflow.genai.register_prompt("support-answer", text)
-        manager = PromptRollbackManager("support-answer", smoke_check=answers)
+        manager = PromptRollbackManager("support-answer", smoke_check=smoke_check)
         show("昇格:", manager.promote(1, reason="初版"))
         show("昇格:", manager.promote(2, reason="新しい言い回し"))
         show("戻す:", manager.rollback(reason="品質低下"))
-        restarted = PromptRollbackManager("support-answer", smoke_check=answers)
+        restarted = PromptRollbackManager("support-answer", smoke_check=smoke_check)
         show("再起動後に取り消す:", restarted.undo_rollback(reason="誤報だった"))
         refused: dict[str, Callable[[], Change]] = {
             "二度目の取り消し": restarted.undo_rollback,
-            "壊れた版": lambda: restarted.promote(3),
+            "検査に失敗": lambda: restarted.promote(3),
         }
         for title, call in refused.items():
             try:
                 call()
             except RollbackError as error:
                 print(f"{title}: {type(error).__name__}: {error}")
-        print("いまの production: 版", restarted.current_version())
+        print("いまの production: バージョン", restarted.current_version())
 
 
 if __name__ == "__main__":
