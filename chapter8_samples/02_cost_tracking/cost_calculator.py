@@ -123,7 +123,7 @@ class CostCalculator:
             input_tokens, output_tokens, cached_input_tokens, cache_write_tokens,
             cache_write_1h_tokens,
         )  # fmt: skip
-        tier = checked_tier(service_tier, batch)
+        tier = checked_tier(service_tier, batch) if service_tier or batch else ""
         try:
             if other_units and any(other_units.values()):
                 odd = ", ".join(name for name, count in other_units.items() if count)
