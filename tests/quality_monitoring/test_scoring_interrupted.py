@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow.entities import Assessment, Trace
-from mlflow.genai.scorers import PIIDetection, Safety
+from mlflow.genai.scorers import PIIDetection, Safety, scorer
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -81,6 +81,33 @@ def test_ctrl_c_on_any_line_neither_hangs_nor_loses_a_result(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     lines, stored = map(int, done.stdout.split())
     assert lines > 100 and stored == 6  # 最後の 1 回は中断していない
+
+
+def test_ctrl_c_while_the_thread_starts_waits_for_what_it_began(
+    store: str, ask: Any, infos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[str] = []
+    judging = threading.Event()
+
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            assert judging.wait(30)
+            raise KeyboardInterrupt
+
+    @scorer
+    def quick(trace) -> bool:  # type: ignore[no-untyped-def]
+        judged.append(trace.info.trace_id)
+        judging.set()
+        return True
+
+    ask(3)
+    monkeypatch.setattr(scoring_engine, "Thread", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_scoring_cycle(store, [quick])
+    stored = [trace_id for trace_id, info in infos().items() if info.assessments]
+    assert sorted(stored) == sorted(judged)
+    assert not [t for t in threading.enumerate() if t.name.startswith("scoring")]
 
 
 def test_ctrl_c_cannot_stop_a_transaction(store: str, ask: Any, infos: Any) -> None:

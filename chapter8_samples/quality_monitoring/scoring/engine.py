@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 import mlflow
@@ -105,15 +105,27 @@ def _run_apart(work: Callable[[], None], interrupted: Event) -> None:
     Ctrl-C はメインスレッドに届く。そこで保存先を読み書きしていると、トランザクションの途中で
     中断し、ロックが残って、始めた採点の結果を書けなくなる。
     """
-    with ThreadPoolExecutor(1, "scoring-run") as thread:
-        try:
-            done = thread.submit(work)
-            while not done.done():
-                wait([done], timeout=0.1)  # 期限がないと、Windows では Ctrl-C が届かない
-        except BaseException:
-            interrupted.set()
-            raise
-        done.result()
+    done: Future[None] = Future()
+
+    def run() -> None:
+        if done.set_running_or_notify_cancel():
+            try:
+                work()
+                done.set_result(None)
+            except BaseException as error:  # 呼んだ側のスレッドで投げ直す
+                done.set_exception(error)
+
+    try:
+        Thread(target=run, name="scoring-run").start()
+        while not done.done():
+            wait([done], timeout=0.1)  # 期限がないと、Windows では Ctrl-C が届かない
+    except BaseException:
+        interrupted.set()
+        # スレッドを作る途中で中断すると join() できないので、結果が出るのを待つ
+        if not done.cancel():
+            wait([done])
+        raise
+    done.result()
 
 
 class _Run:
