@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
@@ -128,26 +129,22 @@ def _run_apart(work: Callable[[], None], interrupted: Event) -> None:
     done.result()
 
 
+@dataclass
 class _Run:
     """採点 1 回。"""
 
-    def __init__(
-        self,
-        report: ScoringReport,
-        targets: Sequence[ScoringTarget],
-        options: ScoringOptions,
-        on_progress: ProgressCallback | None,
-    ) -> None:
-        self.report = report
-        self.targets = targets
-        self.options = options
-        self.on_progress = on_progress
-        self.interrupted = Event()  # 呼んだ側が Ctrl-C などで中断した
-        self.lease = Lease(report.experiment_id, list(report.scorers))
-        self.budget = Budget(options.budget_usd)
-        self.identities: dict[str, Identity] = {}
-        self.failures = Counter[str]()  # 続けて失敗した回数
-        self.lock = Lock()  # 書くのと数えるのは 1 件ずつ(SQLite はその方が速い)
+    report: ScoringReport
+    targets: Sequence[ScoringTarget]
+    options: ScoringOptions
+    on_progress: ProgressCallback | None
+    interrupted: Event = field(default_factory=Event)  # 呼んだ側が Ctrl-C などで中断した
+    identities: dict[str, Identity] = field(default_factory=dict[str, Identity])
+    failures: Counter[str] = field(default_factory=Counter[str])  # 続けて失敗した回数
+    lock: Lock = field(default_factory=Lock)  # 書くのと数えるのは 1 件ずつ(SQLite はその方が速い)
+
+    def __post_init__(self) -> None:
+        self.lease = Lease(self.report.experiment_id, list(self.report.scorers))
+        self.budget = Budget(self.options.budget_usd)
 
     def estimate(self) -> None:
         """採点することになる件数と、ジャッジのコスト(1 回の標準的な長さから)。"""
