@@ -397,3 +397,24 @@ def test_every_reported_token_is_counted_once(items: list[tuple[int, int]]) -> N
 
     found = sum((call.usage for call in llm_calls(spans) if call.usage), TokenUsage())
     assert (found.input_tokens, found.output_tokens) == most(0)
+
+
+def test_a_span_without_a_call_leaves_the_totals_alone(costs: CostTracking) -> None:
+    """検索のスパン。ルートより後に終わっても、先に終わっても、合計は呼び出しの分だけ。"""
+    root = mlflow.start_span_no_context("handler", start_time_ns=DECEMBER)
+    early = mlflow.start_span_no_context("search", "RETRIEVER", parent_span=root)
+    late = mlflow.start_span_no_context("search", "RETRIEVER", parent_span=root)
+    trace = end(early, call("gpt-4o", 1000, 500, root), root, late)
+    assert trace.info.tags["cost.by_model"] == '{"gpt-4o":[1,1000,500,"0.0075"]}'
+    assert (trace.info.cost or {})["total_cost"] == 0.0075
+    assert (costs.counts, costs.failed) == ({"priced": 1}, 0)
+
+
+@pytest.mark.parametrize("counts", [("18329", 1120), ([5], None)])
+def test_counts_of_another_type_in_the_answer_stop_nothing(
+    costs: CostTracking, counts: tuple[Any, Any]
+) -> None:
+    details = {"tool_use_prompt_token_count": counts[0], "thoughts_token_count": counts[1]}
+    trace = end(gemini(**details))
+    assert "19449 of 20689" in price_trace(trace, GEMINI).reasons[0]
+    assert costs.failed == 0

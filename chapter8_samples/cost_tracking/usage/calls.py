@@ -188,7 +188,7 @@ def _repair(usage: TokenUsage, outputs: Any, claude: bool) -> tuple[TokenUsage, 
     details = _dig(outputs, "usage_metadata")
     tool = _dig(details, "tool_use_prompt_token_count") or 0  # ツールの結果を読んだ入力
     thought = _dig(details, "thoughts_token_count") or 0  # 思考の出力
-    if tool + thought == gap:
+    if isinstance(tool, int) and isinstance(thought, int) and tool + thought == gap:
         return usage + TokenUsage(input_tokens=tool, output_tokens=thought), ""
     return usage, f"{gap} of {usage.total_tokens} tokens are neither input nor output"
 

@@ -126,26 +126,33 @@ class CostTracking:
 
     def __call__(self, span: LiveSpan) -> None:
         """終わったスパンにコストを書く。MLflow が呼ぶ。"""
+        call = read_call(span)
+        if call is None and span.parent_id:
+            return  # 検索やツールのスパンは、コストに関わらない
         with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
             family = trace.span_dict if trace else {span.span_id: span}  # 始まった順に並ぶ
         root = next(iter(family.values()))
         seen = self._seen.get(root) or self._seen.setdefault(root, _Seen())
-        steps = [self._price]
-        if root.parent_id is None and (root is span or root.end_time_ns is not None):
-            steps.append(self._settle)
-        for step in steps:
-            try:
-                step(span, family, seen)
-            except Exception:  # コストの計算で、アプリの応答やトレースの保存を止めない
-                self._count("failed", span.name)
-                logger.exception("cost tracking failed for span %s", span.name)
-                if span.get_attribute(STATUS_KEY) is None:
-                    span.set_attribute(STATUS_KEY, "unpriced")
+        try:
+            if call:
+                self._price(span, call, family, seen)
+        except Exception:  # コストの計算で、アプリの応答やトレースの保存を止めない
+            self._failed(span)
+        try:
+            if root.parent_id is None and (root is span or root.end_time_ns is not None):
+                self._settle(span, family, seen)
+        except Exception:
+            self._failed(span)
 
-    def _price(self, span: LiveSpan, family: Mapping[str, LiveSpan], seen: _Seen) -> None:
-        call = read_call(span)
-        if call is None:
-            return
+    def _failed(self, span: LiveSpan) -> None:
+        self._count("failed", span.name)
+        logger.exception("cost tracking failed for span %s", span.name)
+        if span.get_attribute(STATUS_KEY) is None:
+            span.set_attribute(STATUS_KEY, "unpriced")
+
+    def _price(
+        self, span: LiveSpan, call: LlmCall, family: Mapping[str, LiveSpan], seen: _Seen
+    ) -> None:
         parent = span.parent_id
         while parent and parent in family and parent not in seen.parents:
             seen.parents.add(parent)
@@ -163,7 +170,7 @@ class CostTracking:
         if call.usage:  # 使用量は子孫で数え済み。親には合計を書き、二重に数えない
             total = trace_cost(calls)
             if total.by_model:
-                span.set_attribute(COST_ATTRIBUTE, _usd(total))
+                span.set_attribute(COST_ATTRIBUTE, _usd(total.prompt_usd, total.output_usd))
             span.set_attribute(STATUS_KEY, "rollup")
 
     def _write_call(self, span: LiveSpan, call: LlmCall, cost: PriceBreakdown) -> None:
@@ -171,9 +178,9 @@ class CostTracking:
             tokens = cost.input_tokens  # 埋め込みの使用量を補う
             usage = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
             span.set_attribute(USAGE_ATTRIBUTE, usage)
-        if not cost.total_usd.is_nan():
+        if not cost.output_usd.is_nan():
             # 料金未定のときに None を書くと、MLflow 3.17 はトレースのスパンを 1 つも保存しなくなる
-            span.set_attribute(COST_ATTRIBUTE, _usd(cost))
+            span.set_attribute(COST_ATTRIBUTE, _usd(cost.prompt_usd, cost.output_usd))
         span.set_attribute(STATUS_KEY, cost.status)
         if cost.price_source:
             span.set_attribute(SOURCE_KEY, cost.price_source)
@@ -238,14 +245,15 @@ def _total_usd(spans: Sequence[LiveSpan], total: TraceCost) -> dict[str, float] 
     for span in spans:
         if span.get_attribute(COST_ATTRIBUTE) and span.get_attribute(STATUS_KEY) not in _OURS:
             return aggregate_cost_from_spans(list(spans))
-    return _usd(total) if total.by_model else None
+    return _usd(total.prompt_usd, total.output_usd) if total.by_model else None
 
 
-def _usd(item: PriceBreakdown | TraceCost) -> dict[str, float]:
+def _usd(prompt: Decimal, output: Decimal) -> dict[str, float]:
+    total = prompt + output
     return {
-        "input_cost": float(item.prompt_usd),
-        "output_cost": float(item.output_usd),
-        "total_cost": float(item.total_usd),
+        "input_cost": float(prompt),
+        "output_cost": float(output),
+        "total_cost": float(total),
     }
 
 
