@@ -47,9 +47,9 @@ class PagerDutyNotificationHandler(HttpHandler):
         """
 
 class ConsoleNotificationHandler(NotificationHandler):
-    """1 行の文にして渡す(既定は標準出力)。開発用であり、最後の頼みの綱でもある。
+    """1 行の文にして渡す(既定は標準出力)。開発用と、どの通知先にも届かないときのためにある。
 
-    端末の文字コードで書けない文字は「?」になる(書けないからといって、アラートを失わない)。
+    端末の文字コードで書けない文字は「?」になる。
     """
     name = 'console'
 

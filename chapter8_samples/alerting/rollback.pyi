@@ -5,7 +5,7 @@ from typing import Any
 from .releases import AliasRollback, AliasTarget, Change
 
 def quick_rollback(model_name: str, target_version: str | int | None=None, alias: str='champion', reason: str='', **options: Any) -> Change:
-    """エイリアスを 1 行で戻す(リスト8.13)。版を省略すると、記録にある一つ前に戻る。
+    """エイリアスを 1 行で戻す(リスト8.13)。バージョンを省略すると、記録にある一つ前に戻る。
 
     付け替えだけなら ``client.set_registered_model_alias(model_name, alias, "1")`` で済む。ここでは
     さらに、戻る先を確かめ、記録を残し、同時の変更を拒否する。
@@ -18,7 +18,7 @@ def quick_rollback(model_name: str, target_version: str | int | None=None, alias
     """
 
 class _Manager:
-    """本の API。エイリアスごとに ``AliasRollback`` を用意する。"""
+    """モデルとプロンプトに共通の操作。エイリアスごとに ``AliasRollback`` を用意する。"""
     default_alias: str
 
     def __init__(self, target: Callable[[str], AliasTarget], **options: Any) -> None:
