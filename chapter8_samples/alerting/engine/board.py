@@ -124,7 +124,8 @@ class RuleBoard:
         except Exception as error:  # 例がなくてもアラートは出す
             logger.warning("no example traces for %s: %s", rule.name, error)
             return alert
-        links = {trace: link for trace in found if (link := self._trace_url(trace))}
+        urls = {trace: self._trace_url(trace) for trace in found}
+        links = {trace: url for trace, url in urls.items() if url}
         return replace(alert, examples=tuple(found), links=links)
 
     def _alert(self, rule: Rule, state: RuleState) -> Alert:
