@@ -62,8 +62,10 @@ def checked_usage(*counts: int) -> Usage:
     Raises:
         InvalidUsageError: 整数でないか負の数、または入力より多いキャッシュ。
     """
-    if {*map(type, counts)} != {int} or min(counts) < 0:
-        counts = tuple(map(_count, counts, _NAMES))
+    for count in counts:
+        if type(count) is not int or count < 0:
+            counts = tuple(map(_count, counts, _NAMES))
+            break
     total, output, read, write, write_1h = counts
     if read + write > total:
         raise InvalidUsageError(
