@@ -243,7 +243,7 @@ def _server_problem(error: BaseException) -> Problem | None:
     if taken := re.search(r"port (\d+) is not free", str(error)):
         return Problem(
             f"ポート {taken[1]} は使えません(ほかのプログラムが使っています)。",
-            "--port で別の番号を指定するか、使っているプログラムを終了してください。",
+            "--port で別の番号を指定してください。",
         )
     return Problem("MLflow サーバーを起動できません。", f"ログを確かめてください。\n{error}")
 
