@@ -6,7 +6,7 @@ MLflow の既定値では、2,000 件のバーストで半分以上のトレー�
 実行::
 
     $ python chapter8_samples/01_production_tracing/basic_setup.py
-    100 リクエストのバースト(既定値の上限 1,000 件と 2,000 件のバーストを 1/20 に縮小)
+    上限 1,000 件に 2,000 件を送る状況を、1/20(50 件に 100 件)で再現
       default  保存 ... 件、消失 ... 件
       burst    保存 100 件、消失   0 件
 
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlflow
 
+# 本書では、このファイルから import する
 from chapter8_samples.production_tracing.autologging import enable_autologging as enable_autologging
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.delivery.session import (
@@ -40,8 +41,9 @@ from chapter8_samples.production_tracing.delivery.settings import (
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan
 
-# MLflow の送信には、満杯になると捨てる場所が 4 つある。どれか 1 つでも足りないと、そこで失われる。
-# burst は 10,000 件のバーストを 1 件も失わなかった値(満杯でもメモリーは数十 MB)
+# MLflow の送信には、満杯になると捨てる場所が 3 つある(burst の上の 3 行)。1 つでも足りないと、
+# そこで失われる。残りの 2 行は送る速さを決める。burst は 10,000 件のバーストを 1 件も失わなかった値
+# (満杯でもメモリーは数十 MB)
 EXPORT_PROFILES: Mapping[ExportProfile, Mapping[str, str]] = {
     "default": {},
     "burst": {  # 値はこの設定、コメントは MLflow の既定
@@ -103,7 +105,7 @@ def setup_production_tracing(
         ValueError: 引数の値が正しくない(すべてを一度に挙げる)。
         TracingSetupError: 二重設定、使えない URI や名前、``strict=True`` での接続失敗。
     """
-    options = check_options(**locals())
+    options = check_options(**locals())  # 引数をすべて、名前のまま検査に渡す
     return open_session(options, EXPORT_PROFILES[export_profile])
 
 
@@ -124,18 +126,14 @@ def main() -> None:
     """同じバーストを既定値と burst で記録し、保存された件数と失った件数を比べる。"""
     from chapter8_samples import _lab
 
-    # 待ち時間を省くため、MLflow の上限(1,000 件)も 2,000 件のバーストも 1/20 に縮めて比べる
-    scaled = {
-        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE": "50",
-        "MLFLOW_TRACE_BUFFER_MAX_SIZE": "50",
-    }
+    # 待ち時間を省くため、バーストの件数も、2 つの設定の上限も 1/20 に縮めて比べる
+    limits = ("MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE", "MLFLOW_TRACE_BUFFER_MAX_SIZE")
     with _lab.sample(None, fresh_store=True):
-        os.environ.update(scaled)
+        os.environ.update(dict.fromkeys(limits, "50"))  # MLflow の既定値 1,000 件
         before = _burst("default")
-        for name in scaled:
-            del os.environ[name]
+        os.environ.update(dict.fromkeys(limits, "1000"))  # burst の 20,000 件
         after = _burst("burst")
-    print("100 リクエストのバースト(既定値の上限 1,000 件と 2,000 件のバーストを 1/20 に縮小)")
+    print("上限 1,000 件に 2,000 件を送る状況を、1/20(50 件に 100 件)で再現")
     for profile, (stored, lost) in {"default": before, "burst": after}.items():
         print(f"  {profile:8s} 保存 {stored:3d} 件、消失 {lost:3d} 件")
 

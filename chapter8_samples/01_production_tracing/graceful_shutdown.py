@@ -6,16 +6,16 @@ MLflow のトレースは背後のスレッドが送る。そのままでは、K
 実行::
 
     $ python chapter8_samples/01_production_tracing/graceful_shutdown.py
-    対策なし: 40 件のうち 0 件を保存、終了コード 143(143 = SIGTERM)
-    対策あり: 40 件のうち 40 件を保存、終了コード 143(143 = SIGTERM)
+    対策なし: 40 件のうち 0 件を保存、終了コード 143(128 + SIGTERM の 15)
+    対策あり: 40 件のうち 40 件を保存、終了コード 143(128 + SIGTERM の 15)
 
 アプリのモジュールで ``setup_graceful_shutdown()`` を呼べば、どのワーカーも送り終えてから終わる。
 
 =================================  ===========================================================
-uvicorn(``--workers`` も)         そのままでよい。Windows では ``tracing_lifespan``
-gunicorn(sync、gthread、uvicorn)  そのままでよい。``--preload`` では ``post_fork`` でもよい
-Celery(prefork)                   そのままでよい(``worker_process_init`` で呼んでもよい)
-multiprocessing                    fork の子はそのままでよい。spawn の子では、子の中でも呼ぶ
+uvicorn(``--workers`` も)         起動時に一度呼ぶだけでよい。Windows では ``tracing_lifespan``
+gunicorn(sync、gthread、uvicorn)  同じ。``--preload`` では ``post_fork`` で呼ぶ方法もある
+Celery(prefork)                   同じ(``worker_process_init`` で呼ぶ方法もある)
+multiprocessing                    fork の子では何もしなくてよい。spawn の子では、子の中でも呼ぶ
 =================================  ===========================================================
 
 期限に間に合わなければ、送れなかった件数がログに出る(``TraceSpool`` を渡せばディスクに残る)。
@@ -89,7 +89,7 @@ def main() -> None:
         plain = _stop_child(lab.tracking_uri, "plain")
         graceful = _stop_child(lab.tracking_uri, "graceful")
     for name, stored, code in (("対策なし", *plain), ("対策あり", *graceful)):
-        print(f"{name}: 40 件のうち {stored} 件を保存、終了コード {code}(143 = SIGTERM)")
+        print(f"{name}: 40 件のうち {stored} 件を保存、終了コード {code}(128 + SIGTERM の 15)")
 
 
 def _stop_child(tracking_uri: str, mode: str) -> tuple[int, int]:
@@ -132,4 +132,7 @@ def _child(tracking_uri: str, experiment: str, mode: str) -> None:
 
 
 if __name__ == "__main__":
-    _child(*sys.argv[2:]) if sys.argv[1:2] == ["child"] else main()
+    if sys.argv[1:2] == ["child"]:
+        _child(*sys.argv[2:])
+    else:
+        main()

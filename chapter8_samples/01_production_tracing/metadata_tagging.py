@@ -11,8 +11,8 @@
     リクエスト req-2: 1 件 ['req-2']、スパン 2 個
     本番の web: 4 件 ['req-1', 'req-2', 'req-3', 'req-4']、スパン 8 個
     エラー: 1 件 ['req-4']、スパン 2 個
-      種類: TimeoutError  求めた件数: 3
-    トレースの外: False
+      種類: TimeoutError  top_k: 3
+    トレースの外で呼ぶと: False
 
 Databricks でも同じ検索式が使える。メタデータは 250 文字を超えるとトレース情報ごと拒否されるため、
 ``RequestContext`` が作る時点で長さを確かめる。
@@ -53,6 +53,7 @@ class RequestContext:
 
     def __post_init__(self) -> None:
         metadata.check_context(vars(self))
+        # 渡した辞書が後で変わっても、影響を受けない
         object.__setattr__(self, "extra_tags", dict(self.extra_tags))
 
     def tags(self) -> dict[str, str]:
@@ -69,7 +70,7 @@ class RequestContext:
 def add_trace_metadata(context: RequestContext) -> bool:
     """実行中のトレースに文脈を付ける。トレースの中(スパンの中)で呼ぶ。
 
-    間引かれた・トレースの外・無効のときは ``False`` を返す(警告は出ない)。
+    トレースが間引かれたとき、トレースの外、トレーシングが無効のときは ``False`` を返す。
     """
     if not log_context.bind_request_id(context.request_id):
         return False
@@ -197,7 +198,7 @@ def main() -> None:
         ("user-tanaka", "session-1", "返品の期限は?"),
         ("user-tanaka", "session-1", "送料は誰が払う?"),
         ("user-sato", "session-2", "領収書がほしい"),
-        ("user-sato", "session-2", "在庫はある?"),
+        ("user-sato", "session-2", "在庫はある?"),  # _search がタイムアウトする
     ]
     common = RequestContext(
         environment="production",
@@ -215,9 +216,10 @@ def main() -> None:
         _show("セッション session-2", find_traces(session="session-2"))
         _show("リクエスト req-2", find_traces(request_id="req-2"))
         _show("本番の web", find_traces(environment="production", tags={"channel": "web"}))
-        _show("エラー", errors := find_traces(status="ERROR"))
+        errors = find_traces(status="ERROR")
+        _show("エラー", errors)
         found = errors[0].search_spans(name="search")[0].attributes
-        print("  種類:", found["error.type"], " 求めた件数:", found["retrieval.top_k"])
+        print("  種類:", found["error.type"], " top_k:", found["retrieval.top_k"])
         print("トレースの外:", add_trace_metadata(RequestContext(user_id="user-tanaka")))
 
 

@@ -6,7 +6,7 @@
 実行::
 
     $ python chapter8_samples/01_production_tracing/sampling_strategies.py
-    300 リクエスト(うちエラー 6 件 = 2.0%)。残ったトレースから求めたエラー率と件数:
+    300 リクエスト(うちエラー 6 件 = 2.0%)。残ったトレースから求めた値(± は標準誤差):
     一律 10%: 30 件(エラー 1)  単純 3.3% → 重み付き 3.3%、全体は 300 ± 52 件
     条件つき: 34 件(エラー 6)  単純 17.6% → 重み付き 2.1%、全体は 286 ± 50 件
     毎分 60 件: 67 件(エラー 6)  単純 9.0% → 重み付き 2.0%、全体は 304 ± 34 件
@@ -26,14 +26,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlflow
-from mlflow.entities import Trace
+from mlflow.entities import Trace, TraceState
 
 from chapter8_samples.production_tracing.policies import AdaptiveRate, Decision, KeepRules
 from chapter8_samples.production_tracing.sampling import WEIGHT_KEY, TailSampler
 
 
 class ProbabilisticSampler(TailSampler):
-    """ヘッド: 始まる前に、決まった割合だけを選ぶ。最も安いが、エラーも同じ割合で失う。"""
+    """ヘッド: 始まる前に、決まった割合だけを選ぶ。最も安いが、エラーも同じ割合で失う。
+
+    ``TailSampler`` は先頭の間引きも行う。ここではそれだけを使う。
+    """
 
     def __init__(self, probability: float) -> None:
         """``probability`` は残す割合 [0, 1]。"""
@@ -111,18 +114,31 @@ def weighted_estimates(
     Args:
         cost_usd: トレースのコスト(USD)を返す関数。分からなければ ``None``。
     """
-    items = list(traces)
-    weights = [float(trace.info.trace_metadata.get(WEIGHT_KEY, 1.0)) for trace in items]
-    errors = [float(str(trace.info.state).endswith("ERROR")) for trace in items]
-    costs = [cost_usd(trace) for trace in items]
-    priced = [(w, cost) for w, cost in zip(weights, costs, strict=True) if cost is not None]
+    requests: list[tuple[float, float]] = []  # どれも (重み, 値) の組
+    errors: list[tuple[float, float]] = []
+    costs: list[tuple[float, float]] = []
+    for trace in traces:
+        weight = float(trace.info.trace_metadata.get(WEIGHT_KEY, 1.0))
+        requests.append((weight, 1.0))
+        errors.append((weight, 1.0 if trace.info.state is TraceState.ERROR else 0.0))
+        cost = cost_usd(trace)
+        if cost is not None:
+            costs.append((weight, cost))
+    count, count_se = _total(requests)
+    error_rate, error_rate_se = _mean(errors)
+    total_cost, total_cost_se = _total(costs)
+    mean_cost, mean_cost_se = _mean(costs)
     return WeightedEstimates(
-        len(items),
-        *_total([(w, 1.0) for w in weights]),
-        *_mean(list(zip(weights, errors, strict=True))),
-        *_total(priced),
-        *_mean(priced),
-        unpriced_traces=len(items) - len(priced),
+        traces=len(requests),
+        count=count,
+        count_se=count_se,
+        error_rate=error_rate,
+        error_rate_se=error_rate_se,
+        total_cost_usd=total_cost,
+        total_cost_usd_se=total_cost_se,
+        mean_cost_usd=mean_cost,
+        mean_cost_usd_se=mean_cost_se,
+        unpriced_traces=len(requests) - len(costs),
     )
 
 
@@ -133,13 +149,14 @@ def _total(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _mean(pairs: list[tuple[float, float]]) -> tuple[float | None, float | None]:
-    """平均 m = Σwx / Σw(Hajek)と、その標準誤差(差 x - m の合計のもの / Σw)。"""
+    """平均 m = Σwx / Σw(Hajek)と、その標準誤差(Σw(x - m) の標準誤差 / Σw)。"""
     if not pairs:
         return None, None
     size, _ = _total([(w, 1.0) for w, _ in pairs])
     total, _ = _total(pairs)
-    _, spread = _total([(w, x - total / size) for w, x in pairs])
-    return total / size, spread / size
+    mean = total / size
+    _, spread = _total([(w, x - mean) for w, x in pairs])
+    return mean, spread / size
 
 
 def main() -> None:
@@ -156,7 +173,7 @@ def main() -> None:
     with _lab.sample("ch8-sampling", fresh_store=True):
         experiments = {name: _record(name, sampler) for name, sampler in samplers.items()}
         mlflow.flush_trace_async_logging()
-        print("300 リクエスト(うちエラー 6 件 = 2.0%)。残ったトレースから求めたエラー率と件数:")
+        print("300 リクエスト(うちエラー 6 件 = 2.0%)。残ったトレースから求めた値(± は標準誤差):")
         for name, experiment_id in experiments.items():
             print(f"{name}: {_estimate(experiment_id)}")
 
@@ -176,7 +193,7 @@ def _estimate(experiment_id: str) -> str:
     found: Any = mlflow.search_traces(
         locations=[experiment_id], return_type="list", include_spans=False
     )
-    errors = sum(str(trace.info.state).endswith("ERROR") for trace in found)
+    errors = sum(trace.info.state is TraceState.ERROR for trace in found)
     estimate = weighted_estimates(found)
     return (
         f"{len(found)} 件(エラー {errors})  単純 {errors / max(1, len(found)):.1%}"

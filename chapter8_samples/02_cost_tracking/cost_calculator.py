@@ -134,10 +134,21 @@ class CostCalculator:
         except NoPriceError as error:
             if self.on_unknown == "raise":
                 raise
-            return PriceBreakdown(model, "unpriced", *usage[:2], tier, reason=str(error))
-        source = f"{self.table.name}/{match.name}"
+            return PriceBreakdown(model, "unpriced", usage[0], usage[1], tier, reason=str(error))
+        input_usd, cached_input_usd, cache_write_usd, output_usd = amounts
         return PriceBreakdown(
-            model, "priced", *usage[:2], tier, *amounts, match.name, match.kind, source
+            model,
+            "priced",
+            usage[0],
+            usage[1],
+            tier,
+            input_usd=input_usd,
+            cached_input_usd=cached_input_usd,
+            cache_write_usd=cache_write_usd,
+            output_usd=output_usd,
+            matched_model=match.name,
+            match_kind=match.kind,
+            price_source=f"{self.table.name}/{match.name}",
         )
 
 

@@ -16,7 +16,7 @@
        gpt-4o-mini-2024-07-18  報告のあった 40 回  $0.000798
        gpt-4o-2024-08-06       報告のあった 20 回  $0.006650
        合計  $0.007448
-       報告のないストリームがある 20 件で、金額は下限になる
+       報告のないストリームが 20 件にあるので、金額は下限になる
 
 Databricks でも同じ。``MLFLOW_TRACKING_URI=databricks`` とエクスペリメントのパスだけを変える。
 
@@ -49,7 +49,7 @@ from chapter8_samples.cost_tracking.usage.span_costs import CostTracking
 from chapter8_samples.cost_tracking.usage.summary import TokenUsageSummary
 
 logger = logging.getLogger(__name__)
-export_traces_to_parquet = parquet.export_traces_to_parquet  # 書き出しも、読者はここで探す
+export_traces_to_parquet = parquet.export_traces_to_parquet  # 本書ではここから import する
 
 # これらのスパンは OpenTelemetry が直接作り、MLflow のスパンの処理(コストの記録)を通らない
 OTEL_NATIVE = ("haystack", "semantic_kernel", "strands")
@@ -182,7 +182,8 @@ def main() -> None:
 
     with _lab.sample("ch8-token-tracking", llm=True):
         setup_token_tracking(providers=("openai",))
-        client, question = openai.OpenAI(), "返品の送料は誰が払いますか?"
+        client = openai.OpenAI()
+        question = "返品の送料は誰が払いますか?"
         print("1. 1 件のトレースで 4 回呼ぶ。設定のないストリーム 1 回は、使用量の報告がない")
         answer_with_two_models(client, question)
         mlflow.flush_trace_async_logging()
@@ -199,17 +200,20 @@ def main() -> None:
         mlflow.flush_trace_async_logging()
         total = aggregate_token_usage_from_traces("ch8-token-tracking")
         slow = sum_one_by_one(total.experiment_id)
-        print(f"   1 件ずつ: 問い合わせ 21 回  {slow} トークン({usage.total_tokens} x 20)")
+        queries = 1 + total.trace_count  # 一覧を 1 回、トレースを 1 件ずつ
+        tokens = f"{slow} トークン({usage.total_tokens} x {total.trace_count})"
+        print(f"   1 件ずつ: 問い合わせ {queries} 回  {tokens}")
         print(f"   まとめて: 問い合わせ 1 回   {total.total_tokens} トークン")
         for model, item in total.by_model.items():
             print(f"   {model:<24}報告のあった {item.calls} 回  ${item.cost_usd:.6f}")
         print(f"   合計  ${total.cost_usd:.6f}")
-        print(f"   報告のないストリームがある {total.traces_partly_priced} 件で、金額は下限になる")
+        partly = total.traces_partly_priced
+        print(f"   報告のないストリームが {partly} 件にあるので、金額は下限になる")
 
 
 @mlflow.trace
 def answer_with_two_models(client: Any, question: str) -> str:
-    """小さいモデルで言い換えてから、大きいモデルで答える。ストリームは 2 通りの書き方で読む。"""
+    """小さいモデルを 3 回(うちストリーム 2 回)、大きいモデルを 1 回呼ぶ。"""
     ask = partial(client.chat.completions.create, messages=[{"role": "user", "content": question}])
     ask(model="gpt-4o-mini")
     for options in ({"stream_options": {"include_usage": True}}, {}):
@@ -220,8 +224,12 @@ def answer_with_two_models(client: Any, question: str) -> str:
 
 def sum_one_by_one(experiment_id: str) -> int:
     """避けるべき書き方: 一覧を取ってから、1 件ずつ読み直す。比べるためだけにある。"""
-    ids = [trace.info.trace_id for trace in reader.iter_traces(experiment_id)]
-    return sum(usage.total_tokens for usage in map(get_token_usage_from_trace, ids) if usage)
+    total = 0
+    for trace in reader.iter_traces(experiment_id):
+        usage = get_token_usage_from_trace(trace.info.trace_id)  # 1 件ごとに問い合わせる
+        if usage is not None:
+            total += usage.total_tokens
+    return total
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 
     $ python chapter8_samples/03_quality_monitoring/backfill_scorers.py
     safety_check で 40 件のトレースを採点する
-    見積もり: 採点 40、済み 0、0.0134 USD
+    見積もり(入力の長さを多めに仮定): 採点 40、済み 0、0.0134 USD
     予算 0.002 USD で実行: 採点 ...、済み 0、0.00... USD
     残りを実行: 採点 ...、済み ...、0.00... USD
     もう一度: 採点 0、済み 40、0.0000 USD
@@ -120,8 +120,15 @@ def backfill_new_scorer(
             target = replace(target, scorer=setup_scorers(experiment.name, [plan])[0].scorer)
         except ScorerSetupError as error:
             raise BackfillError(str(error)) from error
-    run: dict[str, Any] = {"dry_run": dry_run, "options": options, "on_progress": on_progress}
-    return backfill(experiment.experiment_id, [target], start_time=start, end_time=end, **run)
+    return backfill(
+        experiment.experiment_id,
+        [target],
+        start_time=start,
+        end_time=end,
+        dry_run=dry_run,
+        options=options,
+        on_progress=on_progress,
+    )
 
 
 def backfill(
@@ -151,8 +158,15 @@ def backfill(
     if mlflow.get_tracking_uri().startswith("databricks") and not dry_run:
         job_id = submit_backfill(experiment_id, targets, start, end)
         return ScoringReport(experiment_id=experiment_id, start=start, end=end, job_id=job_id)
-    run: dict[str, Any] = {"options": options, "dry_run": dry_run, "on_progress": on_progress}
-    return score_traces(experiment_id, targets, start=start, end=end, **run)
+    return score_traces(
+        experiment_id,
+        targets,
+        start=start,
+        end=end,
+        options=options,
+        dry_run=dry_run,
+        on_progress=on_progress,
+    )
 
 
 def main() -> None:
@@ -174,7 +188,7 @@ def main() -> None:
         window = {"start_time": datetime.now(timezone.utc) - timedelta(days=1)}
         safety = Safety(name="safety_check", model="openai:/gpt-4.1-mini")
         print(f"{safety.name} で 40 件のトレースを採点する")
-        show("見積もり", dry_run=True)
+        show("見積もり(入力の長さを多めに仮定)", dry_run=True)
         show("予算 0.002 USD で実行", options=ScoringOptions(budget_usd=0.002))
         show("残りを実行")
         show("もう一度")

@@ -6,7 +6,8 @@
 実行::
 
     $ python chapter8_samples/03_quality_monitoring/feedback_collection.py
-    操作したあとの、トレースの有効な評価
+    mlflow.log_feedback をそのまま呼ぶ: RESOURCE_DOES_NOT_EXIST
+    操作のたびに、有効な評価を読み直す
     低評価(応答の直後): {'user_thumbs': False}
     高評価に変更: {'user_thumbs': True}
     点数も付ける: {'user_rating': 4, 'user_thumbs': True}
@@ -45,7 +46,7 @@ def send_feedback(
     timeout_seconds: float = 15.0,
     deliver: Callable[..., Any] = store_feedback,
 ) -> Any:
-    """トレースが保存されるのを待って、ちょうど 1 回だけ記録する。値は記録した評価。
+    """トレースが保存されるのを待って、ちょうど 1 回だけ記録する。戻り値は、記録した評価。
 
     ``feedback_id`` は画面が付けた重複防止の ID、``deliver`` は 1 回試みる関数
     (``outbox.submit`` など)。期限までに届かなければ ``FeedbackDeliveryError``(トレースがなければ
@@ -53,7 +54,8 @@ def send_feedback(
     """
     if feedback_id:
         request = replace(request, feedback_id=feedback_id)
-    deadline, delay = time.monotonic() + timeout_seconds, 0.02
+    deadline = time.monotonic() + timeout_seconds
+    delay = 0.02  # 0.02、0.04、... 秒と延ばし、1 秒で止める
     while True:
         left = max(0.0, deadline - time.monotonic())
         try:
@@ -126,7 +128,7 @@ def withdraw_feedback(
 
 
 class FeedbackCollector:
-    """1 人のユーザーのフィードバックを送る。省いたトレースを「最後のもの」で補わない。"""
+    """1 人のユーザーのフィードバックを送る。トレースを選ばずに呼ぶと例外になる。"""
 
     def __init__(self, user_id: str, trace_id: str | None = None) -> None:
         self.user_id = user_id
@@ -176,7 +178,11 @@ def main() -> None:
         with mlflow.start_span("answer") as span:
             span.set_outputs("返品には 3 営業日かかります。")
         user = FeedbackCollector("user-123", span.trace_id)
-        print("操作したあとの、トレースの有効な評価")
+        try:
+            mlflow.log_feedback(trace_id=span.trace_id, name="user_thumbs", value=False)
+        except mlflow.MlflowException as error:
+            print(f"mlflow.log_feedback をそのまま呼ぶ: {error.error_code}")
+        print("操作のたびに、有効な評価を読み直す")
         user.thumbs_down("送料のことが書かれていない")
         print("低評価(応答の直後):", _valid(user))
         user.thumbs_up()

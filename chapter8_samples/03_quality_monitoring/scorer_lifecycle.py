@@ -1,7 +1,7 @@
 """8.3.4 スコアラーの状態を変える: 一覧、割合の変更、休止、再開、削除(リスト8.12)。
 
 OSS の MLflow では、割合だけを更新するとフィルターが黙って消え、停止すると割合も消える。
-Databricks とは戻り値も違う。その違いを隠し、休止しても割合とフィルターを覚えておく。
+Databricks とは戻り値も違う。その違いを吸収し、休止しても割合とフィルターを覚えておく。
 
 実行::
 
@@ -187,20 +187,22 @@ def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iter
 
 
 def main() -> None:
-    """スコアラーの一生を、操作のたびに読み直して表にする。"""
+    """登録から削除までを、操作のたびに読み直して表にする。"""
     from mlflow.genai.scorers import Safety
 
     from chapter8_samples import _lab
     from chapter8_samples._lab.console import table
 
-    name, rows = "ch8-scorer-lifecycle", list[list[str]]()
+    name = "ch8-scorer-lifecycle"
+    rows: list[list[str]] = []
     listed: list[ScorerStatus] = []
     with _lab.sample(name):
         safety = Safety(name="safety_check", model="openai:/gpt-4.1-mini")
         for step in demonstrate_scorer_lifecycle(name, ScorerPlan(scorer=safety, sample_rate=0.5)):
-            rows.append([step.operation, step.state, "", ""])
-            if step.state != "UNREGISTERED":
-                rows[-1][2:] = f"{step.sample_rate:.0%}", str(step.filter_string)
+            rate, where = f"{step.sample_rate:.0%}", str(step.filter_string)
+            if step.state == "UNREGISTERED":
+                rate, where = "", ""
+            rows.append([step.operation, step.state, rate, where])
             if step.operation == "再開":
                 listed = list_scorer_statuses(name)
     print(table(["操作", "状態", "割合", "採点するトレース"], rows, "<<><"))

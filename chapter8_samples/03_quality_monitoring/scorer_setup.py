@@ -13,10 +13,15 @@
       custom_guidelines    50%  client      ... 件: ...
     もう一度呼んだあとの版: 1, 1, 1, 1
 
-採点するのは、Databricks ではすべて Databricks(``databricks``。``pip install databricks-agents`` が
-必要)。OSS のサーバーが自動で採点するのは ``gateway:/`` の LLM ジャッジで(``server``)、接続先は
-``create_judge_endpoint=True`` が作る。ほかは ``run_scoring_cycle()`` を定期的に呼ぶ(``client``)。
-コードのスコアラーは、3.18 から、サーバーの運用者が選べばコンテナーの中で採点できる(既定は否)。
+同じトレースは、どのスコアラーでも同じ抽選値になる(50% の 3 つは、同じトレースを採点する)。
+
+採点する場所は、次の 3 つ。コードのスコアラーは、3.18 から、サーバーの運用者が選べばコンテナーの中で
+採点できる(既定では無効)。
+
+- ``databricks``: Databricks ではすべてここ。``pip install databricks-agents`` が必要
+- ``server``: OSS のサーバーが自動で採点する ``gateway:/`` の LLM ジャッジ。接続先は
+  ``create_judge_endpoint=True`` が作る
+- ``client``: そのほか。``run_scoring_cycle()`` を定期的に呼ぶ
 """
 
 from __future__ import annotations
@@ -56,11 +61,13 @@ def setup_quality_scorers(
     何度呼んでもよい。定義が同じなら新しい版を作らず、割合とフィルターだけを合わせる。
 
     Args:
-        safety_sample_rate: 安全性を採点する割合(0 より大きく 1 以下)。ほかは ``quality_...``。
+        safety_sample_rate: 安全性を採点する割合(0 より大きく 1 以下)。ほかは
+            ``quality_sample_rate``。
         custom_guidelines: 自然言語の採点基準(1 つでも複数でもよい)。
         judge_model: すべてのジャッジのモデル。省くと、Databricks では用意されたもの、ほかでは
             ``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、gpt-4.1-mini の順。
-        filter_string: 採点の対象にするトレース。``extra``: 追加のスコアラー。
+        filter_string: 採点の対象にするトレース。
+        extra: 追加のスコアラー。
         create_judge_endpoint: サーバーに接続先がなければ、``OPENAI_API_KEY`` を保存して作る。
         tracking_uri: MLflow の接続先。省略すると環境変数か、手元の SQLite。
 
@@ -89,8 +96,9 @@ def setup_builtin_scorers(
     judge_model: str | None = None,
 ) -> list[ScorerStatus]:
     """組み込みのスコアラー(安全性、関連性、根拠)だけを登録し、開始する。"""
-    rates = (safety_sample_rate, quality_sample_rate)
-    return setup_quality_scorers(experiment_name, *rates, judge_model=judge_model)
+    return setup_quality_scorers(
+        experiment_name, safety_sample_rate, quality_sample_rate, judge_model=judge_model
+    )
 
 
 def setup_custom_guidelines_scorer(
@@ -128,7 +136,7 @@ def evaluate_with_scorers(
 
 def main() -> None:
     """登録し、60 件のトレースを作って採点し(リスト8.11)、割合どおりに採点されたかを見る。"""
-    from collections import Counter
+    from collections import Counter, defaultdict
 
     from mlflow.entities import SpanType
 
@@ -150,13 +158,15 @@ def main() -> None:
             answer(f"注文 {number} の返品")
         report = run_scoring_cycle("ch8-scorer-setup", statuses)
         print(f"登録したスコアラー                     採点した結果({report.traces} トレース)")
-        traces = mlflow.MlflowClient().search_traces(locations=[report.experiment_id])
-        found = [(a.name, a.feedback) for trace in traces for a in trace.info.assessments]
+        verdicts: dict[str, Counter[str]] = defaultdict(Counter)
+        for trace in mlflow.MlflowClient().search_traces(locations=[report.experiment_id]):
+            for assessment in trace.info.assessments:
+                if assessment.feedback:
+                    verdicts[assessment.name][str(assessment.feedback.value)] += 1
         for s in statuses:
-            values = Counter(str(f.value) for name, f in found if f and name == s.name)
-            told = "、".join(f"{value} {count}" for value, count in values.items())
+            values = "、".join(f"{value} {count}" for value, count in verdicts[s.name].items())
             count = report.scorers[s.name].scored
-            print(f"  {s.name:18} {s.sample_rate:5.0%}  {s.runs:8} {count:6} 件: {told}")
+            print(f"  {s.name:18} {s.sample_rate:5.0%}  {s.runs:8} {count:6} 件: {values}")
         again = setup_quality_scorers("ch8-scorer-setup", custom_guidelines=polite)
         print("もう一度呼んだあとの版:", ", ".join(str(s.version) for s in again))
 

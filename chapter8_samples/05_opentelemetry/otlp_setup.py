@@ -51,9 +51,12 @@ def setup_otlp_export(
 ) -> OtlpStatus:
     """MLflow のトレースを OTLP でも送る。起動時に、最初のトレースより前に呼ぶ。
 
+    呼ぶ順は ``mlflow.set_tracking_uri``、この関数、``setup_production_tracing``。8.1 の設定が先だと
+    MLflow の停止中に起動できない。``set_tracking_uri`` が後だと、span_processors が消える。
+
     Args:
-        endpoint: ``http://otel-collector:4317`` など。``OtlpConfig`` を 1 つ渡してもよい。引数に
-            ないものは、基盤が付けた ``OTEL_*`` の環境変数のまま(替えたら ``warnings`` に出る)。
+        endpoint: ``http://otel-collector:4317`` など。``OtlpConfig`` を 1 つ渡してもよい。省略した
+            項目は環境変数 ``OTEL_*`` の値を使う。引数で上書きした項目は ``warnings`` に出る。
         service_name: バックエンドで見えるサービス名。
         protocol: ``"grpc"`` (既定)か ``"http/protobuf"``。
         **options: ``mode="dual"``(既定。MLflow にも残す)か ``"otlp_only"`` のほか、
@@ -65,9 +68,6 @@ def setup_otlp_export(
     Raises:
         OtlpConfigError: 設定値が誤っている。
         OtlpSetupError: エクスポーターがない、トレースが無効、など。環境は元に戻す。
-
-    span_processors、エクスペリメント、送信先は残る。``mlflow.set_tracking_uri`` より後に呼び(逆だと
-    span_processors が消える)、8.1 の設定より先に呼ぶ(逆だと MLflow の停止中に起動できない)。
     """
     return start_otlp_export(resolve_config(endpoint, service_name, protocol, options))
 
@@ -126,14 +126,14 @@ def main() -> None:
     with _lab.sample("ch8-otlp-export") as lab, OtlpReceiver() as sink:
         status = setup_otlp_export(sink.grpc_endpoint, "support-bot", timeout_seconds=1.0)
         print(f"送り先は、MLflow と、OTLP の {status.endpoint}({status.protocol})")
-        print(three_requests())
+        print(send_three_requests())
         _show(sink.spans, lab.experiment_id or "")
         sink.stop()
-        print(f"受信側が停止しても: {three_requests()}")
+        print(f"受信側が停止しても: {send_three_requests()}")
         disable_otlp_export()
 
 
-def three_requests() -> str:
+def send_three_requests() -> str:
     """3 件のリクエストに答え、応答の速さと OTLP に届いた数を文にする。"""
     before = flush_all()
     started = time.perf_counter()
@@ -141,7 +141,8 @@ def three_requests() -> str:
         _answer(f"user-{number}")
     speed = "1 秒未満" if time.perf_counter() - started < 1 else "1 秒以上"
     after = flush_all(timeout_seconds=60.0)  # 全部届けば、すぐに戻る
-    delivered, lost = after.delivered - before.delivered, after.lost - before.lost
+    delivered = after.delivered - before.delivered
+    lost = after.lost - before.lost
     return f"応答は {speed}。OTLP に届いたスパン {delivered}、失われたスパン {lost}"
 
 

@@ -13,7 +13,7 @@ def support_bot_alerts() -> AlertConfig:
     """ルールに、知らせない時間帯と抑制を添えた設定。"""
 
 def setup_alerting(experiment_name: str, config: AlertConfig | Mapping[str, object] | str | os.PathLike[str] | None=None, notifier: Notifier | None=None, *, tracking_uri: str | None=None, state_path: str | os.PathLike[str] | None=None, clock: Callable[[], datetime]=lambda: datetime.now(timezone.utc)) -> AlertEngine:
-    """エクスペリメントのトレースを見張る ``AlertEngine`` を作る。
+    """エクスペリメントのトレースを監視する ``AlertEngine`` を作る。
 
     Args:
         config: ``AlertConfig``、その辞書、YAML ファイルのパス。省略すると標準のルール。

@@ -79,7 +79,7 @@ def main() -> None:
 
 @mlflow.trace
 def answer_with_two_models(client: Any, question: str) -> str:
-    """小さいモデルで言い換えてから、大きいモデルで答える。ストリームは 2 通りの書き方で読む。"""
+    """小さいモデルを 3 回(うちストリーム 2 回)、大きいモデルを 1 回呼ぶ。"""
 
 def sum_one_by_one(experiment_id: str) -> int:
     """避けるべき書き方: 一覧を取ってから、1 件ずつ読み直す。比べるためだけにある。"""

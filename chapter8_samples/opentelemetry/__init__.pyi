@@ -27,6 +27,7 @@ from .otlp_setup import setup_otlp_for_datadog as setup_otlp_for_datadog
 from .otlp_setup import setup_otlp_for_grafana_tempo as setup_otlp_for_grafana_tempo
 from .otlp_setup import setup_otlp_for_jaeger as setup_otlp_for_jaeger
 from .otlp_setup import setup_otlp_via_collector as setup_otlp_via_collector
+from .web import trace_http_requests as trace_http_requests
 from .web import use_unified_tracer_provider as use_unified_tracer_provider
 
-__all__ = ['ConnectionCheck', 'EvaluationEvents', 'FlushReport', 'GENAI_SEMANTIC_CONVENTIONS', 'GenAIMetrics', 'NativeStatus', 'NativeTracing', 'OtlpConfig', 'OtlpConfigError', 'OtlpSetupError', 'OtlpStatus', 'annotate_span', 'build_otlp_config', 'check_otlp_connection', 'disable_otlp_export', 'find_semconv_gaps', 'flush_all', 'otlp_status', 'preset', 'print_semantic_conventions', 'setup_evaluation_events', 'setup_genai_metrics', 'setup_native_tracing', 'setup_otlp_export', 'setup_otlp_for_datadog', 'setup_otlp_for_grafana_tempo', 'setup_otlp_for_jaeger', 'setup_otlp_via_collector', 'traced', 'use_unified_tracer_provider']
+__all__ = ['ConnectionCheck', 'EvaluationEvents', 'FlushReport', 'GENAI_SEMANTIC_CONVENTIONS', 'GenAIMetrics', 'NativeStatus', 'NativeTracing', 'OtlpConfig', 'OtlpConfigError', 'OtlpSetupError', 'OtlpStatus', 'annotate_span', 'build_otlp_config', 'check_otlp_connection', 'disable_otlp_export', 'find_semconv_gaps', 'flush_all', 'otlp_status', 'preset', 'print_semantic_conventions', 'setup_evaluation_events', 'setup_genai_metrics', 'setup_native_tracing', 'setup_otlp_export', 'setup_otlp_for_datadog', 'setup_otlp_for_grafana_tempo', 'setup_otlp_for_jaeger', 'setup_otlp_via_collector', 'trace_http_requests', 'traced', 'use_unified_tracer_provider']

@@ -6,9 +6,12 @@ from typing_extensions import Unpack
 def setup_otlp_export(endpoint: str | OtlpConfig | None=None, service_name: str='', protocol: str | None=None, **options: Unpack[OtlpOptions]) -> OtlpStatus:
     """MLflow のトレースを OTLP でも送る。起動時に、最初のトレースより前に呼ぶ。
 
+    呼ぶ順は ``mlflow.set_tracking_uri``、この関数、``setup_production_tracing``。8.1 の設定が先だと
+    MLflow の停止中に起動できない。``set_tracking_uri`` が後だと、span_processors が消える。
+
     Args:
-        endpoint: ``http://otel-collector:4317`` など。``OtlpConfig`` を 1 つ渡してもよい。引数に
-            ないものは、基盤が付けた ``OTEL_*`` の環境変数のまま(替えたら ``warnings`` に出る)。
+        endpoint: ``http://otel-collector:4317`` など。``OtlpConfig`` を 1 つ渡してもよい。省略した
+            項目は環境変数 ``OTEL_*`` の値を使う。引数で上書きした項目は ``warnings`` に出る。
         service_name: バックエンドで見えるサービス名。
         protocol: ``"grpc"`` (既定)か ``"http/protobuf"``。
         **options: ``mode="dual"``(既定。MLflow にも残す)か ``"otlp_only"`` のほか、
@@ -20,9 +23,6 @@ def setup_otlp_export(endpoint: str | OtlpConfig | None=None, service_name: str=
     Raises:
         OtlpConfigError: 設定値が誤っている。
         OtlpSetupError: エクスポーターがない、トレースが無効、など。環境は元に戻す。
-
-    span_processors、エクスペリメント、送信先は残る。``mlflow.set_tracking_uri`` より後に呼び(逆だと
-    span_processors が消える)、8.1 の設定より先に呼ぶ(逆だと MLflow の停止中に起動できない)。
     """
 
 def setup_otlp_via_collector(service_name: str, collector_endpoint: str='http://otel-collector:4317', service_version: str | None=None, deployment_environment: str | None=None, **options: Unpack[OtlpTransportOptions]) -> OtlpStatus:
@@ -40,5 +40,5 @@ def setup_otlp_for_jaeger(service_name: str, jaeger_endpoint: str='http://jaeger
 def main() -> None:
     """3 件のリクエストを両方へ送り、届いたものを見てから、受信側を止める。"""
 
-def three_requests() -> str:
+def send_three_requests() -> str:
     """3 件のリクエストに答え、応答の速さと OTLP に届いた数を文にする。"""

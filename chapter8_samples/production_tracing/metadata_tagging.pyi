@@ -31,7 +31,7 @@ class RequestContext:
 def add_trace_metadata(context: RequestContext) -> bool:
     """実行中のトレースに文脈を付ける。トレースの中(スパンの中)で呼ぶ。
 
-    間引かれた・トレースの外・無効のときは ``False`` を返す(警告は出ない)。
+    トレースが間引かれたとき、トレースの外、トレーシングが無効のときは ``False`` を返す。
     """
 
 @contextlib.contextmanager

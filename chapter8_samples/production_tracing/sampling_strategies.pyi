@@ -8,7 +8,10 @@ from .policies import AdaptiveRate, KeepRules
 from .sampling import TailSampler
 
 class ProbabilisticSampler(TailSampler):
-    """ヘッド: 始まる前に、決まった割合だけを選ぶ。最も安いが、エラーも同じ割合で失う。"""
+    """ヘッド: 始まる前に、決まった割合だけを選ぶ。最も安いが、エラーも同じ割合で失う。
+
+    ``TailSampler`` は先頭の間引きも行う。ここではそれだけを使う。
+    """
 
     def __init__(self, probability: float) -> None:
         """``probability`` は残す割合 [0, 1]。"""

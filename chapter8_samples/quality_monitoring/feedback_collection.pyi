@@ -7,7 +7,7 @@ from .feedback.delivery import store_feedback
 from .feedback.kinds import FeedbackRequest, FeedbackType
 
 def send_feedback(request: FeedbackRequest, *, feedback_id: str | None=None, timeout_seconds: float=15.0, deliver: Callable[..., Any]=store_feedback) -> Any:
-    """トレースが保存されるのを待って、ちょうど 1 回だけ記録する。値は記録した評価。
+    """トレースが保存されるのを待って、ちょうど 1 回だけ記録する。戻り値は、記録した評価。
 
     ``feedback_id`` は画面が付けた重複防止の ID、``deliver`` は 1 回試みる関数
     (``outbox.submit`` など)。期限までに届かなければ ``FeedbackDeliveryError``(トレースがなければ
@@ -37,7 +37,7 @@ def withdraw_feedback(trace_id: str, user_id: str, kind: str=FeedbackType.THUMBS
     """この人の、この種類の評価をすべて取り下げる(保存先から消える)。何もなければ偽。"""
 
 class FeedbackCollector:
-    """1 人のユーザーのフィードバックを送る。省いたトレースを「最後のもの」で補わない。"""
+    """1 人のユーザーのフィードバックを送る。トレースを選ばずに呼ぶと例外になる。"""
 
     def __init__(self, user_id: str, trace_id: str | None=None) -> None:
         self.user_id = user_id

@@ -48,4 +48,4 @@ def demonstrate_scorer_lifecycle(experiment_name: str, plan: ScorerPlan) -> Iter
     """登録から削除までを行い、操作のたびに保存先から読み直した状態を返す。"""
 
 def main() -> None:
-    """スコアラーの一生を、操作のたびに読み直して表にする。"""
+    """登録から削除までを、操作のたびに読み直して表にする。"""

@@ -11,11 +11,13 @@ def setup_quality_scorers(experiment_name: str, safety_sample_rate: float=1.0, q
     何度呼んでもよい。定義が同じなら新しい版を作らず、割合とフィルターだけを合わせる。
 
     Args:
-        safety_sample_rate: 安全性を採点する割合(0 より大きく 1 以下)。ほかは ``quality_...``。
+        safety_sample_rate: 安全性を採点する割合(0 より大きく 1 以下)。ほかは
+            ``quality_sample_rate``。
         custom_guidelines: 自然言語の採点基準(1 つでも複数でもよい)。
         judge_model: すべてのジャッジのモデル。省くと、Databricks では用意されたもの、ほかでは
             ``MLFLOW_GENAI_JUDGE_DEFAULT_MODEL``、サーバーの接続先 ``judge``、gpt-4.1-mini の順。
-        filter_string: 採点の対象にするトレース。``extra``: 追加のスコアラー。
+        filter_string: 採点の対象にするトレース。
+        extra: 追加のスコアラー。
         create_judge_endpoint: サーバーに接続先がなければ、``OPENAI_API_KEY`` を保存して作る。
         tracking_uri: MLflow の接続先。省略すると環境変数か、手元の SQLite。
 
