@@ -33,7 +33,7 @@ _MODULES = {
     "genai.semconv": "find_semconv_gaps print_semantic_conventions",
     "genai.metrics": "GenAIMetrics setup_genai_metrics",
     "native": "setup_native_tracing traced annotate_span NativeStatus NativeTracing",
-    "web": "use_unified_tracer_provider",
+    "web": "trace_http_requests use_unified_tracer_provider",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -22,7 +22,7 @@ from .export import (
     preset,
 )
 from .export.config import PROTOCOLS
-from .otlp_setup import setup_otlp_export, three_requests
+from .otlp_setup import send_three_requests, setup_otlp_export
 
 SERVICE = "support-bot"
 
@@ -75,7 +75,7 @@ def _send(chosen: argparse.Namespace) -> int:
         print(f"送信({status.mode}): {', '.join(status.processors)}")
         for warning in status.warnings:
             print(f"注意: {warning}")
-        print(three_requests())
+        print(send_three_requests())
         return 0 if flush_all().complete else 1
     finally:
         disable_otlp_export()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import mlflow.tracing
@@ -52,8 +53,7 @@ def use_unified_tracer_provider(
 
     呼び出し元が送ってきた ``traceparent`` は親にせず、リンクとして残す。MLflow は、ルートスパンが
     このプロセスにないトレースを保存できないため。HTTP のリクエストはすべてトレースになるので、
-    死活確認は ``FastAPI(telemetry={"exclude": ...})`` などで除く。自分ではスパンを作らない版の
-    FastAPI には ``opentelemetry-instrumentation-fastapi`` を使う。
+    死活確認は ``FastAPI(telemetry={"exclude": ...})`` などで除く。
 
     Args:
         masking: HTTP のスパンの属性(``url.query``、ヘッダーなど)、名前、イベント、状態を隠す関数。
@@ -176,3 +176,24 @@ class LinkToCaller(SpanProcessor):
         caller: Any = otel_context.get_value(_CALLER, parent_context)
         if span.parent is None and caller is not None:
             span.add_link(caller)
+
+
+def trace_http_requests(app: Any) -> None:
+    """リクエストのスパンを自分では作らない FastAPI に、作るミドルウェアを足す。
+
+    新しい FastAPI は自分で作るので何もしない(Python 3.10 に入るのは、作らない版)。
+    """
+    if find_spec("fastapi.telemetry"):
+        return
+
+    @app.middleware("http")
+    async def http_span(request: Any, call_next: Any) -> Any:  # pyright: ignore[reportUnusedFunction]
+        caller = propagate.extract(request.headers)
+        tracer = trace.get_tracer(__name__)  # 作り直された後は、新しいほうから取る
+        kind = trace.SpanKind.SERVER
+        with tracer.start_as_current_span(request.method, context=caller, kind=kind) as span:
+            response = await call_next(request)
+            route = getattr(request.scope.get("route"), "path", request.url.path)
+            span.update_name(f"{request.method} {route}")
+            span.set_attribute("http.response.status_code", response.status_code)
+            return response
