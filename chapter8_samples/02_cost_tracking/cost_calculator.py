@@ -170,7 +170,7 @@ def _amounts(rates: Rates, usage: Usage) -> tuple[Decimal, Decimal, Decimal, Dec
 
 
 class CostTracker(BaseCostTracker):
-    """コストの合計と予算の見張り。使い方は ``BaseCostTracker`` にある。"""
+    """コストの合計と予算の監視。使い方は ``BaseCostTracker`` にある。"""
 
     def default_calculator(self) -> CostCalculator:
         """未知のモデルを「未計算」に数える計算器。"""

@@ -1,9 +1,9 @@
-"""8.4.4 アラートのコマンド: 検査、1 回の評価、見張り、再生、書き出し、指標の公開。
+"""8.4.4 アラートのコマンド: 検査、1 回の評価、監視、再生、書き出し、指標の公開。
 
     python -m chapter8_samples.alerting check alerts.yaml
 
 cron やジョブからは ``once`` を、常駐させるなら ``watch`` を使う。終了コードは 0(正常)、1(発報中)、
-2(設定の誤り、ファイルを読み書きできない、ほかの見張りが状態ファイルを使っている)、3(指標を読めない。
+2(設定の誤り、ファイルを読み書きできない、ほかのエンジンが状態ファイルを使っている)、3(指標を読めない。
 通知先には知らせる)。``watch`` を二つ動かすと、二つ目は、一つ目が終わるまで控えている。
 
 Databricks では ``once`` を定期ジョブにし、状態ファイルを Volume に置く
@@ -158,7 +158,7 @@ def _engine(
             name, config, notifier, tracking_uri=options.tracking_uri, state_path=options.state
         )
     except MetricSourceError as error:
-        # 見張れないことも知らせる。届いていなかった通知も送る
+        # 監視できないことも知らせる。届いていなかった通知も送る
         blind = AlertEngine(config, _Unreadable(error), notifier, state_path=options.state)
         blind.evaluate()
         _finish(blind, notifier)

@@ -47,7 +47,7 @@ class CostCalculator:
         """
 
 class CostTracker(BaseCostTracker):
-    """コストの合計と予算の見張り。使い方は ``BaseCostTracker`` にある。"""
+    """コストの合計と予算の監視。使い方は ``BaseCostTracker`` にある。"""
 
     def default_calculator(self) -> CostCalculator:
         """未知のモデルを「未計算」に数える計算器。"""

@@ -70,7 +70,7 @@ def cost_engine(rows: Table) -> None:
 
 
 def cost_aggregation(rows: Table) -> None:
-    assert [row[0] for row in rows] == ["1 件ずつ(N+1)", "ページ", "サーバーの集計"]
+    assert [row[0] for row in rows] == ["1 件ずつ(N+1)", "ページ", "MLflow の検索だけ"]
 
 
 def cost_sql(rows: Table) -> None:

@@ -81,7 +81,7 @@ class AlertEngine(RuleBoard):
         状態ファイルを読み書きできなくても通知は送り、``failures["alert_state"]`` に理由を残す。
 
         Raises:
-            StateHeldError: 状態ファイルを、ほかの見張りが使っている。
+            StateHeldError: 状態ファイルを、ほかのエンジンが使っている。
         """
         with self._lock:
             at, self.failures = at or self._clock(), {}
@@ -97,7 +97,7 @@ class AlertEngine(RuleBoard):
     def run_forever(self, interval_seconds: float, *, stop: threading.Event | None = None) -> None:
         """``stop`` が立つまで評価し続ける。
 
-        その間、状態ファイルを手放さない。ほかの見張りが使っていれば、それが終わるまで控えている。
+        その間、状態ファイルを手放さない。ほかのエンジンが使っていれば、それが終わるまで控えている。
         """
         stop, self._stays = stop or threading.Event(), True
         if self._file:

@@ -1,6 +1,6 @@
 """8.4.1 状態ファイル: アラートの状態と、まだ届いていない通知を SQLite に残す。
 
-一度に使えるのは一つの見張りだけで、二つ目は、誰が使っているかを言って拒否する。持ち主が落ちたら、同じ
+一度に使えるのは一つのエンジンだけで、二つ目は、誰が使っているかを言って拒否する。持ち主が落ちたら、同じ
 マシンならすぐに、ほかのマシンなら期限の後に引き継ぐ。
 
 Databricks の Volume は、ロックも途中への書き込みもできない。そこでは手元のコピーを使い、丸ごと
@@ -32,12 +32,12 @@ from .state import RuleState, Unsent
 logger = logging.getLogger(__name__)
 
 LEASE = timedelta(minutes=5)
-"""持ち主がこれだけの間何も書かなければ、ほかの見張りが引き継ぐ。"""
+"""持ち主がこれだけの間何も書かなければ、ほかのエンジンが引き継ぐ。"""
 SETTLE_SECONDS = 1.0
 
 
 class StateHeldError(RuntimeError):
-    """状態ファイルを、ほかの見張りが使っている。"""
+    """状態ファイルを、ほかのエンジンが使っている。"""
 
 
 class _BrokenError(OSError):
@@ -46,14 +46,14 @@ class _BrokenError(OSError):
 
 @dataclass(frozen=True)
 class Holder:
-    """状態ファイルを使っている(または、最後に使った)見張り。"""
+    """状態ファイルを使っている(または、最後に使った)エンジン。"""
 
     id: str
     host: str
     machine: str
     pid: int
     until: datetime
-    """この後は、ほかの見張りが使ってよい。"""
+    """この後は、ほかのエンジンが使ってよい。"""
 
 
 @dataclass
@@ -69,7 +69,7 @@ _SAVED = TypeAdapter(Saved)
 
 
 class StateFile:
-    """一つの見張りから見た状態ファイル。"""
+    """一つのエンジンから見た状態ファイル。"""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class StateFile:
         最後に使ったのも自分なら ``None``: 手元のもののほうが新しい(書けなかった変更もある)。
 
         Raises:
-            StateHeldError: ほかの見張りが使っている。
+            StateHeldError: ほかのエンジンが使っている。
             OSError: 読み書きできない。
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class StateFile:
         """全部を一度に書き換え、期限を延ばす。
 
         Raises:
-            StateHeldError: 期限が過ぎて、ほかの見張りに引き継がれていた。
+            StateHeldError: 期限が過ぎて、ほかのエンジンに引き継がれていた。
             OSError: 書けない。
         """
         with self._open() as saved:
@@ -111,7 +111,7 @@ class StateFile:
             saved.rules, saved.outbox = rules, outbox
 
     def release(self) -> None:
-        """手放す。ほかの見張りが使っていれば、何もしない。"""
+        """手放す。ほかのエンジンが使っていれば、何もしない。"""
         with suppress(StateHeldError), self._open() as saved:
             self._extend(saved, timedelta(0))
 
@@ -131,10 +131,10 @@ class StateFile:
 
     @property
     def _me(self) -> str:
-        return f"{self._token}-{os.getpid()}"  # fork した先は、別の見張り
+        return f"{self._token}-{os.getpid()}"  # fork した先は、別のエンジン
 
     def _extend(self, saved: Saved, lease: timedelta) -> None:
-        """ほかの見張りのものでないことを確かめて、期限を変える。"""
+        """ほかのエンジンのものでないことを確かめて、期限を変える。"""
         last = saved.holder
         if last and last.id != self._me:
             raise StateHeldError(

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Gate = Callable[[Sequence[MetricSample]], bool]
 PREFIX = "llm_app_"
 FAILURES = f"{PREFIX}read_failures_total"
-"""読めなかった値の累計。書き出したルールは、これが増えることと、ないことを見張る。"""
+"""読めなかった値の累計。書き出したルールは、これが増えることと、ないことを監視する。"""
 IRREGULAR = {"trace_count": "traces", "assessment_count": "assessments"}
 
 

@@ -64,7 +64,7 @@ def expression(rule: Rule) -> str:
 def to_prometheus_rules(config: AlertConfig, *, interval: str = "30s") -> dict[str, Any]:
     """Prometheus のルールファイル。
 
-    指標を読めないことと、公開が止まったことも見張る。
+    指標を読めないことと、公開が止まったことも監視する。
     Prometheus にない ``clear_threshold`` は、アノテーションに残して知らせる。
     """
     rules = [_prometheus_rule(rule, expression(rule), config.labels) for rule in config.rules]

@@ -1,4 +1,4 @@
-"""8.3.3 トレースが保存されるのを、何人が待っていても 1 本のスレッドで見張る。
+"""8.3.3 トレースが保存されるのを、何人が待っていても 1 本のスレッドで監視する。
 
 でたらめなトレース ID が同時に何百件来ても、まとめて 1 回で尋ねるので、ほかの応答を待たせない。
 """
@@ -55,7 +55,7 @@ class Arrivals:
         asked = set(self._waiting.copy().values())
         try:
             stored = stored_among(asked, timeout_seconds=_TRY_SECONDS)
-        except Exception:  # 見張りが止まると、後から来た全員が待たされる
+        except Exception:  # 監視が止まると、後から来た全員が待たされる
             stored = asked  # 1 件ずつ送ってみれば、理由が分かる
         with self._lock:
             arrived = [future for future, trace_id in self._waiting.items() if trace_id in stored]
