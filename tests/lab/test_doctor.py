@@ -81,7 +81,11 @@ def test_queries_and_paths_of_addresses_are_dropped(secret: str, host: str) -> N
 def test_no_finding_repeats_a_secret(secret: str, spelled: bool) -> None:
     secret = f"Q{secret}Q"
     password = quote(secret, safe="") if spelled else secret
-    for address in (f"http://user:{password}@127.0.0.1:9", f"user:{password}@127.0.0.1:9"):
+    for address in (
+        f"http://user:{password}@127.0.0.1:9",
+        f"user:{password}@127.0.0.1:9",
+        f"127.0.0.1:9?token={quote(secret, safe='')}",
+    ):
         environment = {
             "MLFLOW_TRACKING_URI": address,
             "MLFLOW_TRACKING_TOKEN": secret,

@@ -75,10 +75,11 @@ def shown(uri: str) -> str:
     """
     scheme, found, rest = uri.partition("://")
     if not found or ("@" in rest and not _SCHEME.fullmatch(scheme)):
-        return uri.rpartition("@")[2]  # "://" は、符号化していないパスワードの一部
-    rest = rest.rpartition("@")[2] if not scheme.startswith("sqlite") else rest
-    rest = re.split(r"[?#]", rest)[0]
-    host, slash, path = rest.partition("/")
+        # "://" は、符号化していないパスワードの一部
+        return re.split(r"[?#]", uri.rpartition("@")[2])[0]
+    if not scheme.startswith("sqlite"):
+        rest = rest.rpartition("@")[2]
+    host, slash, path = re.split(r"[?#]", rest)[0].partition("/")
     if scheme in ("http", "https") and path not in ("", "v1/traces"):
         path = "..."
     return f"{scheme}://{host}{slash if path else ''}{path}"
