@@ -21,7 +21,8 @@ multiprocessing                    fork の子では何もしなくてよい。s
 期限に間に合わなければ、送れなかった件数がログに出る(``TraceSpool`` を渡せばディスクに残る)。
 
 Databricks でも同じコードで動く。Model Serving やジョブの停止も SIGTERM で届く。待ち時間の上限
-(``timeout_seconds``)は、プラットフォームの猶予(Kubernetes も gunicorn も既定は 30 秒)より短くする。
+(``timeout_seconds``)は、サーバー自身の終了(lifespan を含む)の後から数えるので、プラットフォームの
+猶予(Kubernetes も gunicorn も既定は 30 秒)より短くする。
 """
 
 # pyright: reportUnknownMemberType=false

@@ -167,10 +167,8 @@ def find_traces(
         experiment_ids: 省略すると、いまのエクスペリメント。
 
     Raises:
-        ValueError: 検索式に書けない値(``'`` と ``"`` の両方を含む文字列など)。
+        ValueError: 検索式に書けない値(``'`` と ``"`` の両方を含む文字列など)、ID でない名前。
     """
-    if isinstance(experiment_ids, str):  # "12" が、エクスペリメント 1 と 2 の検索になってしまう
-        raise ValueError(f"experiment_ids={experiment_ids!r} must be a list of experiment ids")
     equal = {
         "metadata.`mlflow.trace.user`": user,
         "metadata.`mlflow.trace.session`": session,
@@ -181,7 +179,7 @@ def find_traces(
         **{metadata.tag_field(key): value for key, value in (tags or {}).items()},
     }
     found = mlflow.search_traces(
-        locations=None if experiment_ids is None else list(experiment_ids),
+        locations=metadata.check_experiment_ids(experiment_ids),
         filter_string=metadata.filter_string(equal, min_latency_ms),
         max_results=max_results,
         order_by=["timestamp_ms DESC"],

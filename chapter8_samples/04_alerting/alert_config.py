@@ -101,11 +101,13 @@ def setup_alerting(
     """エクスペリメントのトレースを監視する ``AlertEngine`` を作る。
 
     Args:
-        config: ``AlertConfig``、その辞書、YAML ファイルのパス。省略すると標準のルール。
+        config: ``AlertConfig``、その辞書、YAML ファイルのパス。省略すると標準のルール。集計期間は、
+            トレースが届くのを待って ``offset`` (30 秒)前に終わる。
         notifier: 通知先。省略すると、設定の ``receivers`` から作る(秘密は環境変数から読む)。
             どちらもなければ、``evaluate`` の戻り値だけで知らせる。
         tracking_uri: 省略すると、環境の設定に従う。
-        state_path: 状態ファイル。省略すると、再起動で状態を忘れる。
+        state_path: 状態ファイル。省略すると、再起動で状態を忘れる。複数のワーカーで動かすときは、
+            同じファイルを渡す(渡さなければ、それぞれが知らせる)。
 
     Raises:
         AlertConfigError: 設定の誤り(すべてをまとめて報告する)。

@@ -12,7 +12,7 @@ from .delivery.spool import replay
 def main(arguments: Sequence[str] | None = None) -> int:
     """コマンドを実行し、終了コードを返す(送り残しがあれば 1)。"""
     parser = argparse.ArgumentParser(
-        prog="python -m chapter8_samples.production_tracing",
+        prog=f"python -m {__package__}",
         description="TraceSpool のディスクに残ったトレースを、いまのトラッキング URI に送る。",
     )
     parser.add_argument("command", choices=["replay"], help="残ったトレースを送る")

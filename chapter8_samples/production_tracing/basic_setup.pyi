@@ -18,7 +18,8 @@ def setup_production_tracing(experiment_name: str, service_name: str='llm-app', 
             (カレントディレクトリーの SQLite)。
         enable_async: ``False`` ではリクエストのスレッドで書き込む(1 件およそ 40 ms)。
         deployment_region: リソース属性 ``cloud.region``。
-        environment: リソース属性 ``deployment.environment.name``。
+        environment: リソース属性 ``deployment.environment.name``(``find_traces(environment=)`` が
+            見るのは ``RequestContext.environment``)。
         export_profile: ``EXPORT_PROFILES`` の名前。利用者の環境変数が優先される。
         strict: サーバーに届かないとき ``True`` は例外、``False`` は記録を止めて起動を続け、
             ``retry_seconds`` 秒ごとに背後で接続し直す(その間のトレースは残らない)。

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlflow
@@ -85,3 +85,15 @@ def add_root_attributes(tags: Mapping[str, str], user: str | None, session: str 
     values |= {"user.id": user or "", "session.id": session or ""}
     span.set_attributes({key: value for key, value in values.items() if value})
     return True
+
+
+def check_experiment_ids(ids: Sequence[str] | None) -> list[str] | None:
+    """エクスペリメントの ID の一覧か。名前では、サーバーの 500 を MLflow が何分も再試行する。"""
+    if ids is None:
+        return None
+    if isinstance(ids, str):  # "12" が、エクスペリメント 1 と 2 の検索になってしまう
+        raise ValueError(f"experiment_ids={ids!r} must be a list of experiment ids")
+    for one in ids:
+        if not one.isdecimal():
+            raise ValueError(f"experiment_ids takes ids, not names: {one!r}")
+    return list(ids)

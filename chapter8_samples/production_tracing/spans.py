@@ -91,7 +91,10 @@ def traced_stream(
 def atraced_stream(
     name: str, chunks: AsyncIterable[T], *, inputs: Any = None, join: Join = _join_text
 ) -> AsyncGenerator[T, None]:
-    """``traced_stream`` の非同期版。タスクのキャンセルも切断として記録する。"""
+    """``traced_stream`` の非同期版。タスクのキャンセルも切断として記録する。
+
+    利用者に返すトレース ID は、``chunks`` の中で ``mlflow.get_active_trace_id()`` から得る。
+    """
     return _aread(_Stream(name, inputs, join), chunks)
 
 

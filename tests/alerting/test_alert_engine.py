@@ -510,6 +510,7 @@ def test_a_second_watch_stands_by_until_the_first_ends(
     for watch in watches:
         watch.join()
     assert [own.sent for own in recorders] == [[("firing", "errors")], []]
+    assert caplog.text.count("standing by") == 1
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -135,6 +135,8 @@ def test_find_traces(tracking_uri: str, stored: Any) -> None:
 def test_one_experiment_written_as_a_string_is_refused() -> None:
     with pytest.raises(ValueError, match="experiment_ids='12' must be a list"):
         find_traces(experiment_ids="12")
+    with pytest.raises(ValueError, match="takes ids, not names: '/production/app'"):
+        find_traces(experiment_ids=["/production/app"])
 
 
 def test_a_value_that_is_no_string_is_refused() -> None:

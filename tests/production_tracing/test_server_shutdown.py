@@ -98,7 +98,8 @@ class Served:
 
     @property
     def reported(self) -> int:
-        return sum(map(int, re.findall(r"(\d+) traces (?:are kept|not delivered)", self.log)))
+        lost = re.findall(r"(\d+) (?:more )?traces (?:are kept|not delivered)", self.log)
+        return sum(map(int, lost))
 
     def wait_for(self, reached: Callable[[], bool], seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import textwrap
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from mlflow.entities import Trace
 from mlflow.tracing.client import TracingClient
 from ports import free_port
@@ -300,6 +302,30 @@ def test_the_app_decides_who_may_vote_on_which_trace(store: str, ask: Any, tmp_p
     # 確かめられないものは残さない
     unknown = app.post("/feedback", json={**body, "trace_id": UNKNOWN}, headers={"x-user": "owner"})
     assert (unknown.status_code, len(outbox)) == (503, 0)
+
+
+def test_the_owner_may_vote_while_the_trace_is_stored_only_in_part(store: str) -> None:
+    """OTLP と二重に送ると、スパンがトレースのメタデータより先に届く。"""
+    with mlflow.start_span("answer") as span:
+        mlflow.update_current_trace(metadata={"mlflow.trace.user": "owner"})
+    whole = mlflow.get_trace(span.trace_id)
+    assert whole is not None
+    MlflowClient().delete_traces(store, trace_ids=[span.trace_id])
+    writing: Any = TracingClient().store
+    writing.log_spans(store, whole.data.spans)
+
+    def authorize(request: Request, trace: Trace) -> bool:
+        return trace.info.trace_metadata.get("mlflow.trace.user") == request.headers["x-user"]
+
+    body = {"trace_id": span.trace_id, "is_positive": True}
+    hurried = client(authorize=authorize, timeout_seconds=0.1)
+    assert hurried.post("/feedback", json=body, headers={"x-user": "owner"}).status_code == 503
+    later = threading.Timer(0.5, writing.start_trace, [whole.info])
+    later.start()
+    app = client(authorize=authorize, timeout_seconds=30)
+    assert app.post("/feedback", json=body, headers={"x-user": "owner"}).status_code == 200
+    later.join()
+    assert app.post("/feedback", json=body, headers={"x-user": "thief"}).status_code == 403
 
 
 def test_the_experiment_of_the_app_is_the_one_it_chose(store: str) -> None:

@@ -98,15 +98,20 @@ class AlertEngine(RuleBoard):
         """``stop`` が立つまで評価し続ける。
 
         その間、状態ファイルを手放さない。ほかのエンジンが使っていれば、それが終わるまで控えている。
+        評価の途中で ``stop`` が立ったら、その通信が終わってから戻る。
         """
         stop, self._stays = stop or threading.Event(), True
+        waiting = False
         if self._file:
             self._file.lease = LEASE + timedelta(seconds=interval_seconds)
         while not stop.is_set():
             try:
                 self.evaluate()
+                waiting = False
             except StateHeldError as error:
-                logger.warning("standing by: %s", error)
+                if not waiting:
+                    logger.warning("standing by: %s", error)
+                waiting = True
             except Exception:  # 監視そのものが止まるより、記録して次の回に任せる
                 logger.exception("alert evaluation failed")
             stop.wait(interval_seconds)

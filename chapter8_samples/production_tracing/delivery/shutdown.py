@@ -105,7 +105,8 @@ class GracefulShutdownHandler:
         with contextlib.suppress(queue.Empty):
             self._deadline.get(timeout=max(0.0, self.timeout_seconds - _SPARE_SECONDS / 2))
         left = deliver(_SPARE_SECONDS / 4, for_good=True).undelivered
-        logger.error("shutdown took over %gs; %d traces not delivered", self.timeout_seconds, left)
+        seconds = self.timeout_seconds
+        logger.error("shutdown took over %gs; %d more traces not delivered", seconds, left)
         os._exit(128 + number)
 
     def install_signals(self) -> None:

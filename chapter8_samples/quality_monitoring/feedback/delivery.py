@@ -19,6 +19,7 @@ import mlflow
 from mlflow.entities import Assessment, AssessmentSource, Expectation, Feedback, TraceInfo
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
+from mlflow.tracing.constant import TRACE_SCHEMA_VERSION_KEY
 from mlflow.tracing.provider import get_bridged_tracer_provider
 from mlflow.tracing.trace_manager import InMemoryTraceManager
 
@@ -134,7 +135,11 @@ def _store(request: FeedbackRequest, authorize: Authorize | None) -> Assessment 
     store: Any = TracingClient().store
     info: TraceInfo = store.get_trace_info(request.trace_id)
     elsewhere = request.experiment_id not in (None, info.experiment_id)
-    if elsewhere or (authorize and not authorize(info)):
+    refused = authorize is not None and not authorize(info)
+    if refused and TRACE_SCHEMA_VERSION_KEY not in info.trace_metadata:
+        # スパンだけが先に届いた。ユーザーなどのメタデータは、少し遅れて書かれる
+        raise TraceNotFoundError(f"trace {request.trace_id!r} is stored only in part", request)
+    if elsewhere or refused:
         place = f"trace {request.trace_id!r} of experiment {info.experiment_id}"
         raise FeedbackNotAllowedError(f"{place} takes no feedback here")
     settled, mine = _look_up(request, info.assessments)

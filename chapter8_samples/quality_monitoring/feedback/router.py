@@ -99,13 +99,15 @@ def create_feedback_router(
 
     応答は、200(記録した)、202(送信箱に残した。後で ``outbox.replay()`` で送る)、403(許されない)、
     409(本人のもっと新しい評価がある)、413(本文が大きい)、422(入力が正しくない)、502(MLflow が
-    内容を拒否した)、503(届かず、残せない)。
+    内容を拒否した)、503(届かず、残せない)。202 と 503 でも記録されていることがあるので、画面は同じ
+    ``feedback_id`` で送り直す。
 
     Args:
         user_of: リクエストから、評価した人の ID を求める関数。
         authorize: このトレース(スパンは入っていない)に書かせるなら ``True`` を返す関数。省くと、
             アプリのエクスペリメントだけに書かせる。渡すと、トレースを確かめられない評価は残さない。
-        outbox: 届かないときの送信箱と、``max_pending``: その上限(件)。
+        outbox: 届かないときの送信箱。``authorize`` を渡すと使わない(503 になる)。
+        max_pending: 送信箱に残す上限(件)。
         timeout_seconds: トレースが保存されるまで待つ秒数。待つ間、スレッドは使わない。
 
     Raises:
@@ -171,7 +173,8 @@ class _Desk:
         except kinds.FeedbackValidationError as error:
             raise HTTPException(422, str(error)) from error
         except kinds.FeedbackNotAllowedError as error:
-            logger.warning("%s: call mlflow.set_experiment() or pass authorize=", error)
+            advice = "authorize= refused it" if self.authorize else "call mlflow.set_experiment()"
+            logger.warning("%s: %s", error, advice)
             raise HTTPException(403, "feedback on this trace is not allowed") from error
         except kinds.FeedbackError as error:
             raise HTTPException(502, "the tracking server rejected the feedback") from error
