@@ -276,6 +276,8 @@ def test_phone_has_no_sideways_scroll(site: Site, open_page: Opener) -> None:
     ask(page, "住所を変更したい" + "x" * 200)
     for tab in ("チャット", "監視"):
         page.get_by_role("button", name=tab).tap()
+        longest = "e => { e.textContent = '回復を確かめています' }"
+        page.locator("[data-action=burst]").evaluate(longest)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         outside = page.evaluate(
             """[...document.querySelectorAll("body *")].filter(e => e.checkVisibility() &&
