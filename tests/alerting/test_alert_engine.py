@@ -233,6 +233,21 @@ def test_a_mute_window_crosses_midnight() -> None:
     assert hours == [0, 1, 2, 3, 4, 5, 22, 23]
 
 
+def test_each_route_has_its_own_pace() -> None:
+    critical = {"match": {"severity": "critical"}, "to": ["page"], "repeat": "1m"}
+    routes: Any = [critical, {"match": {}, "to": ["mail"]}]
+    rules = [rule(name="down", severity="critical"), rule(name="slow", severity="warning")]
+    receivers: Any = {"page": {"type": "console"}, "mail": {"type": "console"}}
+    loaded = AlertConfig(rules=rules, routes=routes, receivers=receivers, repeat="10m")
+    engine = AlertEngine(loaded, Scripted(error_rate=[1]))
+    told = [
+        alert.name
+        for minute in range(3)
+        for alert in engine.evaluate(START + timedelta(minutes=minute))
+    ]
+    assert sorted(told) == ["down", "down", "down", "slow"]
+
+
 def test_a_firing_alert_may_be_repeated() -> None:
     engine = AlertEngine(config(rule(), repeat="1m"), Scripted(error_rate=[1]))
     assert [i for i, *_ in run(engine, 5)] == [0, 2, 4]

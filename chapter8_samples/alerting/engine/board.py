@@ -94,7 +94,7 @@ class RuleBoard:
             if state.phase == "firing":
                 alert = self._alert(rule, state)
                 silenced = self.config.silences(alert, firing, at)
-                if self._should_notify(state, at) and not silenced:
+                if self._should_notify(alert, state, at) and not silenced:
                     state.told = self._with_examples(rule, alert, at)
                     state.notified_at = at
                     found.append(state.told)
@@ -109,10 +109,10 @@ class RuleBoard:
         gone = [self._states.pop(key) for key in self._states.keys() - known]
         return [_resolved(state.told, state, at) for state in gone if state.told]
 
-    def _should_notify(self, state: RuleState, at: datetime) -> bool:
+    def _should_notify(self, alert: Alert, state: RuleState, at: datetime) -> bool:
         if state.notified_at is None:
             return True
-        repeat = parse_duration(self.config.repeat or "0s")
+        repeat = self.config.repeat_for(alert)
         return bool(repeat) and at - state.notified_at >= repeat
 
     def _with_examples(self, rule: Rule, alert: Alert, at: datetime) -> Alert:

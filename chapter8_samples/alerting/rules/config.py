@@ -101,7 +101,7 @@ class AlertConfig:
     Args:
         offset: 集計期間の終わりを、いまからどれだけ遡らせるか。トレースは終わってから届くので、
             遅いリクエストが届くだけの長さにする。
-        repeat: 発報中の通知を繰り返す間隔。省略すると繰り返さない。
+        repeat: 発報中の通知を繰り返す間隔。省略すると繰り返さない。経路にあれば、そちらを使う。
         evaluation_failure_for: ルールの評価の失敗がこれだけ続いたら知らせる。
         watchdog_severity: その知らせの重大度。
         interval: 評価の間隔。Alertmanager は、これを過ぎても送られてこないアラートを解消とみなす。
@@ -145,6 +145,13 @@ class AlertConfig:
             severity=self.watchdog_severity,
             summary="alert rules could not be read",
         )
+
+    def repeat_for(self, alert: Selectable) -> timedelta:
+        """このアラートの通知を繰り返す間隔。0 は繰り返さない。"""
+        for route in self.routes:
+            if alert.matches(route.get("match", {})):
+                return parse_duration(route.get("repeat") or self.repeat or "0s")
+        return parse_duration(self.repeat or "0s")
 
     def silences(self, alert: Selectable, firing: Sequence[Selectable], at: datetime) -> bool:
         """いまは知らせないか(抑制または時間帯)。"""

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from typing_extensions import NotRequired, TypedDict
 
 from .checking import SECRET_LIKE, near, written
-from .values import Name, Severity
+from .values import Length, Name, Severity
 
 
 def _variable(value: Any) -> Any:
@@ -27,10 +27,11 @@ Addresses = Annotated[Sequence[Name], Field(min_length=1)]
 
 @written
 class Route(TypedDict):
-    """条件(``match``)に合うアラートを、どの通知先へ送るか。"""
+    """条件(``match``)に合うアラートを、どの通知先へ、どの間隔(``repeat``)で送るか。"""
 
     match: NotRequired[Mapping[Name, Name]]
     to: Sequence[Name]
+    repeat: NotRequired[Length]
 
 
 class Common(TypedDict):

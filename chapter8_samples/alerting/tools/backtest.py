@@ -92,7 +92,7 @@ def replay(
         raise ValueError(f"replay needs rules and a step, got {len(config.rules)} and {step}")
     source = RecordedTraces(rows)
     start, end = source.span
-    engine = AlertEngine(replace(config, offset="0s", repeat=None), source)
+    engine = AlertEngine(replace(config, offset="0s", repeat=None, routes=()), source)
     found = {rule.name: RuleReplay(rule.name) for rule in config.rules}
     warm_up = max(rule.queries()[-1][1] for rule in config.rules)
     at = start + min(warm_up, end - start)
