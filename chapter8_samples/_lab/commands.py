@@ -57,7 +57,7 @@ def story(output: Path, *, fresh: bool) -> int:
 
         set_aside(EXPERIMENT)
         with cast(output) as tale:
-            print("第8章 監視と運用: お客様窓口ボットの一日(API キーも外部接続も使いません)\n")
+            print("第8章 監視と運用: お客様窓口ボットの運用(API キーも外部接続も使いません)\n")
             failed = run_steps(tale.steps())
             print("\n" + tale.summary())
     verdict = "すべての照合が合いました"

@@ -124,7 +124,7 @@ class Story:
             Step("8.3", "スコアラーを登録する", self.set_up_scorers),
             Step("8.4", "アラートと通知先を用意する", self.set_up_alerts),
             Step("8.1", "平常時の問い合わせに答える", self.normal_traffic),
-            Step("8.3", "答えを採点し、ユーザーの声を残す", self.score_normal_traffic),
+            Step("8.3", "答えを採点し、評価を受け取る", self.score_normal_traffic),
             Step("8.4", "平常時に鳴らないことを確かめる", self.stay_quiet),
             Step("8.4", "悪いプロンプトをリリースする", self.release_bad_prompt),
             Step("8.4", "アラートが気づき、1 回だけ知らせる", self.notice),
