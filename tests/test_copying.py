@@ -40,6 +40,7 @@ ALLOWED |= {
         r"^(pydantic)\b", (ROOT / "requirements-prod.txt").read_text(encoding="utf-8"), re.MULTILINE
     )
 }
+ALLOWED |= {"urllib3", "typing_extensions"}  # requests と pydantic が、必ず一緒に入れる
 Outcomes = dict[str, dict[str, str | None]]
 
 

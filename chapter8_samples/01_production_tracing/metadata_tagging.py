@@ -218,7 +218,7 @@ def main() -> None:
         _show("エラー", errors)
         found = errors[0].search_spans(name="search")[0].attributes
         print("  種類:", found["error.type"], " top_k:", found["retrieval.top_k"])
-        print("トレースの外:", add_trace_metadata(RequestContext(user_id="user-tanaka")))
+        print("トレースの外で呼ぶと:", add_trace_metadata(RequestContext(user_id="user-tanaka")))
 
 
 @mlflow.trace(name="chat")

@@ -120,7 +120,7 @@ def weighted_estimates(
     for trace in traces:
         weight = float(trace.info.trace_metadata.get(WEIGHT_KEY, 1.0))
         requests.append((weight, 1.0))
-        errors.append((weight, 1.0 if trace.info.state is TraceState.ERROR else 0.0))
+        errors.append((weight, 1.0 if trace.info.state == TraceState.ERROR else 0.0))
         cost = cost_usd(trace)
         if cost is not None:
             costs.append((weight, cost))
@@ -193,7 +193,7 @@ def _estimate(experiment_id: str) -> str:
     found: Any = mlflow.search_traces(
         locations=[experiment_id], return_type="list", include_spans=False
     )
-    errors = sum(trace.info.state is TraceState.ERROR for trace in found)
+    errors = sum(trace.info.state == TraceState.ERROR for trace in found)
     estimate = weighted_estimates(found)
     return (
         f"{len(found)} 件(エラー {errors})  単純 {errors / max(1, len(found)):.1%}"
