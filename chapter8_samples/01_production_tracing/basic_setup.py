@@ -1,7 +1,7 @@
 """8.1.3 軽量SDK・8.1.4 本番トレーシングの基本設定(リスト8.4)。
 
-MLflow の既定値では、2,000 件のバーストで半分以上のトレースが警告だけで消え、サーバーが止まると
-リクエストまで止まる。起動時に一度だけ呼ぶこの設定で、消えず、待たせないトレーシングにする。
+MLflow の既定値では、2,000 件が一気に来る(バースト)と半分以上のトレースが警告だけで消え、サーバーが
+止まるとリクエストまで止まる。起動時に一度だけ呼ぶこの設定で、消えず、待たせないトレーシングにする。
 
 実行::
 
@@ -50,8 +50,8 @@ EXPORT_PROFILES: Mapping[ExportProfile, Mapping[str, str]] = {
         "MLFLOW_ASYNC_TRACE_LOGGING_MAX_SPAN_BATCH_SIZE": "16384",  # スパンのキュー 2,048 個
         "MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE": "20000",  # 送信タスクのキュー 1,000 件
         "MLFLOW_TRACE_BUFFER_MAX_SIZE": "20000",  # 組み立て中のトレース 1,000 件(警告も出ない)
-        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "1000",  # 5,000 ミリ秒ごとに送る
-        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS": "4",  # 10 本で書く
+        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "1000",  # 送る間隔 5,000 ミリ秒
+        "MLFLOW_ASYNC_TRACE_LOGGING_MAX_WORKERS": "4",  # 書き込みのスレッド 10 本
     },
     "otlp": {
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",

@@ -89,7 +89,7 @@ def main() -> None:
     with _lab.sample(None, fresh_store=True) as lab:
         plain = _stop_child(lab.tracking_uri, "plain")
         graceful = _stop_child(lab.tracking_uri, "graceful")
-    for name, stored, code in (("対策なし", *plain), ("対策あり", *graceful)):
+    for name, (stored, code) in {"対策なし": plain, "対策あり": graceful}.items():
         print(f"{name}: 40 件のうち {stored} 件を保存、終了コード {code}(128 + SIGTERM の 15)")
 
 
@@ -128,7 +128,7 @@ def _child(tracking_uri: str, experiment: str, mode: str) -> None:
         answer(number)
     with mlflow.start_span("answering"):  # 最後の 1 件は応答の途中で止められる
         print("ready", flush=True)
-        for _ in range(600):  # 長く眠ると、眠る直前に届いたシグナルは起きるまで処理されない
+        for _ in range(600):  # 短く分ける。直前に届いたシグナルは、sleep が終わるまで処理されない
             time.sleep(0.1)
 
 

@@ -167,7 +167,8 @@ def find_traces(
         experiment_ids: 省略すると、いまのエクスペリメント。
 
     Raises:
-        ValueError: 検索式に書けない値(``'`` と ``"`` の両方を含む文字列など)、ID でない名前。
+        ValueError: 検索式に書けない値(``'`` と ``"`` の両方を含む文字列など)か、ID の代わりの
+            エクスペリメント名。
     """
     equal = {
         "metadata.`mlflow.trace.user`": user,
@@ -229,8 +230,8 @@ def _answer(question: str, context: RequestContext) -> str:
 
 
 def _search(question: str) -> str:
-    top_k = {"retrieval.top_k": 3}  # 手書きのスパンの属性。抜けるときの例外も、種類が属性に残る
-    with traced_step("search", span_type="RETRIEVER", inputs=question, attributes=top_k):
+    attributes = {"retrieval.top_k": 3}  # 例外で抜けると、その種類もスパンの属性に残る
+    with traced_step("search", span_type="RETRIEVER", inputs=question, attributes=attributes):
         if "在庫" in question:
             raise TimeoutError("no answer from the stock service in 30 s")
         return f"「{question}」への回答"

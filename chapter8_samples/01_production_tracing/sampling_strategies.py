@@ -73,6 +73,7 @@ class AdaptiveSampler(TailSampler):
         rules: KeepRules | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``target_per_minute`` は 1 分に残す件数の目標、``clock`` は秒を返す関数。"""
         self.rate = AdaptiveRate(target_per_minute, clock=clock)
         keep = rules or KeepRules()
         super().__init__(lambda trace: keep(trace) or Decision(self.rate(), "adaptive"))

@@ -1,5 +1,5 @@
 -- 8.2 コスト分析の SQL(本書では表8.1 で参照)。
--- トレースのアーカイブ表に、10 の問いを聞く。同じファイルが PySpark 4 と手元の DuckDB で動き、Databricks SQL に貼れる。
+-- トレースのアーカイブ表から、10 の問いに答える。同じファイルが PySpark 4 と手元の DuckDB で動き、Databricks SQL に貼れる。
 -- 手元で:       python -m chapter8_samples.cost_tracking sql エクスペリメント名
 -- Databricks で: クエリを 1 つ貼り付けて、名前付きパラメーターに値を入れる。
 --
@@ -164,7 +164,8 @@ SELECT week_start, stored, requests, unpriced, cost_usd, prev_cost_usd,
 FROM l ORDER BY week_start DESC;
 
 -- name: sessions
--- 高くついた会話 20 件。やり取りが長引くほど、同じ履歴を何度も送って高くなる。
+-- 高くついた会話 20 件(トレースが 2 件以上のもの)。
+-- やり取りが長引くほど、同じ履歴を何度も送って高くなる。
 -- 保存された 1 件ずつの会話を見る問いなので、重みは掛けない(間引くと、会話は途中が欠ける)。
 WITH t AS (
   SELECT trace_metadata['mlflow.trace.session'] AS session_id, trace_metadata['mlflow.trace.user'] AS user_id, request_time,

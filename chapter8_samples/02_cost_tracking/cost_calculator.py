@@ -48,7 +48,8 @@ from chapter8_samples.cost_tracking.prices.model import CostError, NoPriceError,
 from chapter8_samples.cost_tracking.prices.table import PriceTable
 from chapter8_samples.cost_tracking.tracker import BaseCostTracker
 
-_ZERO, _MILLION = Decimal(0), Decimal(1_000_000)
+_ZERO = Decimal(0)
+_MILLION = Decimal(1_000_000)
 
 
 class CostCalculator:
@@ -163,7 +164,7 @@ def _amounts(rates: Rates, usage: Usage) -> tuple[Decimal, Decimal, Decimal, Dec
     if write:
         price = rates.input if rates.cache_write is None else rates.cache_write
         hour = rates.cache_write_1h
-        if hour is None:  # Anthropic の規則: 1 時間は入力の 2 倍、5 分は 1.25 倍
+        if hour is None:  # Anthropic の規則: 1 時間は入力の 2 倍、5 分は 1.25 倍(比は 1.6)
             hour = price if rates.cache_write is None else price * Decimal("1.6")
         written = ((write - write_1h) * price + write_1h * hour) / _MILLION
     return fresh, cached, written, output * rates.output / _MILLION
@@ -178,7 +179,7 @@ class CostTracker(BaseCostTracker):
 
 
 def format_yen(usd: float | Decimal, yen_per_usd: float | Decimal) -> str:
-    """USD を円の表示にする。1 円未満は 4 桁まで出す。料金の決まらない NaN は「料金未定」。
+    """USD を円の表示にする。100 円未満は小数 4 桁まで出す。料金の決まらない NaN は「料金未定」。
 
     >>> format_yen(0.0075, 150)
     '1.125 円'

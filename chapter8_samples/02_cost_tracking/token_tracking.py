@@ -72,7 +72,7 @@ def setup_token_tracking(
 ) -> TokenTracking:
     """各プロバイダーの自動トレースを有効にし、トークン数(とコスト)をトレースに残す。
 
-    ``mlflow.set_tracking_uri`` と ``set_experiment`` のあとに呼ぶ。OpenAI のストリームは、
+    ``set_experiment`` (または ``setup_production_tracing``)のあとに呼ぶ。OpenAI のストリームは、
     ``stream_options={"include_usage": True}`` を付けないと使用量が返らない。
 
     Args:
@@ -98,10 +98,11 @@ def setup_cost_tracking(
     """LLM のスパンが終わるたびに、コストをトレースへ記録する。料金は呼び出しが始まった日のもの。
 
     スパンに ``mlflow.llm.cost`` と ``cost.price_source``、トレースに ``cost.by_model``、両方に
-    ``cost.status`` と ``cost.reason`` を付ける。``mlflow.set_tracking_uri`` で接続先を変えると、
-    MLflow はこの登録を消すので、そのあとに呼ぶ(消されたら、件数を読んだときに警告する)。
-    二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えは、チェーンの最後だけ 0 円になる
-    (ほかは、スパンの ``cost.status`` を ``"cache_hit"`` にする)。
+    ``cost.status`` と ``cost.reason`` を付ける。``mlflow.set_tracking_uri`` と
+    ``mlflow.tracing.configure`` はこの登録を消すので、そのあとに呼ぶ(消されたら、件数を読んだときに
+    警告する)。
+    二度呼ぶと新しいほうに替わる。LangChain がキャッシュから答えた呼び出しは、チェーンの最後のもの
+    だけが自動で 0 円になる(ほかは、自分でスパンの ``cost.status`` を ``"cache_hit"`` にする)。
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
@@ -136,15 +137,17 @@ def usage_by_model(trace: Trace | str) -> list[ModelUsage]:
     for call in llm_calls(reader.load_trace(trace).data.spans):
         item = totals.setdefault(call.model, ModelUsage(call.model))
         item.calls += 1
-        item.calls_without_usage += call.usage is None
-        item.usage += call.usage or TokenUsage()
+        if call.usage is None:
+            item.calls_without_usage += 1
+        else:
+            item.usage += call.usage
     return sorted(totals.values(), key=lambda item: (-item.usage.total_tokens, item.model))
 
 
 def price_trace(
     trace: Trace | str, calculator: Calculator | None = None, *, at: datetime | None = None
 ) -> TraceCost:
-    """保存済みのトレースを計算し直す。``at`` がなければ、それぞれの呼び出しが始まった日の料金。"""
+    """保存済みのトレースのコストを計算し直す。``at`` がなければ、各呼び出しが始まった日の料金。"""
     spans = reader.load_trace(trace).data.spans
     return trace_cost(price_spans(spans, calculator or CostCalculator(), at))
 
@@ -216,8 +219,8 @@ def answer_with_two_models(client: Any, question: str) -> str:
     """小さいモデルを 3 回(うちストリーム 2 回)、大きいモデルを 1 回呼ぶ。"""
     ask = partial(client.chat.completions.create, messages=[{"role": "user", "content": question}])
     ask(model="gpt-4o-mini")
-    for options in ({"stream_options": {"include_usage": True}}, {}):
-        for _ in ask(model="gpt-4o-mini", stream=True, **options):
+    for options in ({"stream_options": {"include_usage": True}}, {}):  # 報告するもの、しないもの
+        for _ in ask(model="gpt-4o-mini", stream=True, **options):  # 最後まで読む
             pass
     return ask(model="gpt-4o").choices[0].message.content
 

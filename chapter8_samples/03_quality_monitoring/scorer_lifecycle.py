@@ -146,7 +146,7 @@ def remove_scorer(experiment_name: str, name: str) -> None:
 
 
 def delete_all_scorers(experiment_name: str, confirm: bool = False) -> list[str]:
-    """すべてのスコアラーを削除し、名前を返す。``confirm=True`` がなければ何もしない。"""
+    """すべてのスコアラーを削除し、名前を返す。``confirm=True`` がなければ、消さずに例外にする。"""
     if not confirm:
         raise ScorerSetupError("delete_all_scorers() needs confirm=True")
     names = [status.name for status in list_scorer_statuses(experiment_name)]
@@ -199,9 +199,10 @@ def main() -> None:
     with _lab.sample(name):
         safety = Safety(name="safety_check", model="openai:/gpt-4.1-mini")
         for step in demonstrate_scorer_lifecycle(name, ScorerPlan(scorer=safety, sample_rate=0.5)):
-            rate, where = f"{step.sample_rate:.0%}", str(step.filter_string)
-            if step.state == "UNREGISTERED":
-                rate, where = "", ""
+            rate = where = ""  # 未登録なら空欄
+            if step.state != "UNREGISTERED":
+                rate = f"{step.sample_rate:.0%}"
+                where = str(step.filter_string)
             rows.append([step.operation, step.state, rate, where])
             if step.operation == "再開":
                 listed = list_scorer_statuses(name)

@@ -1,7 +1,8 @@
 """8.4.2 アラートの通知(Slack、PagerDuty、複数チャネル)。
 
-通知は、届くこと、一度だけ届くこと、秘密を漏らさないことを同時に守る。一つの通知先が壊れても、遅くても、
-他は待たない。すべてが壊れたらログに残る。経路を書き忘れた重大度は、捨てずに全部の通知先へ送る。
+通知では、届くこと、一度だけ届くこと、秘密を漏らさないことを同時に満たす。一つの通知先が壊れても、
+遅くても、他への通知は遅れない。すべてが壊れたらログに残す。経路を書き忘れた重大度は、捨てずに
+全部の通知先へ送る。
 
 実行::
 
@@ -180,9 +181,13 @@ class MultiChannelNotifier(Fanout):
 
     def keep_alive(self, alerts: Sequence[Alert]) -> list[Delivery]:
         """発報中のアラートを、毎回の送り直しが必要な通知先(Alertmanager)へ送る。"""
-        queues = self.queues.items()
-        names = {n for n, q in queues if q.handler.wants_every_cycle and not q.busy}
-        return self.send_to([(a, names & set(self.route(a))) for a in alerts], self.wait_seconds)
+        ready = {
+            name
+            for name, queue in self.queues.items()
+            if queue.handler.wants_every_cycle and not queue.busy
+        }
+        targets = [(alert, ready & set(self.route(alert))) for alert in alerts]
+        return self.send_to(targets, self.wait_seconds)
 
 
 def notifier_from_config(

@@ -164,7 +164,7 @@ def get_champion_version(model_name: str) -> str | None:
 
 
 def main() -> None:
-    """モデルを 1 行で戻し、プロンプトを昇格し、戻し、プロセスを替えて取り消す。"""
+    """モデルを 1 行で戻す。プロンプトは、昇格し、戻し、再起動した後のように取り消す。"""
     import mlflow
     import mlflow.genai
 
@@ -191,6 +191,7 @@ def main() -> None:
         show("昇格:", manager.promote(1, reason="初版"))
         show("昇格:", manager.promote(2, reason="新しい言い回し"))
         show("戻す:", manager.rollback(reason="品質低下"))
+        # 再起動の後と同じように、レジストリのタグに残る記録だけを使う
         restarted = PromptRollbackManager("support-answer", smoke_check=smoke_check)
         show("再起動後に取り消す:", restarted.undo_rollback(reason="誤報だった"))
         refused: dict[str, Callable[[], Change]] = {

@@ -98,7 +98,8 @@ def setup_otlp_for_datadog(
     **options: Unpack[OtlpOptions],
 ) -> OtlpStatus:
     """Datadog の受信エンドポイントへ直接送る(HTTP だけ)。キーは省略すると ``DD_API_KEY``。"""
-    if not (key := dd_api_key or os.environ.get("DD_API_KEY")):
+    key = dd_api_key or os.environ.get("DD_API_KEY")
+    if not key:
         raise OtlpConfigError("Datadog needs an API key; pass dd_api_key or set DD_API_KEY")
     options["headers"] = {"dd-api-key": key, **options.get("headers", {})}
     return setup_otlp_export(f"https://otlp.{dd_site}", service_name, "http/protobuf", **options)

@@ -16,8 +16,8 @@ def setup_alerting(experiment_name: str, config: AlertConfig | Mapping[str, obje
     """エクスペリメントのトレースを監視する ``AlertEngine`` を作る。
 
     Args:
-        config: ``AlertConfig``、その辞書、YAML ファイルのパス。省略すると標準のルール。集計期間は、
-            トレースが届くのを待って ``offset`` (30 秒)前に終わる。
+        config: ``AlertConfig``、その辞書、YAML ファイルのパス。省略すると標準のルール。集計期間の
+            終わりは、トレースが届くのを待つため、評価の時刻の ``offset`` (30 秒)前とする。
         notifier: 通知先。省略すると、設定の ``receivers`` から作る(秘密は環境変数から読む)。
             どちらもなければ、``evaluate`` の戻り値だけで知らせる。
         tracking_uri: 省略すると、環境の設定に従う。

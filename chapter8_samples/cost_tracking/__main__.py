@@ -149,8 +149,8 @@ def _sql(options: argparse.Namespace) -> int:
             source = Path(scratch)
             _export_for(options.source, source, start, end)
         *tables, few = ENGINES[options.engine](source, [*chosen, _TOO_FEW], parameters)
-    stdout: Any = sys.stdout
-    stdout.reconfigure(errors="replace")  # Windows の cp932 で表せない絵文字などは ? にする
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):  # ノートブックにはない
+        reconfigure(errors="replace")  # Windows の cp932 で表せない絵文字などは ? にする
     for table in tables:
         print(f"== {table.query.name}: {table.query.description}")
         print(format_table(table))

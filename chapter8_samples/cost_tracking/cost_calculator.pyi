@@ -53,7 +53,7 @@ class CostTracker(BaseCostTracker):
         """未知のモデルを「未計算」に数える計算器。"""
 
 def format_yen(usd: float | Decimal, yen_per_usd: float | Decimal) -> str:
-    """USD を円の表示にする。1 円未満は 4 桁まで出す。料金の決まらない NaN は「料金未定」。
+    """USD を円の表示にする。100 円未満は小数 4 桁まで出す。料金の決まらない NaN は「料金未定」。
 
     >>> format_yen(0.0075, 150)
     '1.125 円'

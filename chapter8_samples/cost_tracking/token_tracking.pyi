@@ -27,7 +27,7 @@ class TokenTracking:
 def setup_token_tracking(providers: Sequence[str]=('openai',), *, include_cost: bool=True, calculator: Calculator | None=None, tracker: BaseCostTracker | None=None) -> TokenTracking:
     """各プロバイダーの自動トレースを有効にし、トークン数(とコスト)をトレースに残す。
 
-    ``mlflow.set_tracking_uri`` と ``set_experiment`` のあとに呼ぶ。OpenAI のストリームは、
+    ``set_experiment`` (または ``setup_production_tracing``)のあとに呼ぶ。OpenAI のストリームは、
     ``stream_options={"include_usage": True}`` を付けないと使用量が返らない。
 
     Args:
@@ -39,10 +39,11 @@ def setup_cost_tracking(calculator: Calculator | None=None, *, tracker: BaseCost
     """LLM のスパンが終わるたびに、コストをトレースへ記録する。料金は呼び出しが始まった日のもの。
 
     スパンに ``mlflow.llm.cost`` と ``cost.price_source``、トレースに ``cost.by_model``、両方に
-    ``cost.status`` と ``cost.reason`` を付ける。``mlflow.set_tracking_uri`` で接続先を変えると、
-    MLflow はこの登録を消すので、そのあとに呼ぶ(消されたら、件数を読んだときに警告する)。
-    二度呼ぶと新しいほうに替わる。LangChain のキャッシュの答えは、チェーンの最後だけ 0 円になる
-    (ほかは、スパンの ``cost.status`` を ``"cache_hit"`` にする)。
+    ``cost.status`` と ``cost.reason`` を付ける。``mlflow.set_tracking_uri`` と
+    ``mlflow.tracing.configure`` はこの登録を消すので、そのあとに呼ぶ(消されたら、件数を読んだときに
+    警告する)。
+    二度呼ぶと新しいほうに替わる。LangChain がキャッシュから答えた呼び出しは、チェーンの最後のもの
+    だけが自動で 0 円になる(ほかは、自分でスパンの ``cost.status`` を ``"cache_hit"`` にする)。
 
     Args:
         calculator: 既定は ``CostCalculator()``(2024 年 12 月の公開料金)。
@@ -64,7 +65,7 @@ def usage_by_model(trace: Trace | str) -> list[ModelUsage]:
     """トレース 1 件の使用量をモデル別に。トークンの多い順。数え方は ``llm_calls``。"""
 
 def price_trace(trace: Trace | str, calculator: Calculator | None=None, *, at: datetime | None=None) -> TraceCost:
-    """保存済みのトレースを計算し直す。``at`` がなければ、それぞれの呼び出しが始まった日の料金。"""
+    """保存済みのトレースのコストを計算し直す。``at`` がなければ、各呼び出しが始まった日の料金。"""
 
 def aggregate_token_usage_from_traces(experiment_name: str, start: datetime | None=None, end: datetime | None=None, *, filter_string: str | None=None, max_traces: int | None=None, page_size: int=reader.PAGE_SIZE) -> TokenUsageSummary:
     """エクスペリメントのトークン数とコストを、タイムゾーン付きの [start, end) について合計する。

@@ -159,10 +159,12 @@ def _arguments_of(function: Callable[..., Any]) -> Arguments:
     signature = inspect.signature(function)
     parameters = signature.parameters.values()
     names = [one.name for one in parameters]
-    defaults = {one.name: None if one.default is one.empty else one.default for one in parameters}
+    required = {one.name for one in parameters if one.default is one.empty}
+    defaults = {one.name: one.default for one in parameters if one.name not in required}
 
     def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return defaults | dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return defaults | given if required <= given.keys() else {}
 
     def bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -110,7 +110,7 @@ class Destination(BatchSpanProcessor):
             return
         status = self.exporter.status
         with self._lock:
-            is_full = status.pending >= self._limit
+            is_full = status.ended - status.dropped - self.exporter.taken >= self._limit
             status.ended += 1
             if is_full:
                 status.dropped += 1
@@ -140,10 +140,12 @@ class CountingExporter(SpanExporter):
     def start(self) -> None:
         """数を 0 にし、新しい接続を使う(fork した子は、親の接続を使えない)。"""
         self.status = NativeStatus()
+        self.taken = 0  # 送信待ちから取り出した数
         self._exporter = OTLPSpanExporter(self._url, headers=self._headers)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """隠してから送り、結果を数える。"""
+        self.taken += len(spans)
         result = SpanExportResult.FAILURE
         try:
             masking = self._masking

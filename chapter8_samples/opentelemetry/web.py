@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -39,6 +40,7 @@ from ._internals import (
 logger = logging.getLogger(__name__)
 _FLAG = "MLFLOW_USE_DEFAULT_TRACER_PROVIDER"
 _CALLER = otel_context.create_key("chapter8-caller")
+_masking: Callable[[Any], Any] | None = None  # 2 度目の呼び出しは、省けば前のものを使う
 
 
 def use_unified_tracer_provider(
@@ -47,7 +49,8 @@ def use_unified_tracer_provider(
     """MLflow と OpenTelemetry で、同じプロバイダー(プロセスに 1 つ)を使う。
 
     最初のトレース、8.1 の設定、``setup_otlp_export`` の前に呼ぶ。それらや ``set_experiment`` は
-    プロバイダーを作り直すが、リンクとマスキングは、次のリクエストから付け直す。その前のスパン(起動時の
+    プロバイダーを作り直すが、リンクとマスキングは、次のリクエストから付け直す(グローバルの
+    propagator を替えるなら、この関数より先に替える)。その前のスパン(起動時の
     処理など)も隠すなら、設定の後でもう一度呼ぶ。作り直しの前にアプリが足したプロセッサーと、取った
     tracer は使われないので、設定の後で足し、取る。
 
@@ -67,6 +70,8 @@ def use_unified_tracer_provider(
     Raises:
         RuntimeError: トレースがもう始まっている。または、無効になっている。
     """
+    global _masking
+    _masking = masking or _masking
     before = os.environ.get(_FLAG)
     if not _is_unified() and current_provider() is not None:
         raise RuntimeError(
@@ -88,7 +93,7 @@ def use_unified_tracer_provider(
         )
     restarting = propagate.get_global_textmap()
     if not isinstance(restarting, RestartTraces):
-        restarting = RestartTraces(restarting, masking)
+        restarting = RestartTraces(restarting)
         propagate.set_global_textmap(restarting)
     restarting.join()
     return unified
@@ -122,10 +127,10 @@ class RestartTraces(TextMapPropagator):
     ``traceparent`` を送ることも止まってしまう。
     """
 
-    def __init__(self, inner: TextMapPropagator, masking: Callable[[Any], Any] | None) -> None:
+    def __init__(self, inner: TextMapPropagator) -> None:
         self._inner = inner
-        self._masking = masking
         self._joined: Any = None
+        self._lock = threading.Lock()
 
     def join(self) -> None:
         """MLflow のプロバイダーに、リンクとマスキングを付ける(作り直された後は、もう一度)。"""
@@ -133,10 +138,11 @@ class RestartTraces(TextMapPropagator):
         current = current_provider()
         if current is self._joined or not isinstance(current, TracerProvider):
             return
-        self._joined = current
-        if not any(isinstance(one, LinkToCaller) for one in unwrapped(processors_of(current))):
-            current.add_span_processor(LinkToCaller())
-            current.add_span_processor(EndingSpans(lambda one: _hidden(one, self._masking)))
+        with self._lock:  # 付け終わるまで、ほかのリクエストも待つ
+            if not any(isinstance(one, LinkToCaller) for one in unwrapped(processors_of(current))):
+                current.add_span_processor(LinkToCaller())
+                current.add_span_processor(EndingSpans(lambda one: _hidden(one, _masking)))
+            self._joined = current
 
     def extract(
         self,

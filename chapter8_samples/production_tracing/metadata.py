@@ -94,6 +94,7 @@ def check_experiment_ids(ids: Sequence[str] | None) -> list[str] | None:
     if isinstance(ids, str):  # "12" が、エクスペリメント 1 と 2 の検索になってしまう
         raise ValueError(f"experiment_ids={ids!r} must be a list of experiment ids")
     for one in ids:
-        if not one.isdecimal():
+        is_table = str(one).count(".") in (1, 2)  # Unity Catalog の場所
+        if not (str(one).isdecimal() or is_table):
             raise ValueError(f"experiment_ids takes ids, not names: {one!r}")
     return list(ids)

@@ -70,7 +70,8 @@ def find_traces(*, user: str | None=None, session: str | None=None, request_id: 
         experiment_ids: 省略すると、いまのエクスペリメント。
 
     Raises:
-        ValueError: 検索式に書けない値(``'`` と ``"`` の両方を含む文字列など)、ID でない名前。
+        ValueError: 検索式に書けない値(``'`` と ``"`` の両方を含む文字列など)か、ID の代わりの
+            エクスペリメント名。
     """
 
 def main() -> None:

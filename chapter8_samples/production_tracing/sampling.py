@@ -65,7 +65,7 @@ class TailSampler:
         self.forget()
 
     def forget(self) -> None:
-        """預かったスパンと件数を忘れる(フォークした子が持つのは、親のもの)。"""
+        """預かったスパンと件数を空にする(フォークした子には、親のものが写っている)。"""
         self._lock = threading.Lock()
         self._open: OrderedDict[int, list[tuple[Send, ReadableSpan]]] = OrderedDict()
         self._decided: OrderedDict[int, bool] = OrderedDict()
@@ -78,7 +78,7 @@ class TailSampler:
         ``set_experiment`` などで MLflow がプロバイダーを作り直しても有効なまま残る。
 
         Raises:
-            RuntimeError: 別のサンプラーが有効。
+            RuntimeError: 別のサンプラーが有効、または MLflow の内部が変わった。
         """
         global _active
         if _active is self:
@@ -86,7 +86,12 @@ class TailSampler:
         if _active is not None:
             raise RuntimeError(f"{type(_active).__name__} is installed; uninstall() it first")
         self._unwatch = _internals.watch_provider(self._attach)
-        self._attach()
+        try:
+            self._attach()
+        except Exception as error:  # MLflow の内部の名前が変わった。トレースは、間引かずに続ける
+            self._unwatch()
+            self._attached.clear()
+            raise RuntimeError(f"TailSampler does not fit this MLflow: {error}") from error
         _active = self
         return self
 
@@ -127,7 +132,7 @@ class TailSampler:
             self.dropped += 1
 
     def span_started(self, span: otel.Span) -> None:
-        """ここでルートが始まったトレースだけを預かる(続きは、呼び出し元のサービスが決める)。"""
+        """ルートがこのプロセスにあるトレースだけを預かる(ほかは、呼び出し元のサービスが決める)。"""
         context = span.get_span_context()
         if span.parent is not None or not context.trace_flags.sampled:
             return

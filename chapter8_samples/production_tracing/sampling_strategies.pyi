@@ -29,6 +29,7 @@ class AdaptiveSampler(TailSampler):
     """
 
     def __init__(self, target_per_minute: float=60.0, *, rules: KeepRules | None=None, clock: Callable[[], float]=time.monotonic) -> None:
+        """``target_per_minute`` は 1 分に残す件数の目標、``clock`` は秒を返す関数。"""
         self.rate: AdaptiveRate
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def remove_scorer(experiment_name: str, name: str) -> None:
     """スコアラーを、すべての版について削除する。トレースに残る評価は消えない。"""
 
 def delete_all_scorers(experiment_name: str, confirm: bool=False) -> list[str]:
-    """すべてのスコアラーを削除し、名前を返す。``confirm=True`` がなければ何もしない。"""
+    """すべてのスコアラーを削除し、名前を返す。``confirm=True`` がなければ、消さずに例外にする。"""
 
 class LifecycleStep(NamedTuple):
     """操作を 1 つ終えたあとの、保存先から読み直した状態。"""

@@ -560,3 +560,11 @@ def test_a_rule_may_compare_with_an_earlier_window() -> None:
     assert engine.evaluate(START + 2 * STEP) == []
     (alert,) = engine.evaluate(START + 3 * STEP)
     assert (alert.status.value, alert.value) == ("firing", 0.005)
+
+
+def test_the_start_of_an_alert_stays_when_the_clock_steps_back() -> None:
+    engine = AlertEngine(config(rule(), repeat="1m"), Scripted(error_rate=[1]))
+    moments = [START + timedelta(minutes=minute) for minute in (60, 50, 52)]
+    told = [alert for moment in moments for alert in engine.evaluate(moment)]
+    assert {alert.starts_at for alert in told} == {START + timedelta(minutes=60)}
+    assert len(told) == 2

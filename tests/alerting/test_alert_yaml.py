@@ -514,3 +514,37 @@ def test_any_value_at_any_place_of_the_example_is_a_mistake_with_a_place_or_fine
             holder, key = list(places(data))[i]
             holder[key] = odd
             check_config_or_config_error(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        ({"interval": "1m"}, "rules[0].interval: unknown key"),
+        ({1: 2}, "rules[0]: 1 is not a string; write it in quotes"),
+    ],
+)
+def test_a_key_that_is_not_one_is_named_without_a_useless_hint(data: Any, wanted: str) -> None:
+    rule = {"name": "errors", "metric": "error_rate", "threshold": 0.1, **data}
+    with pytest.raises(AlertConfigError) as caught:
+        load_config({"rules": [rule]})
+    assert wanted in caught.value.problems
+
+
+@pytest.mark.parametrize(
+    "receiver",
+    [
+        {"type": "pagerduty", "routing_key_env": "KEY", "source": "0123456789abcdef" * 2},
+        {"type": "email", "host": "https://u:pw@h/x", "sender": "a@b.c", "to": ["a@b.c"]},
+    ],
+)
+def test_a_secret_in_a_plain_item_is_refused(receiver: Any) -> None:
+    with pytest.raises(AlertConfigError, match="secrets stay out of the file") as caught:
+        AlertConfig(receivers={"r": receiver})
+    assert "pw@" not in str(caught.value) and "0123456789abcdef" not in str(caught.value)
+
+
+def test_an_item_left_empty_is_as_if_it_were_not_written() -> None:
+    mail: Any = {"type": "email", "host": "h", "sender": "a@b.c", "to": ["a@b.c"], "user_env": None}
+    routes: Any = [{"match": {}, "to": ["mail"], "repeat": None}]
+    config = AlertConfig(receivers={"mail": mail}, routes=routes)
+    assert "user_env" not in config.receivers["mail"] and "repeat" not in config.routes[0]

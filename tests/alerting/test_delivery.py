@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import random
 import re
 import socket
@@ -18,7 +19,8 @@ from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.policy import SMTP
 from email.utils import format_datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -39,6 +41,7 @@ from chapter8_samples.alerting.delivery import (
     json_bytes,
     slack_message,
 )
+from chapter8_samples.alerting.delivery.fanout import ChannelQueue
 from chapter8_samples.alerting.delivery.texts import slack_escape
 from chapter8_samples.alerting.notification_handlers import (
     ConsoleNotificationHandler,
@@ -757,3 +760,40 @@ def test_any_details_of_a_change_are_limited_and_valid(
 def test_every_value_becomes_valid_json(value: Any) -> None:
     body = json_bytes({"value": value})
     assert json.loads(body, parse_constant=lambda name: pytest.fail(name))
+
+
+class Forgetful(NotificationHandler):
+    """戻り値を忘れたハンドラー。"""
+
+    def deliver(self, alert: Alert) -> Delivery:
+        return cast("Delivery", None)
+
+
+def test_a_faulty_handler_does_not_keep_the_others_from_answering() -> None:
+    told: list[str] = []
+    notifier = MultiChannelNotifier()
+    notifier.add_handler("good", ConsoleNotificationHandler(told.append))
+    notifier.add_handler("bad", Forgetful())
+    found = {one.handler: one for one in notifier.notify(ALERT)}
+    assert found["good"].ok and len(told) == 1
+    assert (found["bad"].ok, found["bad"].error) == (False, "raised AttributeError")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_child_sends_too(tmp_path: Path) -> None:
+    notifier = MultiChannelNotifier(wait_seconds=10)
+    notifier.add_handler("file", ConsoleNotificationHandler((tmp_path / "told").write_text))
+    notifier.notify(ALERT)
+    child = os.fork()
+    if child == 0:
+        (one,) = notifier.notify(replace(ALERT, summary="from the child"))
+        os._exit(0 if one.ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert "from the child" in (tmp_path / "told").read_text()
+
+
+def test_results_that_nobody_takes_are_forgotten() -> None:
+    queue = ChannelQueue(ConsoleNotificationHandler(lambda _: None))
+    for number in range(1500):
+        queue.put(replace(ALERT, fingerprint=f"f-{number}")).result(timeout=10)
+    assert len(queue._jobs) <= 1000  # pyright: ignore[reportPrivateUsage]

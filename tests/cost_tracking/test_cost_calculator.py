@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import pickle
 import subprocess
 import sys
 from datetime import date, datetime, timezone
@@ -719,3 +720,9 @@ def test_yen() -> None:
     assert format_yen(0.0075, 150) == "1.125 円"
     assert format_yen(Decimal("12345.6"), 150) == "1,851,840 円"
     assert format_yen(math.nan, 150) == "料金未定"  # 未計算の金額を 0 円にも例外にもしない
+
+
+def test_a_calculator_that_has_calculated_can_be_sent_to_another_process() -> None:
+    calculator = CostCalculator()
+    expected = calculator.calculate("gpt-4o", 1000, 500)
+    assert pickle.loads(pickle.dumps(calculator)).calculate("gpt-4o", 1000, 500) == expected

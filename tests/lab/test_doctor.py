@@ -330,6 +330,9 @@ def test_a_judge_that_is_no_model_is_named() -> None:
     for model in ("gpt-4o", "openai/gpt-4o", "openai:/", ":/gpt-4o"):
         found = next(checks.judge({"MLFLOW_GENAI_JUDGE_DEFAULT_MODEL": model}))
         assert found.level == "error" and repr(model) in found.detail and "openai:/" in found.fix
+    for secret in ("sk-proj-0123456789abcdef0123456789abcdef", "https://user:pw@host.example/v1/x"):
+        found = next(checks.judge({"MLFLOW_GENAI_JUDGE_DEFAULT_MODEL": secret}))
+        assert secret not in found.detail + found.fix and "pw@" not in found.detail
 
 
 def test_the_default_judge_is_the_one_of_the_chapter() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -278,6 +279,25 @@ def test_arguments_and_results_of_every_kind_of_function(otlp: OtlpReceiver, set
         "coroutine": ({"question": "q"}, "Q"),
     }
     assert asyncio.iscoroutinefunction(coroutine) and coroutine.__name__ == "coroutine"
+
+
+def test_what_a_decorator_below_injects_is_not_guessed(otlp: OtlpReceiver, setup: Setup) -> None:
+    def with_database(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return function("db", *args)
+
+        return call
+
+    @traced()
+    @with_database
+    def ask(database: str, question: str) -> str:
+        return database + question
+
+    tracing = setup(otlp.http_endpoint)
+    assert ask("q") == "dbq"
+    assert only(tracing).delivered == 1
+    assert inputs(otlp.spans[0]) == {}
 
 
 def test_values_that_are_not_json(otlp: OtlpReceiver, setup: Setup) -> None:

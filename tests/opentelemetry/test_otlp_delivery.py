@@ -26,6 +26,7 @@ from chapter8_samples.opentelemetry import (
     flush_all,
     setup_otlp_export,
 )
+from chapter8_samples.opentelemetry.deadlines import run_in_time
 from chapter8_samples.opentelemetry.export import delivery
 
 from .conftest import wait_until
@@ -280,3 +281,12 @@ def test_a_forked_child_counts_its_own_spans(
     assert run.returncode == 0, run.stderr
     assert sorted(run.stdout.split("\n")[:2]) == ["1 1 0", "6 6 0"], run.stdout
     assert len(otlp.spans) == 7
+
+
+def test_a_job_that_fails_has_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    assert run_in_time([lambda: None, lambda: 1 / 0, lambda: time.sleep(5)], 0.2) == [
+        True,
+        False,
+        False,
+    ]

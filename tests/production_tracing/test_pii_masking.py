@@ -777,6 +777,20 @@ def test_no_piece_of_a_stream_is_left_in_the_database(tracking_uri: str, stored:
         assert kept in text, trace.data.spans[0].name
 
 
+def test_pieces_with_something_else_between_them_are_masked_too(
+    tracking_uri: str, stored: Any
+) -> None:
+    mlflow.tracing.configure(span_processors=[mask_pii()])
+
+    @mlflow.trace
+    def stream() -> Iterator[Any]:
+        yield from ("090-", None, "1234-5678", 1, True)
+
+    list(stream())
+    stored()
+    assert [text for text in readable(tracking_uri) if "1234-5678" in text] == []
+
+
 def test_harmless_stream_keeps_its_chunks(tracking_uri: str, stored: Any) -> None:
     mlflow.tracing.configure(span_processors=[mask_pii()])
     read_generator(["返品は ", "14 日", "以内", "です"])

@@ -31,13 +31,16 @@ from mlflow.genai.scorers.online.sampler import OnlineScorerSampler
 from mlflow.tracing.client import TracingClient
 
 from chapter8_samples.quality_monitoring import (
+    BackfillError,
     BudgetError,
     JudgeNotConfiguredError,
     JudgePrice,
     ScorerPlan,
+    ScorerSetupError,
     ScorerStatus,
     ScoringError,
     ScoringOptions,
+    ScoringReport,
     ScoringTarget,
     backfill,
     evaluate_with_scorers,
@@ -46,8 +49,11 @@ from chapter8_samples.quality_monitoring import (
     setup_scorers,
 )
 from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
+from chapter8_samples.quality_monitoring.scoring.backfills import whole_days
 from chapter8_samples.quality_monitoring.scoring.engine import score_traces
+from chapter8_samples.quality_monitoring.scoring.identity import definition
 from chapter8_samples.quality_monitoring.scoring.plan import sample
+from chapter8_samples.quality_monitoring.scoring.registry import estimate_monthly_judge_cost
 
 MODEL = "openai:/gpt-4.1-mini"
 SAFETY = Safety(name="safety_check", model=MODEL)
@@ -575,3 +581,35 @@ def test_the_experiment_can_be_given_by_id(store: str, ask: Any) -> None:
     ask(1)
     assert run_scoring_cycle(store, [length]).traces == 1
     assert MlflowClient().get_experiment(store).name == "quality"
+
+
+class Tabled(Scorer):
+    """キーが文字列でない辞書を持つスコアラー。"""
+
+    name: str = "tabled"
+    limits: Any
+
+    def __call__(self, *, outputs: Any = None) -> bool:
+        return bool(outputs)
+
+
+def test_a_scorer_with_odd_keys_has_a_definition_too() -> None:
+    one, same, other = (Tabled(limits={("ja", number): 0.5}) for number in (1, 1, 2))
+    assert definition(one) == definition(same) != definition(other)
+
+
+def test_the_cost_of_a_job_that_runs_elsewhere_is_unknown() -> None:
+    now = datetime.now(timezone.utc)
+    assert ScoringReport(experiment_id="1", start=now, end=now, job_id="j").cost_usd is None
+
+
+def test_prices_of_an_estimate_are_checked() -> None:
+    for price in ((-1.0, 2.0), (float("nan"), 1.0)):
+        with pytest.raises(ScorerSetupError, match="must be finite, from 0 up"):
+            estimate_monthly_judge_cost(1000, {"a": 1.0}, price)
+
+
+def test_a_day_is_not_taken_from_a_moment() -> None:
+    moment = datetime(2025, 1, 31, 20, tzinfo=timezone.utc)
+    with pytest.raises(BackfillError, match="a date, not a datetime"):
+        whole_days(moment, moment, "Asia/Tokyo")

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import sqlite3
 import sys
 from collections.abc import Iterator
 from datetime import date
@@ -87,16 +90,29 @@ def backend(environment: Environment) -> Iterator[Finding]:
     if not uri:
         yield Finding("接続先", "ok", "MLFLOW_TRACKING_URI は未設定(手元の SQLite に記録します)")
     elif missing_database(uri):
-        path = Path(uri.partition(":///")[2])
+        path = Path(re.split("[?#]", uri.partition(":///")[2])[0])
         if path.parent.is_dir():
             yield Finding("接続先", "ok", f"{path} はまだありません(最初の記録で作られます)")
         else:
             fix = f"フォルダー {path.parent} を作るか、パスを直してください。"
             yield Finding("接続先", "error", f"{path} はまだありません。", fix)
+    elif uri.startswith("sqlite:") and not _has_mlflow_tables(uri):
+        yield Finding("接続先", "ok", f"{shown(uri)} に MLflow の表はまだありません")
     elif problem := backend_problem(uri, SECONDS) or _database_problem(uri):
         yield Finding("接続先", "error", problem.what, problem.fix)
     else:
         yield Finding("接続先", "ok", f"{shown(uri)} が答えました")
+
+
+def _has_mlflow_tables(uri: str) -> bool:
+    """MLflow の表があるか(ないデータベースを開くと、MLflow が作ってしまう)。"""
+    path = Path(re.split("[?#]", uri.partition(":///")[2])[0]).absolute()
+    query = "SELECT count(*) FROM sqlite_master WHERE name = 'alembic_version'"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            return database.execute(query).fetchone()[0] > 0
+    except sqlite3.Error:  # 壊れている、ロックされている。開けない理由は、MLflow に尋ねる
+        return True
 
 
 def _database_problem(uri: str) -> Problem | None:
@@ -123,9 +139,11 @@ def judge(environment: Environment) -> Iterator[Finding]:
         return
     model = model or DEFAULT_JUDGE
     provider, _, name = model.partition(":/")
+    model = shown(model)
     key = _KEYS.get(provider)
     if not (provider and name):
-        what = f"MLFLOW_GENAI_JUDGE_DEFAULT_MODEL の {model!r} は、モデルの指定ではありません。"
+        told = model if len(model) <= 30 else f"{model[:6]}..."  # 鍵を書いたのかもしれない
+        what = f"MLFLOW_GENAI_JUDGE_DEFAULT_MODEL の {told!r} は、モデルの指定ではありません。"
         fix = f"{DEFAULT_JUDGE} のように、提供元:/モデル名の形で書いてください。"
         yield Finding("ジャッジ", "error", what, fix)
     elif key is None:

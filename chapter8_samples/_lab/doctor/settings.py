@@ -66,6 +66,9 @@ def wrong_values(environment: Environment) -> Iterator[Finding]:
         value = environment.get(name)
         if not value or (name.startswith(OTLP) and not otlp_endpoint(environment)):
             continue
+        traces = name.replace(OTLP, f"{OTLP}TRACES_")
+        if traces != name and environment.get(traces):
+            continue  # トレースだけの値が先に使われる
         try:
             TypeAdapter(kind).validate_python(value)
         except ValidationError:
@@ -113,7 +116,10 @@ def _otlp_and_mlflow(environment: Environment, endpoint: str) -> Iterator[Findin
 
 
 def _host(url: str) -> str:
-    return urlsplit(url).netloc.rpartition("@")[2]
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2].lower()
+    except ValueError:
+        return ""
 
 
 def _open_telemetry(environment: Environment) -> Iterator[Finding]:

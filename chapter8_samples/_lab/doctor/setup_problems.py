@@ -173,7 +173,7 @@ def _ask(uri: str, timeout_seconds: float) -> Any:
 
 def missing_database(uri: str) -> Problem | None:
     """読みたい SQLite のファイルがない(そのまま開くと、MLflow が空のものを作ってしまう)。"""
-    path = uri.partition(":///")[2]
+    path = re.split("[?#]", uri.partition(":///")[2])[0]
     if not uri.startswith("sqlite:") or Path(path).exists():
         return None
     return Problem(

@@ -1,4 +1,4 @@
-"""お客様窓口のチャット画面。答えを届いた順に流し、👍/👎 とコメントをそのトレースに記録する。"""
+"""お客様窓口のチャット画面。答えを届いた順に流し、👍/👎 をそのトレースに記録する。"""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from importlib.resources import files
 from queue import Queue
 
 import mlflow
-from fastapi import APIRouter, FastAPI, Response
-from fastapi.responses import StreamingResponse
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
 from openai import APIConnectionError
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -57,6 +58,7 @@ def create_app(
     """
     # /docs の画面は外の CDN から部品を読むので、置かない
     app = FastAPI(title="みどり商店 お客様窓口", docs_url=None, redoc_url=None)
+    app.add_exception_handler(RequestValidationError, _refuse)
 
     def ask(body: Ask) -> StreamingResponse:
         return StreamingResponse(_reply(bot, body, trace_url), media_type="application/x-ndjson")
@@ -68,6 +70,13 @@ def create_app(
     if panel is not None:
         app.include_router(panel)
     return app
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    """422 と理由。届いた値は返さない(文字にできない値だと、応答そのものが作れない)。"""
+    assert isinstance(error, RequestValidationError)
+    detail = [{key: found[key] for key in ("type", "loc", "msg")} for found in error.errors()]
+    return JSONResponse({"detail": detail}, status_code=422)
 
 
 def _page(name: str, media_type: str) -> Callable[[], Response]:

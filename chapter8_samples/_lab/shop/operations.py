@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -38,7 +39,10 @@ QUALITY_FLOOR, ALERT_SECONDS, MIN_SAMPLES = 0.8, 30, 8
 BURST, PORTION = 30, 5
 """1 回に送る質問の数と、途中でやめられる単位。"""
 LOOKBACK = timedelta(minutes=5)
-CHECK_SECONDS, RECOVERY_PAUSE_SECONDS = 1.0, 2.0
+CHECK_SECONDS = 1.0
+RECOVERY_PAUSE_SECONDS = 2.0
+RECOVERY_SECONDS = 120.0
+"""戻した後に、回復を確かめる質問を送り続ける長さ。"""
 """監視の間隔と、戻した後に回復を確かめる質問を送る間隔。"""
 
 
@@ -220,9 +224,14 @@ class Operations:
             self._sending.release()
 
     def _recover(self) -> None:
-        """アラートが解消するまで、質問を少しずつ送る。"""
+        """アラートが解消するまで、質問を少しずつ送る。解消しなければ、期限でやめる。"""
+        deadline = time.monotonic() + RECOVERY_SECONDS
         try:
             while self._recovering() and not self._stop.wait(RECOVERY_PAUSE_SECONDS):
+                if time.monotonic() >= deadline:
+                    self._rolled_back = False
+                    self._note("alert", "戻しても回復しません。ほかの原因を調べてください")
+                    return
                 self.traffic.send(PORTION)
         finally:
             self._sending.release()

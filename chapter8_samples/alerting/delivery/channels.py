@@ -159,6 +159,8 @@ class EmailNotificationHandler(NotificationHandler):
     ) -> None:
         if tls not in ("", "starttls", "implicit", "none"):
             raise NotificationConfigError(f"tls must be starttls, implicit or none, got {tls!r}")
+        if not to:
+            raise NotificationConfigError("to must name at least one address")
         self._host = host
         self._port = port
         self._sender = sender

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from datetime import datetime
 
 from .alert import (
@@ -19,6 +20,9 @@ from .alert import (
 
 logger = logging.getLogger(__name__)
 
+MAX_UNCLAIMED = 1000
+"""受け取られるのを待つ、結果の数の上限。"""
+
 Key = tuple[str, AlertStatus, AlertSeverity, datetime]
 Route = tuple[Mapping[str, str], Sequence[str]]
 """(条件, 通知先の名前)。"""
@@ -30,19 +34,22 @@ def _key(alert: Alert) -> Key:
 
 
 class ChannelQueue:
-    """一つの通知先の列。渡した順に 1 件ずつ送る(プロセスは、送り終えてから終わる)。"""
+    """一つの通知先の列。送るスレッドは、列が空になれば終わる(プロセスは、送り終えてから終わる)。
+
+    ``ThreadPoolExecutor`` は使わない: fork した子では止まったままになり、終了の途中では送れない。
+    """
 
     def __init__(self, handler: NotificationHandler) -> None:
         self.handler = handler
+        self._waiting: deque[tuple[Alert, Future[Delivery]]] = deque()
         self._jobs: dict[Key, Future[Delivery]] = {}
-        self._last: Future[Delivery] | None = None
         self._lock = threading.Lock()
-        self._worker = ThreadPoolExecutor(1)
+        self._running = False
 
     @property
     def busy(self) -> bool:
         """前に渡されたものを、まだ送っているか。"""
-        return self._last is not None and not self._last.done()
+        return self._running
 
     def put(self, alert: Alert, *, again: bool = False) -> Future[Delivery]:
         """列に加える。同じ通知がまだ列にあれば加えない(二重に届く)。
@@ -55,37 +62,59 @@ class ChannelQueue:
             job = self._jobs.get(key)
             if job and (again or not job.done()):
                 return job
-            self._last = self._jobs[key] = self._worker.submit(self.send, alert)
-            return self._last
+            if len(self._jobs) >= MAX_UNCLAIMED:
+                self._jobs = {k: kept for k, kept in self._jobs.items() if not kept.done()}
+            job = self._jobs[key] = Future[Delivery]()
+            self._waiting.append((alert, job))
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._work, name=f"notify-{self.handler.name}").start()
+            return job
 
     def take(self, alert: Alert, job: Future[Delivery]) -> Delivery:
         """結果。まだなら ``pending`` で、後で ``put(again=True)`` から受け取れる。"""
         if not job.done():
-            note = "still being sent; the channel is slow"
-            return self.handler.result(
-                alert, ok=False, attempts=0, error=note, retryable=True, pending=True
-            )
+            return self._unsent(alert, "still being sent; the channel is slow", pending=True)
         with self._lock:
             self._jobs.pop(_key(alert), None)
-        if job.cancelled():
-            note = "not sent: the process is ending"
-            return self.handler.result(alert, ok=False, attempts=0, error=note, retryable=True)
         return job.result()
 
     def stop(self) -> None:
         """待っているものは送らずに(後で送り直せる失敗にして)、送っている途中の 1 件を待つ。"""
         with self._lock:
-            ending = self._worker
-            self._worker = ThreadPoolExecutor(1)
-        ending.shutdown(cancel_futures=True)
+            dropped = self._waiting
+            self._waiting = deque()
+            unfinished = [job for job in self._jobs.values() if not job.done()]
+        for alert, job in dropped:
+            job.set_result(self._unsent(alert, "not sent: the process is ending"))
+        wait(unfinished)
+
+    def _unsent(self, alert: Alert, note: str, *, pending: bool = False) -> Delivery:
+        return self.handler.result(
+            alert, ok=False, attempts=0, error=note, retryable=True, pending=pending
+        )
 
     def send(self, alert: Alert) -> Delivery:
         """列を通さずに送る。"""
-        delivery = self.handler.send(alert)
-        if not delivery.ok:
-            problem = f"{self.handler.name}: {delivery.error}"
-            logger.warning("alert %s not sent by %s", alert.name, problem)
-        return delivery
+        try:
+            delivery = self.handler.send(alert)
+            if not delivery.ok:
+                problem = f"{self.handler.name}: {delivery.error}"
+                logger.warning("alert %s not sent by %s", alert.name, problem)
+            return delivery
+        except Exception as error:  # 一つの誤りで他を止めない。例外の文には URL やキーが入りうる
+            reason = f"raised {type(error).__name__}"
+            logger.warning("alert %s not sent by %s: %s", alert.name, self.handler.name, reason)
+            return self.handler.result(alert, ok=False, error=reason)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running = False
+                    return
+                alert, job = self._waiting.popleft()
+            job.set_result(self.send(alert))
 
 
 class Fanout:
@@ -101,6 +130,7 @@ class Fanout:
         if name in self.queues:
             raise NotificationConfigError(f"handler {name!r} is already registered")
         handler.name = name
+        handler.min_severity = AlertSeverity(handler.min_severity)
         self.queues[name] = ChannelQueue(handler)
 
     def set_routes(self, routes: Iterable[Route]) -> None:

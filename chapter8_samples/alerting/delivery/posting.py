@@ -194,7 +194,7 @@ def _revealing(url: SplitResult) -> list[str]:
 
 
 def _first_words(answer: requests.Response) -> str:
-    """答えの本文の始まり。本文が途中で切れても、届いたかどうかは状態コードで決まっている。"""
+    """応答の本文の先頭。本文が途中で切れても、届いたかどうかはステータスコードで決まる。"""
     try:
         return next(answer.iter_content(2048), b"").decode("utf-8", "replace").strip()
     except requests.RequestException:

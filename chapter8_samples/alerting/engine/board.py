@@ -138,7 +138,7 @@ class RuleBoard:
         if state.told:
             details |= {"examples": state.told.examples, "links": state.told.links}
         if state.since:
-            details["starts_at"] = state.since
+            details["starts_at"] = state.told.starts_at if state.told else state.since
         return Alert(
             name=rule.name,
             severity=AlertSeverity(rule.severity),

@@ -84,7 +84,8 @@ class AlertEngine(RuleBoard):
             StateHeldError: 状態ファイルを、ほかのエンジンが使っている。
         """
         with self._lock:
-            at, self.failures = at or self._clock(), {}
+            at = at or self._clock()
+            self.failures = {}
             with self._held():
                 alerts = self._judge(at)
                 self._outbox |= {alert.fingerprint: Unsent(alert) for alert in alerts}
@@ -100,7 +101,8 @@ class AlertEngine(RuleBoard):
         その間、状態ファイルを手放さない。ほかのエンジンが使っていれば、それが終わるまで控えている。
         評価の途中で ``stop`` が立ったら、その通信が終わってから戻る。
         """
-        stop, self._stays = stop or threading.Event(), True
+        stop = stop or threading.Event()
+        self._stays = True
         waiting = False
         if self._file:
             self._file.lease = LEASE + timedelta(seconds=interval_seconds)

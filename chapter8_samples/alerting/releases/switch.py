@@ -132,7 +132,8 @@ class AliasRollback:
             done.pop()
         refused = {live, *known_bad(history)}
         skipped: list[str] = []
-        for version in [v for c in reversed(done) for v in (c.to_version, c.from_version)]:
+        used = [v for c in reversed(done) for v in (c.to_version, c.from_version)]
+        for version in used:
             if version is None or version in refused:
                 continue
             refused.add(version)

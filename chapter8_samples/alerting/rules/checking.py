@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, ValidationError
@@ -60,20 +60,20 @@ def model(cls: type[Model]) -> type[Model]:
     made: Any = dataclass(frozen=True, kw_only=True, config=CONFIG)(cls)
     create = made.__init__
 
-    def checked(self: Any, /, **fields: Any) -> None:
+    def checked(self: Any, /, **given: Any) -> None:
         found: list[Problem] = []
         try:
-            create(self, **fields)
+            create(self, **given)
         except ValidationError as error:
             found = [_problem(detail) for detail in error.errors(include_url=False)]
         if hasattr(made, "across"):
-            found += made.across(fields)
+            found += made.across(given)
         if found:
-            heading = f"rule {short(fields['name'])}: " if "name" in fields else ""
+            heading = f"rule {short(given['name'])}: " if "name" in given else ""
             raise AlertConfigError([heading + sentence(problem) for problem in found])
 
     made.__init__ = checked
-    KEYS.update(name.rstrip("_") for name in made.__dataclass_fields__)
+    KEYS.update(one.name.rstrip("_") for one in fields(made))
     return made
 
 
@@ -92,6 +92,8 @@ def _problem(detail: Any) -> Problem:
         del parts[2:3]  # どの型として読んだか
     if detail["type"] == "missing":
         return _place(parts[:-1]), f"{parts[-1]} is missing"
+    if detail["type"] == "invalid_key":
+        return _place(parts[:-1]), f"{short(detail['input'])} is not a string; write it in quotes"
     return _place(parts), _text(detail)
 
 
@@ -108,7 +110,8 @@ def _place(parts: Iterable[str | int]) -> str:
 def _text(detail: Any) -> str:
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        hint = near(detail["loc"][-1], KEYS)
+        key = detail["loc"][-1]
+        hint = near(key, KEYS - {key})
         return f"unknown key{hint}" + (" (secrets stay out of the file)" if "_env" in hint else "")
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", context["expected"])

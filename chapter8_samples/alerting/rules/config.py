@@ -17,7 +17,7 @@ from ..durations import parse_duration
 from .checking import Problem, model
 from .defaults import DEFAULT_RULES
 from .model import AlertRule, BurnRateRule
-from .receivers import Receiver, Route
+from .receivers import AnyRoute, Receiver
 from .references import WATCHDOG, reference_problems
 from .values import (
     Clock,
@@ -120,7 +120,7 @@ class AlertConfig:
     inhibit: Sequence[Inhibit] = ()
     mute: Sequence[MuteWindow] = ()
     receivers: Mapping[Name, Receiver] = field(default_factory=dict[str, Receiver])
-    routes: Sequence[Route] = ()
+    routes: Sequence[AnyRoute] = ()
 
     @staticmethod
     def across(fields: Mapping[str, Any]) -> Iterator[Problem]:

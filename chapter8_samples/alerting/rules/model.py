@@ -1,7 +1,8 @@
 """8.4.1 アラートのルール: しきい値、待ち時間、統計的な判定。
 
-LLM アプリの通信量では、5 分に数十件しか入らない。割合をそのまま比べると偶然の揺れで呼び出される。
-しきい値どおりの割合では説明できないときだけ「越えた」と判断する(``confidence``、二項検定)。
+LLM アプリのリクエストは、5 分に数十件ほどのことが多い。割合をそのまま比べると、偶然の揺れで担当者が
+呼び出される。しきい値どおりの割合では説明できないときだけ「越えた」と判断する
+(``confidence``、二項検定)。
 
 Databricks でもそのまま使う。
 """
@@ -39,8 +40,9 @@ def chance_of_at_least(count: int, n: int, rate: float) -> float:
         return 0.0
     log_choose = math.lgamma(n + 1) - math.lgamma(count + 1) - math.lgamma(n - count + 1)
     term = math.exp(log_choose + count * math.log(rate) + (n - count) * math.log1p(-rate))
-    total, odds = term, rate / (1 - rate)
-    for k in range(count, n):
+    total = term
+    odds = rate / (1 - rate)
+    for k in range(count, n):  # k 件の項から、k + 1 件の項を求めて足す
         term *= (n - k) / (k + 1) * odds
         total += term
         if k > n * rate and term < total * 1e-12:

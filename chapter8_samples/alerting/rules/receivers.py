@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from typing_extensions import NotRequired, TypedDict
 
 from .checking import SECRET_LIKE, near, written
@@ -21,6 +21,20 @@ def _variable(value: Any) -> Any:
     return value
 
 
+def _without_secret(value: str) -> str:
+    if SECRET_LIKE.search(value):
+        raise ValueError("looks like a secret; secrets stay out of the file")
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """値のない項目(``repeat:``)は、書かれていないものとみなす。"""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: item for key, item in value.items() if item is not None}
+
+
+Plain = Annotated[Name, AfterValidator(_without_secret)]
 Variable = Annotated[str, BeforeValidator(_variable)]
 Addresses = Annotated[Sequence[Name], Field(min_length=1)]
 
@@ -72,7 +86,7 @@ class PagerDutyReceiver(Common):
     type: Literal["pagerduty"]
     routing_key_env: Variable
     region: NotRequired[Literal["us", "eu"]]
-    source: NotRequired[Name]
+    source: NotRequired[Plain]
 
 
 @written
@@ -80,8 +94,8 @@ class EmailReceiver(Common):
     """SMTP。"""
 
     type: Literal["email"]
-    host: Name
-    sender: Name
+    host: Plain
+    sender: Plain
     to: Addresses
     port: NotRequired[Annotated[int, Field(strict=True, ge=1, le=65535)]]
     tls: NotRequired[Literal["starttls", "implicit", "none"]]
@@ -103,4 +117,6 @@ Receiver = Annotated[
     UrlReceiver | WebhookReceiver | PagerDutyReceiver | EmailReceiver | ConsoleReceiver,
     Field(discriminator="type"),
     BeforeValidator(_known_type),
+    BeforeValidator(_without_nulls),
 ]
+AnyRoute = Annotated[Route, BeforeValidator(_without_nulls)]

@@ -165,6 +165,10 @@ class PriceTable:
         periods = ", ".join(row.period for row in rows)
         raise PriceNotEffectiveError(f"no price row of {name!r} covers {day} (rows: {periods})")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """照合の記憶は、別のプロセスへ送れない。"""
+        return {key: value for key, value in vars(self).items() if key != "_look_up_once"}
+
     @cached_property
     def _look_up_once(self) -> Callable[[str], Match | list[str]]:
         return lru_cache(_CACHE_LIMIT)(self._look_up)
@@ -240,8 +244,9 @@ def _with_history(old: Rows, new: Rows) -> Rows:
 
 
 def _jump(name: str, old: Rows, new: Rows) -> list[str]:
-    """元の 100 倍以上か 1/100 以下の単価は、単位の取り違えである。"""
-    before, after = (rows[-1].input if rows else Decimal(0) for rows in (old, new))
+    """元の 100 倍以上か 1/100 以下の単価は、単位の取り違えとみなす。"""
+    before = old[-1].input if old else Decimal(0)
+    after = new[-1].input if new else Decimal(0)
     if not before or not after or before / 100 < after < before * 100:
         return []
     return [f"{name}.input: {after:f} USD per 1M tokens (now {before:f}); check the unit"]

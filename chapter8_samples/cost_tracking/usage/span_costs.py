@@ -86,7 +86,7 @@ class CostTracking:
     @property
     def counts(self) -> Counter[str]:
         """``cost.status`` ごとの数。``partial`` と ``cache_hit`` もある。"""
-        _ = self.installed  # 外されて止まった数を、正しい数と思わせない
+        _ = self.installed  # 登録が外されて数が止まっていれば、ここで警告する
         found: Counter[str] = Counter()
         with self._lock:
             for (status, _), number in self._counts.items():
@@ -126,17 +126,21 @@ class CostTracking:
 
     def __call__(self, span: LiveSpan) -> None:
         """終わったスパンにコストを書く。MLflow が呼ぶ。"""
-        call = read_call(span)
-        if call is None and span.parent_id:
-            return  # 検索やツールのスパンは、コストに関わらない
+        try:
+            call = read_call(span)
+        except Exception:  # コストの計算で、アプリの応答やトレースの保存を止めない
+            self._failed(span)
+            call = None
         with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
             family = trace.span_dict if trace else {span.span_id: span}  # 始まった順に並ぶ
         root = next(iter(family.values()))
+        if call is None and span is not root and root.end_time_ns is None:
+            return  # 検索やツールのスパン。ルートより後に終わったのなら、合計を書き直す
         seen = self._seen.get(root) or self._seen.setdefault(root, _Seen())
         try:
             if call:
                 self._price(span, call, family, seen)
-        except Exception:  # コストの計算で、アプリの応答やトレースの保存を止めない
+        except Exception:
             self._failed(span)
         try:
             if root.parent_id is None and (root is span or root.end_time_ns is not None):

@@ -101,7 +101,9 @@ def _address(url: str) -> tuple[str, int | None]:
     parts = urlsplit(url)
     host = parts.hostname or ""
     port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    return "localhost" if host in ("127.0.0.1", "::1") else host, port
+    if host in ("127.0.0.1", "::1"):
+        host = "localhost"
+    return host, port
 
 
 def _ca_bundle(config: OtlpConfig) -> str:

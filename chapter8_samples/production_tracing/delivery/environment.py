@@ -37,7 +37,7 @@ class EnvironmentPatch:
     def set(self, values: Mapping[str, str]) -> None:
         """まだない環境変数を書く。"""
         for name, value in values.items():
-            if name not in self._before:
+            if name not in os.environ:
                 self._written.append(name)
             self._compare(name, os.environ.setdefault(name, value), value)
 

@@ -16,6 +16,7 @@ from typing import Final
 import mlflow.tracing
 from mlflow.entities import LiveSpan
 from mlflow.exceptions import InvalidUrlException
+from mlflow.tracing.config import get_config  # 登録済みのプロセッサーを読む公開 API はない
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 
 from .._internals import TracingClient, renew_trace_buffer, use_id_generator
@@ -59,9 +60,11 @@ class _Session:
         options = self.options
         self.environment.set(limits_of(options, self.backend, profile))
         self.environment.set_resource(options)
+        ours = [_keep_counting, *options.span_processors]
+        others = [one for one in get_config().span_processors if one not in ours]
         if options.tracking_uri is not None:
-            mlflow.set_tracking_uri(options.tracking_uri)
-        mlflow.tracing.configure(span_processors=[_keep_counting, *options.span_processors])
+            mlflow.set_tracking_uri(options.tracking_uri)  # 登録を消す
+        mlflow.tracing.configure(span_processors=[*others, *ours])
         self.connect()
         if self.problem and options.strict:
             raise TracingSetupError(f"{self.problem}; start the server or pass strict=False")

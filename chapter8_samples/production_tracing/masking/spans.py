@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlflow.entities import LiveSpan
 
+_CHUNK = "mlflow.chunk.value"  # MLflow が JSON にして入れる、ストリーミングの断片
 Change = Callable[..., Any]  # (値, あれば名前) から、隠した値を作る関数
 _SYSTEM_KEYS = (
     *("mlflow.traceRequestId", "mlflow.experimentId", "mlflow.span", "mlflow.artifactLocation"),
@@ -43,26 +44,29 @@ def _changes(values: dict[str, Any], change: Change) -> dict[str, Any]:
 def _event_attributes(events: list[Any], change: Change) -> list[dict[str, Any]]:
     """イベントの属性。ストリーミングの断片は何件ものイベントに分かれるので、まとめて隠す。"""
     originals = [dict(event.attributes or {}) for event in events]
-    changed = change([{key: _parsed(one[key]) for key in one} for one in originals])
+    changed = change([{key: _parsed(key, one[key]) for key in one} for one in originals])
     if not isinstance(changed, list):  # 隠す処理が失敗した
         return [{} for _ in events]
     return [
-        {key: _like(old, new) for old, (key, new) in zip(one.values(), news.items(), strict=True)}
+        {
+            new_key: _like(key, old, new)
+            for (key, old), (new_key, new) in zip(one.items(), news.items(), strict=True)
+        }
         for one, news in zip(originals, changed, strict=True)
     ]
 
 
-def _parsed(value: Any) -> Any:
-    """MLflow は、断片を JSON の文字列にしてイベントに入れる("-83" の断片は、数ではない)。"""
+def _parsed(key: str, value: Any) -> Any:
+    """JSON の文字列の中身。MLflow の断片のほかは、"-83" も数ではない。"""
     try:
         parsed = json.loads(value)
     except (ValueError, TypeError, RecursionError):
         return value
-    return parsed if isinstance(parsed, str | list | dict) else value
+    return parsed if key == _CHUNK or isinstance(parsed, str | list | dict) else value
 
 
-def _like(old: Any, new: Any) -> Any:
-    parsed = _parsed(old)
+def _like(key: str, old: Any, new: Any) -> Any:
+    parsed = _parsed(key, old)
     if new == parsed:
         return old
     return new if parsed is old else json.dumps(new)

@@ -34,7 +34,7 @@ _SENT = "DELETE FROM feedback WHERE id = ? AND body = ?"
 _ASIDE = "UPDATE feedback SET reason = ? WHERE id = ? AND body = ?"
 _TRY_SECONDS = 5.0
 _CLAIM_SECONDS = 60.0  # 送る間、ほかのプロセスに送らせない。落ちたら、この後で引き継がれる
-_UNREACHED = 3  # 続けてこの件数が届かなければ、サーバーは止まっている
+_UNREACHED = 3  # 続けてこの件数が届かなければ、サーバーは止まっているとみなす
 
 
 class ReplayReport(NamedTuple):

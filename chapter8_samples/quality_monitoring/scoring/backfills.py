@@ -56,6 +56,8 @@ def whole_days(first: date | str, last: date | str, tz: str) -> tuple[datetime, 
 
 
 def _day(value: date | str) -> date:
+    if isinstance(value, datetime):  # 時刻を捨てると、時間帯によっては違う日になる
+        raise TypeError("a date, not a datetime")
     return date.fromisoformat(value) if isinstance(value, str) else value
 
 

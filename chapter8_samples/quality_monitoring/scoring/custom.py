@@ -32,6 +32,8 @@ _ENABLE_CODE = "MLFLOW_SERVER_ENABLE_CUSTOM_SCORERS"
 # 組み立て直すときに MLflow が用意する名前
 _GIVEN_NAMES = {
     *dir(builtins),
+    "__module__",
+    "__qualname__",
     "Assessment",
     "AssessmentError",
     "AssessmentSource",

@@ -238,7 +238,7 @@ class _Run:
         except MlflowException as error:
             if error.error_code not in _UNREADABLE:
                 raise
-            # 読めない 1 件のために、残りのトレースを何度やり直しても採点できない、とはしない
+            # 読めないトレースが 1 件あっても、残りの採点は続ける
             logger.warning("trace %s cannot be scored: %s", trace_id, error.message)
             with self.lock:
                 for target in targets:
@@ -251,7 +251,8 @@ class _Run:
                 self.on_progress(self.report)
 
     def score_one(self, trace: Trace, target: ScoringTarget) -> None:
-        name, counts = target.name, self.report.scorers[target.name]
+        name = target.name
+        counts = self.report.scorers[name]
         expected_usd = self.may_start(name)
         if expected_usd is None:
             with self.lock:

@@ -37,7 +37,8 @@ _VARYING = {
 
 def definition(scorer: Scorer) -> str:
     """スコアラーの定義の中身のハッシュ。MLflow の版、登録の有無、プロセスによらず同じになる。"""
-    content = json.loads(json.dumps(_fields(scorer), default=_plain), object_hook=_without_empty)
+    written = json.dumps(_named(_fields(scorer)), default=_plain)
+    content = json.loads(written, object_hook=_without_empty)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -54,6 +55,16 @@ def _fields(scorer: Scorer) -> dict[str, Any]:
         return {**vars(scorer), "source": inspect.getsource(type(scorer))}
     except OSError:  # 対話環境で定義した
         return {**vars(scorer), "source": type(scorer).__qualname__}
+
+
+def _named(value: Any) -> Any:
+    """辞書のキーを文字列にする(JSON にできないキーの辞書を持つスコアラーもある)。"""
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value).items()
+        return {str(key): _named(item) for key, item in items}
+    if isinstance(value, list | tuple):
+        return [_named(item) for item in cast("list[Any]", value)]
+    return value
 
 
 def _plain(value: object) -> object:

@@ -22,7 +22,9 @@ FINISHED_TRACES = "status = 'OK'"  # 失敗したトレースには出力がな�
 def check_sample_rate(name: str, rate: object) -> None:
     """割合が 0 より大きく 1 以下の数であることを確かめる(MLflow は真偽値や 5.0 も受け入れる)。"""
     if not is_number(rate) or not 0 < rate <= 1:
-        raise ScorerSetupError(f"sample_rate of {name!r} must be in (0, 1], got {rate!r}")
+        raise ScorerSetupError(
+            f"sample_rate of {name!r} must be in (0, 1] (or pause it), got {rate!r}"
+        )
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -150,9 +152,9 @@ class ScoringReport:
     def cost_usd(self) -> float | None:
         """ジャッジのコストの合計(USD)。答えを読めなかった呼び出しは、見込みの額で数える。
 
-        コストの分からない呼び出し(``unpriced``)があれば ``None``。
+        コストの分からない呼び出し(``unpriced``)があるときと、Databricks のジョブでは ``None``。
         """
-        if self.unpriced:
+        if self.unpriced or self.job_id:
             return None
         return float(sum(counts.cost_usd for counts in self.scorers.values()))
 

@@ -105,8 +105,9 @@ def estimate_monthly_judge_cost(
 
     ``judge_price`` は、入力と出力の単価(USD / 100 万トークン)。
     """
-    if not (math.isfinite(traffic) and traffic >= 0):
-        raise ScorerSetupError(f"traffic must be finite and not negative, got {traffic}")
+    for number in (traffic, *judge_price):
+        if not (math.isfinite(number) and number >= 0):
+            raise ScorerSetupError(f"traffic and prices must be finite, from 0 up, got {number}")
     for name, rate in rates.items():
         check_sample_rate(name, rate)
     calls = traffic * sum(rates.values())
