@@ -164,7 +164,9 @@ def _arguments_of(function: Callable[..., Any]) -> Arguments:
 
     def named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
-        return defaults | given if required <= given.keys() else {}
+        if not required <= given.keys():
+            return {}
+        return given | {name: value for name, value in defaults.items() if name not in given}
 
     def bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         try:

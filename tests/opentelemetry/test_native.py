@@ -116,7 +116,7 @@ def search(tracing: NativeTracing, filter_string: str | None = None) -> list[Any
 
 @pytest.mark.slow
 def test_in_mlflow_a_trace_looks_as_if_mlflow_had_made_it(answered: NativeTracing) -> None:
-    failed, good = search(answered)
+    failed, good = sorted(search(answered), key=lambda one: one.info.state.value)
     info = good.info
     assert info.request_preview == '{"question": "返品したい", "top_k": 3}'
     assert info.response_preview == '"回答: 返品したい"'

@@ -128,8 +128,10 @@ def test_global_provider_over_a_server(
 def test_autologged_openai_calls(
     program: Any, stored: Any, stub_llm: Any, own_provider: str
 ) -> None:
+    # httpx が先: MLflow の書き出しのスレッド(litellm があれば)と同時に初めて読み込むと、
+    # openai 3.57 の呼び出しが失敗する
     body = (
-        "import asyncio, openai\n"
+        "import httpx, asyncio, openai\n"
         "from chapter8_samples.production_tracing.basic_setup import enable_autologging\n"
         "print(enable_autologging(['openai']))\n"
         "client, aclient = openai.OpenAI(max_retries=0), openai.AsyncOpenAI(max_retries=0)\n"
