@@ -605,7 +605,7 @@ def test_the_cost_of_a_job_that_runs_elsewhere_is_unknown() -> None:
 
 def test_prices_of_an_estimate_are_checked() -> None:
     for price in ((-1.0, 2.0), (float("nan"), 1.0)):
-        with pytest.raises(ScorerSetupError, match="must be finite, from 0 up"):
+        with pytest.raises(ScorerSetupError, match="must be finite and not negative"):
             estimate_monthly_judge_cost(1000, {"a": 1.0}, price)
 
 

@@ -107,7 +107,9 @@ def estimate_monthly_judge_cost(
     """
     for number in (traffic, *judge_price):
         if not (math.isfinite(number) and number >= 0):
-            raise ScorerSetupError(f"traffic and prices must be finite, from 0 up, got {number}")
+            raise ScorerSetupError(
+                f"traffic and prices must be finite and not negative, got {number}"
+            )
     for name, rate in rates.items():
         check_sample_rate(name, rate)
     calls = traffic * sum(rates.values())
