@@ -31,9 +31,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 import mlflow
@@ -48,7 +49,10 @@ from chapter8_samples.production_tracing.delivery.spool import TraceSpool
 
 
 def setup_graceful_shutdown(
-    timeout_seconds: float = 30.0, *, spool: TraceSpool | None = None
+    timeout_seconds: float = 30.0,
+    *,
+    signals: Iterable[int] = (signal.SIGTERM, signal.SIGINT),
+    spool: TraceSpool | None = None,
 ) -> GracefulShutdownHandler:
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 
@@ -60,10 +64,12 @@ def setup_graceful_shutdown(
             mlflow.set_experiment("/production/my-llm-app")
             setup_graceful_shutdown(timeout_seconds=20)
 
+    ``signals`` は、受けたら送り終えてから終わるシグナル(端末が閉じる ``SIGHUP`` なども足せる)。
+
     Raises:
         ValueError: ``timeout_seconds`` が 0 以下、または登録済みのものと違う設定。
     """
-    return install_handler(timeout_seconds, spool)
+    return install_handler(timeout_seconds, signals, spool)
 
 
 @contextlib.asynccontextmanager

@@ -129,14 +129,18 @@ class CostCalculator:
             if other_units and any(other_units.values()):
                 odd = ", ".join(name for name, count in other_units.items() if count)
                 raise NoPriceError(f"{model!r}: a price table has no price for {odd}")
-            match = self.table.resolve(model)
-            row = self.table.price_at(match.name, at)
-            amounts = _amounts(row.rates(usage[0], tier, match.name), usage)
+            return self._priced(model, usage, tier, at)
         except NoPriceError as error:
             if self.on_unknown == "raise":
                 raise
             return PriceBreakdown(model, "unpriced", usage[0], usage[1], tier, reason=str(error))
-        input_usd, cached_input_usd, cache_write_usd, output_usd = amounts
+
+    def _priced(
+        self, model: str, usage: Usage, tier: str, at: date | datetime | None
+    ) -> PriceBreakdown:
+        match = self.table.resolve(model)
+        rates = self.table.price_at(match.name, at).rates(usage[0], tier, match.name)
+        input_usd, cached_input_usd, cache_write_usd, output_usd = _amounts(rates, usage)
         return PriceBreakdown(
             model,
             "priced",

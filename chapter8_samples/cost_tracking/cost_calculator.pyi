@@ -5,7 +5,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
-from .prices.call import PriceBreakdown
+from .prices.call import PriceBreakdown, Usage
 from .prices.table import PriceTable
 from .tracker import BaseCostTracker
 
@@ -45,6 +45,9 @@ class CostCalculator:
             InvalidUsageError: トークン数がありえない値のとき。
             NoPriceError: 料金が決まらないとき(``on_unknown="unpriced"`` なら投げない)。
         """
+
+    def _priced(self, model: str, usage: Usage, tier: str, at: date | datetime | None) -> PriceBreakdown:
+        ...
 
 class CostTracker(BaseCostTracker):
     """コストの合計と予算の監視。使い方は ``BaseCostTracker`` にある。"""

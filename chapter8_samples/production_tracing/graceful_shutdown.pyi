@@ -1,11 +1,12 @@
 """8.1.4 グレースフルシャットダウン(リスト8.6)。"""
 
 import contextlib
-from collections.abc import AsyncGenerator
+import signal
+from collections.abc import AsyncGenerator, Iterable
 from .delivery.shutdown import GracefulShutdownHandler
 from .delivery.spool import TraceSpool
 
-def setup_graceful_shutdown(timeout_seconds: float=30.0, *, spool: TraceSpool | None=None) -> GracefulShutdownHandler:
+def setup_graceful_shutdown(timeout_seconds: float=30.0, *, signals: Iterable[int]=(signal.SIGTERM, signal.SIGINT), spool: TraceSpool | None=None) -> GracefulShutdownHandler:
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 
     2 回目以降は、登録済みのものを返す。設定を変えるときは、先に ``unregister()`` する。
@@ -15,6 +16,8 @@ def setup_graceful_shutdown(timeout_seconds: float=30.0, *, spool: TraceSpool | 
         def post_fork(server, worker):
             mlflow.set_experiment("/production/my-llm-app")
             setup_graceful_shutdown(timeout_seconds=20)
+
+    ``signals`` は、受けたら送り終えてから終わるシグナル(端末が閉じる ``SIGHUP`` なども足せる)。
 
     Raises:
         ValueError: ``timeout_seconds`` が 0 以下、または登録済みのものと違う設定。

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -218,6 +220,12 @@ def test_the_command_refuses_bad_parameters(
 ) -> None:
     assert command(["sql", str(edge_parquet), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_command_runs_in_a_notebook_too(edge_parquet: Path) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:  # reconfigure() のない標準出力
+        assert command(["sql", str(edge_parquet), "--query", "daily_summary"]) == 0
+    assert "== daily_summary" in shown.getvalue()
 
 
 def test_the_command_names_a_file_that_is_no_archive(

@@ -99,6 +99,26 @@ def test_what_ends_late_counts_and_what_is_unpriced_shows(costs: CostTracking) -
     assert price_trace(trace).total_usd == 11.5
 
 
+def test_a_stream_that_fails_late_is_like_one_that_fails_inside(costs: CostTracking) -> None:
+    found: list[dict[str, Any]] = []
+    for late in (False, True):
+        root = mlflow.start_span_no_context("handler", start_time_ns=DECEMBER)
+        failed = call("gpt-4o", None, parent=root)
+        failed.set_status("ERROR")
+        found.append(facts(end(*((root, failed) if late else (failed, root)))))
+    assert found[0] == found[1]
+
+
+def test_a_cost_written_by_hand_on_a_late_tool_is_added(costs: CostTracking) -> None:
+    root = mlflow.start_span_no_context("handler", start_time_ns=DECEMBER)
+    priced = call("gpt-4o", 10**6, 0, root)
+    tool = mlflow.start_span_no_context("tool", "TOOL", parent_span=root, start_time_ns=DECEMBER)
+    usd = {"input_cost": 0.5, "output_cost": 0.0, "total_cost": 0.5}
+    tool.set_attribute("mlflow.llm.cost", usd)
+    trace = end(priced, root, tool)
+    assert (trace.info.cost or {})["total_cost"] == 3.0
+
+
 @pytest.mark.slow
 def test_a_real_server_stores_the_settled_sums(mlflow_server_url: str) -> None:
     from chapter8_samples.cost_tracking import setup_cost_tracking

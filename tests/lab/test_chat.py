@@ -84,6 +84,7 @@ def test_bad_input_is_refused(client: TestClient) -> None:
         ("/ask", {"question": "", "session_id": "s"}),
         ("/ask", {"question": " \u3000\n", "session_id": "s"}),
         ("/ask", {"question": "あ" * 501, "session_id": "s"}),
+        ("/ask", {"question": "\ud800", "session_id": "s"}),
         ("/feedback", {"trace_id": "", "is_positive": True}),
         ("/feedback", {"trace_id": "tr-1", "is_positive": "maybe"}),
     ]

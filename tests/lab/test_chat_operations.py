@@ -152,3 +152,18 @@ def test_burst_ends_early_when_stopped(operations: Operations) -> None:
     assert not operations.status()["sending"]
     mlflow.flush_trace_async_logging()
     assert len(mlflow.search_traces(return_type="list")) < 30
+
+
+def test_a_rollback_that_does_not_help_stops_asking(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chapter8_samples._lab.shop.operations.RECOVERY_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("chapter8_samples._lab.shop.operations.RECOVERY_SECONDS", 0.05)
+    monkeypatch.setattr(operations, "_firing", lambda: True)
+    monkeypatch.setattr(operations, "_rolled_back", True)
+    monkeypatch.setattr(operations.traffic, "send", lambda _: None)
+    assert operations._sending.acquire(blocking=False)  # pyright: ignore[reportPrivateUsage]
+    operations._recover()  # pyright: ignore[reportPrivateUsage]
+    status = operations.status()
+    assert (status["recovering"], status["sending"]) == (False, False)
+    assert "戻しても回復しません" in status["events"][-1]["text"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -410,3 +412,13 @@ def test_works_where_mlflow_cannot_even_be_imported(tmp_path: Path) -> None:
     )
     assert job.returncode == 1 and "Traceback" not in job.stderr, job.stderr
     assert "接続先" in job.stdout and "NG" in job.stdout
+
+
+def test_the_database_of_another_app_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE customers (name TEXT)")
+    before = path.read_bytes()
+    (found,) = checks.backend({"MLFLOW_TRACKING_URI": f"sqlite:///{path}?key=s3cret"})
+    assert found.level == "ok" and "s3cret" not in found.detail
+    assert path.read_bytes() == before

@@ -260,7 +260,7 @@ def test_refuses_when_traces_have_started_already(tracking_uri: str, otlp: OtlpR
 REBUILT = """
 import mlflow, sys
 from opentelemetry import propagate, trace
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.propagators.composite import CompositePropagator
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -284,6 +284,8 @@ for name in ("first", "second"):
     print(sorted(span.name for one in stored for span in one.data.spans))
     print([len(span.links) for span in memory.get_finished_spans()])
 mlflow.set_experiment("third")
+wrapped = CompositePropagator([propagate.get_global_textmap()])  # アプリが包んだ
+propagate.set_global_textmap(wrapped)
 use_unified_tracer_provider()  # 設定の後でもう一度
 with trace.get_tracer("startup").start_as_current_span("warm up") as warm:
     pass

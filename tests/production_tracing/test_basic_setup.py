@@ -225,6 +225,15 @@ def test_otlp_carries_the_credentials_of_mlflow(
     assert (headers.get("authorization"), headers["x-mlflow-experiment-id"]) == (wanted, "12")
 
 
+def test_processors_that_others_have_registered_are_kept(tracking_uri: str) -> None:
+    seen: list[str] = []
+    mlflow.tracing.configure(span_processors=[lambda span: seen.append(span.name)])
+    setup_production_tracing("kept", tracking_uri=tracking_uri)
+    with mlflow.start_span("answer"):
+        pass
+    assert seen == ["answer"]
+
+
 def test_same_masking_twice_is_the_same_setup(tracking_uri: str) -> None:
     first = setup_production_tracing("a", span_processors=[mask_pii()])
     assert setup_production_tracing("a", span_processors=[mask_pii()]) == first

@@ -31,7 +31,6 @@ from mlflow.genai.scorers.online.sampler import OnlineScorerSampler
 from mlflow.tracing.client import TracingClient
 
 from chapter8_samples.quality_monitoring import (
-    BackfillError,
     BudgetError,
     JudgeNotConfiguredError,
     JudgePrice,
@@ -609,7 +608,8 @@ def test_prices_of_an_estimate_are_checked() -> None:
             estimate_monthly_judge_cost(1000, {"a": 1.0}, price)
 
 
-def test_a_day_is_not_taken_from_a_moment() -> None:
+def test_the_day_of_a_moment_is_the_one_of_the_zone() -> None:
     moment = datetime(2025, 1, 31, 20, tzinfo=timezone.utc)
-    with pytest.raises(BackfillError, match="a date, not a datetime"):
-        whole_days(moment, moment, "Asia/Tokyo")
+    assert whole_days(moment, moment, "Asia/Tokyo") == whole_days(
+        "2025-02-01", "2025-02-01", "Asia/Tokyo"
+    )

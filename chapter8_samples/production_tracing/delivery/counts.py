@@ -6,6 +6,7 @@ MLflow は、送れなかったトレースをログに書くだけで、あふ�
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -187,11 +188,16 @@ def _trace_ids(name: str, values: tuple[Any, ...]) -> set[str]:
 
 
 LEDGER = Ledger()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=LEDGER.start_over)
+
+
+@functools.cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=LEDGER.start_over)
 
 
 def start_counting() -> Callable[[], None]:
     """数え始める(接続はしない)。MLflow が送信処理を作り直しても、戻り値を呼ぶまで追う。"""
     LEDGER.attach()
+    _watch_forks()
     return _internals.watch_provider(LEDGER.attach)

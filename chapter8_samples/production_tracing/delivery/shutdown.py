@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from .._internals import before_threads_are_joined, renew_provider
@@ -35,9 +36,12 @@ class GracefulShutdownHandler:
     閉じ、終了処理で送り、最後に元のシグナルで終わり直す。
     """
 
-    def __init__(self, timeout_seconds: float, spool: TraceSpool | None) -> None:
+    def __init__(
+        self, timeout_seconds: float, signals: tuple[int, ...], spool: TraceSpool | None
+    ) -> None:
         require_seconds(timeout_seconds)
         self.timeout_seconds = timeout_seconds
+        self.signals = signals
         self.spool = spool
         self._previous: dict[int, Any] = {}
         self._stop_counting = start_counting()
@@ -112,7 +116,7 @@ class GracefulShutdownHandler:
     def install_signals(self) -> None:
         if self._previous:
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self.signals:
             previous = self._previous[number] = signal.getsignal(number)
             if previous is not signal.SIG_IGN:  # nohup などの指定はそのまま
                 signal.signal(number, self._on_signal)
@@ -175,15 +179,18 @@ class GracefulShutdownHandler:
 _installed: GracefulShutdownHandler | None = None
 
 
-def install_handler(timeout_seconds: float, spool: TraceSpool | None) -> GracefulShutdownHandler:
+def install_handler(
+    timeout_seconds: float, signals: Iterable[int], spool: TraceSpool | None
+) -> GracefulShutdownHandler:
     """プロセスに 1 つだけ登録する。2 回目は、登録済みのものを返す(違う設定なら ``ValueError``)。
 
     メインスレッドのほかで呼んだときは、次にメインスレッドで呼ぶまで、シグナルは登録されない。
     """
     global _installed
+    settings = (timeout_seconds, tuple(signals), spool)
     if _installed is None:
-        _installed = GracefulShutdownHandler(timeout_seconds, spool)
-    elif (timeout_seconds, spool) != (_installed.timeout_seconds, _installed.spool):
+        _installed = GracefulShutdownHandler(*settings)
+    elif settings != (_installed.timeout_seconds, _installed.signals, _installed.spool):
         raise ValueError("graceful shutdown is already set up differently; unregister() it first")
     if threading.current_thread() is threading.main_thread():
         _installed.install_signals()

@@ -47,17 +47,18 @@ def whole_days(first: date | str, last: date | str, tz: str) -> tuple[datetime, 
     """``tz`` での ``first`` の始まりから、``last`` の終わりまで。"""
     try:
         zone = ZoneInfo(tz)
-        after = _day(last) + timedelta(days=1)
-        return datetime.combine(_day(first), time(), zone), datetime.combine(after, time(), zone)
+        after = _day(last, zone) + timedelta(days=1)
+        start = datetime.combine(_day(first, zone), time(), zone)
+        return start, datetime.combine(after, time(), zone)
     except (ValueError, TypeError, KeyError, OSError, OverflowError) as error:
         raise BackfillError(
             f"need dates (2025-01-31), a zone: {first!r}, {last!r}, {tz!r}: {error}"
         ) from error
 
 
-def _day(value: date | str) -> date:
-    if isinstance(value, datetime):  # 時刻を捨てると、時間帯によっては違う日になる
-        raise TypeError("a date, not a datetime")
+def _day(value: date | str, zone: ZoneInfo) -> date:
+    if isinstance(value, datetime):  # 時刻は、その時間帯での日にする
+        return (value.astimezone(zone) if value.tzinfo else value).date()
     return date.fromisoformat(value) if isinstance(value, str) else value
 
 
