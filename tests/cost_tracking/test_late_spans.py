@@ -103,9 +103,11 @@ def test_a_stream_that_fails_late_is_like_one_that_fails_inside(costs: CostTrack
     found: list[dict[str, Any]] = []
     for late in (False, True):
         root = mlflow.start_span_no_context("handler", start_time_ns=DECEMBER)
-        failed = call("gpt-4o", None, parent=root)
-        failed.set_status("ERROR")
-        found.append(facts(end(*((root, failed) if late else (failed, root)))))
+        stream = call("gpt-4o", None, parent=root)
+        if late:
+            root.end(end_time_ns=DECEMBER + 10**9)
+        stream.set_status("ERROR")
+        found.append(facts(end(stream) if late else end(stream, root)))
     assert found[0] == found[1]
 
 
@@ -113,10 +115,11 @@ def test_a_cost_written_by_hand_on_a_late_tool_is_added(costs: CostTracking) -> 
     root = mlflow.start_span_no_context("handler", start_time_ns=DECEMBER)
     priced = call("gpt-4o", 10**6, 0, root)
     tool = mlflow.start_span_no_context("tool", "TOOL", parent_span=root, start_time_ns=DECEMBER)
+    for span in (priced, root):
+        span.end(end_time_ns=DECEMBER + 10**9)
     usd = {"input_cost": 0.5, "output_cost": 0.0, "total_cost": 0.5}
     tool.set_attribute("mlflow.llm.cost", usd)
-    trace = end(priced, root, tool)
-    assert (trace.info.cost or {})["total_cost"] == 3.0
+    assert (end(tool).info.cost or {})["total_cost"] == 3.0
 
 
 @pytest.mark.slow

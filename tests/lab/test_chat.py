@@ -89,5 +89,6 @@ def test_bad_input_is_refused(client: TestClient) -> None:
         ("/feedback", {"trace_id": "tr-1", "is_positive": "maybe"}),
     ]
     for path, body in bodies:
-        answer = client.post(path, content=json.dumps(body))
+        headers = {"Content-Type": "application/json"}
+        answer = client.post(path, content=json.dumps(body), headers=headers)
         assert answer.status_code == 422 and answer.json()["detail"], body

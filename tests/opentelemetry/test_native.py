@@ -42,6 +42,8 @@ from chapter8_samples.opentelemetry.native import (
 )
 from chapter8_samples.production_tracing import mask_pii
 
+from .conftest import wait_until
+
 Setup = Callable[..., NativeTracing]
 
 
@@ -663,6 +665,20 @@ def test_what_the_queue_cannot_hold_is_dropped_and_counted(
     assert status.ended == 200 and status.dropped > 0
     assert status.delivered == len(otlp.spans) == 200 - status.dropped
     assert (status.refused, status.pending) == (0, 0)
+
+
+def test_spans_being_sent_take_no_room_in_the_queue(
+    otlp: OtlpReceiver, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
+    tracing, otlp.delay_seconds = setup(otlp.http_endpoint, max_queue_spans=10), 1.0
+    (destination,) = vars(tracing)["_destinations"].values()
+    for _ in range(2):
+        for _ in range(10):
+            with traced(name="one"):
+                pass
+        wait_until(lambda: destination.exporter.taken >= 10, seconds=10)
+    assert (only(tracing).delivered, only(tracing).dropped) == (20, 0)
 
 
 def test_what_the_receiver_refuses_is_counted(otlp: OtlpReceiver, setup: Setup) -> None:
