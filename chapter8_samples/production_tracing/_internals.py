@@ -13,6 +13,7 @@ from typing import Any
 
 import mlflow.tracing
 from mlflow.entities import LiveSpan, Trace, TraceInfo
+from mlflow.store.tracking.rest_store import RestStore
 from mlflow.tracing import provider as mlflow_provider
 from mlflow.tracing import sampling as mlflow_sampling
 from mlflow.tracing.client import TracingClient as TracingClient  # 公開の log_trace は ID を変える
@@ -134,8 +135,20 @@ def watch_export(processor: Any, ledger: Any, export: Callable[..., Any]) -> Non
     processor.on_end = on_end
 
 
+def log_spans(send: Callable[..., Any], location: str, spans: Sequence[Any]) -> Any:
+    """``send(location, spans)``。最初に版を聞けなかったサーバーには、MLflow は二度と送らない。"""
+    try:
+        return send(location, spans)
+    except NotImplementedError as error:
+        if "could not identify" not in str(error):
+            raise
+        RestStore._get_server_version.cache_clear()
+        raise ConnectionError(str(error)) from error
+
+
 def _watch_mlflow_exporter(exporter: Any, ledger: Any) -> None:
     client = exporter._client
+    client.log_spans = partial(log_spans, client.log_spans)
     for name in EXPORT_REQUESTS:
         setattr(client, name, partial(ledger.send, name, getattr(client, name)))
     send_trace = exporter._log_trace
@@ -147,13 +160,13 @@ def _watch_mlflow_exporter(exporter: Any, ledger: Any) -> None:
         else:
             ledger.accept(trace)
 
-    def log_spans(spans: Sequence[ReadableSpan]) -> None:
+    def log_finished(spans: Sequence[ReadableSpan]) -> None:
         # 呼び出し元のトレースに加わったスパンは、ここではトレースとして完成しない
         if kept := [one for one in spans if ledger.accept is None or _joins_a_caller(one)]:
             send_spans(kept)
 
     exporter._log_trace = log_trace
-    exporter._export_spans_incrementally = log_spans
+    exporter._export_spans_incrementally = log_finished
 
 
 def _joins_a_caller(span: ReadableSpan) -> bool:

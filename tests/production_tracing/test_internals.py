@@ -298,6 +298,22 @@ def test_tracing_client_has_what_the_exporter_calls(name: str) -> None:
     assert f"self._client.{name}(" in inspect.getsource(mlflow_v3)
 
 
+def test_get_server_version_remembers_that_nobody_answered(free_port: int) -> None:
+    from mlflow.store.tracking.rest_store import RestStore
+    from mlflow.tracing.client import TracingClient
+
+    client = TracingClient(f"http://127.0.0.1:{free_port}")
+    span = mlflow.start_span_no_context("x")
+    RestStore._get_server_version.cache_clear()
+    with pytest.raises(NotImplementedError, match="could not identify"):
+        client.log_spans("1", [span])
+    assert RestStore._get_server_version.cache_info().currsize == 1
+    with pytest.raises(ConnectionError, match="could not identify"):
+        _internals.log_spans(client.log_spans, "1", [span])
+    assert RestStore._get_server_version.cache_info().currsize == 0
+    span.end()
+
+
 def test_otel_processor_registers_traces_and_shows_its_exporter() -> None:
     """OTLP だけの送信では ``_should_register_traces`` が真で、``span_exporter`` が送る。"""
     from mlflow.tracing.processor.otel import OtelSpanProcessor

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful
 pytestmark = pytest.mark.slow
 
 REQUESTS = 60
+EXPORT_THREADS = 10  # MLflow の既定値(ワーカーごと)
 SETUP = "mlflow.set_experiment('child')\nsetup_graceful_shutdown(timeout_seconds=20)\n"
 PLAIN = "mlflow.set_experiment('child')\n"
 HEAD = """
@@ -218,7 +220,9 @@ def test_server_under_load_accounts_for_every_answer(
 def post_fork_of_the_docstring() -> str:
     """``setup_graceful_shutdown`` の説明にある gunicorn.conf.py。"""
     text = inspect.getdoc(setup_graceful_shutdown) or ""
-    snippet = textwrap.dedent(text[text.index("    # gunicorn.conf.py") : text.index("Raises:")])
+    lines = text[text.index("    # gunicorn.conf.py") :].splitlines(keepends=True)
+    indented = itertools.takewhile(lambda line: not line[0].strip(), lines)
+    snippet = textwrap.dedent("".join(indented))
     assert "def post_fork(server, worker):" in snippet
     imports = "import mlflow\nfrom chapter8_samples.production_tracing import *\n"
     return imports + snippet.replace("/production/my-llm-app", "child")

@@ -15,10 +15,12 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.tracing.client import TracingClient
+from mlflow.tracing.constant import SpansLocation, TraceTagKey
 
 from chapter8_samples.production_tracing.__main__ import main
 from chapter8_samples.production_tracing.delivery import spool as trace_spool
-from chapter8_samples.production_tracing.delivery.counts import LEDGER
+from chapter8_samples.production_tracing.delivery.counts import LEDGER, start_counting
 from chapter8_samples.production_tracing.delivery.spool import TraceSpool, replay
 from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
 
@@ -333,6 +335,40 @@ def test_server_killed_in_mid_burst_and_restarted(tmp_path: Path, free_port: int
         assert all(len(trace.data.spans) == 1 for trace in found)
     finally:
         spool.uninstall()
+        server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spooled", [True, False])
+def test_server_that_was_away_at_the_first_trace_gets_the_spans_of_the_next(
+    tmp_path: Path, free_port: int, spooled: bool
+) -> None:
+    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
+
+    os.environ.update(MLFLOW_HTTP_REQUEST_MAX_RETRIES="0", MLFLOW_HTTP_REQUEST_TIMEOUT="5")
+    server = MlflowServer(tmp_path / "home", port=free_port).start()
+    mlflow.set_tracking_uri(server.url)
+    experiment = mlflow.set_experiment("away").experiment_id
+    server.kill()
+    with pytest.raises(NotImplementedError):  # MLflow は、版を聞けなかったことを覚える
+        TracingClient().log_spans(experiment, [mlflow.start_span_no_context("first")])
+    server.start()
+    stop = start_counting()
+    spool = TraceSpool(tmp_path / "spool", cooldown_seconds=0.5)
+    try:
+        if spooled:
+            spool.install()
+        for name in ("first", "next"):
+            with mlflow.start_span(name):
+                pass
+            mlflow.flush_trace_async_logging()
+        assert spool.drain(60) == 0
+        found: Any = mlflow.search_traces(locations=[experiment], return_type="list")
+        places = [trace.info.tags.get(TraceTagKey.SPANS_LOCATION) for trace in found]
+        assert len(places) == 2 and places[0] == SpansLocation.TRACKING_STORE
+    finally:
+        spool.uninstall()
+        stop()
         server.stop()
 
 

@@ -53,7 +53,8 @@ def require_seconds(timeout_seconds: float) -> None:
 
 def deliver(timeout_seconds: float, *, for_good: bool = False) -> FlushResult:
     """送り終えるまで待つ。間に合わなければ、新しく送るのを止め(``for_good`` なら最後まで)、
-    送り始めた分の返事だけを待つ。届いた件数と届かない件数が、これで決まる。
+    送り始めた分の返事だけを待つ。届いた件数と届かない件数が、これで決まる(返事がそれより遅い
+    サーバーでは、届いていても届かない方に数える)。
     """
     started = time.monotonic()
     grace = LEDGER.grace_seconds(timeout_seconds)

@@ -13,13 +13,14 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from mlflow.entities import Span, Trace
 from mlflow.exceptions import MlflowException
 
-from .._internals import TracingClient
+from .._internals import TracingClient, log_spans
 from ..metadata import sends_only_otlp
 from .counts import LEDGER, start_counting
 from .text import as_utf8, send_as_utf8
@@ -45,7 +46,7 @@ def deliver(traces: Sequence[Trace]) -> None:
         send_as_utf8(client.start_trace, trace.info)
         spans[str(trace.info.experiment_id)] += trace.data.spans
     for experiment_id, group in spans.items():
-        send_as_utf8(client.log_spans, experiment_id, group)
+        send_as_utf8(partial(log_spans, client.log_spans), experiment_id, group)
 
 
 class TraceSpool:
