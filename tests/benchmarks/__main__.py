@@ -2,7 +2,7 @@
 
 実行::
 
-    python tests/benchmarks             # 2 コアで 12 分ほど
+    python tests/benchmarks             # 2 コアで 20 分ほど
     python tests/benchmarks --quick     # 動くことだけを確かめる(数字に意味はない)
     python tests/benchmarks --only cost_engine cost_sql
 
