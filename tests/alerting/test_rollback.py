@@ -71,6 +71,8 @@ class Registry:
 
     def point(self, version: str | None) -> None:
         self.before_point()
+        if version is not None and version not in self.versions:
+            raise LookupError(f"m has no version {version}")
         self.alias_version = version
         self._burn()
 
@@ -271,6 +273,54 @@ def test_a_lock_lost_during_a_slow_smoke_check_stops_the_switch() -> None:
     assert registry.alias_version == "3"
 
 
+def test_a_slow_smoke_check_does_not_erase_the_rollback_that_came_between() -> None:
+    clock = Clock()
+    registry, other = three_versions(clock=clock)
+
+    def slow(uri: str) -> None:
+        clock.now += timedelta(seconds=61)  # ロックの期限が過ぎた
+        other.rollback(reason="3 is bad")
+
+    with pytest.raises(ConcurrentChangeError, match="another process won the lock"):
+        engine(registry, clock, smoke_check=slow).promote(4)
+    assert (registry.alias_version, other.history()[-1].reason) == ("2", "3 is bad")
+    with pytest.raises(KnownBadVersionError):
+        other.promote(3)
+    assert other.undo().to_version == "3"
+
+
+def test_a_lock_that_could_not_be_confirmed_is_given_back() -> None:
+    registry, rollback = three_versions()
+    tags, asked = registry.tags, list[None]()
+
+    def second_fails() -> Mapping[str, str]:
+        asked.append(None)
+        return lost_connection() if len(asked) == 2 else tags()
+
+    registry.tags = second_fails  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError):
+        rollback.recover()
+    assert rollback.rollback().state == "done"
+
+
+def test_what_a_clock_that_was_ahead_left_behind_blocks_nothing_for_hours() -> None:
+    clock = Clock()
+    registry, rollback = three_versions(clock=clock)
+    clock.now += timedelta(days=1)
+    rollback.rollback()
+    clock.now -= timedelta(days=1)
+    assert rollback.rollback().to_version == "1"  # 待ち時間は、明日からではない
+    for ahead, free in ((timedelta(minutes=5), False), (timedelta(days=1), True)):
+        until = (clock.now + ahead).timestamp()
+        lock = json.dumps({"id": "x", "until": until, "by": "a pod that died"})
+        registry.stored["rollback_champion_lock"] = lock
+        if free:
+            assert rollback.recover() is None
+        else:
+            with pytest.raises(ConcurrentChangeError, match="by a pod that died"):
+                rollback.recover()
+
+
 def calls_of_one_rollback() -> int:
     registry, rollback = three_versions()
     before = registry.calls
@@ -315,6 +365,31 @@ def test_a_recovered_change_is_verified_before_it_counts() -> None:
     recovered = engine(registry, later, smoke_check=smoke).recover()
     assert recovered is not None and recovered.state == "restored"
     assert registry.alias_version == "3"
+
+
+def test_a_recovery_without_a_way_back_does_not_block_the_next_change() -> None:
+    registry, rollback = three_versions()
+
+    def cut() -> None:
+        registry.fuse = registry.calls + 1
+
+    registry.before_point = cut
+    with pytest.raises(Power):
+        rollback.promote(4)
+    registry.fuse, registry.before_point = 10**9, lambda: None
+    registry.versions.remove("3")
+
+    def smoke(uri: str) -> None:
+        if registry.alias_version == "4" and "@" in uri:
+            raise ValueError("no answer")
+
+    later = Clock()
+    later.now += timedelta(hours=1)
+    survivor = engine(registry, later, smoke_check=smoke)
+    recovered = survivor.recover()
+    assert recovered is not None and (recovered.state, registry.alias_version) == ("done", "4")
+    change = survivor.rollback()
+    assert (change.to_version, change.reason) == ("2", "skipped 3: m has no version 3")
 
 
 def test_the_journal_fits_unity_catalog() -> None:

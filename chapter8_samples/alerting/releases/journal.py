@@ -177,17 +177,19 @@ class Journal:
         Raises:
             ConcurrentChangeError: ほかの誰かが変更中。
         """
-        held = self._lock()
-        if held and held.until > self.clock().timestamp() and not is_gone(held.machine, held.pid):
+        held, now = self._lock(), self.clock()
+        # 遠すぎる期限は、時計の進んだ持ち主が残したもの
+        live = held and now.timestamp() < held.until < (now + 10 * self._lease).timestamp()
+        if held and live and not is_gone(held.machine, held.pid):
             until = f"{datetime.fromtimestamp(held.until, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
             raise ConcurrentChangeError(
                 f"{self._label} is being changed by {held.by}; its lock expires at {until}"
             )
         me = uuid.uuid4().hex
-        self._write_lock(me)
-        self._sleep(self._settle)
-        self._keep(me)
         try:
+            self._write_lock(me)
+            self._sleep(self._settle)
+            self._keep(me)
             yield lambda: self._keep(me)
         finally:
             self._release(me)

@@ -182,6 +182,7 @@ class AliasRollback:
             if done := find_request(history, options.request_id):
                 return done
             change = self._plan(action, pick, options, history)
+            still_mine()  # 検査の間にほかの誰かが取っていたら、その記録を上書きしない
             change = self.journal.write(replace(change, state="prepared"))
             still_mine()
             return self._switch(change)
@@ -220,7 +221,7 @@ class AliasRollback:
         rollbacks = [c for c in done_changes(history) if c.action == "rollback"]
         if action == "rollback" and rollbacks:
             waited = self.journal.clock() - rollbacks[-1].at
-            if waited < self.cooldown:
+            if abs(waited) < self.cooldown:  # 記録のほうが先なら、そのときの時計が狂っていた
                 raise CooldownError(
                     f"last rollback {waited.total_seconds():.0f} s ago, cooldown is "
                     f"{self.cooldown.total_seconds():.0f} s; pass force=True to override"
@@ -275,10 +276,16 @@ class AliasRollback:
         if current != change.to_version:
             state = "aborted" if current == change.from_version else "superseded"
             return self.journal.write(replace(change, state=state))
+        state = "done"
         try:
             self._verify(change)
         except Exception:  # 切り替え後の確認が済んでいなかった: 使えないなら戻す
             logger.exception("recovered %s does not work", self.target.uri())
-            self.target.point(change.from_version)
-            return self.journal.write(replace(change, state="restored"))
-        return self.journal.write(replace(change, state="done"))
+            try:
+                if change.from_version is not None:
+                    self.target.check(change.from_version)
+                self.target.point(change.from_version)
+                state = "restored"
+            except UnknownVersionError as error:  # 戻る先が消された: 次の変更(別の版へ)を塞がない
+                logger.error("%s stays as it is: %s", self.target.uri(), error)
+        return self.journal.write(replace(change, state=state))
