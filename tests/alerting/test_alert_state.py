@@ -242,6 +242,27 @@ def test_what_could_not_be_written_is_not_read_back(
     assert log.read() == ["firing"] and watch.failures == {}
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_file_that_vanishes_or_breaks_in_use_takes_no_memory_along(
+    tmp_path: Path, broken: bool
+) -> None:
+    log, watch, path = Log(tmp_path / "log"), engine(tmp_path), tmp_path / "alerts.db"
+    watch.evaluate(START + STEP)
+    path.write_bytes(b"\x55" * 5000) if broken else path.unlink()
+    watch.evaluate(START + 2 * STEP)
+    watch.evaluate(START + 3 * STEP)
+    assert log.read() == ["firing", "resolved"]
+
+
+def test_what_was_given_back_is_free_even_where_the_clock_is_behind(tmp_path: Path) -> None:
+    ahead, path = Clock(), tmp_path / "alerts.db"
+    ahead.now += timedelta(days=1)
+    state = StateFile(path, clock=ahead)
+    state.hold()
+    state.release()
+    assert StateFile(path, clock=Clock()).hold() is not None
+
+
 def no_space_for_more(body: Any) -> str:
     if "'firing'" in str(body):
         raise OSError("no space left on device")
@@ -404,6 +425,19 @@ def test_a_volume_gets_whole_files_and_keeps_every_promise(volume: Path, tmp_pat
     (volume / "alerts.db").write_text("{}", encoding="utf-8")
     engine(volume, log).evaluate(START + STEP)
     assert (volume / "alerts.db.bad").exists() and log.read()[2:] == ["firing"]
+
+
+def test_a_write_that_fails_leaves_nothing_on_a_volume(
+    volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="no space left"):
+            StateFile(volume / "alerts.db").hold()
+    assert list(volume.iterdir()) == []
 
 
 def test_who_does_not_hold_it_writes_nothing_to_a_volume(volume: Path) -> None:

@@ -81,11 +81,13 @@ class StateFile:
         self.path, self.lease = Path(path), LEASE
         self._clock, self._sleep = clock, sleep
         self._token, self._in_place = uuid.uuid4().hex, False
+        self._known = False
 
     def hold(self) -> Saved | None:
         """使い始めて(使っている間なら、期限を延ばして)、中身を返す。壊れていれば脇に退ける。
 
-        最後に使ったのも自分なら ``None``: 手元のもののほうが新しい(書けなかった変更もある)。
+        最後に使ったのも自分なら(使っている間に消されたか壊されたときも)``None``: 手元のもののほうが
+        新しい(書けなかった変更もある)。
 
         Raises:
             StateHeldError: ほかのエンジンが使っている。
@@ -107,13 +109,14 @@ class StateFile:
             OSError: 書けない。
         """
         with self._open() as saved:
-            self._extend(saved, self.lease)
+            self._extend(saved)
             saved.rules, saved.outbox = rules, outbox
 
     def release(self) -> None:
         """手放す。ほかのエンジンが使っていれば、何もしない。"""
         with suppress(StateHeldError), self._open() as saved:
-            self._extend(saved, timedelta(0))
+            # 「いま」では、時計の遅れたマシンが、その時刻まで使えない
+            self._extend(saved, datetime(1970, 1, 1, tzinfo=timezone.utc))
 
     def _hold(self) -> Saved | None:
         _check_header(self.path)
@@ -122,18 +125,19 @@ class StateFile:
             if last and (last.until <= self._clock() or is_gone(last.machine, last.pid)):
                 saved.holder = None
             begins = saved.holder is None
-            self._extend(saved, self.lease)
+            self._extend(saved)
         if begins and not self._in_place:
             self._sleep(SETTLE_SECONDS)
             with self._open() as seen:
-                self._extend(seen, self.lease)
-        return None if last and last.id == self._me else saved
+                self._extend(seen)
+        known, self._known = self._known, True
+        return None if (last.id == self._me if last else known) else saved
 
     @property
     def _me(self) -> str:
         return f"{self._token}-{os.getpid()}"  # fork した先は、別のエンジン
 
-    def _extend(self, saved: Saved, lease: timedelta) -> None:
+    def _extend(self, saved: Saved, until: datetime | None = None) -> None:
         """ほかのエンジンのものでないことを確かめて、期限を変える。"""
         last = saved.holder
         if last and last.id != self._me:
@@ -141,7 +145,7 @@ class StateFile:
                 f"alert state {self.path} is held by pid {last.pid} on {last.host}; "
                 f"its lease ends at {last.until:%Y-%m-%d %H:%M:%S} UTC unless it is renewed"
             )
-        until = self._clock() + lease
+        until = until or self._clock() + self.lease
         saved.holder = Holder(self._me, socket.gethostname(), machine(), os.getpid(), until)
 
     @contextmanager
@@ -174,8 +178,11 @@ class StateFile:
                 copy.write_bytes(self.path.read_bytes())
             yield copy
             written = self.path.with_name(f"{self.path.name}.{self._me}.tmp")
-            written.write_bytes(copy.read_bytes())
-            written.replace(self.path)
+            try:
+                written.write_bytes(copy.read_bytes())
+                written.replace(self.path)
+            finally:
+                written.unlink(missing_ok=True)
 
     def _set_aside(self, error: Exception) -> None:
         aside = f"{self.path}.bad"
