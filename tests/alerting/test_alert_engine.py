@@ -173,6 +173,22 @@ def test_one_failing_rule_does_not_stop_the_others() -> None:
     ]
 
 
+def test_a_rule_that_begins_to_fail_later_is_told_once_it_lasts(tmp_path: Path) -> None:
+    """ずっと失敗しているルールが一つあっても、サーバーが落ちたことは知らされる。"""
+    lost = MetricSourceError("server is down")
+    blip_then_lost = [0, 0, 0, lost, 0, 0, lost]
+    source = Scripted(error_rate=[lost], trace_count=blip_then_lost)
+    rules = config(rule(), rule("busy", metric="trace_count"), evaluation_failure_for="30s")
+    told = [
+        (step, alert.summary.count("server is down"))
+        for step in range(12)
+        for alert in AlertEngine(rules, source, state_path=tmp_path / "alerts.db").evaluate(
+            START + step * STEP
+        )
+    ]
+    assert told == [(1, 1), (7, 2)]
+
+
 def test_a_failing_rule_is_named_with_its_reason() -> None:
     source = Scripted(error_rate=[ValueError("bad")])
     engine = AlertEngine(config(rule(), evaluation_failure_for="0s"), source)
@@ -434,6 +450,24 @@ def test_only_the_receiver_that_missed_it_gets_it_again(tmp_path: Path) -> None:
     slack.fail = False
     run(engine, 3, first=1)
     assert (slack.sent, page.sent) == (["firing"], ["firing"])
+
+
+def test_a_severity_edited_while_firing_reaches_the_one_to_be_paged(tmp_path: Path) -> None:
+    lowered, raised = ["critical", *["warning"] * 3], ["warning", *["critical"] * 3]
+    cases = [
+        (lowered, "1m", ["firing", "firing", "resolved"]),  # 開いたインシデントは、閉じられる
+        (raised, None, ["firing", "resolved"]),  # 繰り返しを待たずに呼ぶ
+    ]
+    for severities, repeat, paged in cases:
+        page, chat = Flaky(), Flaky()
+        routes = {"critical": ["page", "chat"], "warning": ["chat"]}
+        channels = notifier(routes, page=page, chat=chat)
+        for step, severity in enumerate(severities):
+            rules = config(rule(severity=severity), repeat=repeat)
+            path, source = tmp_path / f"{repeat}.db", Scripted(error_rate=[1, 1, 1, 0])
+            AlertEngine(rules, source, channels, state_path=path).evaluate(START + step * STEP)
+        assert page.sent == paged
+        assert chat.sent == ["firing", "firing", "resolved"]
 
 
 class Hanging(NotificationHandler):

@@ -46,9 +46,18 @@ class RuleBoard:
         # 長い期間から読むと、短い期間は読んだものの一部で済む
         for rule in sorted(self.config.rules, key=lambda r: -r.queries()[0][1]):
             self._evaluate(rule, at)
-        watchdog = self.config.watchdog
-        self._advance(watchdog, self._state(watchdog, ""), bool(self.failures), at)
+        self._watch_failures(at)
         return self._due(at) + closed
+
+    def _watch_failures(self, at: datetime) -> None:
+        """評価の失敗を進める。知らせた後で失敗し始めたルールが続けば、もう一度知らせる。"""
+        watchdog = self.config.watchdog
+        state = self._state(watchdog, "")
+        state.failing = {name: min(state.failing.get(name, at), at) for name in self.failures}
+        self._advance(watchdog, state, bool(self.failures), at)
+        hold, told_at = parse_duration(watchdog.for_), state.notified_at
+        if told_at and any(told_at < t <= at - hold for t in state.failing.values()):
+            state.notified_at = None
 
     def _evaluate(self, rule: Rule, at: datetime) -> None:
         try:
@@ -110,7 +119,8 @@ class RuleBoard:
         return [_resolved(state.told, state, at) for state in gone if state.told]
 
     def _should_notify(self, alert: Alert, state: RuleState, at: datetime) -> bool:
-        if state.notified_at is None:
+        raised = state.told and alert.severity.rank > state.told.severity.rank
+        if state.notified_at is None or raised:
             return True
         repeat = self.config.repeat_for(alert)
         return bool(repeat) and at - state.notified_at >= repeat
@@ -135,13 +145,16 @@ class RuleBoard:
         elif self.failures:
             reasons = (f"{name}: {reason}" for name, reason in sorted(self.failures.items()))
             details["summary"] = "; ".join(reasons)[:500]
+        severity = AlertSeverity(rule.severity)
         if state.told:
             details |= {"examples": state.told.examples, "links": state.told.links}
+            # 設定で下げても、解消までは知らせた重大度のまま(経路が変わると、解消が届かない)
+            severity = max(severity, state.told.severity, key=lambda one: one.rank)
         if state.since:
             details["starts_at"] = state.told.starts_at if state.told else state.since
         return Alert(
             name=rule.name,
-            severity=AlertSeverity(rule.severity),
+            severity=severity,
             labels=self._labels(rule, state.label),
             runbook_url=rule.runbook_url,
             action=rule.action,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -27,6 +27,8 @@ class RuleState:
     n: int | None = None
     notified_at: AwareDatetime | None = None
     """発報を最後に知らせた時刻。"""
+    failing: dict[str, AwareDatetime] = field(default_factory=dict[str, AwareDatetime])
+    """評価に失敗しているルール -> 失敗し始めた時刻(失敗を知らせるアラートだけが使う)。"""
     told: Alert | None = None
     """知らせた発報。設定から消えても、同じ相手に解消を知らせられるように残す。"""
 
