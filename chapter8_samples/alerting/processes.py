@@ -1,11 +1,13 @@
-"""8.4 排他の持ち主のプロセスが落ちたことに、期限を待たずに気づく。"""
+"""8.4 プロセス: 排他の持ち主が落ちたことに期限を待たずに気づき、fork した先で作り直す。"""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakMethod
 
 
 def machine() -> str:
@@ -15,6 +17,13 @@ def machine() -> str:
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return socket.gethostname()
+
+
+def renew_after_fork(renew: Callable[[], None]) -> None:
+    """fork した先で ``renew``(メソッド)を呼ぶ。親のロックや接続は、そこでは使えない。"""
+    if hasattr(os, "register_at_fork"):
+        kept = WeakMethod(renew)
+        os.register_at_fork(after_in_child=lambda: (method := kept()) and method())
 
 
 def is_gone(where: str, pid: int) -> bool:

@@ -14,18 +14,21 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from email.policy import SMTP
 from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ports import free_port
 
+from chapter8_samples._lab.servers.http_server import LoopbackServer
 from chapter8_samples._lab.servers.receivers import Answer, WebhookReceiver
 from chapter8_samples.alerting.delivery import (
     Alert,
@@ -114,10 +117,13 @@ def test_a_retry_after_date_is_understood_and_capped() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 301])
-def test_a_refusal_is_not_repeated(webhooks: WebhookReceiver, clock: Clock, status: int) -> None:
+def test_a_refusal_is_not_repeated_until_the_next_evaluation(
+    webhooks: WebhookReceiver, clock: Clock, status: int
+) -> None:
     webhooks.script(Answer(status, {"Location": "/elsewhere"}, body=b"invalid_payload"))
     delivery = slack(webhooks, clock).send(ALERT)
-    assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 1, False)
+    mendable = status in (401, 403, 404, 410)  # URL や鍵を直して再起動すれば、届く
+    assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 1, mendable)
     assert delivery.error == f"HTTP {status} from 127.0.0.1: invalid_payload"
     assert len(webhooks.received) == 1
 
@@ -152,6 +158,52 @@ def test_a_dead_host_is_retried_and_stays_retryable(clock: Clock) -> None:
         handler = slack(hooks, clock)
     delivery = handler.send(ALERT)
     assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 4, True)
+
+
+def gateway(answer: bytes) -> str:
+    """一言だけ答えて(何も答えずに)切る相手の、ホストとポート。"""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_what_never_left_this_machine_is_retried_and_what_may_have_arrived_is_not_doubled(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses, cuts = gateway(b"HTTP/1.1 503 X\r\nContent-Length: 0\r\n\r\n"), gateway(b"")
+    cases = [  # (URL, プロキシ, Slack の試行と後での送り直し, PagerDuty の)
+        ("https://hooks.test", f"127.0.0.1:{free_port()}", (4, True), (4, True)),
+        ("https://hooks.test", refuses, (4, True), (4, True)),  # CONNECT を断られた
+        ("http://hooks.test", cuts, (2, False), (4, True)),  # プロキシは、受け取ってから切った
+        (f"https://{cuts}", "", (2, False), (4, True)),  # TLS の握手の途中で切られた
+    ]
+    for url, proxy, chat, page in cases:
+        monkeypatch.setenv("no_proxy", "" if proxy else "*")
+        monkeypatch.setenv("http_proxy", f"http://{proxy}")
+        monkeypatch.setenv("https_proxy", f"http://{proxy}")
+        options: dict[str, Any] = {"policy": FAST, "clock": clock, "sleep": clock.sleep}
+        sent = SlackNotificationHandler(url, **options).send(ALERT)
+        paged = PagerDutyNotificationHandler(KEY, base_url=url, **options).send(ALERT)
+        assert (sent.attempts, sent.retryable) == chat, (url, proxy, sent.error)
+        assert (paged.attempts, paged.retryable) == page, (url, proxy, paged.error)
+
+
+def test_an_expired_certificate_may_be_renewed(
+    clock: Clock, certificate: tuple[Path, Path]
+) -> None:
+    server = LoopbackServer(lambda _: Answer(), tls=certificate)  # 知らない CA の証明書
+    url = f"https://127.0.0.1:{server.server_port}/a"
+    delivery = SlackNotificationHandler(url, clock=clock, sleep=clock.sleep).send(ALERT)
+    server.stop()
+    assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 1, True)
 
 
 def test_the_deadline_ends_the_retries(webhooks: WebhookReceiver, clock: Clock) -> None:
@@ -373,6 +425,20 @@ def test_alertmanager_learns_when_an_alert_ends(webhooks: WebhookReceiver, clock
     assert first["endsAt"] == "2026-01-01T00:05:00+00:00"
     assert last["endsAt"] == "2026-01-01T00:00:00+00:00"
     assert first["labels"] == last["labels"]
+
+
+def test_alertmanager_learns_no_times_of_a_clock_that_was_ahead() -> None:
+    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    handler = AlertmanagerNotificationHandler("http://am", clock=lambda: now)
+    firing = replace(ALERT, starts_at=now + timedelta(days=1))
+    resolved = replace(firing, status=AlertStatus.RESOLVED, ends_at=now + timedelta(days=1))
+    times = [(a["startsAt"], a["endsAt"]) for a in map(one_payload(handler), (firing, resolved))]
+    begun = "2026-01-01T00:00:00+00:00"
+    assert times == [(begun, "2026-01-01T00:05:00+00:00"), (begun, begun)]
+
+
+def one_payload(handler: AlertmanagerNotificationHandler) -> Any:
+    return lambda alert: handler.payload(alert)[0]
 
 
 @pytest.mark.slow
@@ -779,17 +845,90 @@ def test_a_faulty_handler_does_not_keep_the_others_from_answering() -> None:
     assert (found["bad"].ok, found["bad"].error) == (False, "raised AttributeError")
 
 
+def in_child(work: Callable[[], bool]) -> bool:
+    """fork した子で行い、その答えを返す。10 秒で終わらなければ偽。"""
+    child = os.fork()
+    if child == 0:
+        threading.Timer(10.0, os._exit, [2]).start()
+        code = 1
+        try:
+            code = 0 if work() else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_a_forked_child_sends_too(tmp_path: Path) -> None:
     notifier = MultiChannelNotifier(wait_seconds=10)
     notifier.add_handler("file", ConsoleNotificationHandler((tmp_path / "told").write_text))
     notifier.notify(ALERT)
-    child = os.fork()
-    if child == 0:
-        (one,) = notifier.notify(replace(ALERT, summary="from the child"))
-        os._exit(0 if one.ok else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert in_child(
+        lambda: all(d.ok for d in notifier.notify(replace(ALERT, summary="from the child")))
+    )
     assert "from the child" in (tmp_path / "told").read_text()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_child_forked_while_a_channel_sends_sends_its_own_and_only_that(slow: Slow) -> None:
+    notifier = MultiChannelNotifier(wait_seconds=0.05).add_handler("slow", slow)
+    notifier.notify([ALERT, replace(ALERT, name="waits", fingerprint="waits")])
+
+    def work() -> bool:
+        slow.go.set()
+        notifier.wait_seconds = 1.0
+        (one,) = notifier.notify(replace(ALERT, name="child", fingerprint="child"))
+        notifier.stop()
+        return one.ok and slow.sent == ["child firing"]
+
+    assert in_child(work)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_child_posts_on_a_connection_of_its_own(clock: Clock) -> None:
+    callers: list[int] = []
+
+    class Keeping(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            callers.append(self.client_address[1])
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Keeping) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        handler = SlackNotificationHandler(f"http://127.0.0.1:{server.server_port}/a", clock=clock)
+        handler.send(ALERT)
+        assert in_child(lambda: handler.send(ALERT).ok)
+        handler.send(ALERT)
+        server.daemon_threads = True
+        server.shutdown()
+    parent, forked, again = callers
+    assert parent == again != forked
+
+
+def test_a_thread_that_could_not_start_is_started_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    notifier = MultiChannelNotifier(wait_seconds=0.01)
+    notifier.add_handler("page", ConsoleNotificationHandler(told.append))
+
+    def full(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as crowded:
+        crowded.setattr(threading.Thread, "start", full)
+        assert [d.pending for d in notifier.notify(ALERT)] == [True]
+    notifier.wait_seconds = 30.0
+    assert [d.ok for d in notifier.notify(ALERT, only=["page"])] == [True]
+    assert len(told) == 1
 
 
 def test_results_that_nobody_takes_are_forgotten() -> None:

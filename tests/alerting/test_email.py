@@ -144,6 +144,19 @@ def test_a_bad_password_is_permanent_and_is_not_repeated_in_the_error(smtp: Smtp
     assert "s3cret-word" not in repr(sender) + repr(delivery)
 
 
+def test_a_login_that_fails_only_now_may_be_tried_again(
+    smtp: SmtpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smtp.answers.update(EHLO=b"250-loopback\r\n250 AUTH PLAIN", AUTH=b"454 try again later")
+    assert handler(smtp, user="bot", password="s3cret-word").send(ALERT).retryable
+
+    def cut(*_: Any, **__: Any) -> Any:
+        raise ssl.SSLEOFError(8, "EOF occurred in violation of protocol")
+
+    monkeypatch.setattr("smtplib.SMTP_SSL", cut)
+    assert handler(smtp, tls="implicit").send(ALERT).retryable
+
+
 def test_a_server_without_tls_gets_neither_the_password_nor_the_mail(smtp: SmtpServer) -> None:
     delivery = handler(smtp, tls="starttls", user="bot", password="s3cret-word").send(ALERT)
     assert (delivery.ok, delivery.retryable) == (False, False)

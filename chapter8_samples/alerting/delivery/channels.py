@@ -104,9 +104,10 @@ class AlertmanagerNotificationHandler(HttpHandler):
 
     def payload(self, alert: Alert) -> Any:
         """API v2 のアラートの列(1 件)。"""
-        ends_at = self._clock() + self.hold
+        now = self._clock()
+        ends_at = now + self.hold
         if alert.status is AlertStatus.RESOLVED:
-            ends_at = alert.ends_at or self._clock()
+            ends_at = min(alert.ends_at or now, now)  # 進んでいた時計の時刻では、終わらない
         labels = {label_name(key): value for key, value in alert.labels.items()}
         labels |= {"alertname": alert.name, "severity": alert.severity.value}
         annotations = {"summary": alert.summary, "examples": " ".join(alert.examples)}
@@ -118,7 +119,7 @@ class AlertmanagerNotificationHandler(HttpHandler):
             {
                 "labels": labels,
                 "annotations": {k: v for k, v in annotations.items() if v},
-                "startsAt": alert.starts_at.isoformat(),
+                "startsAt": min(alert.starts_at, now).isoformat(),
                 "endsAt": ends_at.isoformat(),
                 "generatorURL": next(iter(alert.links.values()), ""),
             }
@@ -217,7 +218,7 @@ def _may_retry(error: Exception) -> bool:
     codes: list[int] = [getattr(error, "smtp_code", 0)]
     if isinstance(error, smtplib.SMTPRecipientsRefused):
         codes = [code for code, _ in error.recipients.values()]
-    lasting = (smtplib.SMTPAuthenticationError, smtplib.SMTPNotSupportedError, ssl.SSLError)
+    lasting = (smtplib.SMTPNotSupportedError, ssl.SSLCertVerificationError)
     return not isinstance(error, lasting) and any(code < 500 for code in codes)
 
 

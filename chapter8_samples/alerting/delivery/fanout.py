@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from datetime import datetime
 
+from ..processes import renew_after_fork
 from .alert import (
     Alert,
     AlertSeverity,
@@ -36,11 +37,16 @@ def _key(alert: Alert) -> Key:
 class ChannelQueue:
     """一つの通知先の列。送るスレッドは、列が空になれば終わる(プロセスは、送り終えてから終わる)。
 
-    ``ThreadPoolExecutor`` は使わない: fork した子では止まったままになり、終了の途中では送れない。
+    ``ThreadPoolExecutor`` は使わない: 終了の途中では送れない。fork した子では、空の列から始まる
+    (残りは親が送る)。
     """
 
     def __init__(self, handler: NotificationHandler) -> None:
         self.handler = handler
+        self._empty()
+        renew_after_fork(self._empty)
+
+    def _empty(self) -> None:
         self._waiting: deque[tuple[Alert, Future[Delivery]]] = deque()
         self._jobs: dict[Key, Future[Delivery]] = {}
         self._lock = threading.Lock()
@@ -60,16 +66,21 @@ class ChannelQueue:
         key = _key(alert)
         with self._lock:
             job = self._jobs.get(key)
-            if job and (again or not job.done()):
-                return job
-            if len(self._jobs) >= MAX_UNCLAIMED:
-                self._jobs = {k: kept for k, kept in self._jobs.items() if not kept.done()}
-            job = self._jobs[key] = Future[Delivery]()
-            self._waiting.append((alert, job))
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._work, name=f"notify-{self.handler.name}").start()
+            if not job or (job.done() and not again):
+                if len(self._jobs) >= MAX_UNCLAIMED:
+                    self._jobs = {k: kept for k, kept in self._jobs.items() if not kept.done()}
+                job = self._jobs[key] = Future[Delivery]()
+                self._waiting.append((alert, job))
+            if self._waiting and not self._running:
+                self._start()
             return job
+
+    def _start(self) -> None:
+        try:
+            threading.Thread(target=self._work, name=f"notify-{self.handler.name}").start()
+            self._running = True
+        except RuntimeError as error:  # スレッドの数の上限など。次に渡されたときに、また始める
+            logger.warning("%s does not send yet: %s", self.handler.name, error)
 
     def take(self, alert: Alert, job: Future[Delivery]) -> Delivery:
         """結果。まだなら ``pending`` で、後で ``put(again=True)`` から受け取れる。"""

@@ -8,6 +8,7 @@ Databricks でもそのまま使う(MLflow にも Databricks にも依存しな�
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import re
@@ -22,6 +23,7 @@ import requests
 from urllib3.exceptions import InvalidHeader, NewConnectionError
 from urllib3.util import Retry
 
+from ..processes import renew_after_fork
 from .alert import Alert, Delivery, NotificationConfigError, NotificationHandler
 from .texts import json_bytes
 
@@ -74,7 +76,8 @@ _secrets = _Secrets()
 @dataclass(frozen=True)
 class _Try:
     kind: str
-    """ok、permanent、retry(届いていない)、reset・timeout(届いたかもしれない)。"""
+    """ok、permanent、retry(届いていない)、reset・timeout(届いたかもしれない)、
+    refused(URL や鍵や証明書を直した後で、送り直せる)。"""
     error: str = ""
     retry_after: str | None = None
 
@@ -109,8 +112,12 @@ class HttpPoster:
         self._idempotent = idempotent
         self._policy = policy or RetryPolicy()
         self._session = session or requests.Session()
+        renew_after_fork(self._renew)
         self._clock = clock
         self._sleep = sleep
+
+    def _renew(self) -> None:
+        self._session = copy.deepcopy(self._session)  # 設定は同じで、接続は別になる
 
     def __repr__(self) -> str:
         return f"HttpPoster(host={self._host!r})"
@@ -131,7 +138,7 @@ class HttpPoster:
             "ok": last.kind == "ok",
             "attempts": len(tries),
             "error": last.error,
-            "retryable": self._is_safe_to_repeat(last),
+            "retryable": last.kind == "refused" or self._is_safe_to_repeat(last),
         }
 
     def _once(self, body: bytes, headers: Mapping[str, str], seconds_left: float) -> _Try:
@@ -155,6 +162,8 @@ class HttpPoster:
         if 200 <= code < 300:
             return _Try("ok")
         kind = "retry" if code in (408, 425, 429) or code >= 500 else "permanent"
+        if code in (401, 403, 404, 407, 410):
+            kind = "refused"
         error = f"HTTP {code} from {self._host}: {reply}"
         return _Try(kind, error, answer.headers.get("Retry-After"))
 
@@ -203,12 +212,14 @@ def _first_words(answer: requests.Response) -> str:
 
 def _failure_kind(error: requests.RequestException) -> str:
     reason = getattr(error.args[0] if error.args else None, "reason", None)
-    if isinstance(reason, NewConnectionError) or isinstance(error, requests.ConnectTimeout):
+    cause = getattr(reason, "original_error", reason)  # ProxyError は、もとの誤りを包む
+    early = isinstance(error, requests.ConnectTimeout | requests.exceptions.ProxyError)
+    if isinstance(cause, NewConnectionError) or (early and not isinstance(cause, ConnectionError)):
         return "retry"
     if isinstance(error, requests.Timeout):
         return "timeout"
-    if isinstance(error, requests.exceptions.SSLError):
-        return "permanent"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "refused"
     return "reset" if isinstance(error, requests.ConnectionError) else "permanent"
 
 
