@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -232,6 +233,16 @@ def test_a_second_worker_and_a_restart_know_what_was_done(tmp_path: Path) -> Non
     for guard in (workers[1], ReplayGuard(path)):
         with pytest.raises(WebhookRefusedError, match="replay"), guard.once("m1"):
             pytest.fail("done twice")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed")
+def test_a_guard_whose_file_was_removed_starts_a_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "seen.db"
+    workers = [ReplayGuard(path) for _ in range(2)]
+    assert workers[0].first_time("m1", 0.0)
+    path.unlink()  # 古い一時ファイルの掃除
+    assert workers[0].first_time("m2", 1.0)
+    assert not any(guard.first_time("m2", 1.0) for guard in (*workers, ReplayGuard(path)))
 
 
 def test_the_work_of_a_crashed_worker_is_taken_over_after_its_lease(tmp_path: Path) -> None:

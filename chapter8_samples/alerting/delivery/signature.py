@@ -81,10 +81,15 @@ class ReplayGuard:
     def __init__(
         self, path: str | os.PathLike[str] = ":memory:", clock: Callable[[], float] = time.time
     ) -> None:
-        self._clock = clock
+        self._path, self._clock = path, clock
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-        self._run("CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, until REAL NOT NULL)")
+        self._connect()
+
+    def _connect(self) -> None:
+        self._db = sqlite3.connect(
+            self._path, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        self._db.execute("CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, until REAL)")
 
     def first_time(
         self, message_id: str, now: float, keep_seconds: float = 2 * TOLERANCE_SECONDS
@@ -116,7 +121,11 @@ class ReplayGuard:
 
     def _run(self, statement: str, *values: object) -> bool:
         with self._lock:
-            return self._db.execute(statement, values).rowcount == 1
+            try:
+                return self._db.execute(statement, values).rowcount == 1
+            except sqlite3.OperationalError:  # 開いている間に、ファイルを消された
+                self._connect()
+                return self._db.execute(statement, values).rowcount == 1
 
 
 def verify_signature(
