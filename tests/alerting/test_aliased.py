@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import uuid
 from pathlib import Path
@@ -86,6 +87,78 @@ def test_one_thread_reloads_and_the_others_do_not_wait() -> None:
     go.set()
     reloader.join(10)
     assert app.version == "2"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_child_forked_while_another_thread_reloads_follows_the_alias() -> None:
+    app = Counted(ttl_seconds=5)
+    app.get()
+    entered, go = threading.Event(), threading.Event()
+
+    def slow_read(before: Loaded[str] | None) -> Loaded[str]:
+        entered.set()
+        assert go.wait(10)
+        return Loaded("2", "model 2")
+
+    app.read = slow_read  # type: ignore[method-assign]
+    app.now = 5
+    reloader = threading.Thread(target=app.get)
+    reloader.start()
+    assert entered.wait(10)
+    child = os.fork()
+    if child == 0:
+        app.read = lambda before: Loaded("3", "model 3")  # type: ignore[method-assign]
+        try:
+            os._exit(0 if app.version == "3" else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    go.set()
+    reloader.join(10)
+
+
+def test_a_version_that_does_not_load_is_tried_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alias, broken, now, tried = ["1"], {"2"}, [0.0], list[str]()
+
+    def load(uri: str) -> str:
+        tried.append(uri[-1])
+        if uri[-1] in broken:
+            raise OSError("model.pkl is missing")
+        return uri
+
+    model = AliasedModel("agent", loader=load, ttl_seconds=30, clock=lambda: now[0])
+    monkeypatch.setattr(model, "_resolve", lambda: alias[0])
+    assert model.version == "1"
+    alias[0] = "2"
+    for _ in range(120):  # 1 時間
+        now[0] += 30
+        assert model.version == "1"
+    assert 5 <= tried.count("2") <= 10
+    alias[0] = "3"
+    now[0] += 30
+    assert model.version == "3"  # 直した版は、待たせない
+    alias[0], broken = "2", set()
+    now[0] += 600
+    assert model.version == "2"
+
+
+def test_a_server_is_asked_for_the_model_without_the_retries_of_mlflow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``MlflowClient`` は、落ちたサーバーを何分も待つ。その間、リクエストが一つ止まる。"""
+    import mlflow
+
+    def answer(self: AliasedModel, *uri: str) -> dict[str, Any]:
+        return {"version": 7, "uri": uri}
+
+    monkeypatch.setattr(AliasedModel, "_over_rest", answer)
+    monkeypatch.setattr("mlflow.MlflowClient", None)
+    mlflow.set_registry_uri("http://registry.example")
+    for options in ({}, {"tracking_uri": "http://other.example"}):
+        model = AliasedModel("agent", loader=lambda uri: uri, **options)
+        assert model.get().value == "models:/agent/7"
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from ..processes import renew_after_fork
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -59,9 +61,13 @@ class Aliased(Generic[T]):
         self._ttl_seconds = ttl_seconds
         self._tracking_uri = tracking_uri
         self._clock = clock
-        self._lock = threading.Lock()
+        self._renew()
+        renew_after_fork(self._renew)
         self._loaded: Loaded[T] | None = None
         self._expires_at = 0.0
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
 
     def read(self, before: Loaded[T] | None) -> Loaded[T]:
         """エイリアスの指すものを読む。版が ``before`` と同じなら、読み込み直さなくてよい。"""
@@ -103,18 +109,13 @@ class Aliased(Generic[T]):
         self._expires_at = self._clock() + self._ttl_seconds
         return loaded
 
-    def _uri(self) -> str:
-        import mlflow
-
-        return self._tracking_uri or mlflow.get_tracking_uri()
-
-    def _over_rest(self) -> dict[str, Any]:
-        """エイリアスの指すバージョン。mlflow-tracing だけで聞ける。"""
+    def _over_rest(self, uri: str) -> dict[str, Any]:
+        """エイリアスの指すバージョン。mlflow-tracing だけで聞け、落ちたサーバーを長く待たない。"""
         from mlflow.utils.credentials import get_default_host_creds
         from mlflow.utils.rest_utils import http_request_safe
 
         answer = http_request_safe(
-            get_default_host_creds(self._uri()),
+            get_default_host_creds(uri),
             "/api/2.0/mlflow/registered-models/alias",
             "GET",
             params={"name": self.name, "alias": self.alias},
@@ -150,18 +151,18 @@ class AliasedPrompt(Aliased[Template]):
 
     def read(self, before: Loaded[Template] | None) -> Loaded[Template]:
         """エイリアスの指すバージョンと本文(一度に届く)。"""
-        uri = self._uri()
+        import mlflow
+
+        uri = self._tracking_uri or mlflow.get_tracking_uri()
         if uri.startswith(("http://", "https://")):
-            found = self._over_rest()
+            found = self._over_rest(uri)
             tags = {tag["key"]: tag["value"] for tag in found.get("tags", [])}
             text = tags["mlflow.prompt.text"]
             chat = tags.get("_mlflow_prompt_type") == "chat"
             return Loaded(str(found["version"]), json.loads(text) if chat else text)
-        from mlflow import MlflowClient
-
         # Databricks のプロンプトは、トレースと別の URI(Unity Catalog)にある。MLflow に選ばせる
         registry = None if uri.startswith("databricks") else uri
-        client: Any = MlflowClient(tracking_uri=uri, registry_uri=registry)
+        client: Any = mlflow.MlflowClient(tracking_uri=uri, registry_uri=registry)
         prompt = client.get_prompt_version_by_alias(self.name, self.alias)
         return Loaded(str(prompt.version), prompt.template)
 
@@ -184,21 +185,33 @@ class AliasedModel(Aliased[Any]):
     ) -> None:
         super().__init__(name, alias, **options)
         self._loader = loader
+        self._failed, self._pause, self._again_at = "", 0.0, 0.0
 
     def read(self, before: Loaded[Any] | None) -> Loaded[Any]:
         """エイリアスの指すバージョン。版が替わったときだけ読み込む。"""
         version = self._resolve()
         if before and before.version == version:
             return before
+        if before and version == self._failed and self._clock() < self._again_at:
+            raise RuntimeError(f"version {version} did not load; it is tried less and less often")
         uri = f"models:/{self.name}/{version}"
-        return Loaded(version, self._loader(uri) if self._loader else self._load(uri))
+        try:
+            return Loaded(version, self._loader(uri) if self._loader else self._load(uri))
+        except Exception:  # 読み込みかけのファイルがディスクに溜まらないように、間を延ばしていく
+            pause = min(2 * self._pause, 600) if version == self._failed else 0.0
+            self._pause = max(pause, self._ttl_seconds)
+            self._failed, self._again_at = version, self._clock() + self._pause
+            raise
 
     def _resolve(self) -> str:
-        try:
-            from mlflow import MlflowClient
-        except ImportError:  # mlflow-tracing だけの環境
-            return str(self._over_rest()["version"])
-        client: Any = MlflowClient(tracking_uri=self._tracking_uri)
+        import mlflow
+
+        whole = hasattr(mlflow, "MlflowClient")  # mlflow-tracing だけの環境にはない
+        registry = mlflow.get_registry_uri if whole else mlflow.get_tracking_uri
+        uri = self._tracking_uri or registry()
+        if not whole or uri.startswith(("http://", "https://")):
+            return str(self._over_rest(uri)["version"])
+        client: Any = mlflow.MlflowClient(tracking_uri=self._tracking_uri)
         return str(client.get_model_version_by_alias(self.name, self.alias).version)
 
     def _load(self, uri: str) -> Any:
