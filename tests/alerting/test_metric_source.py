@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from mlflow.entities import TraceInfo, TraceLocation, TraceState
 from ports import free_port
 
-from chapter8_samples._lab.servers.receivers import WebhookReceiver
+from chapter8_samples._lab.servers.receivers import Answer, WebhookReceiver
 from chapter8_samples.alerting.alert_config import AlertConfig, setup_alerting
 from chapter8_samples.alerting.delivery import NotificationConfigError
 from chapter8_samples.alerting.engine import AlertEngine
@@ -278,7 +279,7 @@ def test_the_server_and_the_search_agree_with_the_truth(
     source = metric_source(experiment)
     assert isinstance(source, ServerMetricSource)
     assert_true(source, requests)
-    assert not source.falls_back
+    assert source.searches_until == 0
     assert_split(source, requests)
     assert_true(SearchTracesMetricSource(TraceSearch(experiment)), requests)
     empty = source.sample("latency_p95_ms", WINDOW, AT + timedelta(days=9))
@@ -350,8 +351,14 @@ def test_an_unknown_experiment_is_no_silence(tracking_uri: str) -> None:
         metric_source("nobody")
 
 
-def test_a_missing_endpoint_switches_to_the_search(
-    webhooks: WebhookReceiver, caplog: pytest.LogCaptureFixture
+def advance_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    later = time.monotonic() + seconds
+    module = sys.modules[TraceSearch.__module__]
+    monkeypatch.setattr(module, "monotonic", lambda: later, raising=False)
+
+
+def test_a_missing_endpoint_switches_to_the_search_for_a_while(
+    webhooks: WebhookReceiver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Search:
         tracking_uri, experiment_id = webhooks.url, "1"
@@ -359,14 +366,70 @@ def test_a_missing_endpoint_switches_to_the_search(
         def rows(self, start: int, end: int) -> list[TraceRow]:
             return [TraceRow(trace_id="t", at_ms=end)]
 
+        def has_any(self, *_: Any) -> bool:
+            return False
+
     search: Any = Search()
     source = ServerMetricSource(search)
-    webhooks.script(404)
+    seven = {"dimensions": {"trace_status": "OK"}, "values": {"COUNT": 7}}
+    webhooks.script(404, Answer(body=json.dumps({"data_points": [seven]}).encode()))
     assert source.sample("trace_count", WINDOW, AT).value == 1
-    assert source.falls_back
     assert source.sample("error_rate", WINDOW, AT).value == 0
-    assert len(webhooks.received) == 1  # 一度断られたら、もう聞かない
+    assert len(webhooks.received) == 1  # 一度断られたら、しばらく聞かない
     assert "search_traces instead" in caplog.text
+    advance_clock(monkeypatch, 601)  # 404 は、サーバーを入れ替える間だけだった
+    assert source.sample("trace_count", WINDOW, AT).value == 7
+
+
+def test_an_experiment_that_was_made_anew_is_followed(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    client: Any = mlflow.MlflowClient()
+    old = client.create_experiment("app")
+    search = TraceSearch("app")
+    client.rename_experiment(old, "app-old")
+    new = client.create_experiment("app")
+    assert search.experiment_id == old  # 毎回は引かない
+    advance_clock(monkeypatch, 601)
+    assert search.experiment_id == new
+    client.delete_experiment(new)
+    advance_clock(monkeypatch, 1202)
+    with pytest.raises(MetricSourceError, match="experiment 'app' is deleted"):
+        search.rows(0, 1)
+
+
+def test_a_search_asks_first_whether_the_server_is_there(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow の再試行に任せると、落ちたサーバーを 4 分待つ。"""
+    import mlflow
+
+    mlflow.set_experiment("app")
+    search, asked = TraceSearch("app"), list[str]()
+    search.tracking_uri = "http://mlflow.example"
+
+    def down(uri: str, endpoint: str, *_: Any) -> None:
+        asked.append(endpoint)
+        raise MetricSourceError("cannot read traces: refused")
+
+    monkeypatch.setattr(sys.modules[TraceSearch.__module__], "_rest", down)
+    for read in (lambda: search.rows(0, 1), lambda: search.has_any(0, 1, "")):
+        with pytest.raises(MetricSourceError, match="refused"):
+            read()
+    assert asked == ["/health"] * 2
+
+
+def test_a_database_that_is_down_is_a_source_that_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def down(_: str) -> None:
+        raise OSError("cannot connect to postgresql://app:pw@db/mlflow")
+
+    monkeypatch.setattr("mlflow.tracing.client.TracingClient", down)
+    with pytest.raises(MetricSourceError, match=r"postgresql://\*\*\*@db/mlflow"):
+        TraceSearch("app", "postgresql://app:pw@db/mlflow")
 
 
 def test_a_refusing_server_is_an_error_and_not_a_fallback(webhooks: WebhookReceiver) -> None:

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
+from time import monotonic
 from typing import Any
 
 from .labels import split_rows
@@ -39,6 +40,8 @@ WEIGHT_KEY = "sampling.weight"
 """間引いたトレースが代表する件数を書いたメタデータ(8.1 のサンプリング)。"""
 FIRST_CHUNK_KEY = "stream.time_to_first_chunk_ms"
 """最初の断片までの時間を書いたメタデータ(8.1 の ``traced_stream``)。"""
+RECHECK_SECONDS = 600.0
+"""エクスペリメントの ID と、集計の API がないことを、どれだけの間信じるか。"""
 KEPT_READS, KEPT_WINDOWS = 4, 64
 """前に読んだものを、いくつまで覚えておくか。"""
 ENDPOINT = "/api/3.0/mlflow/traces/metrics"
@@ -82,26 +85,41 @@ class TraceSearch:
         import mlflow
         from mlflow.tracing.client import TracingClient
 
+        self.experiment = experiment
         self.tracking_uri: str = tracking_uri or mlflow.get_tracking_uri()
-        self._client: Any = TracingClient(self.tracking_uri)
-        if self.tracking_uri.startswith(("http://", "https://")):
-            # 先に短く聞く: MLflow の再試行に任せると、落ちたサーバーを何分も待つ
-            _rest(self.tracking_uri, "/health", "GET")
-        found = _guard(lambda: self._client.store.get_experiment_by_name(experiment))
+        self._client: Any = _guard(lambda: TracingClient(self.tracking_uri))
+        self._find()
+
+    def _find(self) -> None:
+        self._check_health()
+        found = _guard(lambda: self._client.store.get_experiment_by_name(self.experiment))
         if found is None:
+            place = hide_password(self.tracking_uri)
             raise MetricSourceError(
-                f"experiment {experiment!r} does not exist at {hide_password(self.tracking_uri)}; "
+                f"experiment {self.experiment!r} does not exist at {place}; "
                 "log a trace to it first, or fix the name"
             )
         if found.lifecycle_stage == "deleted":
-            raise MetricSourceError(f"experiment {experiment!r} is deleted; restore it")
-        self.experiment, self.experiment_id = experiment, str(found.experiment_id)
+            raise MetricSourceError(f"experiment {self.experiment!r} is deleted; restore it")
+        self._id, self._find_again_at = str(found.experiment_id), monotonic() + RECHECK_SECONDS
+
+    @property
+    def experiment_id(self) -> str:
+        """いまの ID。消されたエクスペリメントを読み続けないように、ときどき名前から引き直す。"""
+        if monotonic() >= self._find_again_at:
+            self._find()
+        return self._id
+
+    def _check_health(self) -> None:
+        """先に短く聞く: MLflow の再試行に任せると、落ちたサーバーを何分も待つ。"""
+        if self.tracking_uri.startswith(("http://", "https://")):
+            _rest(self.tracking_uri, "/health", "GET")
 
     def trace_url(self, trace_id: str) -> str:
         """MLflow の UI でトレースを開く URL。接続先が HTTP のサーバーでなければ空。"""
         if not self.tracking_uri.startswith(("http://", "https://")):
             return ""
-        path = f"#/experiments/{self.experiment_id}/traces?selectedEvaluationId={trace_id}"
+        path = f"#/experiments/{self._id}/traces?selectedEvaluationId={trace_id}"
         return f"{hide_password(self.tracking_uri, '').rstrip('/')}/{path}&traceId={trace_id}"
 
     def rows(self, start_ms: int, end_ms: int, where: str = "") -> list[TraceRow]:
@@ -123,9 +141,12 @@ class TraceSearch:
         return bool(self._page(_filter(start_ms, end_ms, where), 1, None))
 
     def _page(self, query: str, size: int, token: str | None) -> Any:
+        experiment = self.experiment_id
+        if token is None:
+            self._check_health()
         return _guard(
             lambda: self._client.search_traces(
-                locations=[self.experiment_id],
+                locations=[experiment],
                 filter_string=query,
                 max_results=size,
                 page_token=token,
@@ -140,13 +161,10 @@ def _filter(start_ms: int, end_ms: int, where: str) -> str:
 
 
 def _guard(call: Callable[[], Any]) -> Any:
-    """MLflow と通信の例外を ``MetricSourceError`` にまとめる。"""
-    import requests
-    from mlflow.exceptions import MlflowException
-
+    """MLflow、通信、データベースの例外を ``MetricSourceError`` にまとめる。"""
     try:
         return call()
-    except (MlflowException, requests.RequestException) as error:
+    except Exception as error:  # 落ちたデータベースでは、SQLAlchemy の例外のまま来る
         raise MetricSourceError(hide_password(f"cannot read traces: {error}")) from error
 
 
@@ -344,19 +362,20 @@ class ServerMetricSource(SearchTracesMetricSource):
 
     def __init__(self, search: TraceSearch) -> None:
         super().__init__(search)
-        self.falls_back = False
-        """集計の API がないと分かったか。"""
+        self.searches_until = 0.0
+        """この時刻までは検索する。集計の API がないという答えは、入れ替え中の 404 かもしれない。"""
         self._windows: dict[tuple[int, int], ServerNumbers | None] = {}
 
     def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
         """``(at - window, at]`` の値。"""
         try:
-            numbers = None if self.falls_back else self._server_numbers(window, at)
+            searches = monotonic() < self.searches_until
+            numbers = None if searches else self._server_numbers(window, at)
             if numbers is not None:
                 return sample_of(metric, window, at, numbers)
         except EndpointMissingError as missing:
             logger.warning("%s; counting traces with search_traces instead", missing)
-            self.falls_back = True
+            self.searches_until = monotonic() + RECHECK_SECONDS
         return super().sample(metric, window, at)
 
     def _server_numbers(self, window: timedelta, at: datetime) -> ServerNumbers | None:
