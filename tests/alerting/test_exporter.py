@@ -204,6 +204,22 @@ def test_a_value_that_cannot_be_read_is_counted_and_leaves_the_others(
     assert 'llm_app_error_ratio{window="5m"} could not be read: no answer' in caplog.text
 
 
+def test_a_scrape_that_waits_for_another_gives_up_and_is_counted() -> None:
+    """読み出しが返らない間も、読みに来たものが溜まらず、監視は気づく。"""
+
+    class Busy:
+        def acquire(self, timeout: float = -1) -> bool:
+            assert 0 < timeout < 10
+            return False
+
+        __enter__ = acquire
+
+    collector = MetricsCollector(watched_series(AlertConfig(rules=QUIET)), Constant())
+    collector._lock = Busy()  # type: ignore[assignment]
+    samples = [sample for family in collector.collect() for sample in family.samples]
+    assert [(sample.name, sample.value) for sample in samples] == [(FAILURES, 1)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="apt install prometheus")
 def test_promtool_finds_nothing_to_complain_about() -> None:

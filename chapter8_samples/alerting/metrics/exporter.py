@@ -149,13 +149,18 @@ class MetricsCollector:
         """いまの値。"""
         from prometheus_client.core import CounterMetricFamily
 
-        with self._lock:
-            gauges = self._gauges(self._clock() - self._offset)
-            failures = CounterMetricFamily(
-                FAILURES.removesuffix("_total"), "Values that could not be read.", self._failures
-            )
+        gauges: dict[str, Any] = {}
+        if self._lock.acquire(timeout=9):  # Prometheus は 10 秒で諦めて、また来る
+            try:
+                gauges = self._gauges(self._clock() - self._offset)
+            finally:
+                self._lock.release()
+        else:
+            self._failures += 1
         yield from gauges.values()
-        yield failures
+        yield CounterMetricFamily(
+            FAILURES.removesuffix("_total"), "Values that could not be read.", self._failures
+        )
 
     def _gauges(self, at: datetime) -> dict[str, Any]:
         gauges: dict[str, Any] = {}
