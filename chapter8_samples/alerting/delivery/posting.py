@@ -77,7 +77,7 @@ _secrets = _Secrets()
 class _Try:
     kind: str
     """ok、permanent、retry(届いていない)、reset・timeout(届いたかもしれない)、
-    refused(URL や鍵や証明書を直した後で、送り直せる)。"""
+    refused(相手の証明書が直った後で、送り直せる)。"""
     error: str = ""
     retry_after: str | None = None
 
@@ -162,8 +162,6 @@ class HttpPoster:
         if 200 <= code < 300:
             return _Try("ok")
         kind = "retry" if code in (408, 425, 429) or code >= 500 else "permanent"
-        if code in (401, 403, 404, 407, 410):
-            kind = "refused"
         error = f"HTTP {code} from {self._host}: {reply}"
         return _Try(kind, error, answer.headers.get("Retry-After"))
 
