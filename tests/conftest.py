@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -86,6 +87,32 @@ def database_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("database") / "mlflow.db"
     MlflowClient(f"sqlite:///{path.as_posix()}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Any]]]:
+    """選ばれたテストに要る、章の全体とページの実行。ほかのテストの間に、1 つずつ進める。
+
+    どれも空のディレクトリーから始める。ページの SQLite には、表(作るのに 4 秒かかる)だけがある。
+    何もないところからは、章の全体と、``slow`` の全ページを実行する。
+    """
+    from samples import CHAPTER, RUNS, run_watched
+
+    marks = [mark for item in request.session.items for mark in item.iter_markers("needs_run")]
+    wanted = [name for name in RUNS if name in {mark.args[0] for mark in marks}]
+    started: dict[str, Future[Any]] = {}
+    with ThreadPoolExecutor(1) as pool:
+        for name in wanted:
+            directory, logs = tmp_path_factory.mktemp("reader"), tmp_path_factory.mktemp("logs")
+            if name != CHAPTER:
+                (directory / ".chapter8").mkdir()
+                template = request.getfixturevalue("database_template")
+                shutil.copy(template, directory / ".chapter8/mlflow.db")
+            started[name] = pool.submit(run_watched, RUNS[name], directory, logs)
+        yield started
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import without_settings
@@ -46,8 +47,18 @@ SECTIONS = {
 }
 
 
+CHAPTER = "the whole chapter"
+ENVIRONMENT = dict(os.environ)  # テストが変える前
+
+
 def sample_id(path: Path) -> str:
     return f"{path.parent.name[:2]}/{path.stem}"
+
+
+RUNS: Mapping[str, Sequence[str | Path]] = {CHAPTER: ["-m", "chapter8_samples"]} | {
+    sample_id(path): [path] for path in SAMPLES
+}
+"""名前と、``python`` に渡す引数。"""
 
 
 def alias_of(path: Path) -> str:
@@ -76,7 +87,7 @@ def run_as_reader(
 ) -> subprocess.CompletedProcess[str]:
     """接続先の設定も鍵もない環境で実行する。出力は日本語 Windows の cp932 で受ける。"""
     settings = {"CHAPTER8_LAB": str(directory / ".chapter8"), "PYTHONIOENCODING": encoding}
-    env = without_settings(dict(os.environ)) | settings | dict(environment or {})
+    env = without_settings(ENVIRONMENT) | settings | dict(environment or {})
     return subprocess.run(
         [str(python), *map(str, arguments)],
         cwd=directory,
@@ -94,3 +105,31 @@ def check_steps(out: str) -> None:
     total = int(steps[0][1])
     assert [int(number) for number, _, _ in steps] == list(range(1, total + 1))
     assert {mark for _, _, mark in steps} == {"OK"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """見張りながらの実行の、結果と、残したもの。"""
+
+    directory: Path
+    done: subprocess.CompletedProcess[str]
+    outside: str
+    """手元の外へ出ようとした接続。"""
+    twins: str
+    """ページが 2 つ読み込まれ、状態が食い違ったもの。"""
+    left: set[str]
+
+
+def run_watched(
+    arguments: Sequence[str | Path], directory: Path, logs: Path, python: Path | None = None
+) -> Run:
+    outside, twins = logs / "outside", logs / "twins"
+    hooks = {
+        "CHAPTER8_OUTSIDE_LOG": str(outside),
+        "CHAPTER8_TWIN_LOG": str(twins),
+        "PYTHONPATH": str(ROOT / "tests/reader_hooks"),
+    }
+    program = python or sys.executable
+    done = run_as_reader(arguments, directory, python=program, environment=hooks, timeout=240)
+    noted = [log.read_text(encoding="utf-8") if log.exists() else "" for log in (outside, twins)]
+    return Run(directory, done, *noted, {path.name for path in directory.iterdir()})

@@ -6,57 +6,28 @@ import ast
 import doctest
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from reader_environment import checkout, new_environment
 from samples import (
+    CHAPTER,
     PARTS,
     ROOT,
     SAMPLES,
+    Run,
     alias_of,
     check_steps,
     documented_run,
     run_as_reader,
+    run_watched,
     sample_id,
 )
 
 OUTPUT = doctest.OutputChecker()
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-CHAPTER = "the whole chapter"
-RUNS: Mapping[str, Sequence[str | Path]] = {CHAPTER: ["-m", "chapter8_samples"]} | {
-    sample_id(path): [path] for path in SAMPLES
-}
-
-
-@pytest.fixture(scope="module")
-def runs(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    database_template: Path,
-) -> Iterator[dict[str, Future[Run]]]:
-    """選ばれたテストに要る実行。互いに影響しないので、3 つずつ行う(待っている時間が長い)。
-
-    どれも空のディレクトリーから始める。ページの SQLite には、表(作るのに 4 秒かかる)だけがある。
-    何もないところからは、章の全体と、``slow`` の全ページを実行する。
-    """
-    marks = [mark for item in request.session.items for mark in item.iter_markers("needs_run")]
-    wanted = {mark.args[0] for mark in marks}
-    with ThreadPoolExecutor(3) as pool:
-        runs = dict[str, Future[Run]]()
-        for name in filter(wanted.__contains__, RUNS):
-            directory = tmp_path_factory.mktemp("reader")
-            if name != CHAPTER:
-                (directory / ".chapter8").mkdir()
-                shutil.copy(database_template, directory / ".chapter8/mlflow.db")
-            logs = tmp_path_factory.mktemp("logs")
-            runs[name] = pool.submit(run_watched, RUNS[name], directory, logs)
-        yield runs
 
 
 @pytest.mark.parametrize(
@@ -118,34 +89,6 @@ def test_the_report_of_the_stored_traces_can_be_made_at_any_time(
     html = (directory / "again.html").read_text(encoding="utf-8")
     assert "<b>120 件</b><small>失敗 0 件" in html
     assert html.count("<svg") >= 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """見張りながらの実行の、結果と、残したもの。"""
-
-    directory: Path
-    done: subprocess.CompletedProcess[str]
-    outside: str
-    """手元の外へ出ようとした接続。"""
-    twins: str
-    """ページが 2 つ読み込まれ、状態が食い違ったもの。"""
-    left: set[str]
-
-
-def run_watched(
-    arguments: Sequence[str | Path], directory: Path, logs: Path, python: Path | None = None
-) -> Run:
-    outside, twins = logs / "outside", logs / "twins"
-    hooks = {
-        "CHAPTER8_OUTSIDE_LOG": str(outside),
-        "CHAPTER8_TWIN_LOG": str(twins),
-        "PYTHONPATH": str(ROOT / "tests/reader_hooks"),
-    }
-    program = python or sys.executable
-    done = run_as_reader(arguments, directory, python=program, environment=hooks, timeout=240)
-    noted = [log.read_text(encoding="utf-8") if log.exists() else "" for log in (outside, twins)]
-    return Run(directory, done, *noted, {path.name for path in directory.iterdir()})
 
 
 def check(path: Path, run: Run) -> None:
