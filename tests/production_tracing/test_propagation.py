@@ -389,10 +389,10 @@ def test_flask_errors_and_its_test_client_work_as_before(collected: Any) -> None
 
     app.get("/stop")(lambda: abort(403))
     with app.test_client() as client:
-        assert client.get("/stop?x=1", headers={"X-User-Id": "u"}).status_code == 403
+        assert client.get("/stop?x=1", headers={"X-User-Id": "u"}, buffered=True).status_code == 403
         assert request.args["x"] == "1"
-        assert client.get("/nowhere").status_code == 404
-        assert client.get("/fail").status_code == 500
+        assert client.get("/nowhere", buffered=True).status_code == 404
+        assert client.get("/fail", buffered=True).status_code == 500
     app.testing = True
     with pytest.raises(OSError, match="view failed"):
         app.test_client().get("/fail", headers={"X-User-Id": "u"})
@@ -485,9 +485,10 @@ def test_a_flask_response_that_nobody_closes_leaves_no_scope_behind(
     """テストクライアントの応答は、ふつう閉じられない。"""
     from flask import Flask
 
-    gc.collect()  # ほかのテストが閉じなかった応答
     complaints: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    gc.collect()
+    complaints.clear()  # ほかのテストが閉じなかった応答
     left: list[str] = []
 
     @contextlib.contextmanager
