@@ -204,6 +204,7 @@ def test_a_value_that_cannot_be_read_is_counted_and_leaves_the_others(
     assert 'llm_app_error_ratio{window="5m"} could not be read: no answer' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_scrape_that_waits_for_another_gives_up_and_is_counted() -> None:
     """読み出しが返らない間も、読みに来たものが溜まらず、監視は気づく。"""
 
