@@ -41,9 +41,15 @@ def use_id_generator(generator: Any) -> None:
 
 
 def renew_provider() -> None:
-    """プロバイダーを作り直す。公開の ``reset()`` は、マスク処理・送り先・無効も消す。"""
+    """fork した子で、プロバイダーを作り直す。公開の ``reset()`` は、マスク処理や送り先も消す。"""
     old = current_provider()
     if isinstance(old, TracerProvider):
+        for processor in mlflow_processors():  # 親のスレッドが送る分を、子で待たない
+            if tasks := getattr(processor.span_exporter, "_async_queue", None):
+                tasks._is_active = False
+                tasks._flush_lock = threading.Lock()
+                tasks._lock = threading.RLock()
+        InMemoryTraceManager.get_instance()._lock = threading.RLock()
         mlflow_provider.provider.reset()
         use_id_generator(old.id_generator)
 

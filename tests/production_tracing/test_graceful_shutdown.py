@@ -268,6 +268,44 @@ def test_forked_child_stays_disabled(program: Any, stored: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("graceful", ["", "setup_graceful_shutdown(10)"])
+def test_a_fork_while_others_trace_returns_and_the_child_delivers(
+    program: Any, stored: Any, mlflow_server_url: str, graceful: str
+) -> None:
+    body = f"""
+    from chapter8_samples.production_tracing import flush_traces, setup_production_tracing
+    setup_production_tracing("forks{len(graceful)}", tracking_uri={mlflow_server_url!r})
+    {graceful}
+    stop = threading.Event()
+    def load():
+        while not stop.wait(0.01): work(0)
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    time.sleep(1)
+    children = []
+    for number in range(5):
+        if (child := os.fork()) == 0:
+            with mlflow.start_span("of the child"): pass
+            os._exit(0 if flush_traces(20).ok else 1)
+        children.append(child)
+    stop.set()
+    ended = {{}}
+    for _ in range(600):
+        for child in set(children) - set(ended):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid: ended[pid] = status
+        if len(ended) == 5: break
+        time.sleep(0.1)
+    for child in set(children) - set(ended): os.kill(child, signal.SIGKILL)
+    print(sorted(ended.values()), flush=True)
+    """
+    _, out, err = program.run(body, timeout=120)
+    assert out.split("\n")[0] == "[0, 0, 0, 0, 0]", err
+    found = stored(f"forks{len(graceful)}", max_results=5000)
+    assert sum(trace.data.spans[0].name == "of the child" for trace in found) == 5
+
+
+@pytest.mark.slow
 def test_flush_bounds_reports_and_keeps_tracing(tracking_uri: str, stored: Any) -> None:
     mlflow.set_experiment("flush")
 

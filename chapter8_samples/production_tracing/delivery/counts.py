@@ -56,6 +56,7 @@ class Ledger:
 
     def attach(self) -> None:
         """いまの送信処理に、まだなら立ち会う。"""
+        _watch_forks()
         if self.problem:
             return
         try:
@@ -165,6 +166,21 @@ class Ledger:
                 self.closed = True
                 self._dropped += self._forget(set(self._waiting))
 
+    def hold(self) -> None:
+        """fork の間、送るのを止める(送るスレッドが握るロックは、子では永久に開かない)。"""
+        grace = self.grace_seconds(4.0)
+        self._paused_until = time.monotonic() + grace + 2.0
+        with self._changed:
+            self._changed.wait_for(lambda: self._sending <= 0, grace)
+
+    def resume(self) -> None:
+        self._paused_until = 0.0
+
+    def renew(self) -> None:
+        """fork した子で、新しい帳簿と送信処理にする。親の残りは親が送る。"""
+        self.start_over()
+        _internals.renew_provider()
+
     def report(self, *, finished: bool) -> tuple[int, str | None]:
         """前回の後に失った件数(送り終えていなければ、待っている分も)と、失敗の説明。"""
         with self._changed:
@@ -193,11 +209,12 @@ LEDGER = Ledger()
 @functools.cache
 def _watch_forks() -> None:
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=LEDGER.start_over)
+        os.register_at_fork(
+            before=LEDGER.hold, after_in_parent=LEDGER.resume, after_in_child=LEDGER.renew
+        )
 
 
 def start_counting() -> Callable[[], None]:
     """数え始める(接続はしない)。MLflow が送信処理を作り直しても、戻り値を呼ぶまで追う。"""
     LEDGER.attach()
-    _watch_forks()
     return _internals.watch_provider(LEDGER.attach)

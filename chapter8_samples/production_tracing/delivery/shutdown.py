@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from .._internals import before_threads_are_joined, renew_provider
+from .._internals import before_threads_are_joined
 from .counts import LEDGER, start_counting
 from .flush import deliver, flush_traces, require_seconds, start_flush
 from .spool import TraceSpool
@@ -81,7 +81,6 @@ class GracefulShutdownHandler:
 
     def _in_forked_child(self) -> None:
         if _installed is self:
-            renew_provider()
             self._start_over()
 
     def _deliver_before_the_end(self, **_: object) -> None:
