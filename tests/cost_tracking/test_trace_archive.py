@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mlflow.entities import Trace
@@ -105,6 +106,41 @@ def test_an_interrupted_export_leaves_no_broken_file(
     result = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
     assert (result.traces, result.days_skipped) == (4, 1)
     assert not list((tmp_path / "a").rglob("*.tmp"))
+
+
+def test_a_broken_file_is_written_again(three_days: str, tmp_path: Path) -> None:
+    """電源断で、中身のないファイルが残ることがある。それからも書き出せる。"""
+    files = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100)).files
+    files[0].write_bytes(b"")
+    files[1].write_bytes(bytes(1000))
+    result = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+    assert (result.traces, result.days_skipped) == (5, 2)
+    assert pq.read_table(tmp_path / "a").num_rows == 6
+
+
+def test_a_file_of_another_tool_is_not_overwritten(three_days: str, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "day=2024-12-20" / "traces.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"x": [1]}), path)
+    with pytest.raises(ValueError, match=r"holds experiment \(unknown\)"):
+        export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+    assert pq.read_table(path).num_rows == 1
+
+
+def test_two_exports_at_the_same_time_do_not_mix(
+    three_days: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = parquet._row  # pyright: ignore[reportPrivateUsage]
+
+    def run_another(trace: Trace) -> dict[str, Any]:
+        monkeypatch.setattr(parquet, "_row", row)
+        export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+        return row(trace)
+
+    monkeypatch.setattr(parquet, "_row", run_another)
+    export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+    assert pq.read_table(tmp_path / "a").num_rows == 6
+    assert {path.name for path in tmp_path.glob("a/*/*")} == {"traces.parquet"}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -74,7 +75,7 @@ def export_traces_to_parquet(
     archive_schema()  # 追加パッケージがないことは、トレースを探す前に分かる
     experiment_id, result = find_experiment_id(experiment_name), ExportResult()
     written = Path(directory).glob("day=*/traces.parquet")
-    owners = {_label_of(path).partition(" ")[0] for path in written} - {experiment_id}
+    owners = {_label_of(path).partition(" ")[0] for path in written} - {experiment_id, ""}
     if owners:  # 混ざると、SQL の合計が両方の分になってしまう
         message = f"{directory} holds experiment {min(owners)}, not {experiment_id}"
         raise ValueError(f"{message}; use one directory per experiment")
@@ -106,10 +107,14 @@ def _days(experiment_id: str, start: datetime | None, stop: datetime) -> Iterato
 
 
 def _label_of(path: Path) -> str:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    metadata = pq.read_schema(path).metadata if path.exists() else {}
-    return metadata.get(_LABEL, b"").decode()
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):  # 停電などで壊れたファイルは、書き直す
+        return ""
+    return metadata.get(_LABEL, b"(unknown)").decode()
 
 
 def _rows(
@@ -128,18 +133,19 @@ def _rows(
 
 
 def _write(path: Path, rows: Iterator[dict[str, Any]], label: str) -> int:
-    """500 行ずつ書き、最後に本来の名前へ変える。"""
+    """500 行ずつ別の場所に書き、最後に本来の名前へ変える。同時に 2 つ動いてもよい。"""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, temporary = 0, path.with_suffix(".tmp")
-    schema = archive_schema().with_metadata({_LABEL: label})
+    count, schema = 0, archive_schema().with_metadata({_LABEL: label})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        while batch := list(islice(rows, 500)):
-            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-            count += len(batch)
-    temporary.replace(path)
+    with TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
+        temporary = Path(scratch, "traces.tmp")
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            while batch := list(islice(rows, 500)):
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+                count += len(batch)
+        temporary.replace(path)
     return count
 
 
