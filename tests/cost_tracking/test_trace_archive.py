@@ -162,6 +162,33 @@ def test_traces_whose_spans_are_lost_are_kept(
     assert all(row == [] for row in pq.read_table(tmp_path / "a")["spans"].to_pylist())
 
 
+def test_a_day_whose_archive_cannot_be_read_is_written_again(
+    three_days: str, tracking_uri: str, tmp_path: Path
+) -> None:
+    """MLflow は、アーカイブの置き場が止まっていると、スパンを空にして返す。"""
+    import sqlite3
+
+    def place(kind: str, uri: str = "") -> None:
+        with sqlite3.connect(tracking_uri.removeprefix("sqlite:///")) as database:
+            (victim,) = database.execute("SELECT MIN(request_id) FROM trace_info").fetchone()
+            for tag in (("spansLocation", kind), ("archiveLocation", uri)):
+                row = (f"mlflow.trace.{tag[0]}", tag[1], victim)
+                database.execute(
+                    "REPLACE INTO trace_tags (key, value, request_id) VALUES (?, ?, ?)", row
+                )
+
+    def export() -> tuple[int, int, int]:
+        result = export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
+        return result.traces, result.traces_without_spans, result.days_skipped
+
+    place("ARCHIVE_REPO", (tmp_path / "stopped").as_uri())
+    assert export() == (6, 1, 0)
+    place("TRACKING_STORE")
+    assert export()[1:] == (0, 3)
+    assert all(pq.read_table(tmp_path / "a")["spans"].to_pylist())
+    assert export() == (0, 0, 4)
+
+
 def test_inputs_and_outputs_are_left_out(three_days: str, tmp_path: Path) -> None:
     export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
     assert "住所は秘密" not in str(pq.read_table(tmp_path / "a").to_pylist())

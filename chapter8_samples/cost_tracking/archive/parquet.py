@@ -68,9 +68,10 @@ def export_traces_to_parquet(
     """トレースを ``<directory>/day=YYYY-MM-DD/traces.parquet`` に、1 件 1 行で書き出す。
 
     UTC の日ごとに、``start`` の日(既定は最初のトレースの日)から ``end``(既定はいま)の手前まで。
-    書き終わった日は飛ばし、途中で止まっても壊れたファイルは残らない。書き終わった日に後から届いた
-    トレースは、その日のフォルダーを消して呼ぶと加わる。入力と出力は個人情報が入りうるので書かない。
-    モデル別の分析にはスパンが要る。別のエクスペリメントの書き出しがある場所では ``ValueError``。
+    書き終わった日は飛ばし、途中で止まっても壊れたファイルは残らない。アーカイブを読めなかった日は、
+    次も書く。書き終わった日に後から届いたトレースは、その日のフォルダーを消して呼ぶと加わる。
+    入力と出力は個人情報が入りうるので書かない。モデル別の分析にはスパンが要る。
+    別のエクスペリメントの書き出しがある場所では ``ValueError``。
     """
     archive_schema()  # 追加パッケージがないことは、トレースを探す前に分かる
     experiment_id, result = find_experiment_id(experiment_name), ExportResult()
@@ -86,10 +87,11 @@ def export_traces_to_parquet(
         if _label_of(path) == f"{label} complete":
             result.days_skipped += 1
             continue
-        if day + _DAY + _GRACE <= min(stop, now()):  # この日の行は、もう増えない
-            label += " complete"
-        rows = _rows((experiment_id, day, min(day + _DAY, stop)), include_spans, result)
-        result.traces += _write(path, rows, label)
+        # まだ増える日と、読めなかったアーカイブ。どちらかがあれば、次も書く
+        unfinished = [] if day + _DAY + _GRACE <= min(stop, now()) else [path.parent.name]
+        window = (experiment_id, day, min(day + _DAY, stop))
+        rows = _rows(window, include_spans, result, unfinished)
+        result.traces += _write(path, rows, label, unfinished)
         result.files.append(path)
     return result
 
@@ -111,33 +113,39 @@ def _label_of(path: Path) -> str:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = pq.read_metadata(path).metadata or {}
     except (FileNotFoundError, pa.ArrowInvalid):  # 停電などで壊れたファイルは、書き直す
         return ""
     return metadata.get(_LABEL, b"(unknown)").decode()
 
 
 def _rows(
-    window: tuple[str, datetime, datetime], spans: bool, result: ExportResult
+    window: tuple[str, datetime, datetime], spans: bool, result: ExportResult, unfinished: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """期間の行。MLflow はスパンの欠けたトレースを検索結果から黙って落とすので、後から補う。"""
+    """期間の行。MLflow はスパンの欠けたトレースを検索結果から黙って落とすので、後から補う。
+
+    アーカイブを読めないときは、スパンを空で返す。次は読めるかもしれないので ``unfinished`` に足す。
+    """
     seen: set[str] = set()
     if spans:
         for trace in iter_traces(*window, include_spans=True, page_size=100):
-            seen.add(trace.info.trace_id)
-            yield _row(trace)
+            if trace.data.spans:
+                seen.add(trace.info.trace_id)
+                yield _row(trace)
     for trace in iter_traces(*window):
         if trace.info.trace_id not in seen:
             result.traces_without_spans += spans
+            if spans and trace.info.tags.get("mlflow.trace.spansLocation") == "ARCHIVE_REPO":
+                unfinished.append(trace.info.trace_id)
             yield _row(trace)
 
 
-def _write(path: Path, rows: Iterator[dict[str, Any]], label: str) -> int:
+def _write(path: Path, rows: Iterator[dict[str, Any]], label: str, unfinished: list[str]) -> int:
     """500 行ずつ別の場所に書き、最後に本来の名前へ変える。同時に 2 つ動いてもよい。"""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, schema = 0, archive_schema().with_metadata({_LABEL: label})
+    count, schema = 0, archive_schema()
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
         temporary = Path(scratch, "traces.tmp")
@@ -145,6 +153,8 @@ def _write(path: Path, rows: Iterator[dict[str, Any]], label: str) -> int:
             while batch := list(islice(rows, 500)):
                 writer.write_table(pa.Table.from_pylist(batch, schema=schema))
                 count += len(batch)
+            label += "" if unfinished else " complete"  # 行を読み終えると分かる
+            writer.add_key_value_metadata({_LABEL: label})
         temporary.replace(path)
     return count
 
