@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mlflow.entities import Trace
+from mlflow.tracing.client import TracingClient
 from quality_monitoring.fake_workspace import FakeWorkspace
 
 from chapter8_samples.cost_tracking import (
@@ -125,6 +126,27 @@ def test_a_file_of_another_tool_is_not_overwritten(three_days: str, tmp_path: Pa
     with pytest.raises(ValueError, match=r"holds experiment \(unknown\)"):
         export_traces_to_parquet(three_days, tmp_path / "a", now=clock(100))
     assert pq.read_table(path).num_rows == 1
+
+
+@pytest.mark.parametrize("spans", [True, False])
+def test_a_trace_found_on_two_pages_is_written_once(
+    three_days: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spans: bool
+) -> None:
+    """読んでいる間に、早く始まったトレースが届くと、次のページが 1 件ずれる。"""
+    pages = TracingClient.search_traces
+
+    def record_after_the_first_page(self: TracingClient, **options: Any) -> Any:
+        found = pages(self, **{**options, "max_results": 1})
+        if not options["page_token"]:
+            record(DAY_1 - timedelta(hours=1))
+        return found
+
+    monkeypatch.setattr(TracingClient, "search_traces", record_after_the_first_page)
+    result = export_traces_to_parquet(
+        three_days, tmp_path / "a", DAY_1, include_spans=spans, now=clock(1)
+    )
+    ids = pq.read_table(tmp_path / "a")["trace_id"].to_pylist()
+    assert len(ids) == len(set(ids)) == result.traces
 
 
 def test_two_exports_at_the_same_time_do_not_mix(

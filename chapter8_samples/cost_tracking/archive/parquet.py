@@ -129,11 +129,12 @@ def _rows(
     seen: set[str] = set()
     if spans:
         for trace in iter_traces(*window, include_spans=True, page_size=100):
-            if trace.data.spans:
+            if trace.data.spans and trace.info.trace_id not in seen:
                 seen.add(trace.info.trace_id)
                 yield _row(trace)
     for trace in iter_traces(*window):
-        if trace.info.trace_id not in seen:
+        if trace.info.trace_id not in seen:  # 読む間に増えると、次のページにもう一度届く
+            seen.add(trace.info.trace_id)
             result.traces_without_spans += spans
             if spans and trace.info.tags.get("mlflow.trace.spansLocation") == "ARCHIVE_REPO":
                 unfinished.append(trace.info.trace_id)
