@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from decimal import Decimal
+from math import inf
+from time import monotonic
 from typing import Any, Protocol
 
 from .prices.call import PriceBreakdown
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 OTHER = "(other)"  # 種類が上限を超えたら、新しいモデルはここへまとめて数える
 _MAX_MODELS = 10_000
+_RETRY_SECONDS = 60  # 通知先が止まっていても、呼び出しのたびに待たせない
 _NOTICES = tuple(10**power for power in range(19))  # 未計算が 1、10、100 ... 件になったら知らせる
 
 
@@ -91,8 +94,10 @@ class BaseCostTracker:
     動かし続けてもメモリーは増えない。
 
     Args:
+        budget_usd: 前の ``reset`` からの合計への予算。月の予算なら、毎月の初めに ``reset`` を呼ぶ。
         on_budget: しきい値を初めて超えたときと、未計算の呼び出しが 1、10、100 ... 件になったときに
-            ``BudgetAlert`` を渡して呼ぶ。同じことをログにも残す。例外は記録して続ける。
+            ``BudgetAlert`` を渡して呼ぶ。同じことをログにも残す。例外は記録して続け、しきい値なら
+            60 秒より後の記録で知らせ直す。
         calculator: ``record`` が使う計算器。渡すなら、未知のモデルで例外を出さないもの。
     """
 
@@ -115,7 +120,7 @@ class BaseCostTracker:
         self.calculator: Calculator = calculator or self.default_calculator()
         self._lock = threading.Lock()
         self._now = CostSnapshot(self.budget_usd)
-        self._crossed: set[float] = set()
+        self._next_at: dict[float, float] = {}  # しきい値を、次に知らせてよい時刻
 
     def default_calculator(self) -> Calculator:
         """``calculator`` を渡さないときの計算器。"""
@@ -158,7 +163,7 @@ class BaseCostTracker:
         """0 に戻し、直前までの合計を返す。間に入った記録が失われることはない。"""
         with self._lock:
             last, self._now = self._now, CostSnapshot(self.budget_usd)
-            self._crossed.clear()
+            self._next_at.clear()
         return last
 
     def _new_alerts(self, item: PriceBreakdown) -> list[BudgetAlert]:
@@ -166,8 +171,8 @@ class BaseCostTracker:
         if budget is None:
             return []
         reached = [t for t in self.thresholds if total.cost_usd >= budget * Decimal(str(t))]
-        new = [threshold for threshold in reached if threshold not in self._crossed]
-        self._crossed.update(new)
+        new = [t for t in reached if self._next_at.get(t, 0) <= monotonic()]
+        self._next_at.update(dict.fromkeys(new, inf))
         if not item.priced and total.unpriced_requests in _NOTICES:
             new.append(0.0)
         return [BudgetAlert(t, total.cost_usd, budget, total.unpriced_requests) for t in new]
@@ -181,3 +186,5 @@ class BaseCostTracker:
             self.on_budget(alert)
         except Exception:  # 通知先の不具合で、ユーザーへの応答を止めない
             logger.exception("budget callback failed at threshold %s", alert.threshold)
+            with self._lock:
+                self._next_at[alert.threshold] = monotonic() + _RETRY_SECONDS

@@ -61,6 +61,21 @@ def test_a_failing_callback_is_logged_and_stops_nothing(caplog: pytest.LogCaptur
     assert tracker.snapshot().total.requests == 1
 
 
+def test_a_lost_alert_is_sent_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, sent = [1000.0], list[tuple[float, float]]()
+    monkeypatch.setattr("chapter8_samples.cost_tracking.tracker.monotonic", lambda: clock[0])
+
+    def notify(alert: BudgetAlert) -> None:
+        sent.append((clock[0], alert.threshold))
+        if alert.threshold == 0.5 and clock[0] < 1100:
+            raise OSError("chat is down")
+
+    tracker = CostTracker(budget_usd=0.015, on_budget=notify)
+    for clock[0] in (1000, 1059, 1061, 1122, 1200):
+        tracker.record("gpt-4o", 1000, 500)
+    assert sent == [(1000, 0.5), (1059, 0.8), (1059, 1.0), (1061, 0.5), (1122, 0.5)]
+
+
 def test_a_callback_may_use_the_tracker() -> None:
     seen: list[Decimal] = []
     tracker = CostTracker(budget_usd=0.001)
