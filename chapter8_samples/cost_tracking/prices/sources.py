@@ -67,7 +67,9 @@ class Imported:
         about = {"name": self.name, "as_of": str(self.as_of), "not_carried": self.not_carried}
         text = json.dumps({**about, "models": self.models}, indent=1, default=float)
         PriceTable.from_mapping(json.loads(text))  # 読めないファイルは書かない
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        temporary = Path(f"{path}.tmp")  # 途中で止まっても、前のファイルを壊さない
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
 
 
 def import_prices(source: str) -> Imported:
