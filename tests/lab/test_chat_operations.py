@@ -18,6 +18,7 @@ from chapter8_samples._lab.shop.chat_panel import alert_detail, create_panel_rou
 from chapter8_samples._lab.shop.operations import QUALITY, OperationRefusedError, Operations
 from chapter8_samples._lab.shop.support_bot import SupportBot
 from chapter8_samples._lab.shop.traffic import Traffic
+from chapter8_samples.alerting import Alert, AlertStatus
 from chapter8_samples.alerting.metrics.measures import TraceRow
 from chapter8_samples.alerting.metrics.source import TraceSearch
 
@@ -99,6 +100,17 @@ def test_the_alert_closes_by_itself_after_a_rollback(
     operations.stop()
     assert kinds(operations) == ["release", "alert", "rollback", "resolved"]
     assert not operations.status()["recovering"] and not operations.status()["sending"]
+
+
+def test_a_resolved_alert_ends_the_recovery(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """次のアラートは別の原因かもしれない。戻していないのに、確かめる質問は送らない。"""
+    monkeypatch.setattr(operations, "_firing", lambda: True)
+    monkeypatch.setattr(operations, "_rolled_back", True)
+    assert operations.status()["recovering"]
+    operations._answer(Alert(name="x", status=AlertStatus.RESOLVED))  # pyright: ignore[reportPrivateUsage]
+    assert not operations.status()["recovering"]
 
 
 def row(at: float, *assessments: tuple[str, str], latency_ms: float = 100.0) -> TraceRow:

@@ -164,6 +164,7 @@ class Operations:
     def _answer(self, alert: Alert) -> None:
         share = f"根拠あり {alert.value or 0:.0%}、{alert.n} 件"
         if alert.status is AlertStatus.RESOLVED:
+            self._rolled_back = False
             self._note("resolved", f"アラートが解消しました({share})")
             return
         self._note("alert", f"{alert.summary}({share})", next(iter(alert.links.values()), ""))
