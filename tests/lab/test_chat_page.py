@@ -373,6 +373,16 @@ def test_a_silent_server_is_told_with_what_to_do(site: Site, open_page: Opener) 
     expect(page.locator("[data-kind=refused]")).to_contain_text("serve が動いているか")
 
 
+def test_a_404_from_a_proxy_does_not_end_the_watch(site: Site, open_page: Opener) -> None:
+    page = open_page(site.url)
+    settle(page)
+    title = page.locator("#alert-title")
+    page.route("**/status", lambda route: route.fulfill(status=404, body="{}"))
+    expect(title).to_have_text("監視が止まっています")
+    page.unroute("**/status")
+    expect(title).not_to_have_text("監視が止まっています")
+
+
 def test_stopped_llm_is_told_with_what_to_do(
     browser: Browser, open_page: Opener, tracking_uri: str
 ) -> None:

@@ -243,12 +243,15 @@ function refuse(text) {
   addEvent({kind: "refused", text, at: new Date().toISOString()});
 }
 
+let watched = false;
+
 async function refresh() {
   try {
     const response = await fetch("/status");
-    if (response.status === 404) return false;
+    if (response.status === 404 && !watched) return false;  // この画面には監視がない
     const status = await response.json();
     if (!response.ok) throw new Error(status.detail);
+    watched = true;
     put("#minutes", String(status.window_minutes));
     showFigures(status.figures);
     showWatch(status);
