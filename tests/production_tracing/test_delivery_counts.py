@@ -1,4 +1,4 @@
-"""delivery.counts と delivery.text: どこで消えても 1 件まで数え、UTF-8 でない文字では消さない。"""
+"""delivery.counts と delivery.text: どこで消えても 1 件まで数え、送れない文字や整数では消さない。"""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mlflow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlflow.entities import SpanEvent
+from mlflow.entities import Span, SpanEvent
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
 from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
@@ -249,7 +249,39 @@ def test_half_an_emoji_is_replaced_and_nothing_is_lost(
     assert [name for name, text in shown.items() if "\ufffd" not in text] == ["answer"]
 
 
-def test_half_an_emoji_is_replaced_on_the_otlp_side_of_a_dual_export(
+@pytest.mark.parametrize("spooled", [False, True], ids=["direct", "spool"])
+def test_a_number_beyond_64_bits_arrives_as_text(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch, stored: Any, tmp_path: Any, spooled: bool
+) -> None:
+    """サーバーへは、64 ビットの整数しか送れない(SQLite には、そのまま書ける)。"""
+    store = TracingClient.log_spans
+
+    def over_the_wire(client: Any, location: str, spans: list[Any]) -> Any:
+        sent = [Span.from_otel_proto(one.to_otel_proto()) for one in spans]
+        return store(client, location, sent)
+
+    monkeypatch.setattr(TracingClient, "log_spans", over_the_wire)
+    mlflow.set_experiment("counts")
+    stop = start_counting()
+    spool = TraceSpool(tmp_path / "spool").install() if spooled else None
+    record(1)
+    with mlflow.start_span("order", attributes={"n": -(2**63) - 1, "max": 2**63 - 1}) as span:
+        span.set_inputs({"order_id": [2**64, 7, True, f"a{HALF_EMOJI}"]})
+        span.add_event(SpanEvent("e", attributes={"k": 2**70}))
+    assert flush_traces(30).ok
+    if spool is not None:
+        assert spool.drain(30) == 0 and spool.stats().dead == 0
+        spool.uninstall()
+    stop()
+    shown = {trace.data.spans[0].name: trace.data.spans[0] for trace in stored("counts")}
+    order = shown.pop("order")
+    assert shown.keys() == {"answer"}
+    assert order.inputs == {"order_id": [str(2**64), 7, True, "a\ufffd"]}
+    assert [order.attributes["n"], order.attributes["max"]] == [str(-(2**63) - 1), 2**63 - 1]
+    assert order.events[0].attributes["k"] == str(2**70)
+
+
+def test_what_cannot_be_sent_is_replaced_on_the_otlp_side_of_a_dual_export(
     tracking_uri: str, monkeypatch: pytest.MonkeyPatch, stored: Any
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT", "true")
@@ -260,17 +292,21 @@ def test_half_an_emoji_is_replaced_on_the_otlp_side_of_a_dual_export(
         with mlflow.start_span("x") as span:
             span.set_inputs({"q": HALF_EMOJI, "same": "絵文字 😀"})
             span.add_event(SpanEvent("note", attributes={"k": f"e{HALF_EMOJI}"}))
+        with mlflow.start_span("number") as span:
+            span.add_event(SpanEvent("note", attributes={"k": 2**64}))
         assert flush_traces(30).ok
-        (sent,) = receiver.wait_for(spans=1)
-    assert "\ufffd" in sent.attributes["mlflow.spanInputs"]
-    assert sent.events[0].attributes["k"] == "e\ufffd"
-    (trace,) = stored("dual")
+        sent = {span.name: span for span in receiver.wait_for(spans=2)}
+    assert "\ufffd" in sent["x"].attributes["mlflow.spanInputs"]
+    assert sent["x"].events[0].attributes["k"] == "e\ufffd"
+    assert sent["number"].events[0].attributes["k"] == str(2**64)
+    (trace,) = [one for one in stored("dual") if one.data.spans[0].name == "x"]
     assert trace.data.spans[0].inputs == {"q": "\ufffd", "same": "絵文字 😀"}
 
 
 any_text = st.text(st.characters(exclude_categories=()))
+int64 = st.integers(-(2**63), 2**63 - 1)
 trees = st.recursive(
-    any_text | st.integers() | st.none(), lambda t: st.lists(t) | st.dictionaries(any_text, t)
+    any_text | int64 | st.none(), lambda t: st.lists(t) | st.dictionaries(any_text, t)
 )
 
 

@@ -1,4 +1,4 @@
-"""8.1.4 UTF-8 にできない文字(半分に切れた絵文字など)で、トレースを失わない。"""
+"""8.1.4 送れない文字(半分に切れた絵文字など)や、64 ビットを超える整数で、トレースを失わない。"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_LONG_NUMBER = re.compile(rb"\d{19}")
 _OBJECTS = TraceInfo, TraceData, Assessment, FeedbackValue, ExpectationValue, Event, Status
 _SPAN_FIELDS = (
     "name context parent resource attributes events links kind status start_time end_time "
@@ -32,12 +33,20 @@ def send_as_utf8(send: Callable[..., Any], *values: Any) -> Any:
     try:
         return send(*values)
     except Exception as error:
-        cause: BaseException | None = error  # データベースの層は、別の例外に包む
-        while cause is not None and not isinstance(cause, UnicodeEncodeError):
-            cause = cause.__cause__
-        if cause is None:
+        if not cannot_be_written(error):
             raise
         return send(*map(as_utf8, values))
+
+
+def cannot_be_written(error: BaseException | None) -> bool:
+    """送る側で、文字か整数を書けなかったか(データベースの層は、別の例外に包む)。"""
+    while error is not None:
+        if isinstance(error, UnicodeEncodeError):
+            return True
+        if isinstance(error, ValueError) and "Value out of range" in str(error):  # protobuf
+            return True
+        error = error.__cause__
+    return False
 
 
 def send_cleaned(send: Callable[..., Any], value: Any) -> Any:
@@ -46,7 +55,7 @@ def send_cleaned(send: Callable[..., Any], value: Any) -> Any:
 
 
 def as_utf8(value: Any) -> Any:
-    """UTF-8 にできない文字を置き換えたコピー。"""
+    """UTF-8 にできない文字を置き換え、64 ビットを超える整数を文字列にしたコピー。"""
     if type(value) is str:  # 文字列でもある列挙型は、そのまま
         return _SURROGATE.sub(chr(0xFFFD), value)
     if isinstance(value, Mapping):
@@ -60,18 +69,22 @@ def as_utf8(value: Any) -> Any:
         vars(cleaned).update(as_utf8(vars(value)))
         return cleaned
     if isinstance(value, Span):
-        return Span.from_dict(as_utf8(value.to_dict()))
-    if isinstance(value, ReadableSpan) and _has_halves(value):
+        items = as_utf8(value.attributes).items()  # to_dict では JSON の文字列のまま
+        texts = {key: json.dumps(one, ensure_ascii=False) for key, one in items}
+        return Span.from_dict({**as_utf8(value.to_dict()), "attributes": texts})
+    if isinstance(value, ReadableSpan) and _may_not_be_sent(value):
         texts = {name: getattr(value, name) for name in ("name", "attributes", "events", "status")}
         return copied_span(value, **as_utf8(texts))
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return str(value)
     return value
 
 
-def _has_halves(span: ReadableSpan) -> bool:
+def _may_not_be_sent(span: ReadableSpan) -> bool:
     events = [dict(event.attributes or {}) for event in span.events]
     texts = [span.name, span.status.description, dict(span.attributes or {}), events]
     try:
-        json.dumps(texts, ensure_ascii=False, default=str).encode()
+        shown = json.dumps(texts, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return True
-    return False
+    return bool(_LONG_NUMBER.search(shown))
