@@ -1,4 +1,4 @@
-"""delivery.counts と delivery.text: どこで消えても 1 件まで数え、送れない文字や整数では消さない。"""
+"""delivery.counts と delivery.text: どこで消えても 1 件まで数え、送れない文字や整数で消さない。"""
 
 # pyright: reportPrivateUsage=false
 from __future__ import annotations

@@ -8,7 +8,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ class Server:
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.reject: set[str] = set()
+        self.refusal: Exception = MlflowException("bad", error_code=1000)  # INVALID_PARAMETER_VALUE
+        self.batches: list[int] = []
 
     def __call__(self, traces: Sequence[Any]) -> None:
+        self.batches.append(len(traces))
         if self.error:
             raise self.error
         if any(trace.data.spans[0].name in self.reject for trace in traces):
-            raise MlflowException("bad", error_code=1000)  # INVALID_PARAMETER_VALUE
+            raise self.refusal
         trace_spool.deliver(traces)
 
 
@@ -63,6 +66,14 @@ def record(*names: str) -> None:
             with mlflow.start_span("child"):
                 pass
     mlflow.flush_trace_async_logging()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
+    """``seconds`` 秒以内に成り立つか。"""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 @pytest.mark.slow
@@ -126,10 +137,13 @@ def test_a_spool_that_is_only_made_sends_nothing(
     again.uninstall()
 
 
+@pytest.mark.parametrize("on", ["server", "client"])
 def test_rejected_and_unreadable_traces_are_set_aside(
-    spool: TraceSpool, server: Server, stored: Any
+    spool: TraceSpool, server: Server, stored: Any, on: str
 ) -> None:
     server.reject = {"poison"}
+    if on == "client":
+        server.refusal = ValueError(f"Value out of range: {2**64}")
     record("good", "poison", "good")
     assert spool.drain(30) == 0
     (spool.directory / "tr-broken.json").write_text("{", encoding="utf-8")
@@ -137,6 +151,31 @@ def test_rejected_and_unreadable_traces_are_set_aside(
     assert replay(spool.directory).dead == 1
     assert len(list((spool.directory / "dead").iterdir())) == 2
     assert (spool.stats().dead, spool.stats().delivered, len(stored())) == (1, 2, 2)
+
+
+def test_one_trace_that_the_server_never_takes_does_not_hold_the_others_back(
+    server: Server, spool: TraceSpool
+) -> None:
+    spool._cooldown = 0.01
+    server.error = ConnectionError("refused")
+    record("poison", *["good"] * 7)
+    server.reject, server.refusal = {"poison"}, MlflowException("bug", error_code=1)  # 500
+    server.error = None
+    spool.drain(0)  # 始まっている 60 秒の待ちを終わらせる
+    assert eventually(lambda: spool.stats() == (7, 1, 0, 0))
+
+
+def test_an_outage_is_one_small_request_per_cooldown(server: Server, spool: TraceSpool) -> None:
+    server.error = ConnectionError("refused")
+    record(*["down"] * 4)
+    spool._cooldown = 0.1
+    spool.drain(0)  # 始まっている 60 秒の待ちを終わらせる
+    assert eventually(lambda: server.batches[-1:] == [1])
+    server.batches.clear()
+    time.sleep(0.35)
+    assert server.batches == [1] * len(server.batches) and len(server.batches) <= 4
+    server.error = None
+    assert spool.drain(30) == 0 and spool.stats().delivered == 4
 
 
 def test_disk_error_is_reported_sends_directly_and_counts_real_loss(

@@ -14,6 +14,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from .._internals import TracingClient, log_spans
 from ..metadata import sends_only_otlp
 from .counts import LEDGER, start_counting
-from .text import as_utf8, send_as_utf8
+from .text import as_utf8, cannot_be_written, send_as_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class TraceSpool:
     ) -> None:
         """置き場を、他の利用者には読めない権限で作る(複数のプロセスで 1 つを使える)。
 
-        送れなかった後は、次に試すまで ``cooldown_seconds`` 秒待つ。
+        送れなかった後は、次に試すまで ``cooldown_seconds`` 秒待ち、半分ずつ、後ろに回して試す。
         """
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -162,17 +163,22 @@ class TraceSpool:
 
     def _send_forever(self) -> None:
         me = threading.current_thread()
+        size = 50
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._sender is not me)
-                batch = list(self._pending)[:50]
+                batch = list(islice(self._pending, size))
             if self._sender is not me:
                 return
             try:
                 self._send(batch)
+                size = 50
             except Exception as error:
                 logger.warning("%d traces wait on disk: %s", len(self._pending), str(error)[:200])
+                size = max(1, len(batch) // 2)
                 with self._changed:
+                    for path in filter(self._pending.__contains__, batch):  # 他を待たせない
+                        self._pending[path] = self._pending.pop(path)
                     self._changed.wait_for(lambda: self._hurry or not self._sender, self._cooldown)
                     self._hurry = False
 
@@ -189,7 +195,7 @@ class TraceSpool:
                 for path in batch:
                     self._send([path])
                 return
-            self._set_aside(batch[0], "rejected by the server")
+            self._set_aside(batch[0], f"rejected ({str(error)[:200]})")
         with self._changed:
             for path in batch:
                 path.unlink(missing_ok=True)
@@ -215,6 +221,8 @@ class TraceSpool:
 
 def _is_rejection(error: Exception) -> bool:
     """中身を理由に拒否されたか(待っても直らない)。"""
+    if cannot_be_written(error):
+        return True
     status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
     return 400 <= status < 500 and status not in (401, 403, 408, 429)
 
