@@ -14,9 +14,11 @@ from typing import Any
 
 import mlflow
 import pytest
+import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import SpansLocation, TraceTagKey
+from mlflow.utils.rest_utils import verify_rest_response
 
 from chapter8_samples.production_tracing.__main__ import main
 from chapter8_samples.production_tracing.delivery import spool as trace_spool
@@ -163,6 +165,20 @@ def test_one_trace_that_the_server_never_takes_does_not_hold_the_others_back(
     server.error = None
     spool.drain(0)  # 始まっている 60 秒の待ちを終わらせる
     assert eventually(lambda: spool.stats() == (7, 1, 0, 0))
+
+
+def test_the_404_of_a_proxy_without_a_server_is_an_outage(
+    spool: TraceSpool, server: Server
+) -> None:
+    page = requests.Response()
+    page.status_code, page._content = 404, b"<html>default backend - 404</html>"
+    with pytest.raises(MlflowException) as caught:
+        verify_rest_response(page, "/v1/traces")
+    server.error = caught.value
+    record("deployed", "meanwhile")
+    assert eventually(lambda: len(server.batches) > 0)
+    server.error = None
+    assert spool.drain(30) == 0 and spool.stats() == (2, 0, 0, 0)
 
 
 def test_an_outage_is_one_small_request_per_cooldown(server: Server, spool: TraceSpool) -> None:
