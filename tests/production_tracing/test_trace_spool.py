@@ -3,6 +3,7 @@
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -213,6 +214,45 @@ def test_disk_error_is_reported_sends_directly_and_counts_real_loss(
     folder.rename(spool.directory)
     assert spool.drain(30) == 0 and LEDGER.counts() == (0, 1, 0)
     assert len(stored()) == 3
+
+
+def test_a_full_disk_keeps_no_half_written_files(
+    spool: TraceSpool, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, text: str, **_: Any) -> int:
+        path.write_bytes(text.encode()[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    record("big", "bigger")
+    assert spool.stats() == (2, 0, 0, 2) and list(spool.directory.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_removed_is_sent_once(
+    spool: TraceSpool, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(_path: Path, **_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    spool._cooldown = 0.01
+    monkeypatch.setattr(Path, "unlink", read_only)
+    record("first", "second")
+    assert spool.drain(1) == 0 and spool.stats().delivered == sum(server.batches) == 2
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_set_aside(
+    spool: TraceSpool, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(_path: Path, **_: Any) -> str:
+        asked.set()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    asked = threading.Event()
+    with monkeypatch.context() as moment:
+        moment.setattr(Path, "read_text", exhausted)
+        record("waits")
+        assert asked.wait(5)
+    assert spool.drain(30) == 0 and spool.stats() == (1, 0, 0, 0)
 
 
 def test_text_that_no_file_can_hold_waits_on_disk_like_any_other(

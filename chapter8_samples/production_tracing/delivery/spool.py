@@ -133,9 +133,13 @@ class TraceSpool:
 
     def _write(self, trace: Trace) -> Path:
         draft = self.directory / f"{trace.info.trace_id}.tmp"
-        draft.touch(mode=0o600)
-        draft.write_text(Trace(as_utf8(trace.info), trace.data).to_json(), encoding="utf-8")
-        return draft.replace(draft.with_suffix(".json"))
+        try:
+            draft.touch(mode=0o600)
+            draft.write_text(Trace(as_utf8(trace.info), trace.data).to_json(), encoding="utf-8")
+            return draft.replace(draft.with_suffix(".json"))
+        except BaseException:
+            draft.unlink(missing_ok=True)  # 満杯のディスクに、書きかけを残さない
+            raise
 
     def drain(self, timeout_seconds: float = 10.0) -> int:
         """送り終えるまで最大 ``timeout_seconds`` 秒待ち、ディスクに残った件数を返す。"""
@@ -198,8 +202,11 @@ class TraceSpool:
             self._set_aside(batch[0], f"rejected ({str(error)[:200]})")
         with self._changed:
             for path in batch:
-                path.unlink(missing_ok=True)
                 self._pending.pop(path, None)
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    logger.error("cannot remove a delivered trace: %s", error)
             self._changed.notify_all()
 
     def _load(self, path: Path) -> Trace | None:
@@ -208,6 +215,8 @@ class TraceSpool:
         except FileNotFoundError:  # 同じ置き場を使う別のプロセスが送り終えた
             return None
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, PermissionError):
+                raise  # 開いたファイルが多すぎるなど。次には読める
             self._set_aside(path, f"unreadable ({error})")
             return None
 
