@@ -20,7 +20,7 @@ from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
 from chapter8_samples.production_tracing import _internals, setup_production_tracing
-from chapter8_samples.production_tracing.delivery import text
+from chapter8_samples.production_tracing.delivery import flush, text
 from chapter8_samples.production_tracing.delivery.counts import LEDGER, start_counting
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.delivery.spool import TraceSpool
@@ -81,6 +81,21 @@ def test_a_flush_that_is_too_late_says_how_many(
     may_send.set()  # 止まったのではなく遅いだけなら、後で届く
     assert flush_traces(30).ok
     assert len(stored("counts", include_spans=False)) == 7
+
+
+def test_a_flush_thread_that_could_not_start_is_started_by_the_next_flush(
+    counting: None, monkeypatch: pytest.MonkeyPatch, stored: Any
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    flush._owner = 0  # 起動したことのないプロセス
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            flush_traces(1)
+    record(1)
+    assert flush_traces(10).ok and len(stored("counts")) == 1
 
 
 @pytest.mark.parametrize(

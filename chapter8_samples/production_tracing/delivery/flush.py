@@ -90,9 +90,9 @@ def start_flush() -> queue.SimpleQueue[None]:
     global _owner, _requests
     with _starting:
         if _owner != os.getpid():  # 最初か、fork した子
-            _owner = os.getpid()
             _requests = queue.SimpleQueue()
             threading.Thread(target=_flush_forever, name="trace-flush", daemon=True).start()
+            _owner = os.getpid()  # 起動できなければ、次にもう一度
     done: queue.SimpleQueue[None] = queue.SimpleQueue()
     _requests.put(done)
     return done
