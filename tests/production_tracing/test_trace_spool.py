@@ -303,6 +303,21 @@ def test_file_that_another_process_delivered_is_ignored(spool: TraceSpool, serve
     assert spool.drain(30) == 0 and spool.stats() == (0, 0, 0, 0)
 
 
+def test_an_idle_spool_sends_what_a_dead_process_left(
+    spool: TraceSpool, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gunicorn の ``--preload`` では、後から fork されたワーカーは、前の残りを知らない。"""
+    monkeypatch.setattr(trace_spool, "_IDLE_SECONDS", 0.05)
+    server.error = ConnectionError("refused")
+    record("left")
+    (path,) = spool.directory.glob("*.json")
+    hidden = path.rename(path.with_suffix(".hidden"))
+    server.error = None
+    assert spool.drain(30) == 0 and spool.stats().delivered == 0
+    hidden.rename(path)
+    assert eventually(lambda: spool.stats().delivered == 1)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_does_not_wait_for_the_traces_of_its_parent(
     spool: TraceSpool, server: Server

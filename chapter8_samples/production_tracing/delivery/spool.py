@@ -2,6 +2,7 @@
 
 完成したトレースを先にファイルへ書き、背後で送り、送れたら消す。サーバーが止まっていても、プロセスが
 終わっても、後で(``python -m chapter8_samples.production_tracing replay DIR`` でも)送り直せる。
+同じ置き場を使う他のプロセスは、手が空くと、終わったプロセスの残りも送る。
 Databricks では使えない(スパンの送り方が違う。OpenTelemetry Collector の永続キューを使う)。
 """
 
@@ -27,6 +28,8 @@ from .counts import LEDGER, start_counting
 from .text import as_utf8, cannot_be_written, send_as_utf8
 
 logger = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 60.0  # これだけ手が空いたら、終わった別のプロセスの残りを探す
 
 
 class SpoolStats(NamedTuple):
@@ -170,7 +173,11 @@ class TraceSpool:
         size = 50
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._pending or self._sender is not me)
+                while not self._changed.wait_for(
+                    lambda: self._pending or self._sender is not me, _IDLE_SECONDS
+                ):
+                    with contextlib.suppress(OSError):
+                        self._pending |= dict.fromkeys(self.directory.glob("*.json"))
                 batch = list(islice(self._pending, size))
             if self._sender is not me:
                 return
