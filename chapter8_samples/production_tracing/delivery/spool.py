@@ -237,12 +237,11 @@ class TraceSpool:
 
 def _is_rejection(error: Exception) -> bool:
     """中身を理由に拒否されたか(待っても直らない)。"""
-    if cannot_be_written(error):
-        return True
     if getattr(error, "error_code", "") == "ENDPOINT_NOT_FOUND":  # 入れ替え中のプロキシなどの 404
         return False
     status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
-    return 400 <= status < 500 and status not in (401, 403, 408, 429)
+    refused = 400 <= status < 500 and status not in (401, 403, 408, 429)
+    return refused or cannot_be_written(error)
 
 
 def replay(directory: str | os.PathLike[str], timeout_seconds: float = 60.0) -> SpoolStats:

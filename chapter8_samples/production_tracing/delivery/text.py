@@ -41,9 +41,8 @@ def send_as_utf8(send: Callable[..., Any], *values: Any) -> Any:
 def cannot_be_written(error: BaseException | None) -> bool:
     """送る側で、文字か整数を書けなかったか(データベースの層は、別の例外に包む)。"""
     while error is not None:
-        if isinstance(error, UnicodeEncodeError):
-            return True
-        if isinstance(error, ValueError) and "Value out of range" in str(error):  # protobuf
+        too_big = isinstance(error, ValueError) and "Value out of range" in str(error)  # protobuf
+        if too_big or isinstance(error, UnicodeEncodeError):
             return True
         error = error.__cause__
     return False
