@@ -232,6 +232,32 @@ def test_rejected_feedback_is_set_aside_and_told(tmp_path: Path) -> None:
     assert outbox.status() == OutboxStatus(0, 0)
 
 
+def test_a_refusal_that_is_not_about_the_vote_sets_nothing_aside(
+    tmp_path: Path, webhooks: Any
+) -> None:
+    """パスワードが変わった、権限が外れた、MLflow の再起動中にプロキシーが 404 を返した。"""
+    mlflow.set_tracking_uri(webhooks.url.rstrip("/"))
+    outbox = FeedbackOutbox(tmp_path / "box.db")
+    for answers in ([401], [404, 404]):  # MLflow は、404 なら古い API も試す
+        webhooks.script(*answers)
+        assert outbox.submit(request("tr-1")) is None, answers
+    for answers in ([401, 401], [404] * 4, [403, 403]):
+        webhooks.script(*answers)
+        assert outbox.replay() == (0, 0, 2), answers
+    webhooks.script(403, 403)  # これだけは、評価のせいのこともある
+    assert FeedbackOutbox(tmp_path / "box.db", expire_hours=0).replay() == (0, 2, 0)
+
+
+def test_a_vote_kept_while_the_clock_was_ahead_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox, now = FeedbackOutbox(tmp_path / "box.db", send=lambda *_, **__: None), time.time
+    with monkeypatch.context() as ahead:
+        ahead.setattr(time, "time", lambda: now() + 86_400)
+        outbox.keep(request("tr-1"))
+    assert outbox.replay() == (1, 0, 0)
+
+
 def test_the_same_feedback_id_on_two_traces_stops_nothing(
     store: str, ask: Any, tmp_path: Path
 ) -> None:

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 _TABLE = """CREATE TABLE IF NOT EXISTS feedback (
     id TEXT PRIMARY KEY, subject TEXT, body TEXT, kept_at REAL, retry_at REAL, reason TEXT)"""
+# 1 時間より先の予定は、時計が進んでいた間に書かれたもの
 _NEXT = """SELECT id, body, kept_at FROM feedback
-    WHERE reason IS NULL AND retry_at <= ? ORDER BY retry_at LIMIT 1"""
+    WHERE reason IS NULL AND (retry_at <= ? OR retry_at > ?) ORDER BY retry_at LIMIT 1"""
 _RETRY_AT = "UPDATE feedback SET retry_at = ? WHERE id = ?"
 # 送っている間に同じ ID で書き直されたものには、触らない
 _SENT = "DELETE FROM feedback WHERE id = ? AND body = ?"
@@ -63,7 +64,7 @@ class FeedbackOutbox:
         send: Callable[..., Assessment | None] = store_feedback,
         expire_hours: float = 24.0,
     ) -> None:
-        """``expire_hours`` を過ぎてもトレースが現れない評価は、あきらめて分ける。"""
+        """``expire_hours`` を過ぎても、トレースが現れないか許されない評価は、あきらめて分ける。"""
         self._path = Path(path)
         self._send = send
         self._expire_seconds = expire_hours * 3600
@@ -128,33 +129,27 @@ class FeedbackOutbox:
             if kept is None:
                 break
             key, body, kept_at = kept
-            refused: FeedbackError | None = None
             try:
                 self._send_again(body, min(left, _TRY_SECONDS))
                 self._run(_SENT, key, body)
                 sent += 1
                 unreached = 0
-            except TraceNotFoundError as absent:
-                unreached = 0
-                if kept_at + self._expire_seconds < started:
-                    refused = absent
-                else:
-                    self._run(_RETRY_AT, time.time(), key)
-            except FeedbackDeliveryError:
-                unreached += 1
-                self._run(_RETRY_AT, time.time(), key)
             except FeedbackError as error:
-                unreached = 0
-                refused = error
-            if refused is not None:
-                logger.warning("feedback is set aside: %s", refused)
-                self._run(_ASIDE, str(refused), key, body)
+                absent = isinstance(error, TraceNotFoundError)
+                down = isinstance(error, FeedbackDeliveryError) and not absent
+                unreached = unreached + 1 if down else 0
+                young = kept_at + self._expire_seconds >= started
+                if down or (young and (absent or _is_denied(error))):
+                    self._run(_RETRY_AT, time.time(), key)
+                    continue
+                logger.warning("feedback is set aside: %s", error)
+                self._run(_ASIDE, str(error), key, body)
                 rejected += 1
         return ReplayReport(sent, rejected, len(self))
 
     def _claim(self, before: float) -> tuple[str, str, float] | None:
         with self._transaction() as database:
-            kept = database.execute(_NEXT, [before]).fetchone()
+            kept = database.execute(_NEXT, [before, before + 3600]).fetchone()
             if kept:
                 database.execute(_RETRY_AT, [time.time() + _CLAIM_SECONDS, kept[0]])
         return kept
@@ -185,6 +180,11 @@ class FeedbackOutbox:
                 database.execute("COMMIT")
         except sqlite3.Error as error:
             raise OSError(f"the outbox {self._path} cannot be used: {error}") from error
+
+
+def _is_denied(error: FeedbackError) -> bool:
+    """403 か。プロキシーや権限の設定が直れば、同じ内容で届く。"""
+    return getattr(error.__cause__, "error_code", None) == "PERMISSION_DENIED"
 
 
 def _subject(request: FeedbackRequest) -> str:
