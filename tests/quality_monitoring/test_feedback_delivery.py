@@ -32,6 +32,7 @@ from chapter8_samples.quality_monitoring import (
     send_feedback,
 )
 from chapter8_samples.quality_monitoring.feedback import delivery as feedback_delivery
+from chapter8_samples.quality_monitoring.feedback.arrivals import Arrivals
 
 
 def thumbs(trace_id: str, user_id: str = "u1", value: bool = True) -> FeedbackRequest:
@@ -169,6 +170,32 @@ def test_a_vote_waits_for_the_previous_one_only_until_its_deadline(
             send_feedback(thumbs("tr-1"), timeout_seconds=0.1)
         release.set()
         assert first.result(10)
+
+
+def test_a_thread_that_does_not_start_is_started_for_the_next_vote(
+    store: str, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trace_id,), start, refused = ask(), threading.Thread.start, {"feedback-arrivals"}
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name in refused:
+            refused.remove(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    arrivals = Arrivals()
+    with pytest.raises(RuntimeError), arrivals.of(trace_id):
+        pass
+    refused.add("hurry-export")
+    for _ in range(2):
+        with arrivals.of(trace_id) as arrival:
+            arrival.result(5)
+    deadline = time.monotonic() + 10
+    while refused or feedback_delivery._HURRY.locked():
+        assert time.monotonic() < deadline
+        feedback_delivery.hurry_export()
+        time.sleep(0.01)
 
 
 def test_feedback_is_recorded_as_human(store: str, ask: Any) -> None:

@@ -31,13 +31,14 @@ class Arrivals:
     def of(self, trace_id: str) -> Iterator[Future[None]]:
         """保存されたら完了する Future。尋ねられない保存先では、すぐに完了する。"""
         arrival: Future[None] = Future()
-        with self._lock:
-            self._waiting[arrival] = trace_id
-            if not self._watching:
-                self._watching = True
-                threading.Thread(target=self._watch, daemon=True, name="feedback-arrivals").start()
-        self._more.set()
+        watcher = threading.Thread(target=self._watch, daemon=True, name="feedback-arrivals")
         try:
+            with self._lock:
+                self._waiting[arrival] = trace_id
+                if not self._watching:
+                    watcher.start()  # スレッドの上限なら例外になる。次の人が、また始める
+                    self._watching = True
+            self._more.set()
             yield arrival
         finally:
             with self._lock:

@@ -87,7 +87,10 @@ def stored_among(trace_ids: Iterable[str], *, timeout_seconds: float) -> set[str
 def hurry_export() -> None:
     """自分のプロセスのトレースなら、保存の順番(最大 5 秒)を待たずに書き出しを始める。"""
     if _HURRY.acquire(blocking=False):  # 何人が待っていても、書き出しは 1 つ
-        threading.Thread(target=_export, daemon=True, name="hurry-export").start()
+        try:
+            threading.Thread(target=_export, daemon=True, name="hurry-export").start()
+        except RuntimeError:  # スレッドの上限。次の機会に書き出す
+            _HURRY.release()
 
 
 def _export() -> None:
