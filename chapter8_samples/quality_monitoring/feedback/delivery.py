@@ -38,8 +38,8 @@ Authorize = Callable[[TraceInfo], bool]
 FEEDBACK_ID = "feedback_id"
 GIVEN_AT = "feedback_given_at_ms"
 _RETRYABLE = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
-# 評価の内容と関係がない: パスワードが変わった、MLflow の再起動中にプロキシーが 404 を返した
-_RETRYABLE |= {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND"}
+# パスワードが変わった、MLflow の再起動中にプロキシーが 404 を返した(評価の内容と関係がない)
+_NOT_THE_VOTE = {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "ENDPOINT_NOT_FOUND"}
 # 同じ人の同じ評価は 1 件ずつ(続けて押すと、互いに相手が見えず 2 件とも有効になる)
 _TURNS = [threading.Lock() for _ in range(256)]
 _HURRY = threading.Lock()
@@ -119,7 +119,7 @@ def _explained(error: MlflowException, request: FeedbackRequest) -> FeedbackErro
     if error.error_code == "RESOURCE_DOES_NOT_EXIST":
         advice = "check the id, the tracking URI and that the app exports its traces"
         return TraceNotFoundError(f"trace {request.trace_id!r} is not stored; {advice}", request)
-    if error.error_code in _RETRYABLE:
+    if error.error_code in _RETRYABLE | _NOT_THE_VOTE:
         return FeedbackDeliveryError(f"the server failed: {error.message}", request)
     return FeedbackError(f"MLflow rejected the feedback: {error.message}")
 
