@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import threading
 import time
@@ -21,6 +22,8 @@ from mlflow.entities import (
     AssessmentSource,
     AssessmentSourceType,
     Feedback,
+    Trace,
+    TraceData,
     TraceInfo,
     TraceLocation,
     TraceState,
@@ -51,6 +54,7 @@ from chapter8_samples.quality_monitoring.scoring import engine as scoring_engine
 from chapter8_samples.quality_monitoring.scoring.backfills import whole_days
 from chapter8_samples.quality_monitoring.scoring.engine import score_traces
 from chapter8_samples.quality_monitoring.scoring.identity import definition
+from chapter8_samples.quality_monitoring.scoring.judges import Budget
 from chapter8_samples.quality_monitoring.scoring.plan import sample
 from chapter8_samples.quality_monitoring.scoring.registry import estimate_monthly_judge_cost
 
@@ -336,6 +340,59 @@ def test_traces_that_cannot_be_read_do_not_stop_the_rest(
     assert [len(infos()[i].assessments) for i in [*lost, *ids]] == [0] * 3 + [1] * 2
     again = cycle(length)
     assert (again.skipped, again.failed) == (2, 3)
+
+
+def test_a_trace_whose_archive_is_out_of_reach_gets_no_verdict(
+    store: str, ask: Any, infos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trace_id,), read = ask(), TracingClient.get_trace
+
+    def without_spans(client: TracingClient, trace_id: str) -> Trace:
+        return Trace(read(client, trace_id).info, TraceData([]))
+
+    monkeypatch.setattr(TracingClient, "get_trace", without_spans)  # MLflow 3.17 の答え
+    assert (cycle(length).failed, infos()[trace_id].assessments) == (1, [])
+    monkeypatch.undo()
+    assert cycle(length).scored == 1
+
+
+def test_a_span_that_is_cut_off_stops_nobody_but_a_broken_store_does(
+    store: str, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, read = set(ask(3)[:1]), TracingClient.get_trace
+
+    def cut_off(client: TracingClient, trace_id: str) -> Trace:
+        if trace_id in bad:
+            raise json.JSONDecodeError("Unterminated string", "", 0)  # SQLite の列が途中まで
+        return read(client, trace_id)
+
+    monkeypatch.setattr(TracingClient, "get_trace", cut_off)
+    assert (cycle(length).scored, cycle(length).failed) == (2, 1)
+    bad.update(ask(4))
+    with pytest.raises(ScoringError, match="3 traces in a row cannot be read: Unterminated"):
+        cycle(length, concurrency=1)
+
+
+def test_a_panic_in_the_first_call_leaves_nobody_waiting_for_its_cost(
+    store: str, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """Rust の拡張が投げる PanicException は、Exception ではない。"""
+
+    reserve, asked = Budget.reserve, threading.Barrier(2)  # 2 件とも、コストを尋ねてから
+
+    def together(budget: Budget, name: str) -> Decimal | None:
+        asked.wait(10)
+        return reserve(budget, name)
+
+    @scorer
+    def rusty(outputs) -> bool:  # type: ignore[no-untyped-def]
+        raise Panic
+
+    monkeypatch.setattr(Budget, "reserve", together)
+    ask(2)
+    with pytest.raises(Panic):
+        cycle(rusty, budget_usd=5.0, concurrency=2)
 
 
 class Unprintable(Exception):

@@ -56,6 +56,7 @@ _PAGE_SIZE = 100
 _NOT_FROM_EVALUATION = "metadata.`mlflow.sourceRun` IS NULL"
 # 探してから読むまでに消された、スパンが保存されていない、壊れている
 _UNREADABLE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "BAD_REQUEST"}
+_UNREAD = 3  # ほかの理由で、続けてこの件数が読めなければ、保存先が止まっているとみなす
 
 
 def score_traces(
@@ -140,6 +141,7 @@ class _Run:
     interrupted: Event = field(default_factory=Event)  # 呼んだ側が Ctrl-C などで中断した
     identities: dict[str, Identity] = field(default_factory=dict[str, Identity])
     failures: Counter[str] = field(default_factory=Counter[str])  # 続けて失敗した回数
+    unread: int = 0  # 続けて読めなかったトレースの数
     lock: Lock = field(default_factory=Lock)  # 書くのと数えるのは 1 件ずつ(SQLite はその方が速い)
 
     def __post_init__(self) -> None:
@@ -233,13 +235,8 @@ class _Run:
     # 1 件の採点(並列) -----------------------------------------------------
 
     def score_trace(self, trace_id: str, targets: list[ScoringTarget]) -> None:
-        try:
-            trace = patiently(lambda: TracingClient().get_trace(trace_id))
-        except MlflowException as error:
-            if error.error_code not in _UNREADABLE:
-                raise
-            # 読めないトレースが 1 件あっても、残りの採点は続ける
-            logger.warning("trace %s cannot be scored: %s", trace_id, error.message)
+        trace = self.read(trace_id)
+        if trace is None:
             with self.lock:
                 for target in targets:
                     self.report.scorers[target.name].failed += 1
@@ -250,6 +247,23 @@ class _Run:
             if self.on_progress:
                 self.on_progress(self.report)
 
+    def read(self, trace_id: str) -> Trace | None:
+        """読めないトレースが 1 件あっても、残りの採点は続ける。"""
+        reason: object = "it has no spans"  # アーカイブに届かないときも、MLflow はこう返す
+        try:
+            trace = patiently(lambda: TracingClient().get_trace(trace_id))
+            self.unread = 0
+            if trace.data.spans:
+                return trace
+        except Exception as error:  # 壊れたスパンは、SQLite では MlflowException にならない
+            told = getattr(error, "error_code", None) in _UNREADABLE
+            self.unread = 0 if told else self.unread + 1
+            if self.unread >= _UNREAD:
+                raise ScoringError(f"{_UNREAD} traces in a row cannot be read: {error}") from error
+            reason = error
+        logger.warning("trace %s cannot be scored: %s", trace_id, reason)
+        return None
+
     def score_one(self, trace: Trace, target: ScoringTarget) -> None:
         name = target.name
         counts = self.report.scorers[name]
@@ -258,9 +272,12 @@ class _Run:
             with self.lock:
                 counts.not_started += 1
             return
-        feedbacks = call_scorer(target.scorer, trace)
-        cost_usd = call_cost(target.scorer, feedbacks, self.options.judge_price)
-        self.budget.settle(name, expected_usd, cost_usd or Decimal(0))
+        cost_usd: Decimal | None = expected_usd
+        try:
+            feedbacks = call_scorer(target.scorer, trace)
+            cost_usd = call_cost(target.scorer, feedbacks, self.options.judge_price)
+        finally:  # 何が起きても。ほかのスレッドは、最初の 1 回のコストを待っている
+            self.budget.settle(name, expected_usd, cost_usd or Decimal(0))
         with self.lock:
             if feedbacks and judge_model(target.scorer) is not None:
                 counts.charge(cost_usd)
