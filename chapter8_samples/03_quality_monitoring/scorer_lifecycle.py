@@ -108,8 +108,11 @@ def pause_scorer(experiment_name: str, name: str) -> ScorerStatus:
 def resume_scorer(experiment_name: str, name: str) -> ScorerStatus:
     """休止した採点を、休止前の割合とフィルターで再開する。"""
     status = get_scorer_status(experiment_name, name)
-    kept = kept_setting(existing_experiment_id(experiment_name), name)
+    experiment_id = existing_experiment_id(experiment_name)
+    kept = kept_setting(experiment_id, name)
     if status.sample_rate > 0:
+        if kept and kept.paused:  # 前に、再開はできたが、休止の記録を消せなかった
+            keep_setting(experiment_id, name, None)
         return status
     if kept is None:
         raise ScorerSetupError(
@@ -140,9 +143,9 @@ def remove_scorer(experiment_name: str, name: str) -> None:
     """スコアラーを、すべての版について削除する。トレースに残る評価は消えない。"""
     get_scorer_status(experiment_name, name)
     experiment_id = existing_experiment_id(experiment_name)
+    keep_setting(experiment_id, name, None)  # 先に消す。後だと、失敗したときやり直せない
     # 版を省くと、Databricks では全版、OSS 版ではエラーになる
     delete_scorer(name=name, experiment_id=experiment_id, version="all")
-    keep_setting(experiment_id, name, None)
 
 
 def delete_all_scorers(experiment_name: str, confirm: bool = False) -> list[str]:

@@ -12,7 +12,14 @@ from typing import Any
 
 import mlflow
 import pytest
-from mlflow.genai.scorers import PIIDetection, Safety, UserFrustration, scorer
+from mlflow.exceptions import MlflowException
+from mlflow.genai.scorers import (
+    PIIDetection,
+    Safety,
+    ScorerSamplingConfig,
+    UserFrustration,
+    scorer,
+)
 from mlflow.genai.scorers.registry import list_scorer_versions
 from ports import free_port
 
@@ -36,12 +43,14 @@ from chapter8_samples.quality_monitoring import (
     remove_scorer,
     resume_scorer,
     run_scoring_cycle,
+    scorer_lifecycle,
     setup_builtin_scorers,
     setup_custom_guidelines_scorer,
     setup_quality_scorers,
     setup_scorers,
     stop_all_scorers,
 )
+from chapter8_samples.quality_monitoring.scoring import registry
 from chapter8_samples.quality_monitoring.scoring.judge_endpoint import resolve_judge_model
 
 ROOT = Path(__file__).parents[2]
@@ -211,6 +220,44 @@ def test_a_deleted_scorer_does_not_come_back_paused(store: str) -> None:
     remove_scorer("quality", "pii")
     (status,) = setup_scorers("quality", [ScorerPlan(scorer=PIIDetection(name="pii"))])
     assert status.sample_rate == 1.0
+
+
+def test_what_fails_half_way_can_be_tried_again(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """スコアラーは変わったが、エクスペリメントのタグを書けなかった。"""
+    plan = ScorerPlan(scorer=PIIDetection(name="pii"), sample_rate=0.5)
+    rates: dict[str, ScorerSamplingConfig | None] = {}
+    find = registry._find
+
+    def found(name: str, experiment_id: str) -> Any:
+        pii = find(name, experiment_id)
+        if pii is not None:
+            pii._sampling_config = rates.get(name)
+        return pii
+
+    def start(pii: Any, *, sampling_config: Any = None, **_: Any) -> Any:
+        rates[pii.name] = sampling_config
+        return pii
+
+    def no_tag(*_: Any) -> None:
+        raise MlflowException("the connection was reset")
+
+    monkeypatch.setattr(registry, "who_runs", lambda _: ("server", ""))
+    monkeypatch.setattr(registry, "_find", found)
+    for name in ("start", "stop", "update"):
+        monkeypatch.setattr(PIIDetection, name, start)
+    setup_scorers("quality", [plan])
+    pause_scorer("quality", "pii")
+    with monkeypatch.context() as broken, pytest.raises(ScorerSetupError, match="reset"):
+        broken.setattr(registry, "keep_setting", no_tag)
+        resume_scorer("quality", "pii")
+    assert resume_scorer("quality", "pii").sample_rate == 0.5
+    assert setup_scorers("quality", [plan])[0].sample_rate == 0.5  # 次のデプロイ
+    with monkeypatch.context() as broken, pytest.raises(MlflowException):
+        broken.setattr(scorer_lifecycle, "keep_setting", no_tag)
+        remove_scorer("quality", "pii")
+    remove_scorer("quality", "pii")
 
 
 def test_unknown_names_are_one_error(store: str) -> None:
