@@ -12,8 +12,12 @@ if TYPE_CHECKING:  # mlflow-tracing だけの環境にはない
 
 
 def current_experiment_id() -> str | None:
-    """アプリが ``set_experiment()`` で選んだエクスペリメント。尋ねる公開の関数はない。"""
-    return fluent._get_experiment_id()  # pyright: ignore[reportPrivateUsage]
+    """アプリが ``set_experiment()`` か環境変数で選んだエクスペリメント。尋ねる公開の関数はない。
+
+    選んでいなければ ``None``(MLflow が代わりに使う ``"0"`` は、つながった後のものではない)。
+    """
+    chosen = fluent._active_experiment_id  # pyright: ignore[reportPrivateUsage]
+    return chosen or fluent._get_experiment_id_from_env()  # pyright: ignore[reportPrivateUsage]
 
 
 def enclosed_constants(scorer: Scorer) -> dict[str, object]:

@@ -285,6 +285,21 @@ def test_a_kept_vote_is_checked_when_its_trace_appears(
     assert outbox.replay().rejected == 1 and stored(foreign) == {}
 
 
+def test_before_the_app_has_its_experiment_the_page_must_send_again(
+    store: str, ask: Any, tmp_path: Path
+) -> None:
+    """MLflow が止まっている間に起動した。"0" のトレースへの評価として残すと、後で捨てられる。"""
+    (trace_id,), outbox = ask(), FeedbackOutbox(tmp_path / "box.db")
+    app = client(outbox=outbox, timeout_seconds=0.1)
+    mlflow.tracking.fluent._active_experiment_id = None
+    os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+    answer = app.post("/feedback", json={"trace_id": trace_id, "is_positive": True})
+    assert (answer.status_code, len(outbox)) == (503, 0)
+    mlflow.set_experiment(experiment_id=store)
+    answer = app.post("/feedback", json={"trace_id": trace_id, "is_positive": True})
+    assert answer.status_code == 200
+
+
 def test_the_app_decides_who_may_vote_on_which_trace(store: str, ask: Any, tmp_path: Path) -> None:
     (trace_id,), outbox = ask(), FeedbackOutbox(tmp_path / "box.db")
 
@@ -332,6 +347,11 @@ def test_the_experiment_of_the_app_is_the_one_it_chose(store: str) -> None:
     assert current_experiment_id() == store  # 公開されていない関数の契約
     os.environ["MLFLOW_EXPERIMENT_ID"] = "77"
     assert current_experiment_id() == store
+    mlflow.tracking.fluent._active_experiment_id = None
+    os.environ["MLFLOW_EXPERIMENT_ID"] = store
+    assert current_experiment_id() == store
+    del os.environ["MLFLOW_EXPERIMENT_ID"]
+    assert current_experiment_id() is None
 
 
 def test_a_vote_can_be_taken_back(store: str, ask: Any) -> None:

@@ -187,7 +187,11 @@ class _Desk:
     def prepare(self, http: Request, make: Callable[[str], FeedbackRequest]) -> FeedbackRequest:
         request = make(self.user_of(http))
         if self.authorize is None:
-            request = replace(request, experiment_id=current_experiment_id())
+            mine = current_experiment_id()
+            if mine is None:  # MLflow につながる前は、書かせてよいトレースが決まらない
+                logger.warning("feedback is refused: mlflow.set_experiment() has not succeeded yet")
+                raise _unavailable()
+            request = replace(request, experiment_id=mine)
         if self.outbox is not None and request.withdraws:
             self.outbox.drop(request)
         return request
