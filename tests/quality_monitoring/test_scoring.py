@@ -538,6 +538,25 @@ def test_the_window_and_pages_cover_every_trace(
     assert old.traces == 0
 
 
+def test_a_trace_stored_while_the_pages_are_read_has_none_judged_twice(
+    store: str, ask: Any, infos: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """長くかかったトレースは、終わったときに、始まった時刻で保存される。"""
+    ask(2)
+    unscored = scoring_engine._Run.unscored
+
+    def meanwhile(run: Any, info: TraceInfo, group: Any) -> Any:
+        if len(infos()) == 2:
+            began = (info.request_time - 60_000) * 1_000_000
+            mlflow.start_span_no_context("long", start_time_ns=began).end()
+        return unscored(run, info, group)
+
+    monkeypatch.setattr(scoring_engine._Run, "unscored", meanwhile)
+    monkeypatch.setattr(scoring_engine, "_PAGE_SIZE", 1)
+    report = cycle(length)
+    assert (report.traces, report.scored, report.skipped) == (2, 2, 0)
+
+
 def test_scorers_the_server_runs_are_left_alone(store: str, ask: Any) -> None:
     def status(runs, rate=1.0):  # type: ignore[no-untyped-def]
         name = f"{runs}-{rate}"

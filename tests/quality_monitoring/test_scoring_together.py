@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -322,8 +323,9 @@ def test_a_crashed_holder_does_not_block(store: str, ask: Any) -> None:
         assert backfill(store, [pii]).scored == 1
         claim(store, "pii", until=soon, host=socket.gethostname(), pid=os.getpid())
         assert backfill(store, [pii]).skipped == 1  # コンテナーでは、pid はいつも同じである
-    claim(store, "pii", until=time.time() - 1)
-    assert backfill(store, [pii]).failed == 0
+    for until in (time.time() - 1, time.time() + 86_400):  # 時計が 1 日進んだポッドだった
+        claim(store, "pii", until=until)
+        assert backfill(store, [pii]).failed == 0
 
 
 def test_a_claim_that_cannot_be_read_does_not_block(store: str, ask: Any) -> None:
@@ -357,6 +359,33 @@ def test_a_run_that_lost_its_lease_stops(
     with pytest.raises(Exception, match="lease"):
         cycle(sleepy, concurrency=1)
     assert sum(len(info.assessments) for info in infos().values()) == 1
+
+
+def test_a_scorer_that_hangs_does_not_hold_its_lease_for_ever(
+    store: str, ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """期限のない requests.get() の相手が黙った。"""
+    hung, answer, renewed = threading.Event(), threading.Event(), list[None]()
+    monkeypatch.setattr(scoring_engine.Lease, "renew", lambda _: renewed.append(None))
+    monkeypatch.setattr(scoring_engine, "RENEW_SECONDS", 0.01)
+    monkeypatch.setattr(scoring_engine, "_STALLED_SECONDS", 0.05)
+    ask(1)
+
+    @scorer
+    def calls_http(outputs) -> bool:  # type: ignore[no-untyped-def]
+        hung.set()
+        return answer.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(cycle, calls_http)
+        assert hung.wait(30)
+        time.sleep(0.2)
+        before = len(renewed)
+        time.sleep(0.1)
+        held = len(renewed) - before
+        answer.set()
+        assert (held, run.result(30).scored) == (0, 1)
+    assert before > 0 and len(renewed) > before  # 進んでいる間は、更新する
 
 
 def test_a_cycle_beside_a_backfill_scores_what_is_free(store: str, ask: Any) -> None:

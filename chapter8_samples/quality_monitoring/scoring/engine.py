@@ -53,6 +53,7 @@ from .plan import (
 logger = logging.getLogger(__name__)
 
 _PAGE_SIZE = 100
+_STALLED_SECONDS = 1800.0  # 何も進まなければ、権利を更新しない(次の実行が、残りを採点する)
 _NOT_FROM_EVALUATION = "metadata.`mlflow.sourceRun` IS NULL"
 # 探してから読むまでに消された、スパンが保存されていない、壊れている
 _UNREADABLE = {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "BAD_REQUEST"}
@@ -142,6 +143,7 @@ class _Run:
     identities: dict[str, Identity] = field(default_factory=dict[str, Identity])
     failures: Counter[str] = field(default_factory=Counter[str])  # 続けて失敗した回数
     unread: int = 0  # 続けて読めなかったトレースの数
+    moved_at: float = field(default_factory=time.monotonic)  # 最後に進んだ時刻
     lock: Lock = field(default_factory=Lock)  # 書くのと数えるのは 1 件ずつ(SQLite はその方が速い)
 
     def __post_init__(self) -> None:
@@ -174,14 +176,17 @@ class _Run:
         done, running = wait(running, timeout=RENEW_SECONDS, return_when=FIRST_COMPLETED)
         for future in done:
             future.result()
-        self.check_in()
+        self.check_in(moved=bool(done))
         return running
 
-    def check_in(self) -> None:
+    def check_in(self, *, moved: bool = True) -> None:
         """続けてよいことを確かめる。"""
         if self.interrupted.is_set():
             raise KeyboardInterrupt  # 呼んだ側には、中断した例外が届く
-        self.lease.renew()
+        if moved:
+            self.moved_at = time.monotonic()
+        if time.monotonic() - self.moved_at < _STALLED_SECONDS:
+            self.lease.renew()
 
     # 計画 ------------------------------------------------------------------
 
@@ -193,13 +198,17 @@ class _Run:
         seen: set[str] = set()
         for filter_string in {target.filter_string for target in self.targets}:
             group = [t for t in self.targets if t.filter_string == filter_string]
+            read: set[str] = set()
             for info in self.trace_infos(filter_string):
                 self.check_in()
-                seen.add(info.trace_id)
+                if info.trace_id in read:
+                    continue
+                read.add(info.trace_id)
                 spread = hashlib.sha256(info.trace_id.encode()).hexdigest()
                 for target in self.unscored(info, group):
                     failed_at = self.identities[target.name].failed_at_ms(info.assessments)
                     found[failed_at, spread, info.trace_id].append(target)
+            seen |= read
         self.report.traces = len(seen)
         return [(key[-1], found[key]) for key in sorted(found)]
 
@@ -212,7 +221,7 @@ class _Run:
             locations=[self.report.experiment_id],
             filter_string=f"{window} AND {filter_string}" if filter_string else window,
             max_results=_PAGE_SIZE,
-            order_by=["timestamp_ms ASC"],  # 読む間にトレースが増えても、ページがずれない
+            order_by=["timestamp_ms ASC"],  # 新しいトレースが増えても、ページはずれない
             include_spans=False,
         )
         page = patiently(search)
@@ -267,6 +276,7 @@ class _Run:
     def score_one(self, trace: Trace, target: ScoringTarget) -> None:
         name = target.name
         counts = self.report.scorers[name]
+        self.moved_at = time.monotonic()
         expected_usd = self.may_start(name)
         if expected_usd is None:
             with self.lock:
