@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mlflow.tracking import fluent
@@ -18,6 +19,14 @@ def current_experiment_id() -> str | None:
     """
     chosen = fluent._active_experiment_id  # pyright: ignore[reportPrivateUsage]
     return chosen or fluent._get_experiment_id_from_env()  # pyright: ignore[reportPrivateUsage]
+
+
+def forget_model_costs() -> None:
+    """ジャッジの単価を調べ直す。MLflow は「カタログにない」も覚え、後で載っても見ない。"""
+    with suppress(ImportError, AttributeError):
+        from mlflow.genai.utils import llm_utils
+
+        llm_utils._fetch_model_cost.cache_clear()  # pyright: ignore[reportPrivateUsage]
 
 
 def enclosed_constants(scorer: Scorer) -> dict[str, object]:

@@ -32,6 +32,8 @@ from mlflow.genai.scorers import Guidelines, PIIDetection, Safety, Scorer, score
 from mlflow.genai.scorers.base import ScorerSamplingConfig
 from mlflow.genai.scorers.online.sampler import OnlineScorerSampler
 from mlflow.tracing.client import TracingClient
+from mlflow.utils import providers
+from pydantic import PrivateAttr
 
 from chapter8_samples.quality_monitoring import (
     BudgetError,
@@ -483,6 +485,19 @@ def test_a_budget_without_a_price_is_an_error(store: str, ask: Any, stub_llm: An
     assert cycle(unknown).skipped == 1  # 呼んだ分の結果は残っている
 
 
+def test_a_model_that_enters_the_catalog_later_has_a_cost_from_then_on(
+    store: str, ask: Any, stub_llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog: dict[str, Any] = {}
+    monkeypatch.setattr(providers, "_load_provider", lambda _: catalog)
+    newest = Safety(name="s", model="openai:/a-brand-new-model")
+    ask(1)
+    assert cycle(newest).cost_usd is None
+    catalog["a-brand-new-model"] = {"input_cost_per_token": 1e-6}
+    ask(1)
+    assert cycle(newest, budget_usd=1.0).cost_usd > 0  # 公開されていない関数の契約
+
+
 @pytest.mark.slow
 def test_concurrency_is_bounded(store: str, ask: Any) -> None:
     lock, running, peak = threading.Lock(), 0, 0
@@ -671,6 +686,21 @@ class Tabled(Scorer):
 def test_a_scorer_with_odd_keys_has_a_definition_too() -> None:
     one, same, other = (Tabled(limits={("ja", number): 0.5}) for number in (1, 1, 2))
     assert definition(one) == definition(same) != definition(other)
+
+
+class Remembering(Scorer):
+    name: str = "remembering"
+    _seen: set[str] = PrivateAttr(default_factory=set)
+
+    def __call__(self, *, outputs: Any = None) -> bool:
+        self._seen.add(outputs)
+        return True
+
+
+def test_what_a_scorer_remembers_in_private_is_not_its_definition() -> None:
+    judge = Remembering()
+    before = definition(judge)
+    assert judge(outputs="a") and definition(judge) == before
 
 
 def test_the_cost_of_a_job_that_runs_elsewhere_is_unknown() -> None:

@@ -13,6 +13,8 @@ import mlflow
 from mlflow.entities import Feedback
 from mlflow.genai.scorers import Scorer
 
+from .._internals import forget_model_costs
+
 DEFAULT_JUDGE = "openai:/gpt-4.1-mini"
 PROVIDER_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 _COST = "mlflow.assessment.judgeCost"
@@ -110,8 +112,10 @@ def call_cost(
             costs.append(Decimal(str(metadata[_COST])))
     if costs:
         return sum(costs, Decimal(0))
-    unread = any(feedback.error for feedback in feedbacks)
-    return assumed_cost(scorer, price) if unread else None
+    if any(feedback.error for feedback in feedbacks):
+        return assumed_cost(scorer, price)
+    forget_model_costs()  # 新しいモデルは、後からカタログに載る
+    return None
 
 
 def assumed_cost(scorer: Scorer, price: JudgePrice | None) -> Decimal | None:
