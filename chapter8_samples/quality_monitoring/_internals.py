@@ -6,6 +6,7 @@ import inspect
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from mlflow.tracing.provider import is_tracing_enabled
 from mlflow.tracking import fluent
 
 if TYPE_CHECKING:  # mlflow-tracing だけの環境にはない
@@ -13,20 +14,14 @@ if TYPE_CHECKING:  # mlflow-tracing だけの環境にはない
 
 
 def current_experiment_id() -> str | None:
-    """アプリが ``set_experiment()`` か環境変数で選んだエクスペリメント。尋ねる公開の関数はない。
+    """アプリが記録するエクスペリメント。尋ねる公開の関数はない。
 
-    選んでいなければ ``None``(MLflow が代わりに使う ``"0"`` は、つながった後のものではない)。
+    MLflow につながる前(選べず、トレーシングも止めている間)は ``None``。つながれば変わるから。
     """
     chosen = fluent._active_experiment_id  # pyright: ignore[reportPrivateUsage]
-    return chosen or fluent._get_experiment_id_from_env()  # pyright: ignore[reportPrivateUsage]
-
-
-def forget_model_costs() -> None:
-    """ジャッジの単価を調べ直す。MLflow は「カタログにない」も覚え、後で載っても見ない。"""
-    with suppress(ImportError, AttributeError):
-        from mlflow.genai.utils import llm_utils
-
-        llm_utils._fetch_model_cost.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    if chosen or is_tracing_enabled():
+        return fluent._get_experiment_id()  # pyright: ignore[reportPrivateUsage]
+    return fluent._get_experiment_id_from_env()  # pyright: ignore[reportPrivateUsage]
 
 
 def enclosed_constants(scorer: Scorer) -> dict[str, object]:

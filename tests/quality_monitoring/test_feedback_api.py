@@ -293,8 +293,10 @@ def test_before_the_app_has_its_experiment_the_page_must_send_again(
     app = client(outbox=outbox, timeout_seconds=0.1)
     mlflow.tracking.fluent._active_experiment_id = None
     os.environ.pop("MLFLOW_EXPERIMENT_ID", None)
+    mlflow.tracing.disable()
     answer = app.post("/feedback", json={"trace_id": trace_id, "is_positive": True})
     assert (answer.status_code, len(outbox)) == (503, 0)
+    mlflow.tracing.enable()
     mlflow.set_experiment(experiment_id=store)
     answer = app.post("/feedback", json={"trace_id": trace_id, "is_positive": True})
     assert answer.status_code == 200
@@ -351,6 +353,8 @@ def test_the_experiment_of_the_app_is_the_one_it_chose(store: str) -> None:
     os.environ["MLFLOW_EXPERIMENT_ID"] = store
     assert current_experiment_id() == store
     del os.environ["MLFLOW_EXPERIMENT_ID"]
+    assert current_experiment_id() == "0"  # 選ばないアプリは Default に記録する
+    mlflow.tracing.disable()
     assert current_experiment_id() is None
 
 
