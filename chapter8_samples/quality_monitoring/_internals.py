@@ -24,6 +24,14 @@ def current_experiment_id() -> str | None:
     return fluent._get_experiment_id_from_env()  # pyright: ignore[reportPrivateUsage]
 
 
+def forget_model_costs() -> None:
+    """ジャッジの単価を調べ直す。MLflow は「カタログにない」も覚え、後で載っても見ない。"""
+    with suppress(ImportError, AttributeError):
+        from mlflow.genai.utils import llm_utils
+
+        llm_utils._fetch_model_cost.cache_clear()  # pyright: ignore[reportPrivateUsage]
+
+
 def enclosed_constants(scorer: Scorer) -> dict[str, object]:
     """``@scorer`` の関数が、外側の関数から受け取った定数(``longer_than(100)`` の 100)。
 
