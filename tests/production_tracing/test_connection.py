@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import json
+import os
 import ssl
 import threading
 import time
@@ -104,11 +106,17 @@ def front() -> Iterator[Callable[..., Front]]:
         item.stop()
 
 
-def wait_until_ready() -> None:
-    deadline = time.monotonic() + 60
+def wait_until_ready(seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
     while not (status := tracing_status()) or not status.ready:
         assert time.monotonic() < deadline, status
         time.sleep(0.05)
+
+
+def experiment(stage: str) -> bytes:
+    """エクスペリメントを尋ねられたサーバーの答え。"""
+    found = {"experiment_id": "7", "name": "a", "artifact_location": "x", "lifecycle_stage": stage}
+    return json.dumps({"experiment": found}).encode()
 
 
 # (状態, 本文, ヘッダー): 再起動中のプロキシ、秘密の更新中、混雑、ログイン画面
@@ -162,6 +170,53 @@ def test_tracing_starts_after_every_transient_answer(
     wait_until_ready()
     answer(1)
     assert len(stored("transient")) == 1
+
+
+def test_an_experiment_deleted_while_we_wait_may_be_restored(front: Callable[..., Front]) -> None:
+    busy = front(None)
+    busy.status = 503
+    setup_production_tracing("a", tracking_uri=busy.url, retry_seconds=0.05)
+    busy.status, busy.body = 200, experiment("deleted")
+    deadline = time.monotonic() + 20
+    while not (status := tracing_status()) or "deleted" not in status.warnings[-1]:
+        assert time.monotonic() < deadline, status
+        time.sleep(0.02)
+    busy.body = experiment("active")
+    wait_until_ready(20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("asked", [1, 2], ids=["probe", "set_experiment"])
+def test_a_fork_while_connecting_leaves_the_child_working(
+    front: Callable[..., Front], asked: int
+) -> None:
+    busy = front(None)
+    busy.status = 503
+    setup_production_tracing("a", tracking_uri=busy.url, retry_seconds=0.05)
+    answer_now = busy._answer  # pyright: ignore[reportPrivateUsage]
+    waiting, seen = threading.Event(), list[str]()
+
+    def answer_late(method: str, path: str, *rest: Any) -> Any:
+        seen.append(path)
+        if len(seen) == asked:
+            waiting.set()
+            time.sleep(1)
+        return answer_now(method, path, *rest)
+
+    busy.status, busy.body = 200, experiment("active")
+    busy._answer = answer_late  # pyright: ignore[reportPrivateUsage]
+    assert waiting.wait(20)
+    child = os.fork()
+    if child == 0:
+        try:
+            wait_until_ready(5)
+            assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    wait_until_ready(20)
 
 
 @pytest.mark.slow

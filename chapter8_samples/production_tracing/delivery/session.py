@@ -71,8 +71,6 @@ class _Session:
         if self.problem:  # リクエストを待たせずに、背後で接続し直す
             mlflow.tracing.disable()
             self.start_reconnecting()
-            if hasattr(os, "register_at_fork"):
-                os.register_at_fork(after_in_child=self._after_fork)
 
     def connect(self) -> None:
         """接続して記録を始める。待てば直りうる失敗なら、理由を ``problem`` に残す。"""
@@ -83,9 +81,7 @@ class _Session:
             problem = f"experiment {name!r} cannot be used: {hide_secrets(str(error))}"
             if self._never_works(error):
                 raise TracingSetupError(problem) from None  # 元の文面には、パスワードが残る
-            if problem != self.problem:
-                logger.warning("tracing is off until the server answers: %s", problem)
-            self.problem = problem
+            self._stay_off(problem)
             return
         if self.options.export_profile == "otlp":
             self.environment.set(otlp_environment(self.uri, experiment_id))
@@ -97,6 +93,11 @@ class _Session:
             use_id_generator(SystemRandomIds())  # アプリと共有するプロバイダーは変えない
         self.experiment_id = experiment_id
         self.problem = ""
+
+    def _stay_off(self, problem: str) -> None:
+        if problem != self.problem:
+            logger.warning("tracing is off until the server answers: %s", problem)
+        self.problem = problem
 
     def _never_works(self, error: Exception) -> bool:
         refused_name = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
@@ -136,17 +137,12 @@ class _Session:
 
     def _reconnect(self) -> None:
         while self.problem and not self.stop.wait(self.options.retry_seconds):
-            with _lock:
-                if not self.stop.is_set():
-                    self.connect()
-
-    def _after_fork(self) -> None:
-        """fork した子(gunicorn の ``--preload`` など)にスレッドは残らない。子でも接続し直す。"""
-        global _lock
-        if _session is self and self.problem:
-            _lock = threading.RLock()  # 接続の途中で fork すると、子では永久に解かれない
-            self.stop = threading.Event()
-            self.start_reconnecting()
+            try:
+                with _lock:
+                    if not self.stop.is_set():
+                        self.connect()
+            except Exception as error:  # これも直りうる(削除したエクスペリメントを戻すなど)
+                self._stay_off(hide_secrets(str(error) or repr(error)))
 
     def undo(self) -> None:
         self.stop.set()
@@ -174,6 +170,24 @@ def _keep_counting(span: LiveSpan) -> None:
 
 _lock = threading.RLock()
 _session: _Session | None = None
+
+
+def _after_fork() -> None:
+    """fork した子(gunicorn の ``--preload`` など)にスレッドは残らない。子でも接続し直す。"""
+    global _lock
+    _lock = threading.RLock()
+    if _session is not None and _session.problem:
+        _session.stop = threading.Event()
+        _session.start_reconnecting()
+
+
+if hasattr(os, "register_at_fork"):
+    # 接続の途中で fork すると、子には、短くした期限と、MLflow の掛かったままのロックが残る
+    os.register_at_fork(
+        before=lambda: _lock.acquire(),
+        after_in_parent=lambda: _lock.release(),
+        after_in_child=_after_fork,
+    )
 
 
 def open_session(options: TracingOptions, profile: Mapping[str, str]) -> TracingStatus:
