@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -20,7 +21,7 @@ from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
 from chapter8_samples.production_tracing import _internals, setup_production_tracing
-from chapter8_samples.production_tracing.delivery import flush, text
+from chapter8_samples.production_tracing.delivery import counts, flush, text
 from chapter8_samples.production_tracing.delivery.counts import LEDGER, start_counting
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.delivery.spool import TraceSpool
@@ -96,6 +97,26 @@ def test_a_flush_thread_that_could_not_start_is_started_by_the_next_flush(
             flush_traces(1)
     record(1)
     assert flush_traces(10).ok and len(stored("counts")) == 1
+
+
+def test_flushes_that_are_too_late_one_after_another_let_the_next_traces_through(
+    may_send: threading.Event, counting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """リクエストのたびに短く待つアプリ。1 度遅れた後、サーバーは健康でも、止め続けてはいけない。"""
+    now = [1000.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None)
+    monkeypatch.setattr(counts, "time", clock)
+    may_send.clear()
+    record(3)
+    paused: list[bool] = []
+    for _ in range(15):
+        LEDGER.stop_sending(0.0, for_good=False)
+        assert LEDGER.report(finished=False)[0] == 3  # 止めていなくても、少なくは数えない
+        now[0] += 1.0
+        paused.append(now[0] < LEDGER._paused_until)
+    assert paused == [True, False, False, False, False] * 3
+    may_send.set()
+    assert flush_traces(30).ok and LEDGER.counts() == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

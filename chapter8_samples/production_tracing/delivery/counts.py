@@ -158,8 +158,13 @@ class Ledger:
         return min(0.2 + 1.5 * self._slowest, 3.0, timeout_seconds / 2)
 
     def stop_sending(self, grace_seconds: float, *, for_good: bool) -> None:
-        """新しく送るのを 2 秒(``for_good`` なら最後まで)止め、送り始めたものの返事を待つ。"""
-        self._paused_until = time.monotonic() + grace_seconds + 2.0
+        """新しく送るのを 2 秒(``for_good`` なら最後まで)止め、送り始めたものの返事を待つ。
+
+        続けて呼ばれても、次の 2 秒は止めない。その間に届く分も、届かない方に数えられる。
+        """
+        now = time.monotonic()
+        if for_good or now > self._paused_until + 2.0:  # 止め続けると、1 件も届かない
+            self._paused_until = now + grace_seconds + 2.0
         with self._changed:
             self._changed.wait_for(lambda: self._sending <= 0, grace_seconds)
             if for_good:
