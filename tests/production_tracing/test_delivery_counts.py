@@ -21,6 +21,7 @@ from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
 
 from chapter8_samples._lab.servers.receivers import OtlpReceiver
 from chapter8_samples.production_tracing import _internals, setup_production_tracing
+from chapter8_samples.production_tracing.basic_setup import EXPORT_PROFILES
 from chapter8_samples.production_tracing.delivery import counts, flush, text
 from chapter8_samples.production_tracing.delivery.counts import LEDGER, start_counting
 from chapter8_samples.production_tracing.delivery.flush import flush_traces
@@ -97,6 +98,24 @@ def test_a_flush_thread_that_could_not_start_is_started_by_the_next_flush(
             flush_traces(1)
     record(1)
     assert flush_traces(10).ok and len(stored("counts")) == 1
+
+
+def test_what_waits_for_a_dead_server_is_bounded_and_stays_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held_by_mlflow = int(EXPORT_PROFILES["burst"]["MLFLOW_ASYNC_TRACE_LOGGING_MAX_QUEUE_SIZE"])
+    assert counts._MAX_WAITING // held_by_mlflow >= 5
+    monkeypatch.setattr(counts, "_MAX_WAITING", 100)
+    monkeypatch.setattr(counts, "_SETTLE_SECONDS", 60)
+    traces = [f"tr-{number}" for number in range(130)]
+    for trace_id in traces:
+        LEDGER.ended(trace_id)
+    assert LEDGER.counts() == (100, 30, 0)
+    undelivered, reason = LEDGER.report(finished=False)
+    assert undelivered == 130 and "more than 100 traces wait" in str(reason)
+    LEDGER.arrived(traces)  # 忘れたものが、後で届く
+    assert LEDGER.counts() == (0, 30, 0)
+    assert LEDGER.report(finished=True) == (0, None)
 
 
 def test_flushes_that_are_too_late_one_after_another_let_the_next_traces_through(

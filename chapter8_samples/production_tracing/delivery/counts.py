@@ -7,6 +7,7 @@ MLflow は、送れなかったトレースをログに書くだけで、あふ�
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import threading
@@ -22,6 +23,7 @@ from .text import send_as_utf8, send_cleaned
 
 logger = logging.getLogger(__name__)
 
+_MAX_WAITING = 100_000  # 約 20 MB。MLflow が抱える件数(burst で 2 万件)より、ずっと多い
 _SETTLE_SECONDS = 1.0  # 終わってからこれだけたてば、MLflow のキューに入っている
 
 
@@ -106,9 +108,14 @@ class Ledger:
     # ---- 帳簿 ----
 
     def ended(self, trace_id: str) -> None:
-        """送信を待つトレースが増えた。"""
+        """送信を待つトレースが増えた。多すぎれば、古いものからまとめて、失ったことにする。"""
+        oldest: list[str] = []
         with self._changed:
             self._waiting[trace_id] = time.monotonic()
+            if len(self._waiting) > _MAX_WAITING:  # 止まったサーバーへの、MLflow が捨てた分
+                oldest = list(itertools.islice(self._waiting, _MAX_WAITING // 100))
+        if oldest:
+            self.lost(oldest, f"more than {_MAX_WAITING} traces wait to be sent")
 
     def arrived(self, trace_ids: Iterable[str], *, whole: bool = True) -> None:
         """サーバーかディスクが受け取った(``whole=False`` は、スパンだけ)。"""
