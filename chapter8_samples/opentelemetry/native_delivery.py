@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from typing import Any
 
 import requests
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.sdk.trace import Event, ReadableSpan, Span
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from .endpoint import split_endpoint
@@ -98,16 +98,22 @@ class Destination(BatchSpanProcessor):
         self.exporter = CountingExporter(url, headers, masking)
         self._limit = max_queue_spans
         self._lock = threading.Lock()
-        self._forked_ns = 0
+        self._open: set[int] = set()  # このプロセスで始まった、まだ終わらないスパン
         batch = min(512, max_queue_spans)
         super().__init__(self.exporter, max_queue_spans, max_export_batch_size=batch)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._restart_in_child)
 
+    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
+        """始まったことを覚える(時計は戻ることがあるので、時刻では fork の前か後かが分からない)。"""
+        self._open.add(span.get_span_context().span_id)
+
     def on_end(self, span: ReadableSpan) -> None:
         """送信待ちに入れる。"""
-        if (span.start_time or 0) <= self._forked_ns:  # fork の前に始まったものは、親が送る
+        context = span.get_span_context()
+        if context is None or context.span_id not in self._open:  # fork の前からのものは、親が送る
             return
+        self._open.remove(context.span_id)
         status = self.exporter.status
         with self._lock:
             is_full = status.ended - status.dropped - self.exporter.taken >= self._limit
@@ -124,7 +130,7 @@ class Destination(BatchSpanProcessor):
 
     def _restart_in_child(self) -> None:
         self._lock = threading.Lock()
-        self._forked_ns = time.time_ns()
+        self._open = set()
         self.exporter.start()
 
 

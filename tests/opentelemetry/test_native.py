@@ -767,6 +767,21 @@ def test_a_fork_neither_loses_nor_doubles_spans(
     assert spans["in child"].parent_span_id == spans["open"].span_id
 
 
+def test_a_clock_that_is_set_back_after_a_fork_hides_no_span(
+    otlp: OtlpReceiver, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracing = setup(otlp.http_endpoint)
+    with traced(name="of the parent"):
+        for destination in tracing._destinations.values():
+            destination._restart_in_child()  # fork した子の中と同じ
+        now = time.time_ns
+        monkeypatch.setattr("opentelemetry.sdk.trace.time_ns", lambda: now() - 60 * 10**9)
+    answer("q")
+    status = only(tracing)
+    assert (status.ended, status.delivered) == (3, 3)
+    assert not any(one._open for one in tracing._destinations.values())
+
+
 def _work(number: int) -> int:
     answer(f"q{number}")
     (status,) = _work.tracing.flush().values()  # type: ignore[attr-defined]
