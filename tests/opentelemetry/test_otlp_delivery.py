@@ -27,7 +27,7 @@ from chapter8_samples.opentelemetry import (
     setup_otlp_export,
 )
 from chapter8_samples.opentelemetry.deadlines import run_in_time
-from chapter8_samples.opentelemetry.export import delivery
+from chapter8_samples.opentelemetry.export import delivery, session
 
 from .conftest import wait_until
 
@@ -252,6 +252,32 @@ def test_results_of_an_abandoned_setting_are_not_counted_later(
     wait_until(lambda: old.lost == 3, 20)
     report = flush_all()
     assert (report.accepted, report.delivered, report.lost) == (0, 0, 0)
+
+
+def test_a_span_that_ends_while_the_setting_changes_is_counted_once(
+    tracking_uri: str, otlp: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ほかのスレッドのスパンは、数え直すところの前後で終わる。"""
+
+    def at(moment: str) -> None:
+        original = getattr(session, moment)
+
+        def around() -> Any:
+            spans(1)
+            result = original()
+            spans(1)
+            return result
+
+        monkeypatch.setattr(session, moment, around)
+
+    setup_otlp_export(otlp.http_endpoint, "old", "http/protobuf", mode="otlp_only")
+    spans(1)
+    at("_rebuild_provider")
+    at("restart_counts")
+    setup_otlp_export(otlp.http_endpoint, "new", "http/protobuf", mode="otlp_only")
+    spans(3)
+    report = flush_all()
+    assert report.complete and (report.delivered, report.lost) == (4, 0), report
 
 
 FORKED = """

@@ -82,16 +82,16 @@ def _watch_forks() -> None:
 
 def count_span(processor: OtelSpanProcessor, span: ReadableSpan) -> None:
     """OTLP へ渡すスパンを数える。"""
-    _count_results(processor.span_exporter)
+    tally = _count_results(processor.span_exporter)
     context = span.get_span_context()
     if context and context.trace_flags.sampled:
-        _tally.add(accepted=1)
+        tally.add(accepted=1)
 
 
-def _count_results(exporter: Any) -> None:
+def _count_results(exporter: Any) -> _Tally:
     """この exporter の結果を数える。プロバイダーが作り直されるたびに新しい exporter になる。"""
-    if "counts_results" in vars(exporter):  # export は、8.1 も包むことがある
-        return
+    if "tally" in vars(exporter):  # export は、8.1 も包むことがある
+        return vars(exporter)["tally"]
     export, tally = exporter.export, _tally
 
     def counted(spans: Any) -> SpanExportResult:
@@ -106,7 +106,8 @@ def _count_results(exporter: Any) -> None:
         return result
 
     exporter.export = counted
-    exporter.counts_results = True
+    exporter.tally = tally
+    return tally
 
 
 def flush_all(timeout_seconds: float = 10.0) -> FlushReport:

@@ -122,8 +122,8 @@ def _install(config: OtlpConfig) -> None:
     try:
         write_environment(_desired_env(config))
         change_before_export(_changed)
+        restart_counts()  # 新しいエクスポーターが、前の数を使い始めないうちに
         warnings = _rebuild_provider()
-        restart_counts()
         if not _is_exporting(config.mode):
             raise OtlpSetupError(
                 f"MLflow built {_processor_names()}, not {config.mode} export; a destination "
