@@ -8,7 +8,9 @@
 # pyright: reportPrivateUsage=false
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from threading import Lock
 from typing import Any
 
 from mlflow.tracing.config import get_config
@@ -142,6 +144,12 @@ def exporter_class(signal: str, protocol: str) -> Any:
     from opentelemetry.exporter.otlp.proto.http import metric_exporter as http_metrics
 
     return http_logs.OTLPLogExporter if signal == "logs" else http_metrics.OTLPMetricExporter
+
+
+def renew_export_lock_in_children(reader: Any) -> None:
+    """送信の途中で fork した子では、掛かったままになるロック(SDK は、作り直さない)。"""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: setattr(reader, "_export_lock", Lock()))
 
 
 def make_logger_provider(exporter: Any, service_name: str) -> LoggerProvider:

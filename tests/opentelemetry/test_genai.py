@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import threading
 import time
@@ -294,6 +295,25 @@ def test_flush_tells_that_nobody_received_it(tracking_uri: str, otlp: OtlpReceiv
     otlp.fail_next(1, 401)
     assert not metrics.flush()
     assert metrics.flush()
+    metrics.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_while_metrics_are_sent_sends_its_own(
+    tracking_uri: str, otlp: OtlpReceiver
+) -> None:
+    metrics = setup_genai_metrics(otlp.http_endpoint, "bot", "http/protobuf")
+    call(input_tokens=1)
+    otlp.delay_seconds = 1
+    sending = threading.Thread(target=metrics.flush)
+    sending.start()
+    time.sleep(0.5)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if metrics.flush(5) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    sending.join()
     metrics.shutdown()
 
 

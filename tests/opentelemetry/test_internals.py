@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ast
+import math
+import os
+import threading
+from collections.abc import Callable
 from importlib.metadata import version
+from io import StringIO
 from typing import Any
 
 import mlflow
 import mlflow.tracing
 import pytest
 from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import ConsoleMetricExporter, PeriodicExportingMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -85,6 +92,27 @@ def test_an_event_is_bound_to_its_span_and_its_time() -> None:
     ), VERSIONS
     assert record.timestamp == 1_700_000_000_000_000_000
     provider.shutdown()
+
+
+def test_a_child_forked_during_an_export_of_metrics_exports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_children: list[Callable[[], None]] = []
+    monkeypatch.setattr(
+        os, "register_at_fork", lambda *, after_in_child: in_children.append(after_in_child)
+    )
+    exporter = ConsoleMetricExporter(out=StringIO())
+    reader = PeriodicExportingMetricReader(exporter, export_interval_millis=math.inf)
+    _internals.renew_export_lock_in_children(reader)
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    provider.get_meter("m").create_counter("calls").add(1)
+    reader._export_lock.acquire()  # 親のスレッドが送っている
+    for renew in in_children:
+        renew()
+    child = threading.Thread(target=reader.collect, daemon=True)
+    child.start()
+    child.join(5)
+    assert '"calls"' in exporter.out.getvalue(), VERSIONS
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])

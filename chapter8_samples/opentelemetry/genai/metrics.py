@@ -20,7 +20,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 
-from .._internals import span_hooks
+from .._internals import renew_export_lock_in_children, span_hooks
 from . import conventions
 from .sending import flush_in_time, last_results, make_exporter
 
@@ -91,6 +91,7 @@ def setup_genai_metrics(
         raise RuntimeError("GenAI metrics are already recorded: call shutdown() on them first")
     exporter = make_exporter("metrics", endpoint, protocol, headers)
     reader = PeriodicExportingMetricReader(exporter)
+    renew_export_lock_in_children(reader)
     resource = Resource.create({"service.name": service_name})
     provider = MeterProvider(metric_readers=[reader], resource=resource)
     hook = _recorder(_Instruments(provider, with_old_names=names == "both"))
