@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -78,10 +79,15 @@ class AdaptiveRate:
     def __post_init__(self) -> None:
         if not self.target_per_minute > 0:
             raise ValueError(f"target_per_minute={self.target_per_minute!r} must be > 0")
-        self._lock = threading.Lock()
+        self._renew_lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew_lock)
         self._first: float | None = None
         self._last = 0.0
         self._sum = 0.0
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()  # fork のときに掛かっていると、子では永久に解かれない
 
     def __call__(self) -> float:
         """1 件の到着を数え、それを残す確率を返す。"""
