@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -181,18 +182,21 @@ def _after_fork() -> None:
         _session.start_reconnecting()
 
 
-if hasattr(os, "register_at_fork"):
+@functools.cache
+def _watch_forks() -> None:
     # 接続の途中で fork すると、子には、短くした期限と、MLflow の掛かったままのロックが残る
-    os.register_at_fork(
-        before=lambda: _lock.acquire(),
-        after_in_parent=lambda: _lock.release(),
-        after_in_child=_after_fork,
-    )
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=lambda: _lock.acquire(),
+            after_in_parent=lambda: _lock.release(),
+            after_in_child=_after_fork,
+        )
 
 
 def open_session(options: TracingOptions, profile: Mapping[str, str]) -> TracingStatus:
     """設定を始める。``profile`` は、送信の上限を決める環境変数。"""
     global _session
+    _watch_forks()
     with _lock:
         if _session is None:
             session = _Session(options)
