@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,9 @@ def test_a_start_without_the_server_is_an_error() -> None:
     assert app.version == "1"
 
 
-def test_one_thread_reloads_and_the_others_do_not_wait() -> None:
-    app = Counted(ttl_seconds=5)
+@contextmanager
+def reloading(app: Counted) -> Iterator[None]:
+    """別のスレッドが "2" を読み直している間。"""
     app.get()
     entered, go = threading.Event(), threading.Event()
 
@@ -79,42 +82,34 @@ def test_one_thread_reloads_and_the_others_do_not_wait() -> None:
         return Loaded("2", "model 2")
 
     app.read = slow_read  # type: ignore[method-assign]
-    app.now = 5
+    app.now += 5
     reloader = threading.Thread(target=app.get)
     reloader.start()
     assert entered.wait(10)
-    assert app.get().version == "1"  # 読み直しの最中でも、すぐに返る
+    yield
     go.set()
     reloader.join(10)
+
+
+def test_one_thread_reloads_and_the_others_do_not_wait() -> None:
+    app = Counted(ttl_seconds=5)
+    with reloading(app):
+        assert app.get().version == "1"  # 読み直しの最中でも、すぐに返る
     assert app.version == "2"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_a_child_forked_while_another_thread_reloads_follows_the_alias() -> None:
     app = Counted(ttl_seconds=5)
-    app.get()
-    entered, go = threading.Event(), threading.Event()
-
-    def slow_read(before: Loaded[str] | None) -> Loaded[str]:
-        entered.set()
-        assert go.wait(10)
-        return Loaded("2", "model 2")
-
-    app.read = slow_read  # type: ignore[method-assign]
-    app.now = 5
-    reloader = threading.Thread(target=app.get)
-    reloader.start()
-    assert entered.wait(10)
-    child = os.fork()
-    if child == 0:
-        app.read = lambda before: Loaded("3", "model 3")  # type: ignore[method-assign]
-        try:
-            os._exit(0 if app.version == "3" else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    go.set()
-    reloader.join(10)
+    with reloading(app):
+        child = os.fork()
+        if child == 0:
+            app.read = lambda before: Loaded("3", "model 3")  # type: ignore[method-assign]
+            try:
+                os._exit(0 if app.version == "3" else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_version_that_does_not_load_is_tried_less_and_less_often(

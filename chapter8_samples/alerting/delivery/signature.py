@@ -124,6 +124,7 @@ class ReplayGuard:
             try:
                 return self._db.execute(statement, values).rowcount == 1
             except sqlite3.OperationalError:  # 開いている間に、ファイルを消された
+                self._db.close()
                 self._connect()
                 return self._db.execute(statement, values).rowcount == 1
 

@@ -46,7 +46,7 @@ class Ledger:
         self._failure = ""
         self._sending = 0
         self._slowest = 0.0
-        self._paused_until = 0.0
+        self._paused_until = self._resume_at = 0.0
         self.closed = False
 
     # ---- MLflow の送信に立ち会う ----
@@ -181,12 +181,13 @@ class Ledger:
     def hold(self) -> None:
         """fork の間、送るのを止める(送るスレッドが握るロックは、子では永久に開かない)。"""
         grace = self.grace_seconds(4.0)
+        self._resume_at = self._paused_until  # フラッシュが止めている途中なら、続きも止める
         self._paused_until = time.monotonic() + grace + 2.0
         with self._changed:
             self._changed.wait_for(lambda: self._sending <= 0, grace)
 
     def resume(self) -> None:
-        self._paused_until = 0.0
+        self._paused_until = self._resume_at
 
     def renew(self) -> None:
         """fork した子で、新しい帳簿と送信処理にする。親の残りは親が送る。"""
