@@ -62,7 +62,7 @@ EXPORT_PROFILES: Mapping[ExportProfile, Mapping[str, str]] = {
 }
 """送信の設定(環境変数)。``default`` は MLflow のまま、``burst`` はバーストを失わない設定。
 
-``otlp`` は MLflow サーバーの ``/v1/traces`` へ直接送る。書き込みが 9-16 倍速い代わりに、
+``otlp`` は MLflow サーバーの ``/v1/traces`` へ直接送る。書き込みが 5-6 倍速い代わりに、
 トレースのメタデータ・``client_request_id``・明示したプレビューは送られない
 (``add_trace_metadata`` はルートスパンの属性に書いて補う)。接続したときのトークンを使い続けるので、
 運用中に ``MLFLOW_TRACKING_TOKEN`` を替えるなら ``burst`` を使う。
