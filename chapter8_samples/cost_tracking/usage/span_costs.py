@@ -131,8 +131,8 @@ class CostTracking:
         except Exception:  # コストの計算で、アプリの応答やトレースの保存を止めない
             self._failed(span)
             call = None
-        with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
-            family = trace.span_dict if trace else {span.span_id: span}  # 始まった順に並ぶ
+        alone = call is None and span.parent_id is None  # 合計を書くだけのルート
+        family = {span.span_id: span} if alone else _family(span)
         root = next(iter(family.values()))
         if call is None and span is not root and root.end_time_ns is None:
             return  # 検索やツールのスパン。ルートより後に終わったのなら、合計を書き直す
@@ -144,7 +144,7 @@ class CostTracking:
             self._failed(span)
         try:
             if root.parent_id is None and (root is span or root.end_time_ns is not None):
-                self._settle(span, family, seen)
+                self._settle(span, seen)
         except Exception:
             self._failed(span)
 
@@ -201,23 +201,29 @@ class CostTracking:
             self._counts[status, name] += 1
             return self._counts[status, name]
 
-    def _settle(self, span: LiveSpan, family: Mapping[str, LiveSpan], seen: _Seen) -> None:
+    def _settle(self, span: LiveSpan, seen: _Seen) -> None:
         """ルートが終わったとき、またはその後でスパンが終わるたびに、トレースの合計を書く。"""
         with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
             if trace is None:
                 return
-            spans = list(family.values())
+            spans = list(trace.span_dict.values())
             calls = price_spans(spans, self._calculator, known=seen.calls)
             total = trace_cost(calls)
             for key in (STATUS_KEY, REASON_KEY, BY_MODEL_TAG):  # 前に書いた合計は残さない
                 trace.info.tags.pop(key, None)
             trace.info.tags.update(_tags(calls, total))
-            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, total)}
+            metadata: dict[str, Any] = {TRACE_COST_KEY: _total_usd(spans, total, seen.calls)}
             if span.parent_id is not None:  # ルートが終わったときの分は、このあと MLflow が書く
                 metadata[TRACE_USAGE_KEY] = aggregate_usage_from_spans(spans)
             for key, value in metadata.items():
                 if value:
                     trace.info.trace_metadata[key] = json.dumps(value)
+
+
+def _family(span: LiveSpan) -> Mapping[str, LiveSpan]:
+    """同じトレースのスパン。始まった順に並ぶ。"""
+    with InMemoryTraceManager.get_instance().get_trace(span.trace_id) as trace:
+        return trace.span_dict if trace else {span.span_id: span}
 
 
 def _tags(calls: Sequence[LlmCall], total: TraceCost) -> dict[str, str]:
@@ -240,13 +246,18 @@ def _tags(calls: Sequence[LlmCall], total: TraceCost) -> dict[str, str]:
     return {key: value for key, value in tags.items() if 0 < len(value) <= _MAX_TAG_LENGTH}
 
 
-def _total_usd(spans: Sequence[LiveSpan], total: TraceCost) -> dict[str, float] | None:
+def _total_usd(
+    spans: Sequence[LiveSpan], total: TraceCost, known: Mapping[str, LlmCall]
+) -> dict[str, float] | None:
     """トレースの合計を、トークン数の合計と同じように、保存する前に決めておく。
 
     決めなければ保存先がスパンから計算するが、非同期の書き込みが前後すると、後から届いたスパンの
     分が合計から抜ける(MLflow 3.17)。手で書かれた金額があれば、MLflow の規則で一緒に足す。
     """
     for span in spans:
+        call = known.get(span.span_id)
+        if call and call.cost and call.cost.status in _OURS:
+            continue
         if span.get_attribute(COST_ATTRIBUTE) and span.get_attribute(STATUS_KEY) not in _OURS:
             return aggregate_cost_from_spans(list(spans))
     return _usd(total.prompt_usd, total.output_usd) if total.by_model else None
