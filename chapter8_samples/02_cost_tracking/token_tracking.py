@@ -11,8 +11,8 @@
        gpt-4o-2024-08-06       1 回のうち報告 1 回  入力 13  出力 30
        合計 129 トークン  $0.000372
     2. 同じ質問を 20 件。1 件ずつ読む書き方(N+1)と比べる
-       1 件ずつ: 問い合わせ 21 回  2580 トークン(129 x 20)
-       まとめて: 問い合わせ 1 回   2580 トークン
+       1 件ずつ: 一覧のあとに 20 回読む  2580 トークン(129 x 20)
+       まとめて: 一覧だけを読む          2580 トークン
        gpt-4o-mini-2024-07-18  報告のあった 40 回  $0.000798
        gpt-4o-2024-08-06       報告のあった 20 回  $0.006650
        合計  $0.007448
@@ -202,11 +202,10 @@ def main() -> None:
             answer_with_two_models(client, question)
         mlflow.flush_trace_async_logging()
         total = aggregate_token_usage_from_traces("ch8-token-tracking")
-        slow = sum_one_by_one(total.experiment_id)
-        queries = 1 + total.trace_count  # 一覧を 1 回、トレースを 1 件ずつ
+        slow, reads = sum_one_by_one(total.experiment_id)
         tokens = f"{slow} トークン({usage.total_tokens} x {total.trace_count})"
-        print(f"   1 件ずつ: 問い合わせ {queries} 回  {tokens}")
-        print(f"   まとめて: 問い合わせ 1 回   {total.total_tokens} トークン")
+        print(f"   1 件ずつ: 一覧のあとに {reads} 回読む  {tokens}")
+        print(f"   まとめて: 一覧だけを読む          {total.total_tokens} トークン")
         for model, item in total.by_model.items():
             print(f"   {model:<24}報告のあった {item.calls} 回  ${item.cost_usd:.6f}")
         print(f"   合計  ${total.cost_usd:.6f}")
@@ -225,14 +224,15 @@ def answer_with_two_models(client: Any, question: str) -> str:
     return ask(model="gpt-4o").choices[0].message.content
 
 
-def sum_one_by_one(experiment_id: str) -> int:
-    """避けるべき書き方: 一覧を取ってから、1 件ずつ読み直す。比べるためだけにある。"""
-    total = 0
+def sum_one_by_one(experiment_id: str) -> tuple[int, int]:
+    """避けるべき書き方: 一覧を取ってから、1 件ずつ読み直す。トークン数と、読み直した回数を返す。"""
+    total = reads = 0
     for trace in reader.iter_traces(experiment_id):
         usage = get_token_usage_from_trace(trace.info.trace_id)  # 1 件ごとに問い合わせる
+        reads += 1
         if usage is not None:
             total += usage.total_tokens
-    return total
+    return total, reads
 
 
 if __name__ == "__main__":

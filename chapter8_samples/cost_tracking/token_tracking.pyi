@@ -82,5 +82,5 @@ def main() -> None:
 def answer_with_two_models(client: Any, question: str) -> str:
     """小さいモデルを 3 回(うちストリーム 2 回)、大きいモデルを 1 回呼ぶ。"""
 
-def sum_one_by_one(experiment_id: str) -> int:
-    """避けるべき書き方: 一覧を取ってから、1 件ずつ読み直す。比べるためだけにある。"""
+def sum_one_by_one(experiment_id: str) -> tuple[int, int]:
+    """避けるべき書き方: 一覧を取ってから、1 件ずつ読み直す。トークン数と、読み直した回数を返す。"""
