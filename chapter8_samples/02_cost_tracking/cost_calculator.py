@@ -206,7 +206,9 @@ def main() -> None:
     print(f"   {item.input_usd} + {item.cached_input_usd} = ${item.total_usd:f}")
     print("3. 日付入りの名前を、前方一致で gpt-4o と間違えない")
     item = calculator.price("gpt-4o-mini-2024-07-18", 1_000_000, 500_000)
-    print(f"   {item.matched_model}: ${item.total_usd:f} (gpt-4o なら 16.67 倍の $7.50)")
+    wrong = calculator.price("gpt-4o", 1_000_000, 500_000).total_usd
+    ratio = f"gpt-4o なら {wrong / item.total_usd:.2f} 倍の ${wrong:.2f}"
+    print(f"   {item.matched_model}: ${item.total_usd:f} ({ratio})")
     print("4. 2024-12-03 に値下げされた Claude 3.5 Haiku、入力 100 万トークン")
     for day in (date(2024, 12, 2), date(2024, 12, 3)):
         usd = calculator.calculate("claude-3-5-haiku-20241022", 1_000_000, 0, at=day)
