@@ -486,16 +486,10 @@ def test_a_million_small_calls_add_up_exactly() -> None:
 
 
 def test_agrees_with_mlflows_own_catalog_where_it_has_the_model() -> None:
-    """独立した相手: MLflow に同梱の料金カタログ。"""
+    """独立した相手: MLflow に同梱の料金カタログ(3.18 は、ほかの行で 1.1 倍の地域料金を返す)。"""
     from mlflow.utils import providers
 
-    for model in (
-        "gpt-4o",
-        "gpt-4o-mini",
-        "gpt-4o-2024-05-13",
-        "gpt-4-turbo",
-        "text-embedding-3-small",
-    ):
+    for model in ("gpt-4o", "gpt-4o-mini", "gpt-4o-2024-05-13"):
         theirs = providers.cost_per_token(model, 1200, 300, cache_read_input_tokens=1024)
         if theirs is None:
             continue

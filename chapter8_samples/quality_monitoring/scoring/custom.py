@@ -1,7 +1,8 @@
 """8.3.4 コードのスコアラーを、登録する前に確かめる。
 
 ``@scorer`` の関数は、ソースコードの文字列として登録され、採点する場所で組み立て直される。外の変数や
-import は付いていかず、1 行で書いた関数は何も返さなくなる。登録は成功し、採点のときに初めて壊れる。
+import は付いていかず、1 行で書いた関数は何も返さなくなる(3.18 で直った)。登録は成功し、採点のときに
+初めて壊れる。
 
 Databricks では登録され、Databricks の上で実行される。OSS 版では登録せず(既定のサーバーは拒否する)、
 ``run_scoring_cycle()`` が手元で採点する。MLflow 3.18 からは、サーバーの運用者が選べば
@@ -114,7 +115,7 @@ def _check_source(name: str, dump: Mapping[str, Any]) -> None:
         raise CustomScorerError(f"{name}: has no body that can be stored (is it async?)")
     if re.match(rf"\s*def\s+{dump['original_func_name']}\b", source):
         raise CustomScorerError(
-            f"{name}: body on the def line is lost (MLflow bug): write it on lines of its own"
+            f"{name}: body on the def line is lost before MLflow 3.18: write it on its own lines"
         )
     body = textwrap.indent(source, "    ")
     text = f"from __future__ import annotations\ndef scorer{signature}:\n{body}"
