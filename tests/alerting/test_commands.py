@@ -84,7 +84,7 @@ def test_a_wrong_file_ends_with_two_and_says_where(
     path = tmp_path / "wrong.yaml"
     path.write_text("rules: [{name: a}]", encoding="utf-8")
     assert main(["check", str(path)]) == 2
-    assert "rules[0]: metric is missing" in capsys.readouterr().err
+    assert "rules[0].metric: Field required" in capsys.readouterr().err
 
 
 def test_the_rules_are_written_for_prometheus(

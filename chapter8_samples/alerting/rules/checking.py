@@ -24,23 +24,6 @@ KEYS: set[str] = set()
 SECRET_LIKE = re.compile(
     r"https?://\S*|\S*sig=\S*|\b(?=\w*\d)[0-9a-z]{32}\b|\bwhsec_\S*|\bxox[bp]-\S*", re.IGNORECASE
 )
-WANTED = {
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "dataclass_type": "a mapping",
-    "dict_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "tuple_type": "a list",
-    "sequence_str": "a list",
-    "is_instance_of": "a list",
-    "string_type": "a string; write it in quotes",
-    "string_too_short": "a non-empty string",
-    "float_type": "a number",
-    "finite_number": "a number",
-    "int_type": "a whole number",
-    "greater_than_equal": "a whole number from 0 up",
-}
-"""pydantic の誤りの種類 -> 求める値。"""
 
 
 class AlertConfigError(ValueError):
@@ -65,7 +48,8 @@ def model(cls: type[Model]) -> type[Model]:
         try:
             create(self, **given)
         except ValidationError as error:
-            found = [_problem(detail) for detail in error.errors(include_url=False)]
+            details = error.errors(include_url=False)
+            found = [(_place(detail["loc"]), _text(detail)) for detail in details]
         if hasattr(made, "across"):
             found += made.across(given)
         if found:
@@ -85,49 +69,43 @@ def written(cls: type[Model]) -> type[Model]:
     return cls
 
 
-def _problem(detail: Any) -> Problem:
-    """pydantic の誤りの、場所と文。"""
-    parts = list(detail["loc"])
+def _place(location: Sequence[str | int]) -> str:
+    """``rules[2].window`` のような形。"""
+    parts = list(location)
     if parts[0] in ("rules", "receivers"):
         del parts[2:3]  # どの型として読んだか
-    if detail["type"] == "missing":
-        return _place(parts[:-1]), f"{parts[-1]} is missing"
-    if detail["type"] == "invalid_key":
-        return _place(parts[:-1]), f"{short(detail['input'])} is not a string; write it in quotes"
-    return _place(parts), _text(detail)
-
-
-def _place(parts: Iterable[str | int]) -> str:
-    place = ""
-    for part in parts:
-        if isinstance(part, int):
-            place += f"[{part}]"
-        elif part != "[key]":
-            place += f".{part}" if place else part
-    return place
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return text.removeprefix(".").replace(".[key]", "")
 
 
 def _text(detail: Any) -> str:
+    """pydantic の誤りの文に、書かれた値と、直し方を添える。"""
     kind, value, context = detail["type"], detail["input"], detail.get("ctx", {})
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         key = detail["loc"][-1]
         hint = near(key, KEYS - {key})
         return f"unknown key{hint}" + (" (secrets stay out of the file)" if "_env" in hint else "")
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", context["expected"])
-        return f"{short(value)} is not one of {', '.join(choices)}{near(value, choices)}"
-    if kind == "too_short":
-        return "the list is empty; name at least one"
-    if kind == "less_than_equal":
-        return f"{short(value)} is too large"
-    if kind in WANTED:
-        return f"{short(value)} is not {WANTED[kind]}{_without_percent(kind, value)}"
-    return str(context.get("error") or f"{short(value)}: {detail['msg']}")
+    if expected := context.get("expected") or context.get("expected_tags"):
+        choices = re.findall(r"'([^']*)'", expected)
+        given = context.get("tag", value)
+        return f"{short(given)} is not one of {', '.join(choices)}{near(given, choices)}"
+    if kind == "union_tag_not_found":
+        return "type is missing"
+    if "error" in context:
+        return str(context["error"])
+    # リストや辞書の中には、秘密があるかもしれない
+    found = f"{short(value)}: " if isinstance(value, str | int | float | None) else ""
+    share = as_share(value) if kind in ("float_parsing", "less_than") else ""
+    return f"{found}{detail['msg']}{share}"
 
 
-def _without_percent(kind: str, value: Any) -> str:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", value) if isinstance(value, str) else None
-    return f"; write {float(found[1]) / 100:g}" if found and kind == "float_type" else ""
+def as_share(value: object) -> str:
+    """百分率で書いたらしい割合の、正しい書き方。"""
+    try:
+        percent = float(str(value).rstrip("% "))
+    except ValueError:
+        return ""
+    return f"; write {percent / 100:g} for {percent:g}%" if 1 <= percent <= 100 else ""
 
 
 def near(value: object, known: Iterable[object]) -> str:

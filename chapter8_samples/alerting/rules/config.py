@@ -17,7 +17,7 @@ from ..durations import parse_duration
 from .checking import Problem, model
 from .defaults import DEFAULT_RULES
 from .model import AlertRule, BurnRateRule
-from .receivers import AnyRoute, Receiver
+from .receivers import Receiver, Route
 from .references import WATCHDOG, reference_problems
 from .values import (
     Clock,
@@ -25,7 +25,6 @@ from .values import (
     Name,
     PositiveLength,
     Severity,
-    Text,
     Zone,
     parse_clock,
     parse_zone,
@@ -84,13 +83,9 @@ class MuteWindow:
         return now >= start or now < end
 
 
-def _kind_of_rule(value: object) -> str:
-    return "burn_rate" if isinstance(value, BurnRateRule) else "rule"
-
-
 AnyRule = Annotated[
     Annotated[AlertRule, Tag("rule")] | Annotated[BurnRateRule, Tag("burn_rate")],
-    Discriminator(_kind_of_rule),
+    Discriminator(lambda value: "burn_rate" if isinstance(value, BurnRateRule) else "rule"),
 ]
 
 
@@ -108,7 +103,7 @@ class AlertConfig:
         burn_rates: ``rules`` に加える ``BurnRateRule``(YAML での書き方)。
     """
 
-    experiment: Text = ""
+    experiment: str = ""
     rules: Sequence[AnyRule] = ()
     burn_rates: Sequence[BurnRateRule] = ()
     offset: Length = "30s"
@@ -120,7 +115,7 @@ class AlertConfig:
     inhibit: Sequence[Inhibit] = ()
     mute: Sequence[MuteWindow] = ()
     receivers: Mapping[Name, Receiver] = field(default_factory=dict[str, Receiver])
-    routes: Sequence[AnyRoute] = ()
+    routes: Sequence[Route] = ()
 
     @staticmethod
     def across(fields: Mapping[str, Any]) -> Iterator[Problem]:

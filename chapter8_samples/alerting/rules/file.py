@@ -8,7 +8,6 @@ Databricks では、ファイルを Workspace か Volume に置き、秘密は�
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,6 @@ REQUIRED = {
     "mute": ("start", "end"),
 }
 """Python では省略できても、ファイルには書いてもらう項目。"""
-SCALARS = {
-    "null": r"~|null|",
-    "merge": r"<<",
-    "bool": r"true|false",
-    "int": r"[-+]?(?:0|[1-9][0-9_]*)",
-    "float": r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9]*|(?=e))|\.[0-9]+)(?:e[-+]?[0-9]+)?|[-+]?\.inf|\.nan",
-}
-"""引用符のない値の読み方(YAML 1.2)。1.1 は 22:00 を 1320、no を false と読む。"""
 
 
 def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]) -> AlertConfig:
@@ -41,7 +32,7 @@ def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]
     Traceback (most recent call last):
         ...
     chapter8_samples.alerting.rules.checking.AlertConfigError: invalid alert configuration:
-    - rules[0]: threshold is missing
+    - rules[0].threshold: Field required
     - rules[0].metric: unknown metric 'latency_p95'; did you mean 'latency_p95_ms'?
     - rules[0].window: '5 min' is not a duration; write 30s, 5m, 1h30m or 2d
     - rules[0].threshhold: unknown key; did you mean 'threshold'?
@@ -69,14 +60,14 @@ def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]
 
 
 def _file_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
-    if fields.get("version", 1) != 1:
+    if fields.get("version", 1) not in (1, "1"):
         yield "version", f"{short(fields['version'])} is not supported; write 1"
     for key, required in REQUIRED.items():
         items = fields.get(key)
         for i, item in enumerate(items if isinstance(items, list | tuple) else []):
             for name in required:
                 if isinstance(item, Mapping) and name not in item:
-                    yield f"{key}[{i}]", f"{name} is missing"
+                    yield f"{key}[{i}].{name}", "Field required"
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> Any:
@@ -96,10 +87,14 @@ def _read_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 def _strict_loader() -> Any:
-    """同じキーの繰り返しを拒否する(既定では、先のほうが黙って消える)。値は YAML 1.2 で読む。"""
+    """同じキーの繰り返しを拒否する(既定では、先のほうが黙って消える)。
+
+    引用符のない値も文字列のまま読み、何を表すかは項目の型で決める。YAML 1.1 は 22:00 を 1320、no を
+    false と読む。
+    """
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.BaseLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := next((key for key in keys if keys.count(key) > 1), None):
@@ -107,8 +102,4 @@ def _strict_loader() -> Any:
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
             return super().construct_mapping(node, deep)
 
-    Loader.yaml_implicit_resolvers = {}
-    for kind, pattern in SCALARS.items():
-        whole = re.compile(f"(?:{pattern})$", re.IGNORECASE)
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", whole, None)
     return Loader

@@ -14,12 +14,10 @@ from pydantic import ValidationInfo
 from ..durations import Duration, parse_duration
 from ..metrics import metric_problem
 from ..metrics.measures import RATE_METRICS
-from .checking import near
+from .checking import as_share
 
 COUNTS = ("trace_count", "assessment_count")
 OWN_KEYS = ("name", "severity", "metric")
-Fields = Mapping[str, Any]
-"""同じルールの、先に読めた項目。"""
 
 
 def check_metric(metric: str) -> str:
@@ -54,74 +52,36 @@ def check_compare(compare: Duration, info: ValidationInfo) -> Duration:
     return compare
 
 
-def check_by(by: str) -> str:
-    """分けられるラベルか。"""
-    known = ("model", "prompt_version")
-    if by not in known and not (by.startswith("tag:") and by[4:]):
-        raise ValueError(f"{by!r} is not model, prompt_version or tag:<name>{near(by, known)}")
-    return by
-
-
 def check_threshold(value: float, info: ValidationInfo) -> float:
     """その指標が取りうる範囲にあるか。外なら、決して越えないか、いつも越えている。"""
     rule = info.data
     if not {"metric", "op", "compare"} <= rule.keys():
         return value
-    op = rule["op"]
-    low, high = _range(rule)
-    never = value >= high if op == ">" else value <= low
-    always = value < low if op == ">" else value > high
+    low, high, why = _range(rule)
+    upward = rule["op"] == ">"
+    never = value >= high if upward else value <= low
+    always = value < low if upward else value > high
     if never or always:
+        said = f"{rule['metric']} {rule['op']} {value:g}"
         verdict = "can never be true" if never else "is always true"
-        said = f"{rule['metric']} {op} {value:g}{_condition(rule)} {verdict}"
-        reason = "it lies between 0 and 1" if high == 1 else f"it is never below {low:g}"
-        if rule["compare"] is not None:
-            reason = "a ratio of 1 is no change"
-        raise ValueError(f"{said}: {reason}{_meant(value, rule)}")
+        raise ValueError(f"{said} {verdict}: {why}{as_share(value) if high == 1 else ''}")
     return value
 
 
-def _range(rule: Fields) -> tuple[float, float]:
-    """しきい値と比べる値の、下限と上限。比べる比が 1 なら、何も変わっていない。"""
+def _range(rule: Mapping[str, Any]) -> tuple[float, float, str]:
+    """しきい値と比べる値の、下限と上限と、その理由。"""
     kind, least = rule["metric"].partition(":")[0], rule.get("min_samples", 0)
+    upward = rule["op"] == ">"
     if rule["compare"] is not None:
-        return (1, math.inf) if rule["op"] == ">" else (0, 1)
+        why = f"a ratio of 1 is no change from {rule['compare']} ago"
+        return (1, math.inf, why) if upward else (0, 1, why)
     if kind in RATE_METRICS:
-        return 0, 1
-    if kind in COUNTS:  # min_samples がそのまま値の下限になる
-        return least, math.inf
-    return (1 if kind.endswith("_ms") else 0), math.inf
-
-
-def _condition(rule: Fields) -> str:
-    if rule["compare"] is not None:
-        return f" x the value {rule['compare']} ago"
-    if rule["metric"].partition(":")[0] in COUNTS and rule.get("min_samples"):
-        return f" with min_samples {rule['min_samples']}"
-    return ""
-
-
-def _meant(value: float, rule: Fields) -> str:
-    """書きたかったはずの値。"""
-    metric = rule["metric"]
-    if share := _as_share(value, rule):
-        return share
-    if rule["compare"] is not None:
-        return f"; write {1 + max(value, 0):g} or more" if rule["op"] == ">" else ""
-    if metric.endswith("_ms") and 0 < value < 1:
-        return f"; the unit is milliseconds, write {value * 1000:g}"
-    if "min_samples" in _condition(rule):
-        return "; remove min_samples"
-    if metric == "trace_count" and rule["op"] == "<":
-        return "; write 1 for none at all"
-    return ""
-
-
-def _as_share(value: float, rule: Fields) -> str:
-    """百分率で書いたらしい割合の、正しい書き方。"""
-    drop = rule["compare"] is not None and rule["op"] == "<"
-    share = drop or rule["metric"].partition(":")[0] in RATE_METRICS
-    return f"; write {value / 100:g} for {value:g}%" if share and 1 <= value <= 100 else ""
+        return 0, 1, "a rate lies between 0 and 1"
+    if kind in COUNTS and least:
+        return least, math.inf, f"it is judged from min_samples {least} up; remove min_samples"
+    none = "; write 1 for none at all" if kind in COUNTS and not upward else ""
+    low = 1 if kind.endswith("_ms") else 0
+    return low, math.inf, f"it is never below {low}{none}"
 
 
 def check_clear(value: float, info: ValidationInfo) -> float:
@@ -130,41 +90,25 @@ def check_clear(value: float, info: ValidationInfo) -> float:
     if not {"metric", "op", "compare", "threshold"} <= rule.keys():
         return value
     op, threshold = rule["op"], rule["threshold"]
-    low, high = _range(rule) if rule["compare"] is None else (0, math.inf)
-    beyond = value > threshold if op == ">" else value < threshold
-    if beyond:
-        nearest = f"; write {threshold:g} or {'less' if op == '>' else 'more'}"
-        meant = _as_share(value, rule) or nearest
-        raise ValueError(f"{value:g} is beyond threshold {threshold:g} with {op!r}{meant}")
+    low, high = (0, math.inf) if rule["compare"] is not None else _range(rule)[:2]
+    share = as_share(value) if high == 1 else ""
+    if value > threshold if op == ">" else value < threshold:
+        raise ValueError(f"{value:g} is beyond threshold {threshold:g} with {op!r}{share}")
     if not low <= value <= high:
-        problem = f"{value:g} would never clear: {rule['metric']} never gets there"
-        raise ValueError(problem + _as_share(value, rule))
+        raise ValueError(f"{value:g} would never clear: {rule['metric']} never gets there{share}")
     return value
 
 
-def check_confidence(value: float, info: ValidationInfo) -> float:
-    """割合の検定に使える確率か。"""
-    if not 0.5 < value < 1:
-        meant = f"; write {value / 100:g}" if 50 < value < 100 else ""
-        raise ValueError(f"{value:g} is not between 0.5 and 1{meant}")
+def check_is_rate(value: float, info: ValidationInfo) -> float:
+    """検定できる指標か。"""
     if problem := metric_problem(info.data.get("metric", "error_rate"), rate_for="confidence"):
         raise ValueError(problem)
-    return value
-
-
-def check_objective(value: float) -> float:
-    """目標は割合で書かれているか。"""
-    if not 0 < value < 1:
-        meant = f"; write {value / 100:g}" if 1 < value < 100 else ""
-        raise ValueError(f"{value:g} is not between 0 and 1{meant}")
     return value
 
 
 def check_factor(value: float, info: ValidationInfo) -> float:
     """その速さに、割合が届くか。"""
     objective = info.data.get("objective", 1)
-    if value <= 0:
-        raise ValueError(f"{value:g} is not above 0; write 14.4, 6 or 1")
     if (limit := round(value * (1 - objective), 12)) >= 1:
         said = f"{value:g} x (1 - {objective:g}) = {limit:g}"
         raise ValueError(f"{said}, a rate can never exceed it; lower the factor")

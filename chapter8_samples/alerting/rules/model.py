@@ -21,9 +21,9 @@ from ..durations import Duration, parse_duration
 from ..metrics import MetricSample
 from . import limits
 from .checking import model
-from .values import Length, Name, Number, PositiveLength, Severity, Text, Whole
+from .values import Length, Name, Number, PositiveLength, Severity, Whole
 
-Confidence = Annotated[Number, AfterValidator(limits.check_confidence)]
+Confidence = Annotated[Number, Field(gt=0.5, lt=1), AfterValidator(limits.check_is_rate)]
 FEW_SAMPLES = 200
 """標本がこれより少ない集計期間では、``low_traffic_confidence`` を使う。"""
 
@@ -67,7 +67,7 @@ class BaseRule:
     labels: Annotated[Mapping[Name, Name], AfterValidator(limits.check_labels)] = field(
         default_factory=dict[str, str]
     )
-    summary: Text = ""
+    summary: str = ""
     runbook_url: Name | None = None
     action: Literal["rollback"] | None = None
 
@@ -96,7 +96,7 @@ class AlertRule(BaseRule):
     window: PositiveLength = "5m"
     op: Literal[">", "<"] = ">"
     compare: Annotated[PositiveLength, AfterValidator(limits.check_compare)] | None = None
-    by: Annotated[Name, AfterValidator(limits.check_by)] | None = None
+    by: Annotated[str, Field(pattern="^(model|prompt_version|tag:.+)$")] | None = None
     threshold: Annotated[Number, AfterValidator(limits.check_threshold)] = 0.0
     clear_threshold: Annotated[Number, AfterValidator(limits.check_clear)] | None = None
     confidence: Confidence | None = None
@@ -178,8 +178,8 @@ class BurnRateRule(BaseRule):
     by: ClassVar[None] = None
     ago: ClassVar[None] = None
     metric: Annotated[Name, AfterValidator(limits.check_failure_rate)] = "error_rate"
-    objective: Annotated[Number, AfterValidator(limits.check_objective)] = 0.99
-    factor: Annotated[Number, AfterValidator(limits.check_factor)] = 14.4
+    objective: Annotated[Number, Field(gt=0, lt=1)] = 0.99
+    factor: Annotated[Number, Field(gt=0), AfterValidator(limits.check_factor)] = 14.4
     long: PositiveLength = "1h"
     short: Annotated[PositiveLength, AfterValidator(limits.check_short)] = "5m"
 
