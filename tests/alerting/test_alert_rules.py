@@ -82,6 +82,9 @@ def test_a_rule_lists_every_mistake_at_once() -> None:
 
 
 RATE = AlertRule(name="r", window="5m", threshold=0.05, clear_threshold=0.03, confidence=0.95)
+COST = AlertRule(name="r", metric="cost_usd", threshold=1, min_samples=30)
+LOW = AlertRule(name="r", op="<", threshold=0.9, confidence=0.95)
+HALF = AlertRule(name="r", threshold=0.5)
 
 
 @pytest.mark.parametrize(
@@ -94,36 +97,11 @@ RATE = AlertRule(name="r", window="5m", threshold=0.05, clear_threshold=0.03, co
         (RATE, Value(None, 0), False, None),
         (AlertRule(name="r", no_data="ok"), Value(None, 0), True, False),
         (AlertRule(name="r", no_data="alert"), Value(None, 0), False, True),
-        (
-            AlertRule(name="r", metric="cost_usd", threshold=1, min_samples=30),
-            Value(9, 29),
-            False,
-            None,
-        ),
-        (
-            AlertRule(name="r", metric="cost_usd", threshold=1, min_samples=30),
-            Value(9, 30),
-            False,
-            True,
-        ),
-        (
-            AlertRule(name="r", op="<", threshold=0.9, confidence=0.95),
-            Value(0.85, 20, 17),
-            False,
-            False,
-        ),
-        (
-            AlertRule(name="r", op="<", threshold=0.9, confidence=0.95),
-            Value(0.5, 20, 10),
-            False,
-            True,
-        ),
-        (
-            AlertRule(name="r", threshold=0.5),
-            Value(0.5),
-            False,
-            False,
-        ),  # 等しいのは越えたうちに入らない
+        (COST, Value(9, 29), False, None),
+        (COST, Value(9, 30), False, True),
+        (LOW, Value(0.85, 20, 17), False, False),
+        (LOW, Value(0.5, 20, 10), False, True),
+        (HALF, Value(0.5), False, False),  # 等しいのは越えたうちに入らない
     ],
 )
 def test_a_sample_is_judged(

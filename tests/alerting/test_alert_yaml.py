@@ -242,13 +242,8 @@ def check_config_or_config_error(data: Any) -> None:
 
 
 def test_times_of_day_may_stand_without_quotes(tmp_path: Path) -> None:
-    for end, minutes in (
-        ("6:30", 510),
-        ("06:30", 510),
-        ("22:00", 1440),
-        ("24:00", 120),
-        ('"24:00"', 120),
-    ):
+    minutes_of = {"6:30": 510, "06:30": 510, "22:00": 1440, "24:00": 120, '"24:00"': 120}
+    for end, minutes in minutes_of.items():
         text = f"{RULES}mute: [{{start: 22:00, end: {end}}}]"
         (window,) = load_config(write(tmp_path, text)).mute
         day = [datetime(2026, 1, 1, m // 60, m % 60, tzinfo=timezone.utc) for m in range(1440)]
@@ -268,7 +263,7 @@ def test_a_time_of_day_that_yaml_read_as_a_number_is_refused_with_its_spelling()
     ("line", "problem"),
     [
         ("mute: [{start: 22, end: 7}]", "mute[0].start: '22' is not a time of day; write "),
-        ("mute: [{start: 0700, end: 0900}]", "mute[0].start: '0700' is not a time of day"),
+        ("mute: [{start: 0700, end: 0900}]", "mute[0].start: '0700' is not a time of day; write \"22:00\""),
         ("mute: [{start: 22.30, end: 7:00}]", "mute[0].start: '22.30' is not a time of day"),
         ("offset: 30", "offset: '30' is not a duration; write 30s"),
         ("offset: 5:00", "offset: '5:00' is not a duration"),
@@ -313,13 +308,6 @@ def test_no_message_repeats_a_secret_wherever_it_stands(receiver: str, tmp_path:
     assert found and "SECRET" not in "".join(found)
 
 
-def test_the_hint_for_a_secret_names_a_key_that_exists() -> None:
-    receivers = {"ops": {"type": "slack", "url": "https://hooks.slack.com/services/X"}}
-    found = problems({**yaml.safe_load(RULES), "receivers": receivers})
-    hint = "unknown key; did you mean 'url_env'? (secrets stay out of the file)"
-    assert found == ("receivers.ops.url_env: Field required", f"receivers.ops.url: {hint}")
-
-
 def test_a_broken_last_route_is_not_also_a_missing_catch_all() -> None:
     routes = [{"match": {"severity": "critical"}, "to": []}, {"match": {}, "to": "ops"}]
     found = problems({**yaml.safe_load(RULES), "routes": routes})
@@ -333,7 +321,12 @@ def test_receivers_written_in_python_are_checked_before_they_are_used() -> None:
     with pytest.raises(AlertConfigError) as caught:
         AlertConfig(rules=[AlertRule(name="a")], receivers=receivers, routes=routes)
     assert "SECRET" not in str(caught.value)
-    for expected in ("did you mean 'url_env'?", "unknown receiver 'opps'", "must match everything"):
+    hint = "unknown key; did you mean 'url_env'? (secrets stay out of the file)"
+    for expected in (
+        f"receivers.ops.url: {hint}",
+        "unknown receiver 'opps'",
+        "must match everything",
+    ):
         assert expected in str(caught.value)
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from ..durations import Duration, parse_duration
+from ..durations import parse_duration
 from ..metrics import MetricSample
 from . import limits
 from .checking import model
@@ -187,11 +187,6 @@ class BurnRateRule(BaseRule):
     def threshold(self) -> float:
         """両方の期間の割合と比べる値。"""
         return round(self.factor * (1 - self.objective), 12)
-
-    @property
-    def window(self) -> Duration:
-        """長いほうの期間。"""
-        return self.long
 
     def queries(self) -> list[tuple[str, timedelta]]:
         """判定に要る(指標, 集計期間)。長い期間が先。"""

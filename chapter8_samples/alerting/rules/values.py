@@ -23,7 +23,7 @@ Whole = Annotated[int, Field(ge=0, le=1_000_000_000)]
 def parse_clock(value: object) -> timedelta:
     """一日の中の時刻を、0 時からの長さとして読む。``24:00`` は一日の終わり。
 
-    整数は拒否する: YAML 1.1 で読んだ辞書では、引用符のない 22:00 が 1320 になり、22 は 0 時 22 分になる。
+    整数は拒否する: YAML 1.1 は引用符のない 22:00 を 1320 と読み、22 なら 0 時 22 分と区別できない。
 
     >>> parse_clock("22:30"), parse_clock("24:00")
     (datetime.timedelta(seconds=81000), datetime.timedelta(days=1))
@@ -34,10 +34,10 @@ def parse_clock(value: object) -> timedelta:
     if found := CLOCK.fullmatch(text):
         return timedelta(hours=int(found[1]), minutes=int(found[2]))
     hint = 'write "22:00" and put the zone in timezone'
-    if re.fullmatch(r"\d{1,4}", text) and int(text) <= 1440:
-        number = int(text)
-        hours, minutes = (number, 0) if number <= 24 else divmod(number, 60)
-        hint = f'write "{hours:02}:{minutes:02}"'
+    if re.fullmatch(r"\d\d?", text) and int(text) <= 24:
+        hint = f'write "{int(text):02}:00"'
+    elif type(value) is int and 0 < value <= 1440:
+        hint = f'write "{value // 60:02}:{value % 60:02}"'
     raise ValueError(f"{short(value)} is not a time of day; {hint}")
 
 
