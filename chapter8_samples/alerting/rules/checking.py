@@ -15,8 +15,6 @@ from typing_extensions import dataclass_transform
 from .values import short
 
 Model = TypeVar("Model")
-Problem = tuple[str, str]
-"""(場所, 誤り)。場所は ``rules[2].window`` のような形で、全体の誤りでは空。"""
 
 CONFIG = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
 KEYS: set[str] = set()
@@ -27,11 +25,12 @@ SECRET_LIKE = re.compile(
 
 
 class AlertConfigError(ValueError):
-    """設定の誤り。見つけたすべてを ``problems`` に持つ。"""
+    """設定の誤り。見つけたすべてを ``problems`` に持つ。秘密らしいところは隠す。"""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("invalid alert configuration:\n" + "\n".join(f"- {p}" for p in problems))
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(SECRET_LIKE.sub("***", problem) for problem in problems)
+        lines = "\n".join(f"- {problem}" for problem in self.problems)
+        super().__init__(f"invalid alert configuration:\n{lines}")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
@@ -44,17 +43,17 @@ def model(cls: type[Model]) -> type[Model]:
     create = made.__init__
 
     def checked(self: Any, /, **given: Any) -> None:
-        found: list[Problem] = []
+        found: list[str] = []
         try:
             create(self, **given)
         except ValidationError as error:
             details = error.errors(include_url=False)
-            found = [(_place(detail["loc"]), _text(detail)) for detail in details]
+            found = [f"{_place(detail['loc'])}: {_text(detail)}" for detail in details]
         if hasattr(made, "across"):
             found += made.across(given)
         if found:
             heading = f"rule {short(given['name'])}: " if "name" in given else ""
-            raise AlertConfigError([heading + sentence(problem) for problem in found])
+            raise AlertConfigError([heading + problem for problem in found])
 
     made.__init__ = checked
     KEYS.update(one.name.rstrip("_") for one in fields(made))
@@ -113,9 +112,3 @@ def near(value: object, known: Iterable[object]) -> str:
     text = value if isinstance(value, str) else ""
     close = difflib.get_close_matches(text, [name for name in known if isinstance(name, str)], 1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def sentence(problem: Problem) -> str:
-    """場所と誤りを一つの文にし、秘密らしいところを隠す(キーに書かれていることもある)。"""
-    place, text = (SECRET_LIKE.sub("***", part) for part in problem)
-    return f"{place}: {text}" if place else text

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Discriminator, Tag
 
 from ..durations import parse_duration
-from .checking import Problem, model
+from .checking import model
 from .defaults import DEFAULT_RULES
 from .model import AlertRule, BurnRateRule
 from .receivers import Receiver, Route
@@ -118,7 +118,7 @@ class AlertConfig:
     routes: Sequence[Route] = ()
 
     @staticmethod
-    def across(fields: Mapping[str, Any]) -> Iterator[Problem]:
+    def across(fields: Mapping[str, Any]) -> Iterator[str]:
         """項目をまたぐ誤り。"""
         return reference_problems(fields)
 

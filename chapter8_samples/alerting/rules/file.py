@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .checking import SECRET_LIKE, AlertConfigError, Problem, sentence
+from .checking import AlertConfigError
 from .config import AlertConfig
 from .values import short
 
@@ -46,7 +46,7 @@ def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]
     if not isinstance(data, Mapping):
         raise AlertConfigError([f"the file must be a mapping, found {short(data)}"])
     fields = {str(key): value for key, value in data.items()}
-    found = [sentence(problem) for problem in _file_problems(fields)]
+    found = list(_file_problems(fields))
     fields.pop("version", None)
     try:
         made = AlertConfig(**fields)
@@ -59,15 +59,15 @@ def load_config(config: AlertConfig | Mapping[str, Any] | str | os.PathLike[str]
     return made
 
 
-def _file_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+def _file_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     if fields.get("version", 1) not in (1, "1"):
-        yield "version", f"{short(fields['version'])} is not supported; write 1"
+        yield f"version: {short(fields['version'])} is not supported; write 1"
     for key, required in REQUIRED.items():
         items = fields.get(key)
         for i, item in enumerate(items if isinstance(items, list | tuple) else []):
             for name in required:
                 if isinstance(item, Mapping) and name not in item:
-                    yield f"{key}[{i}].{name}", "Field required"
+                    yield f"{key}[{i}].{name}: Field required"
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> Any:
@@ -82,8 +82,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         reason = f"{where}{getattr(error, 'problem', None) or error}"
-        problem = SECRET_LIKE.sub("***", f"{os.fspath(path)} is not YAML: {reason}")
-        raise AlertConfigError([problem]) from None
+        raise AlertConfigError([f"{os.fspath(path)} is not YAML: {reason}"]) from None
 
 
 def _strict_loader() -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .checking import Problem, near
+from .checking import near
 from .values import SEVERITIES, short
 
 WATCHDOG = "alert_evaluation_failed"
@@ -21,7 +21,7 @@ SELECTORS = {"inhibit": ("when", "mute"), "mute": ("match",), "routes": ("match"
 Labels = Mapping[str, Any]
 
 
-def reference_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+def reference_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     """名前の重複と、どこも指さない参照。"""
     rules = [*_items(fields, "rules").values(), *_items(fields, "burn_rates").values()]
     yield from _name_problems([rule.get("name") for rule in rules])
@@ -33,12 +33,12 @@ def reference_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
         for place, item in _items(fields, key).items():
             for part in parts:
                 for problem in _selector_problems(_mapping(item.get(part)), known):
-                    yield f"{place}.{part}", problem
+                    yield f"{place}.{part}: {problem}"
     labels = known.keys() - {"name", "severity", "metric"}
     for place, inhibit in _items(fields, "inhibit").items():
         for key in _list(inhibit.get("equal")):
             if key not in list(labels):
-                yield f"{place}.equal", f"no alert has the label {short(key)}{near(key, labels)}"
+                yield f"{place}.equal: no alert has the label {short(key)}{near(key, labels)}"
 
 
 def _items(fields: Mapping[str, Any], key: str) -> dict[str, Labels]:
@@ -60,26 +60,25 @@ def _mapping(value: Any) -> Labels:
     return value if isinstance(value, Mapping) else {}
 
 
-def _name_problems(names: Sequence[Any]) -> Iterator[Problem]:
+def _name_problems(names: Sequence[Any]) -> Iterator[str]:
     for name in sorted({short(name) for name in names if name and names.count(name) > 1}):
-        yield "rules", f"duplicate name {name}"
+        yield f"rules: duplicate name {name}"
     if WATCHDOG in names:
-        yield "rules", f"{WATCHDOG!r} is a built-in alert; rename the rule"
+        yield f"rules: {WATCHDOG!r} is a built-in alert; rename the rule"
 
 
-def _route_problems(fields: Mapping[str, Any]) -> Iterator[Problem]:
+def _route_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     known = list(_mapping(fields.get("receivers"))) or ["console"]
     routes = _items(fields, "routes")
     for place, route in routes.items():
         for name in _list(route.get("to")):
             if name not in known:
-                yield f"{place}.to", f"unknown receiver {short(name)}{near(name, known)}"
-    catch_all = [place for place, route in routes.items() if not route.get("match")]
-    for place in catch_all:
-        if place != list(routes)[-1]:
-            yield place, "matches everything, so the routes after it are never used; move it last"
-    if routes and list(routes)[-1] not in catch_all:
-        yield "routes", "the last route must match everything; add {match: {}, to: [...]}"
+                yield f"{place}.to: unknown receiver {short(name)}{near(name, known)}"
+        is_last = place == list(routes)[-1]
+        if is_last and route.get("match"):
+            yield "routes: the last route must match everything; add {match: {}, to: [...]}"
+        elif not is_last and not route.get("match"):
+            yield f"{place}: matches everything, so later routes are never used; move it last"
 
 
 def _known_values(fields: Mapping[str, Any], rules: Sequence[Labels]) -> dict[str, list[Any]]:
