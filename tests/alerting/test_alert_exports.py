@@ -131,7 +131,7 @@ def test_promtool_accepts_the_rules_and_their_behaviour(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_default_rules_become_these_expressions() -> None:
+def test_the_rules_become_these_expressions() -> None:
     expressions = {rule.name: expression(rule) for rule in AlertConfig.default().rules}
     wanted = {
         "high_error_rate": '(llm_app_error_ratio{window="5m"} > 0.05) and ignoring(rule) '
@@ -147,6 +147,15 @@ def test_the_default_rules_become_these_expressions() -> None:
         'and (llm_app_traces_vs_earlier_samples{window="10m",compare="7d"} >= 100)',
     }
     assert {name: expressions[name] for name in wanted} == wanted
+    assert expression(CONFIG.rules[2]).startswith(
+        '(llm_app_pass_ratio{window="1h",assessment="a \\"b\\""} < 0.8)'
+    )
+    assert expression(BurnRateRule(name="b", min_samples=30, no_data="alert")) == (
+        '(((llm_app_error_ratio{window="1h"} > 0.144) and on() '
+        '(llm_app_error_ratio{window="5m"} > 0.144)) '
+        'and (llm_app_error_ratio_samples{window="1h"} >= 30)) '
+        'or absent(llm_app_error_ratio{window="1h"})'
+    )
 
 
 @pytest.fixture
@@ -234,22 +243,6 @@ def test_a_rule_becomes_a_databricks_alert() -> None:
     assert body["evaluation"]["notification"]["subscriptions"] == [{"destination_id": "d1"}]
     with pytest.raises(AlertConfigError, match="burn rates need two queries"):
         to_databricks_alert(BurnRateRule(name="b"), query="", warehouse_id="")
-
-
-def test_a_tricky_assessment_name_stays_one_label() -> None:
-    assert expression(CONFIG.rules[2]).startswith(
-        '(llm_app_pass_ratio{window="1h",assessment="a \\"b\\""} < 0.8)'
-    )
-
-
-def test_a_burn_rate_keeps_its_minimum_and_its_absence() -> None:
-    burn = BurnRateRule(name="b", min_samples=30, no_data="alert")
-    assert expression(burn) == (
-        '(((llm_app_error_ratio{window="1h"} > 0.144) and on() '
-        '(llm_app_error_ratio{window="5m"} > 0.144)) '
-        'and (llm_app_error_ratio_samples{window="1h"} >= 30)) '
-        'or absent(llm_app_error_ratio{window="1h"})'
-    )
 
 
 def test_labels_and_texts_prometheus_would_refuse_are_made_acceptable() -> None:
