@@ -382,7 +382,7 @@ def check_mutated(count: int, tmp_path: Path) -> None:
             load_config(path)
             read += 1
         except AlertConfigError as error:
-            assert error.problems and "SECRET" not in str(error)
+            assert error.problems and "sig=SECRET" not in str(error)
     assert 0 < read < count
 
 
