@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
@@ -156,27 +156,26 @@ class MultiChannelNotifier(Fanout):
         super().__init__(fallback or ConsoleNotificationHandler(logger.error))
         self.wait_seconds = wait_seconds
 
-    def add_handler(self, name: str, handler: NotificationHandler) -> MultiChannelNotifier:
-        """通知先を加える。"""
-        self.add(name, handler)
-        return self
-
     def set_severity_routing(self, routing: Mapping[AlertSeverity | str, Sequence[str]]) -> None:
         """重大度 -> 通知先の名前。書かなかった重大度は全部の通知先へ送る。"""
         routes = [({"severity": AlertSeverity(k).value}, names) for k, names in routing.items()]
         self.set_routes(routes)
 
     def notify(
-        self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None = None
+        self,
+        alerts: Alert | Iterable[Alert],
+        *,
+        only: Mapping[str, Collection[str]] | None = None,
     ) -> list[Delivery]:
         """送って、通知先ごとの結果を返す。どの通知先にも届かなければ fallback に渡す。
 
-        ``only`` は、送り直す通知先の名前(``pending`` だったものは、結果だけを返す)。
+        ``only`` は、送り直すものの ``fingerprint`` と、まだ受け取っていない通知先の名前
+        (``pending`` だったものは、結果だけを返す)。
         """
         alerts = [alerts] if isinstance(alerts, Alert) else list(alerts)
-        owed = None if only is None else set(only)
-        targets = [(alert, self.targets(alert, owed)) for alert in alerts]
-        deliveries = self.send_to(targets, self.wait_seconds, again=owed is not None)
+        owed = only or {}
+        targets = [(alert, self.targets(alert, owed.get(alert.fingerprint))) for alert in alerts]
+        deliveries = self.send_to(targets, self.wait_seconds, again=owed)
         return deliveries + [self.fallback.send(a) for a in unreached(alerts, deliveries)]
 
     def keep_alive(self, alerts: Sequence[Alert]) -> list[Delivery]:

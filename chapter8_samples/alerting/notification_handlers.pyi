@@ -1,7 +1,7 @@
 """8.4.2 アラートの通知(Slack、PagerDuty、複数チャネル)。"""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from .delivery import Alert, AlertSeverity, Delivery, Fanout, HttpHandler, HttpPoster, NotificationHandler
@@ -70,16 +70,14 @@ class MultiChannelNotifier(Fanout):
     def __init__(self, *, fallback: NotificationHandler | None=None, wait_seconds: float=5.0) -> None:
         self.wait_seconds = wait_seconds
 
-    def add_handler(self, name: str, handler: NotificationHandler) -> MultiChannelNotifier:
-        """通知先を加える。"""
-
     def set_severity_routing(self, routing: Mapping[AlertSeverity | str, Sequence[str]]) -> None:
         """重大度 -> 通知先の名前。書かなかった重大度は全部の通知先へ送る。"""
 
-    def notify(self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None=None) -> list[Delivery]:
+    def notify(self, alerts: Alert | Iterable[Alert], *, only: Mapping[str, Collection[str]] | None=None) -> list[Delivery]:
         """送って、通知先ごとの結果を返す。どの通知先にも届かなければ fallback に渡す。
 
-        ``only`` は、送り直す通知先の名前(``pending`` だったものは、結果だけを返す)。
+        ``only`` は、送り直すものの ``fingerprint`` と、まだ受け取っていない通知先の名前
+        (``pending`` だったものは、結果だけを返す)。
         """
 
     def keep_alive(self, alerts: Sequence[Alert]) -> list[Delivery]:

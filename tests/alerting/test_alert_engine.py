@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -67,7 +67,7 @@ class Recorder:
         self.alive: list[str] = []
 
     def notify(
-        self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None = None
+        self, alerts: Alert | Iterable[Alert], *, only: Mapping[str, Collection[str]] | None = None
     ) -> list[Delivery]:
         alerts = [alerts] if isinstance(alerts, Alert) else list(alerts)
         self.calls += 1

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -58,7 +58,7 @@ class Log:
         self.path, self.step = path, step
 
     def notify(
-        self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None = None
+        self, alerts: Alert | Iterable[Alert], *, only: Mapping[str, Collection[str]] | None = None
     ) -> list[Delivery]:
         found = [alerts] if isinstance(alerts, Alert) else list(alerts)
         for alert in found:

@@ -118,7 +118,9 @@ def test_every_kind_of_receiver_is_built_from_its_settings(webhooks: WebhookRece
     assert posted["labels"] == {"alertname": "slow", "severity": "warning"}
     signed = posts["/HOOK_URL"]
     verify_signature(environ["HOOK_SECRET"], dict(signed.headers.items()), signed.body)
-    resolved = notifier.notify(replace(alert, status=AlertStatus.RESOLVED), only=["team"])
+    resolved = notifier.notify(
+        replace(alert, status=AlertStatus.RESOLVED), only={alert.fingerprint: ["team"]}
+    )
     assert [delivery.skipped for delivery in resolved] == ["send_resolved is off"]
 
 

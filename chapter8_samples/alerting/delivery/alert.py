@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
 from typing import Any, final
+
+logger = logging.getLogger(__name__)
 
 
 class NotificationConfigError(ValueError):
@@ -121,16 +124,21 @@ class NotificationHandler(ABC):
 
     @final
     def send(self, alert: Alert) -> Delivery:
-        """送るべきアラートなら送る。"""
+        """送るべきアラートなら送る。届かなければ、理由をログにも残す。"""
         if alert.severity.rank < self.min_severity.rank:
             reason = f"severity {alert.severity.value} is below {self.min_severity.value}"
             return self.result(alert, ok=True, attempts=0, skipped=reason)
         if alert.status is AlertStatus.RESOLVED and not self.send_resolved:
             return self.result(alert, ok=True, attempts=0, skipped="send_resolved is off")
         try:
-            return self.deliver(alert)
+            delivery = self.deliver(alert)
+            problem = "" if delivery.ok else delivery.error
         except Exception as error:  # 例外の文には URL やキーが入りうるので、型だけを残す
-            return self.result(alert, ok=False, error=f"raised {type(error).__name__}")
+            problem = f"raised {type(error).__name__}"
+            delivery = self.result(alert, ok=False, error=problem)
+        if problem:
+            logger.warning("alert %s not sent by %s: %s", alert.name, self.name, problem)
+        return delivery
 
     def result(self, alert: Alert, **fields: Any) -> Delivery:
         """この通知先の ``Delivery``。"""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import datetime
+
+from typing_extensions import Self
 
 from ..processes import renew_after_fork
 from .alert import (
@@ -35,10 +36,9 @@ def _key(alert: Alert) -> Key:
 
 
 class ChannelQueue:
-    """一つの通知先の列。送るスレッドは、列が空になれば終わる(プロセスは、送り終えてから終わる)。
+    """一つの通知先の列。渡した順に一つずつ送る(プロセスは、送り終えてから終わる)。
 
-    ``ThreadPoolExecutor`` は使わない: 終了の途中では送れない。fork した子では、空の列から始まる
-    (残りは親が送る)。
+    fork した子では、空の列から始まる(残りは親が送る)。
     """
 
     def __init__(self, handler: NotificationHandler) -> None:
@@ -47,15 +47,14 @@ class ChannelQueue:
         renew_after_fork(self._empty)
 
     def _empty(self) -> None:
-        self._waiting: deque[tuple[Alert, Future[Delivery]]] = deque()
+        self._worker = ThreadPoolExecutor(1)
         self._jobs: dict[Key, Future[Delivery]] = {}
         self._lock = threading.Lock()
-        self._running = False
 
     @property
     def busy(self) -> bool:
         """前に渡されたものを、まだ送っているか。"""
-        return self._running
+        return not all(job.done() for job in list(self._jobs.values()))
 
     def put(self, alert: Alert, *, again: bool = False) -> Future[Delivery]:
         """列に加える。同じ通知がまだ列にあれば加えない(二重に届く)。
@@ -63,24 +62,22 @@ class ChannelQueue:
         Args:
             again: 送り直しか。待つのをやめた間に済んでいれば、送らずにその結果を返す。
         """
-        key = _key(alert)
         with self._lock:
-            job = self._jobs.get(key)
+            job = self._jobs.get(_key(alert))
             if not job or (job.done() and not again):
                 if len(self._jobs) >= MAX_UNCLAIMED:
                     self._jobs = {k: kept for k, kept in self._jobs.items() if not kept.done()}
-                job = self._jobs[key] = Future[Delivery]()
-                self._waiting.append((alert, job))
-            if self._waiting and not self._running:
-                self._start()
+                job = self._jobs[_key(alert)] = self._submit(alert)
             return job
 
-    def _start(self) -> None:
+    def _submit(self, alert: Alert) -> Future[Delivery]:
         try:
-            threading.Thread(target=self._work, name=f"notify-{self.handler.name}").start()
-            self._running = True
-        except RuntimeError as error:  # スレッドの数の上限など。次に渡されたときに、また始める
-            logger.warning("%s does not send yet: %s", self.handler.name, error)
+            return self._worker.submit(self.handler.send, alert)
+        except RuntimeError:  # スレッドの数の上限、またはプロセスの終わり。その場で送る
+            self._worker = ThreadPoolExecutor(1)  # 加えかけたものが残り、二重に届くのを防ぐ
+            sent = Future[Delivery]()
+            sent.set_result(self.handler.send(alert))
+            return sent
 
     def take(self, alert: Alert, job: Future[Delivery]) -> Delivery:
         """結果。まだなら ``pending`` で、後で ``put(again=True)`` から受け取れる。"""
@@ -88,61 +85,37 @@ class ChannelQueue:
             return self._unsent(alert, "still being sent; the channel is slow", pending=True)
         with self._lock:
             self._jobs.pop(_key(alert), None)
+        if job.cancelled():
+            return self._unsent(alert, "not sent: the process is ending")
         return job.result()
-
-    def stop(self) -> None:
-        """待っているものは送らずに(後で送り直せる失敗にして)、送っている途中の 1 件を待つ。"""
-        with self._lock:
-            dropped = self._waiting
-            self._waiting = deque()
-            unfinished = [job for job in self._jobs.values() if not job.done()]
-        for alert, job in dropped:
-            job.set_result(self._unsent(alert, "not sent: the process is ending"))
-        wait(unfinished)
 
     def _unsent(self, alert: Alert, note: str, *, pending: bool = False) -> Delivery:
         return self.handler.result(
             alert, ok=False, attempts=0, error=note, retryable=True, pending=pending
         )
 
-    def send(self, alert: Alert) -> Delivery:
-        """列を通さずに送る。"""
-        try:
-            delivery = self.handler.send(alert)
-            if not delivery.ok:
-                problem = f"{self.handler.name}: {delivery.error}"
-                logger.warning("alert %s not sent by %s", alert.name, problem)
-            return delivery
-        except Exception as error:  # 一つの誤りで他を止めない。例外の文には URL やキーが入りうる
-            reason = f"raised {type(error).__name__}"
-            logger.warning("alert %s not sent by %s: %s", alert.name, self.handler.name, reason)
-            return self.handler.result(alert, ok=False, error=reason)
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    self._running = False
-                    return
-                alert, job = self._waiting.popleft()
-            job.set_result(self.send(alert))
+    def stop(self) -> None:
+        """待っているものは送らずに(後で送り直せる失敗にして)、送っている途中の 1 件を待つ。"""
+        ending, self._worker = self._worker, ThreadPoolExecutor(1)
+        ending.shutdown(cancel_futures=True)
 
 
 class Fanout:
     """名前の付いた通知先と、どのアラートをどこへ送るかの経路。"""
 
     def __init__(self, fallback: NotificationHandler) -> None:
-        self.fallback = ChannelQueue(fallback)
+        self.fallback = fallback
         self.queues: dict[str, ChannelQueue] = {}
         self._routes: list[Route] = []
 
-    def add(self, name: str, handler: NotificationHandler) -> None:
+    def add_handler(self, name: str, handler: NotificationHandler) -> Self:
         """通知先を加える。"""
         if name in self.queues:
             raise NotificationConfigError(f"handler {name!r} is already registered")
         handler.name = name
         handler.min_severity = AlertSeverity(handler.min_severity)
         self.queues[name] = ChannelQueue(handler)
+        return self
 
     def set_routes(self, routes: Iterable[Route]) -> None:
         """(条件, 通知先の名前) の列。どれにも合わないアラートは、全部の通知先へ送る。"""
@@ -171,20 +144,20 @@ class Fanout:
         targets: Sequence[tuple[Alert, Collection[str]]],
         wait_seconds: float,
         *,
-        again: bool = False,
+        again: Collection[str] = (),
     ) -> list[Delivery]:
         """(アラート, 通知先の名前) を送り、``wait_seconds`` 秒までの結果を返す。
 
-        前の分をまだ送っている通知先は待たない。
+        前の分をまだ送っている通知先は待たない。``again`` は、送り直すものの ``fingerprint``。
         """
         jobs: list[tuple[ChannelQueue, Alert, Future[Delivery]]] = []
         awaited: list[Future[Delivery]] = []
         for name, queue in self.queues.items():
             behind = queue.busy
             for alert in [alert for alert, names in targets if name in names]:
-                job = queue.put(alert, again=again)
+                job = queue.put(alert, again=alert.fingerprint in again)
                 jobs.append((queue, alert, job))
-                if not (behind or job.done()):
+                if not behind:
                     awaited.append(job)
         wait(awaited, timeout=wait_seconds)
         return [queue.take(alert, job) for queue, alert, job in jobs]

@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import Protocol
@@ -34,9 +33,12 @@ class Notifier(Protocol):
     """``MultiChannelNotifier`` の、ここで使う部分。"""
 
     def notify(
-        self, alerts: Alert | Iterable[Alert], *, only: Iterable[str] | None = None
+        self,
+        alerts: Alert | Iterable[Alert],
+        *,
+        only: Mapping[str, Collection[str]] | None = None,
     ) -> list[Delivery]:
-        """送って、結果を返す。"""
+        """送って、結果を返す。``only`` は ``fingerprint`` -> まだ受け取っていない通知先。"""
         ...
 
     def keep_alive(self, alerts: Sequence[Alert]) -> list[Delivery]:
@@ -90,7 +92,7 @@ class AlertEngine(RuleBoard):
                 alerts = self._judge(at)
                 self._outbox |= {alert.fingerprint: Unsent(alert) for alert in alerts}
                 self._save()
-                self._send(list(self._outbox.values()))
+                self._send(self._outbox.values())
                 self._save()
                 self._keep_alive()
             return alerts
@@ -156,18 +158,13 @@ class AlertEngine(RuleBoard):
             logger.error("alert state is not saved: %s", error)
             self.failures["alert_state"] = f"{type(error).__name__}: {error}"
 
-    def _send(self, entries: Sequence[Unsent]) -> None:
-        """宛先の同じものをまとめ、同時に送る。届かなかったものは残る。"""
-        groups: dict[tuple[str, ...] | None, list[Alert]] = {}
-        for entry in entries:
-            groups.setdefault(entry.only, []).append(entry.alert)
+    def _send(self, entries: Collection[Unsent]) -> None:
+        """送る。届かなかったものは残る。"""
         self._pending = set()
-        with ThreadPoolExecutor(len(groups) or 1) as pool:
-            list(pool.map(self._notify, groups.values(), groups))
-
-    def _notify(self, alerts: list[Alert], only: tuple[str, ...] | None) -> None:
+        alerts = [entry.alert for entry in entries]
+        only = {entry.alert.fingerprint: entry.only for entry in entries if entry.only}
         try:
-            deliveries = self.notifier.notify(alerts, only=only) if self.notifier else []
+            deliveries = self.notifier.notify(alerts, only=only) if self.notifier and alerts else []
         except Exception as error:  # 通知先の誤りで評価を止めない。次の評価で送り直す
             logger.error("the notifier raised %s", type(error).__name__)
             return
