@@ -15,18 +15,14 @@ import hashlib
 import hmac
 import os
 import sqlite3
-import threading
 import time
-import uuid
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import closing, contextmanager
 from typing import Any, Literal
 
-from .alert import Alert, AlertStatus, Delivery, NotificationConfigError
+from .alert import Alert, NotificationConfigError
 from .posting import HttpHandler, HttpPoster
 
-Event = tuple[datetime, AlertStatus]
 Scheme = Literal["standard", "mlflow"]
 HEADERS: Mapping[Scheme, tuple[str, str, str]] = {
     "standard": ("webhook-id", "webhook-timestamp", "webhook-signature"),
@@ -65,42 +61,22 @@ def sign(
 
 
 class ReplayGuard:
-    """見た配送 ID を、許す時刻のずれの分だけ覚えておく。
+    """済んだ配送 ID を、許す時刻のずれの分だけ覚えておく。
 
-    ID は、処理が済んで初めて「見た」ことになる。処理に失敗したら忘れ、相手の送り直しを受け付ける::
+    ID は、処理が済んで初めて「済んだ」ことになる。処理に失敗したら、相手の送り直しを受け付ける::
 
         message_id = verify_signature(secret, headers, body)
         with guard.once(message_id):
             handle(body)
 
     Args:
-        path: SQLite のファイル。ワーカーの間で分け合い、再起動しても残る。省略すると、
-            このプロセスの中だけで覚え、再起動で忘れる。
+        path: SQLite のファイル。ワーカーの間で分け合い、再起動しても残る。
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] = ":memory:", clock: Callable[[], float] = time.time
+        self, path: str | os.PathLike[str], clock: Callable[[], float] = time.time
     ) -> None:
         self._path, self._clock = path, clock
-        self._lock = threading.Lock()
-        self._connect()
-
-    def _connect(self) -> None:
-        self._db = sqlite3.connect(
-            self._path, timeout=30, isolation_level=None, check_same_thread=False
-        )
-        self._db.execute("CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, until REAL)")
-
-    def first_time(
-        self, message_id: str, now: float, keep_seconds: float = 2 * TOLERANCE_SECONDS
-    ) -> bool:
-        """初めて見た ID か(``keep_seconds`` 秒の間)。どのスレッドから呼んでもよい。"""
-        self._run("DELETE FROM seen WHERE until < ?", now)
-        return self._run("INSERT OR IGNORE INTO seen VALUES (?, ?)", message_id, now + keep_seconds)
-
-    def forget(self, message_id: str) -> None:
-        """処理に失敗した ID を、まだ見ていないことにする。"""
-        self._run("DELETE FROM seen WHERE id = ?", message_id)
 
     @contextmanager
     def once(self, message_id: str, *, lease_seconds: float = 60.0) -> Generator[None]:
@@ -109,24 +85,25 @@ class ReplayGuard:
         Raises:
             WebhookRefusedError: 理由は replay(済んだ、またはほかの誰かが処理している)。
         """
-        if not self.first_time(message_id, self._clock(), lease_seconds):
+        now = self._clock()
+        self._run("DELETE FROM seen WHERE until < ?", now)
+        if not self._run(
+            "INSERT OR IGNORE INTO seen VALUES (?, ?)", message_id, now + lease_seconds
+        ):
             raise WebhookRefusedError("replay")
         try:
             yield
         except BaseException:
-            self.forget(message_id)
+            self._run("DELETE FROM seen WHERE id = ?", message_id)
             raise
         until = self._clock() + 2 * TOLERANCE_SECONDS
         self._run("INSERT OR REPLACE INTO seen VALUES (?, ?)", message_id, until)
 
-    def _run(self, statement: str, *values: object) -> bool:
-        with self._lock:
-            try:
-                return self._db.execute(statement, values).rowcount == 1
-            except sqlite3.OperationalError:  # 開いている間に、ファイルを消された
-                self._db.close()
-                self._connect()
-                return self._db.execute(statement, values).rowcount == 1
+    def _run(self, statement: str, *values: object) -> int:
+        """実行し、変わった行の数を返す。毎回つなぐので、どのスレッドや fork した先からでもよい。"""
+        with closing(sqlite3.connect(self._path, timeout=30)) as database, database:
+            database.execute("CREATE TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY, until REAL)")
+            return database.execute(statement, values).rowcount
 
 
 def verify_signature(
@@ -135,19 +112,16 @@ def verify_signature(
     body: bytes,
     *,
     scheme: Scheme = "standard",
-    seen: ReplayGuard | None = None,
     now: float | None = None,
 ) -> str:
-    """確かめて、配送 ID を返す。
+    """確かめて、配送 ID を返す。再送は ``ReplayGuard`` で拒否する。
 
     Args:
         body: 受け取ったままのバイト列。JSON に直してから戻したものでは署名が合わない。
-        seen: 渡すと、同じ配送 ID を二度目から拒否する。処理が失敗しうるなら、代わりに ``seen.once``
-            を使うか、失敗したときに ``seen.forget`` を呼ぶ。
 
     Raises:
         NotificationConfigError: ``secret`` が空、または ``whsec_`` の後が base64 でない。
-        WebhookRefusedError: 理由は missing_header、bad_timestamp、stale、bad_signature、replay。
+        WebhookRefusedError: 理由は missing_header、bad_timestamp、stale、bad_signature。
     """
     lower = {key.lower(): value for key, value in headers.items()}
     message_id, timestamp, signatures = (lower.get(name, "") for name in HEADERS[scheme])
@@ -163,8 +137,6 @@ def verify_signature(
     given = [text.encode("utf-8", "replace") for text in signatures.split()]
     if not any(hmac.compare_digest(expected, signature) for signature in given):
         raise WebhookRefusedError("bad_signature")
-    if seen is not None and not seen.first_time(message_id, now):
-        raise WebhookRefusedError("replay")
     return message_id
 
 
@@ -178,8 +150,6 @@ class SignedWebhookNotificationHandler(HttpHandler):
     ) -> None:
         self._secret = secret
         self._clock = clock
-        self._unsettled: dict[str, tuple[Event, str]] = {}
-        """``fingerprint`` -> 届いたか分からない通知と、その ID。"""
         _key(secret, "standard")  # 空の秘密や読めない秘密は、送るときではなく作るときに拒否する
         self.poster = HttpPoster(url, idempotent=True, secrets=[secret], **http)
 
@@ -188,22 +158,11 @@ class SignedWebhookNotificationHandler(HttpHandler):
         return {"type": f"alert.{alert.status.value}", "data": alert.to_dict()}
 
     def headers(self, alert: Alert, body: bytes) -> Mapping[str, str]:
-        """署名のヘッダー。届いたか分からない通知を後で送り直すときは、前と同じ ID を使う。"""
-        event = (alert.starts_at, alert.status)
-        before, message_id = self._unsettled.get(alert.fingerprint, (None, ""))
-        if before != event:
-            message_id = f"msg_{uuid.uuid4().hex}"
-            self._unsettled[alert.fingerprint] = (event, message_id)
+        """署名のヘッダー。ID は本文から決まるので、再起動の後に送り直しても変わらない。"""
+        message_id = f"msg_{hashlib.sha256(body).hexdigest()[:32]}"
         timestamp = str(int(self._clock()))
         return {
             "webhook-id": message_id,
             "webhook-timestamp": timestamp,
             "webhook-signature": sign(self._secret, message_id, timestamp, body),
         }
-
-    def deliver(self, alert: Alert) -> Delivery:
-        """署名を付けて送る。"""
-        delivery = super().deliver(alert)
-        if not delivery.retryable:
-            self._unsettled.pop(alert.fingerprint, None)
-        return delivery
