@@ -113,7 +113,10 @@ def test_every_kind_of_receiver_is_built_from_its_settings(webhooks: WebhookRece
     assert {name for name, delivery in sent.items() if delivery.skipped} == {"chat", "page", "mail"}
     posts = {request.path.partition("?")[0]: request for request in webhooks.wait_for(3)}
     card = posts["/TEAMS_URL"].json["attachments"][0]["content"]
-    assert [block["text"] for block in card["body"][:2]] == ["[発報] slow", "遅延の p95 が 3 秒超"]
+    assert [block["text"] for block in card["body"][:2]] == [
+        "[発報] WARNING slow",
+        "遅延の p95 が 3 秒超",
+    ]
     (posted,) = posts["/api/v2/alerts"].json
     assert posted["labels"] == {"alertname": "slow", "severity": "warning"}
     signed = posts["/HOOK_URL"]

@@ -94,7 +94,9 @@ def test_the_mail_arrives_as_written_at_every_address(smtp: SmtpServer) -> None:
     assert (delivery.ok, delivery.error) == (True, "")
     ((recipients, mail),) = smtp.mails
     assert recipients == TO
-    assert mail["Subject"] == ("[発報] high_error_rate エラー率が 5% 超 Bcc: everyone@example.com")
+    assert mail["Subject"] == (
+        "[発報] CRITICAL high_error_rate エラー率が 5% 超 Bcc: everyone@example.com"
+    )
     assert (mail["From"], mail["To"], mail["Bcc"]) == ("bot@example.com", ", ".join(TO), None)
     text = mail.get_content()
     assert "error_rate: 0.2" in text and "トレース: tr-1" in text

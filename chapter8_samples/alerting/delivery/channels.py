@@ -13,6 +13,7 @@ import re
 import smtplib
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime, timedelta, timezone
 from email.message import EmailMessage
 from email.utils import make_msgid, parseaddr
@@ -22,7 +23,6 @@ from typing import Any
 from ..rules import AlertConfig
 from .alert import (
     Alert,
-    AlertSeverity,
     AlertStatus,
     Delivery,
     NotificationConfigError,
@@ -30,7 +30,7 @@ from .alert import (
 )
 from .posting import HttpHandler, HttpPoster
 from .signature import SignedWebhookNotificationHandler
-from .texts import encodable, facts, json_bytes, links, title
+from .texts import encodable, facts, headline, json_bytes, links
 
 TEAMS_MAX_BYTES = 21_000
 """Teams の上限は 28 KB だが、実際にはこのあたりから拒否される。"""
@@ -53,10 +53,9 @@ class TeamsNotificationHandler(HttpHandler):
         return self._card(alert, 20)
 
     def _card(self, alert: Alert, limit: int) -> dict[str, Any]:
-        rows = islice([("重大度", alert.severity.value), *facts(alert)], 20)
-        table = [{"title": k[:100], "value": v[:limit]} for k, v in rows]
+        table = [{"title": k[:100], "value": v[:limit]} for k, v in islice(facts(alert), 20)]
         body: list[dict[str, Any]] = [
-            {"type": "TextBlock", "text": title(alert)[:200], "weight": "Bolder", "wrap": True},
+            {"type": "TextBlock", "text": headline(alert)[:200], "weight": "Bolder", "wrap": True},
             {"type": "TextBlock", "text": alert.summary[:limit] or "-", "wrap": True},
             {"type": "FactSet", "facts": table},
         ]
@@ -135,6 +134,7 @@ def label_name(key: str) -> str:
     return re.sub(r"\W|^(?=\d)", "_", key, flags=re.ASCII)
 
 
+@dataclass(eq=False)
 class EmailNotificationHandler(NotificationHandler):
     """SMTP で送る。
 
@@ -144,45 +144,37 @@ class EmailNotificationHandler(NotificationHandler):
     """
 
     name = "email"
+    host: str
+    _: KW_ONLY
+    sender: str
+    to: Sequence[str]
+    port: int = 587
+    user: str = ""
+    password: str = field(default="", repr=False)
+    tls: str = ""
+    timeout_seconds: float = 10.0
+    clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc)
 
-    def __init__(
-        self,
-        host: str,
-        *,
-        sender: str,
-        to: Sequence[str],
-        port: int = 587,
-        user: str = "",
-        password: str = "",
-        tls: str = "",
-        timeout_seconds: float = 10.0,
-        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
-    ) -> None:
-        if tls not in ("", "starttls", "implicit", "none"):
-            raise NotificationConfigError(f"tls must be starttls, implicit or none, got {tls!r}")
-        if not to:
+    def __post_init__(self) -> None:
+        self.tls = self.tls or ("implicit" if self.port == 465 else "starttls")
+        if self.tls not in ("starttls", "implicit", "none"):
+            raise NotificationConfigError(
+                f"tls must be starttls, implicit or none, got {self.tls!r}"
+            )
+        if not self.to:
             raise NotificationConfigError("to must name at least one address")
-        self._host = host
-        self._port = port
-        self._sender = sender
-        self._to = tuple(to)
-        self._tls = tls or ("implicit" if port == 465 else "starttls")
-        self._user = user
-        self._password = password
-        self._timeout = timeout_seconds
-        self._clock = clock
 
     def message(self, alert: Alert) -> EmailMessage:
         """送る文面。同じアラートのメールは一つのスレッドにまとまる。"""
         mail = EmailMessage()
-        mail["Subject"] = encodable(" ".join(f"{title(alert)} {alert.summary}".split())[:200])
-        mail["From"] = self._sender
-        mail["To"] = ", ".join(self._to)
-        mail["Date"] = self._clock()
-        domain = parseaddr(self._sender)[1].rpartition("@")[2]
+        mail["Subject"] = encodable(" ".join(f"{headline(alert)} {alert.summary}".split())[:200])
+        mail["From"] = self.sender
+        mail["To"] = ", ".join(self.to)
+        mail["Date"] = self.clock()
+        domain = parseaddr(self.sender)[1].rpartition("@")[2]
         mail["Message-ID"] = make_msgid(domain=domain or "alerts.invalid")
         mail["References"] = f"<{alert.fingerprint}@alerts.invalid>"
-        rows = [("重大度", alert.severity.value), *facts(alert)]
+        rows = [*facts(alert)]
         rows += [(name, url) if url else ("トレース", name) for name, url in links(alert)]
         lines = [f"{key}: {value}" for key, value in rows]
         mail.set_content(encodable("\n".join([alert.summary, "", *lines])))
@@ -193,24 +185,26 @@ class EmailNotificationHandler(NotificationHandler):
         refused: dict[str, Any] | None = None
         try:
             with self._connect() as server:
-                if self._tls == "starttls":
+                if self.tls == "starttls":
                     server.starttls(context=ssl.create_default_context())
-                if self._user:
-                    server.login(self._user, self._password)
+                if self.user:
+                    server.login(self.user, self.password)
                 refused = server.send_message(self.message(alert))
         except (OSError, smtplib.SMTPException) as error:
             if refused is None:  # 受け取られた後の失敗(QUIT への答えなど)では、送り直さない
-                reason = f"{type(error).__name__} from {self._host}"
+                reason = f"{type(error).__name__} from {self.host}"
                 return self.result(alert, ok=False, error=reason, retryable=_may_retry(error))
         # 一部の宛先だけが拒否された: 送り直すと、届いた宛先に二重に届く
         note = f"refused: {', '.join(sorted(refused))}" if refused else ""
         return self.result(alert, ok=True, error=note)
 
     def _connect(self) -> smtplib.SMTP:
-        if self._tls == "implicit":
+        if self.tls == "implicit":
             context = ssl.create_default_context()
-            return smtplib.SMTP_SSL(self._host, self._port, timeout=self._timeout, context=context)
-        return smtplib.SMTP(self._host, self._port, timeout=self._timeout)
+            return smtplib.SMTP_SSL(
+                self.host, self.port, timeout=self.timeout_seconds, context=context
+            )
+        return smtplib.SMTP(self.host, self.port, timeout=self.timeout_seconds)
 
 
 def _may_retry(error: Exception) -> bool:
@@ -230,6 +224,8 @@ MAKERS: Makers = {
     "teams": lambda url: TeamsNotificationHandler(url),
     "webhook": SignedWebhookNotificationHandler,
 }
+SHARED = {"min_severity", "send_resolved"}
+"""どの通知先にもある設定。"""
 
 
 def handlers_from_config(
@@ -268,13 +264,11 @@ def _handler(
     for key, value in settings.items():
         if key.endswith("_env"):
             arguments[key.removesuffix("_env")] = environ[value]
-        elif key not in ("type", "send_resolved", "min_severity"):
+        elif key != "type" and key not in SHARED:
             arguments[key] = value
     if settings["type"] == "alertmanager":
         arguments["hold"] = config.hold
     handler = make(**arguments)
-    if "min_severity" in settings:
-        handler.min_severity = AlertSeverity(settings["min_severity"])
-    if "send_resolved" in settings:
-        handler.send_resolved = settings["send_resolved"]
+    for key in SHARED.intersection(settings):
+        setattr(handler, key, settings[key])
     return handler

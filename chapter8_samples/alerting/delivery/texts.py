@@ -83,11 +83,6 @@ def slack_escape(text: str, limit: int) -> str:
     return cut + "…"
 
 
-def title(alert: Alert) -> str:
-    """発報か解消かと、名前。"""
-    return f"[{_MARKS[alert.status]}] {alert.name}"
-
-
 def headline(alert: Alert) -> str:
     """1 行の見出し。
 
