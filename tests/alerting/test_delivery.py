@@ -200,7 +200,7 @@ def test_an_expired_certificate_may_be_renewed(
     url = f"https://127.0.0.1:{server.server_port}/a"
     delivery = SlackNotificationHandler(url, clock=clock, sleep=clock.sleep).send(ALERT)
     server.stop()
-    assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 1, True)
+    assert (delivery.ok, delivery.attempts, delivery.retryable) == (False, 4, True)
 
 
 def test_the_deadline_ends_the_retries(webhooks: WebhookReceiver, clock: Clock) -> None:

@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 import requests
 from urllib3.exceptions import InvalidHeader, NewConnectionError
@@ -76,8 +76,7 @@ _secrets = _Secrets()
 @dataclass(frozen=True)
 class _Try:
     kind: str
-    """ok、permanent、retry(届いていない)、reset・timeout(届いたかもしれない)、
-    refused(相手の証明書が直った後で、送り直せる)。"""
+    """ok、permanent、retry(届いていない)、reset・timeout(届いたかもしれない)。"""
     error: str = ""
     retry_after: str | None = None
 
@@ -104,11 +103,10 @@ class HttpPoster:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        written, sent = _http_url(url)
-        target = url.partition(written.netloc)[2]
-        _secrets.protect([*secrets, target, *_revealing(written), *_revealing(sent)])
+        sent = _as_sent(url)
+        _secrets.protect([*secrets, *_revealing(url), *_revealing(sent)])
         self._url = url
-        self._host = written.hostname or ""
+        self._host = urlsplit(sent).hostname or ""
         self._idempotent = idempotent
         self._policy = policy or RetryPolicy()
         self._session = session or requests.Session()
@@ -138,7 +136,7 @@ class HttpPoster:
             "ok": last.kind == "ok",
             "attempts": len(tries),
             "error": last.error,
-            "retryable": last.kind == "refused" or self._is_safe_to_repeat(last),
+            "retryable": self._is_safe_to_repeat(last),
         }
 
     def _once(self, body: bytes, headers: Mapping[str, str], seconds_left: float) -> _Try:
@@ -179,25 +177,25 @@ class HttpPoster:
         return last.kind == "retry" or (self._idempotent and last.kind in ("reset", "timeout"))
 
 
-def _http_url(url: str) -> tuple[SplitResult, SplitResult]:
-    """書かれたままの URL と、実際に送られる(エンコードし直された)URL。"""
+def _as_sent(url: str) -> str:
+    """実際に送られる(エンコードし直された)URL。"""
     try:
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return parts, urlsplit(requests.Request("POST", url).prepare().url or url)
-    except (ValueError, requests.RequestException):  # 例外の文に URL が入りうるので、つなげない
+        sent = requests.Request("POST", url).prepare().url or ""
+        if sent.startswith(("http://", "https://")):
+            return sent
+    except requests.RequestException:  # 例外の文に URL が入りうるので、つなげない
         pass
     raise NotificationConfigError(
         f"expected an http(s) URL, got a value of {len(url or '')} characters without one"
     )
 
 
-def _revealing(url: SplitResult) -> list[str]:
+def _revealing(url: str) -> list[str]:
     """URL のうち隠す部分。相手が一部だけを答えに書き写すこともあるので、鍵らしい語も含める。"""
-    whole = f"{url.path}?{url.query}" if url.query else url.path
-    words = re.split(r"[/?&=;,]", whole)
+    target = "/" + url.partition("://")[2].partition("/")[2]
+    words = re.split(r"[/?&=;,]", target)
     keys = [w for w in words if len(w) >= 8 and any(c.isdigit() or c.isupper() for c in w)]
-    return [whole, url.path, url.query, *keys]
+    return [target, *target.split("?"), *keys]
 
 
 def _first_words(answer: requests.Response) -> str:
@@ -214,10 +212,10 @@ def _failure_kind(error: requests.RequestException) -> str:
     early = isinstance(error, requests.ConnectTimeout | requests.exceptions.ProxyError)
     if isinstance(cause, NewConnectionError) or (early and not isinstance(cause, ConnectionError)):
         return "retry"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "retry"
     if isinstance(error, requests.Timeout):
         return "timeout"
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "refused"
     return "reset" if isinstance(error, requests.ConnectionError) else "permanent"
 
 
