@@ -102,8 +102,7 @@ def write_body(path: Path, change: Callable[[Any], object]) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        "{",
-        "[]",
+        "{}",
         '{"version": 1, "rules": {}, "outbox": [], "evaluated_at": null}',
         "[" * 100_000,
         "\x00\xff" * 50,

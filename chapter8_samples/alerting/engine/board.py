@@ -24,6 +24,7 @@ class RuleBoard:
         self, config: AlertConfig, source: MetricSource, trace_url: Callable[[str], str]
     ) -> None:
         self.config, self.source, self._trace_url = config, source, trace_url
+        self._rules = {rule.name: rule for rule in (*config.rules, config.watchdog)}
         self._lock = threading.RLock()
         self._states: dict[str, RuleState] = {}
         self._samples: dict[str, MetricSample] = {}
@@ -162,11 +163,9 @@ class RuleBoard:
         )
 
     def _pairs(self) -> list[tuple[Rule, RuleState]]:
-        own: dict[str, list[RuleState]] = {}
-        for state in self._states.values():
-            own.setdefault(state.rule, []).append(state)
-        rules = [*self.config.rules, self.config.watchdog]
-        return [(rule, state) for rule in rules for state in own.get(rule.name, ())]
+        """設定にあるルールの状態。"""
+        rules = self._rules
+        return [(rules[s.rule], s) for s in self._states.values() if s.rule in rules]
 
     def _state(self, rule: Rule, label: str) -> RuleState:
         return self._states.setdefault(self._key(rule, label), RuleState(rule.name, label))

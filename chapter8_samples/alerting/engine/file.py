@@ -81,13 +81,12 @@ class StateFile:
         self.path, self.lease = Path(path), LEASE
         self._clock, self._sleep = clock, sleep
         self._token, self._in_place = uuid.uuid4().hex, False
-        self._known = False
 
     def hold(self) -> Saved | None:
         """使い始めて(使っている間なら、期限を延ばして)、中身を返す。壊れていれば脇に退ける。
 
-        最後に使ったのも自分なら(使っている間に消されたか壊されたときも)``None``: 手元のもののほうが
-        新しい(書けなかった変更もある)。
+        ほかのエンジンが書いたものがなければ(最後に使ったのも自分か、使っている間に消されたか
+        壊された)``None``: 手元のもののほうが新しい(書けなかった変更もある)。
 
         Raises:
             StateHeldError: ほかのエンジンが使っている。
@@ -119,7 +118,6 @@ class StateFile:
             self._extend(saved, datetime(1970, 1, 1, tzinfo=timezone.utc))
 
     def _hold(self) -> Saved | None:
-        _check_header(self.path)
         with self._open() as saved:
             last = saved.holder
             if last and (last.until <= self._clock() or is_gone(last.machine, last.pid)):
@@ -130,8 +128,7 @@ class StateFile:
             self._sleep(SETTLE_SECONDS)
             with self._open() as seen:
                 self._extend(seen)
-        known, self._known = self._known, True
-        return None if (last.id == self._me if last else known) else saved
+        return saved if last and last.id != self._me else None
 
     @property
     def _me(self) -> str:
@@ -191,15 +188,6 @@ class StateFile:
         journal = Path(f"{self.path}-journal")
         if journal.exists():  # 残すと、新しいファイルに古い書きかけが混ざる
             journal.replace(f"{aside}-journal")
-
-
-def _check_header(path: Path) -> None:
-    """短いファイルは、中身が何でも、SQLite には空のデータベースに見える。"""
-    if not path.exists():
-        return
-    with path.open("rb") as opened:
-        if opened.read(16) not in (b"", b"SQLite format 3\x00"):
-            raise _BrokenError("not a SQLite file")
 
 
 def _read(database: sqlite3.Connection) -> Saved:
