@@ -122,30 +122,29 @@ def test_a_broken_or_older_state_file_is_set_aside(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("part", "field", "value"),
     [
-        ("phase", "bogus"),
-        ("phase", 3),
-        ("value", "high"),
-        ("last_true", "2026-01-01T00:00:00"),
-        ("told", {"name": 3}),
+        ("rules", "phase", "bogus"),
+        ("rules", "phase", 3),
+        ("rules", "value", "high"),
+        ("rules", "last_true", "2026-01-01T00:00:00"),
+        ("rules", "told", {"name": 3}),
+        ("outbox", "alert", None),
+        ("outbox", "only", 3),
     ],
 )
-def test_a_state_nobody_could_act_on_is_set_aside(tmp_path: Path, field: str, value: Any) -> None:
-    engine(tmp_path).evaluate(START + STEP)
+def test_a_record_nobody_could_act_on_is_set_aside(
+    tmp_path: Path, part: str, field: str, value: Any
+) -> None:
+    state = StateFile(tmp_path / "alerts.db")
+    state.hold()
+    state.save({"r": RuleState("errors")}, {"f": Unsent(Alert(name="a"))})
+    state.release()
 
     def spoil(body: Any) -> None:
-        next(iter(body["rules"].values()))[field] = value
+        next(iter(body[part].values()))[field] = value
 
     write_body(tmp_path / "alerts.db", spoil)
-    assert [a.name for a in engine(tmp_path).evaluate(START + STEP)] == ["errors"]
-    assert (tmp_path / "alerts.db.bad").exists()
-
-
-@pytest.mark.parametrize("unsent", [{}, {"alert": {"name": "a"}, "only": 3}, 3])
-def test_an_outbox_nobody_could_send_is_set_aside(tmp_path: Path, unsent: Any) -> None:
-    engine(tmp_path).evaluate(START)
-    write_body(tmp_path / "alerts.db", lambda body: body.update(outbox={"f": unsent}))
     assert [a.name for a in engine(tmp_path).evaluate(START + STEP)] == ["errors"]
     assert (tmp_path / "alerts.db.bad").exists()
 
