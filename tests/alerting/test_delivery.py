@@ -338,7 +338,7 @@ def test_a_change_event_has_its_own_endpoint_and_no_action(
     assert request.path == "/v2/change/enqueue"
     assert set(request.json) == {"routing_key", "payload"}
     assert "severity" not in request.json["payload"]
-    assert request.json["payload"]["custom_details"] == {"at": "2026-01-01 00:00:00+00:00"}
+    assert request.json["payload"]["custom_details"] == {"at": "2026-01-01T00:00:00+00:00"}
 
 
 SLACK = SlackNotificationHandler("https://x.example/y")

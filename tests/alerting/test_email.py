@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socketserver
 import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from pathlib import Path
@@ -190,39 +189,18 @@ def test_every_mail_has_its_own_message_id_and_a_date(smtp: SmtpServer) -> None:
     assert len(ids) == 2 and all(i.endswith("@example.com>") for i in ids)
 
 
-def certificate(folder: Path) -> Path:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback")])
-    now = datetime.now(timezone.utc)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
-    made = builder.add_extension(address, False)
-    signed = made.sign(key, hashes.SHA256())
-    pem = serialization.Encoding.PEM
-    private = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    path = folder / "loopback.pem"
-    path.write_bytes(key.private_bytes(pem, *private) + signed.public_bytes(pem))
-    return path
-
-
 def test_implicit_tls_speaks_tls_from_the_first_byte(
-    smtp: SmtpServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    smtp: SmtpServer, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pem = certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(pem)
+    context.load_cert_chain(*certificate)
     smtp.socket = context.wrap_socket(smtp.socket, server_side=True)
     unknown = handler(smtp, tls="implicit").send(ALERT)
     assert (unknown.ok, unknown.retryable) == (
         False,
         False,
     )  # 知らない証明書は、送り直しても通らない
-    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     assert handler(smtp, tls="implicit").send(ALERT).ok
     assert len(smtp.mails) == 1
 

@@ -7,7 +7,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
 from typing import Any, final
@@ -81,14 +81,6 @@ class Alert:
         """ラベル、または ``name``、``severity``、``metric`` がすべて一致するか。"""
         own = {"name": self.name, "severity": self.severity.value, "metric": self.metric}
         return all({**self.labels, **own}.get(k) == v for k, v in selector.items())
-
-    def to_dict(self) -> dict[str, Any]:
-        """全項目の辞書(日時は ISO 8601)。"""
-        found = asdict(self)
-        for key in ("starts_at", "ends_at"):
-            if found[key]:
-                found[key] = found[key].isoformat()
-        return found
 
 
 @dataclass(frozen=True, kw_only=True)

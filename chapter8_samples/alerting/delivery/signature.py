@@ -18,6 +18,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from typing import Any, Literal
 
 from .alert import Alert, NotificationConfigError
@@ -155,7 +156,7 @@ class SignedWebhookNotificationHandler(HttpHandler):
 
     def payload(self, alert: Alert) -> dict[str, Any]:
         """アラートの全項目。"""
-        return {"type": f"alert.{alert.status.value}", "data": alert.to_dict()}
+        return {"type": f"alert.{alert.status.value}", "data": asdict(alert)}
 
     def headers(self, alert: Alert, body: bytes) -> Mapping[str, str]:
         """署名のヘッダー。ID は本文から決まるので、再起動の後に送り直しても変わらない。"""

@@ -6,7 +6,7 @@ import html
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import timezone
+from datetime import datetime, timezone
 from enum import Enum
 from itertools import islice
 from typing import Any, cast
@@ -47,6 +47,8 @@ def json_ready(
     """必ず JSON になる値。``chars`` は文字列の、``items`` は列の長さの上限。"""
     if isinstance(value, Enum):
         value = value.value
+    if isinstance(value, datetime):
+        value = value.isoformat()
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float) and abs(value) < 1e300:  # nan と inf は、比べると偽になる

@@ -168,12 +168,11 @@ class AlertEngine(RuleBoard):
         except Exception as error:  # 通知先の誤りで評価を止めない。次の評価で送り直す
             logger.error("the notifier raised %s", type(error).__name__)
             return
+        self._pending = {delivery.fingerprint for delivery in deliveries if delivery.pending}
         owed: dict[str, set[str]] = {}
         for delivery in deliveries:
-            if not delivery.ok and delivery.retryable:
+            if delivery.retryable and not delivery.ok:
                 owed.setdefault(delivery.fingerprint, set()).add(delivery.handler)
-            if delivery.pending:
-                self._pending.add(delivery.fingerprint)
         for alert in alerts:
             self._outbox.pop(alert.fingerprint, None)
             if names := owed.get(alert.fingerprint):
