@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 
 from chapter8_samples.alerting.delivery import Alert, AlertSeverity, AlertStatus
+from chapter8_samples.alerting.processes import machine
 from chapter8_samples.alerting.releases import (
     AliasRollback,
     ConcurrentChangeError,
@@ -22,13 +25,14 @@ from chapter8_samples.alerting.releases import (
     KnownBadVersionError,
     ModelAlias,
     NoHistoryError,
+    RollbackDecision,
     RollbackError,
     SameVersionError,
     UnknownVersionError,
     VerificationError,
     auto_rollback,
 )
-from chapter8_samples.alerting.releases.journal import Change, Journal, known_bad
+from chapter8_samples.alerting.releases.journal import Change, Lease, known_bad
 from chapter8_samples.alerting.rollback import (
     ModelRollbackManager,
     PromptRollbackManager,
@@ -82,10 +86,6 @@ class Registry:
 
     def put_tag(self, key: str, value: str) -> None:
         self.stored[key] = value
-        self._burn()
-
-    def drop_tag(self, key: str) -> None:
-        self.stored.pop(key, None)
         self._burn()
 
     def uri(self, version: str | None = None) -> str:
@@ -166,11 +166,10 @@ def test_a_wrong_request_changes_nothing(
     call: Callable[[AliasRollback], object], error: type[RollbackError]
 ) -> None:
     registry, rollback = three_versions()
-    before = rollback.history()
+    before = dict(registry.stored)
     with pytest.raises(error):
         call(rollback)
-    assert (registry.alias_version, rollback.history()) == ("3", before)
-    assert "rollback_champion_lock" not in registry.stored
+    assert (registry.alias_version, registry.stored) == ("3", before)
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing() -> None:
@@ -246,79 +245,67 @@ def test_somebody_elses_change_is_not_overwritten_by_the_restore() -> None:
 
 
 def test_only_one_change_at_a_time() -> None:
-    registry, rollback = three_versions()
-    busy = Journal(registry, actor="deploy-job", clock=Clock(), sleep=lambda _: None).locked()
-    with busy, pytest.raises(ConcurrentChangeError, match="is being changed by deploy-job"):
-        engine(registry, clock=Clock()).rollback()
-    assert rollback.rollback().state == "done"
-
-
-def test_an_abandoned_lock_expires() -> None:
-    registry, _ = three_versions()
-    clock = Clock()
-    lock = engine(registry, clock).journal.locked()
-    lock.__enter__()  # 持ち主は、そのまま落ちた
-    clock.now += timedelta(seconds=61)
-    assert engine(registry, clock).rollback().state == "done"
-
-
-def test_a_lock_lost_during_a_slow_smoke_check_stops_the_switch() -> None:
-    registry, _ = three_versions()
+    registry, other = three_versions()
 
     def smoke(uri: str) -> None:
-        registry.stored["rollback_champion_lock"] = '{"id": "other", "until": 0, "by": "other"}'
+        if "@" in uri:  # 切り替えた後の確認の間
+            with pytest.raises(ConcurrentChangeError, match="is being changed by deploy-job"):
+                other.rollback()
 
-    with pytest.raises(ConcurrentChangeError, match="another process won the lock"):
-        engine(registry, smoke_check=smoke).rollback()
-    assert registry.alias_version == "3"
+    change = engine(registry, smoke_check=smoke, actor="deploy-job").rollback()
+    assert (change.state, change.lease, other.history()[-1]) == ("done", None, change)
+
+
+def test_of_two_that_write_the_same_record_one_wins() -> None:
+    registry, other = three_versions()
+    begun: list[None] = []
+
+    def sleep(seconds: float) -> None:
+        if not begun:  # 待つ間に、同じ記録を見たほかの誰かが書いた
+            begun.append(None)
+            registry.stored.pop("rollback_champion_4")
+            other.rollback(reason="3 is bad")
+
+    with pytest.raises(ConcurrentChangeError, match="another process changed models:/m@champion"):
+        engine(registry, sleep=sleep).promote(4)
+    assert (registry.alias_version, other.history()[-1].reason) == ("2", "3 is bad")
 
 
 def test_a_slow_smoke_check_does_not_erase_the_rollback_that_came_between() -> None:
-    clock = Clock()
-    registry, other = three_versions(clock=clock)
+    registry, other = three_versions()
 
     def slow(uri: str) -> None:
-        clock.now += timedelta(seconds=61)  # ロックの期限が過ぎた
         other.rollback(reason="3 is bad")
 
-    with pytest.raises(ConcurrentChangeError, match="another process won the lock"):
-        engine(registry, clock, smoke_check=slow).promote(4)
+    with pytest.raises(ConcurrentChangeError, match="another process changed models:/m@champion"):
+        engine(registry, smoke_check=slow).promote(4)
     assert (registry.alias_version, other.history()[-1].reason) == ("2", "3 is bad")
     with pytest.raises(KnownBadVersionError):
         other.promote(3)
     assert other.undo().to_version == "3"
 
 
-def test_a_lock_that_could_not_be_confirmed_is_given_back() -> None:
-    registry, rollback = three_versions()
-    tags, asked = registry.tags, list[None]()
-
-    def second_fails() -> Mapping[str, str]:
-        asked.append(None)
-        return lost_connection() if len(asked) == 2 else tags()
-
-    registry.tags = second_fails  # type: ignore[method-assign]
-    with pytest.raises(ConnectionError):
-        rollback.recover()
-    assert rollback.rollback().state == "done"
+def prepare(rollback: AliasRollback, **lease: Any) -> None:
+    """最後の変更を、``lease`` の持ち主による途中の変更に書き換える。"""
+    registry: Any = rollback.target
+    last = rollback.history()[-1]
+    fields: Any = {"id": "x", "until": START + timedelta(minutes=5), **lease}
+    change = replace(last, state="prepared", lease=Lease(**fields))
+    registry.stored[f"rollback_champion_{last.seq % 8}"] = change.to_json()
 
 
 def test_what_a_clock_that_was_ahead_left_behind_blocks_nothing_for_hours() -> None:
     clock = Clock()
-    registry, rollback = three_versions(clock=clock)
+    _, rollback = three_versions(clock=clock)
     clock.now += timedelta(days=1)
     rollback.rollback()
     clock.now -= timedelta(days=1)
     assert rollback.rollback().to_version == "1"  # 待ち時間は、明日からではない
-    for ahead, free in ((timedelta(minutes=5), False), (timedelta(days=1), True)):
-        until = (clock.now + ahead).timestamp()
-        lock = json.dumps({"id": "x", "until": until, "by": "a pod that died"})
-        registry.stored["rollback_champion_lock"] = lock
-        if free:
-            assert rollback.recover() is None
-        else:
-            with pytest.raises(ConcurrentChangeError, match="by a pod that died"):
-                rollback.recover()
+    prepare(rollback, pid=1, machine="a pod that died", until=clock.now + timedelta(minutes=5))
+    with pytest.raises(ConcurrentChangeError, match="is being changed"):
+        rollback.recover()
+    prepare(rollback, pid=1, machine="a pod that died", until=clock.now + timedelta(days=1))
+    assert rollback.recover() is not None
 
 
 def calls_of_one_rollback() -> int:
@@ -344,7 +331,6 @@ def test_a_power_cut_at_any_step_leaves_a_valid_alias_and_a_journal_to_recover(a
     assert last.state in ("done", "aborted")
     if last.action == "rollback":
         assert (registry.alias_version == "2") == (last.state == "done")
-    assert "rollback_champion_lock" not in registry.stored
     survivor.promote(4)
     assert survivor.rollback(force=True).to_version in ("3", "2")
 
@@ -452,40 +438,41 @@ def test_real_models_and_prompts_follow_the_same_story(tracking_uri: str) -> Non
     assert get_champion_version("agent") == "1"
 
 
+def on_alert(
+    alert: Alert, rollback: AliasRollback, mode: Any = "apply", **options: Any
+) -> RollbackDecision:
+    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
+    return auto_rollback(alert, manager, mode=mode, **options)
+
+
+def on_errors(rollback: AliasRollback, **options: Any) -> RollbackDecision:
+    return on_alert(Alert(name="errors", action="rollback"), rollback, **options)
+
+
 def test_an_alert_rolls_back_only_a_recent_promotion_and_only_once() -> None:
     registry, rollback = three_versions()
-
-    class Manager:
-        def for_alias(self, alias: str | None = None) -> AliasRollback:
-            return rollback
-
-    manager: Any = Manager()
     alert = Alert(name="errors", severity=AlertSeverity.CRITICAL, action="rollback")
-    assert auto_rollback(Alert(name="cost"), manager, mode="apply").outcome == "none"
+    assert on_alert(Alert(name="cost"), rollback).outcome == "none"
     resolved = Alert(name="errors", action="rollback", status=AlertStatus.RESOLVED)
-    assert auto_rollback(resolved, manager, mode="apply").outcome == "none"
-    suggested = auto_rollback(alert, manager)
+    assert on_alert(resolved, rollback).outcome == "none"
+    suggested = on_alert(alert, rollback, mode="suggest")
     assert (suggested.outcome, registry.alias_version) == ("suggested", "3")
     assert suggested.change is not None and suggested.change.to_version == "2"
-    old = auto_rollback(alert, manager, mode="apply", max_change_age=timedelta(seconds=1))
+    old = on_alert(alert, rollback, max_change_age=timedelta(seconds=1))
     assert (old.outcome, registry.alias_version) == ("none", "3")
     for _ in range(2):
-        assert auto_rollback(alert, manager, mode="apply").outcome == "applied"
+        assert on_alert(alert, rollback).outcome == "applied"
     assert registry.alias_version == "2"
     again = Alert(name="errors", action="rollback", starts_at=START + timedelta(days=1))
-    assert auto_rollback(again, manager, mode="apply").reason == (
-        "the last recorded change is no promotion"
-    )
+    assert on_alert(again, rollback).reason == "the last recorded change is no promotion"
 
 
 def test_a_first_promotion_has_nothing_to_go_back_to() -> None:
     registry = Registry()
     rollback = engine(registry)
     rollback.promote(1)
-    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
-    alert = Alert(name="errors", action="rollback")
     for mode in ("suggest", "apply"):
-        decision = auto_rollback(alert, manager, mode=mode)
+        decision = on_errors(rollback, mode=mode)
         assert (decision.outcome, registry.alias_version) == ("none", "1")
         assert "no recorded predecessor" in decision.reason
 
@@ -549,16 +536,14 @@ def test_a_forced_promotion_clears_the_bad_mark() -> None:
 def test_a_tag_edited_by_hand_does_not_block_the_next_change() -> None:
     registry, rollback = three_versions()
     registry.stored["rollback_champion_2"] = "edited"
-    registry.stored["rollback_champion_lock"] = "edited"
     assert [change.to_version for change in rollback.history()] == ["1", "3"]
     assert rollback.rollback().to_version == "2"
 
 
 def test_an_alert_older_than_the_promotion_does_not_roll_back_the_fix() -> None:
     registry, rollback = three_versions()
-    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
     alert = Alert(name="errors", action="rollback", starts_at=START - timedelta(minutes=30))
-    decision = auto_rollback(alert, manager, mode="apply")
+    decision = on_alert(alert, rollback)
     assert (decision.outcome, registry.alias_version) == ("none", "3")
     assert decision.reason == "the alert fired before the last promotion"
 
@@ -606,32 +591,32 @@ def lost_connection(*_: Any) -> Any:
     raise ConnectionError("server is down")
 
 
-def test_a_lock_that_cannot_be_released_does_not_hide_what_happened(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("broken", "restored"),
+    [(("current", "point", "tags", "put_tag"), False), (("current",), True)],
+)
+def test_a_server_that_dies_after_the_switch_is_said_so(
+    broken: tuple[str, ...], restored: bool
 ) -> None:
-    registry, rollback = three_versions()
-    registry.drop_tag = lost_connection  # type: ignore[method-assign]
-    assert rollback.rollback().state == "done"
-    assert "left to expire" in caplog.text
-    later = Clock()
-    later.now += timedelta(hours=1)
+    registry, _ = three_versions()
 
     def smoke(uri: str) -> None:
-        if "@" in uri:  # 切り替えた後で、サーバーごと落ちた
-            for name in ("current", "point", "tags", "put_tag"):
+        if "@" in uri:
+            for name in broken:
                 setattr(registry, name, lost_connection)
             raise ValueError("no answer")
 
-    with pytest.raises(VerificationError, match="NOT restored"):
-        engine(registry, later, smoke_check=smoke).promote(4)
+    with pytest.raises(VerificationError) as caught:
+        engine(registry, smoke_check=smoke).promote(4)
+    assert (caught.value.restored, "NOT restored" in str(caught.value)) == (restored, not restored)
+    assert registry.alias_version == ("3" if restored else "4")
 
 
 @pytest.mark.parametrize("mode", ["Apply", "", None])
 def test_a_misspelt_mode_is_not_taken_for_a_suggestion(mode: Any) -> None:
     _, rollback = three_versions()
-    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
     with pytest.raises(ValueError, match="mode must be 'suggest' or 'apply'"):
-        auto_rollback(Alert(name="errors", action="rollback"), manager, mode=mode)
+        on_errors(rollback, mode=mode)
 
 
 @pytest.mark.parametrize(
@@ -661,15 +646,12 @@ def test_aliases_that_look_alike_keep_separate_journals() -> None:
     assert not set("".join(registry.stored)) & set(".,-=/:")
 
 
-def test_a_row_that_vanished_while_it_was_written_is_a_lost_race() -> None:
+def test_a_tag_that_somebody_else_wrote_first_is_a_lost_race() -> None:
     from mlflow.exceptions import MlflowException
 
     class Client:
         def set_registered_model_tag(self, *_: Any) -> None:
-            raise MlflowException(
-                "UPDATE statement on table 'registered_model_tags' expected to update 1 row(s); "
-                "0 were matched."
-            )
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: tags.key")
 
     with pytest.raises(ConcurrentChangeError, match="lost the race"):
         ModelAlias(Client(), "m", "champion").put_tag("k", "v")
@@ -735,11 +717,6 @@ def test_a_request_that_was_carried_out_does_not_ask_the_gate_again() -> None:
     assert rollback.promote(2, request_id="r") == first and len(asked) == 1
 
 
-def on_errors(rollback: AliasRollback, mode: Any = "apply") -> Any:
-    manager: Any = type("Manager", (), {"for_alias": lambda self, alias=None: rollback})()
-    return auto_rollback(Alert(name="errors", action="rollback"), manager, mode=mode)
-
-
 @pytest.mark.parametrize("moved_to", ["2", "4", None])
 @pytest.mark.parametrize("mode", ["suggest", "apply"])
 def test_an_alias_somebody_moved_after_the_promotion_is_left_alone(
@@ -747,7 +724,7 @@ def test_an_alias_somebody_moved_after_the_promotion_is_left_alone(
 ) -> None:
     registry, rollback = three_versions()
     registry.alias_version = moved_to  # 記録に残らない、手での変更
-    decision = on_errors(rollback, mode)
+    decision = on_errors(rollback, mode=mode)
     assert (decision.outcome, registry.alias_version) == ("none", moved_to)
     assert f"points at version {moved_to}, no longer at the promoted 3" in decision.reason
 
@@ -818,19 +795,17 @@ def exited_process() -> int:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot ask without a signal")
 def test_the_lock_of_a_dead_process_is_taken_at_once_and_only_on_the_same_machine() -> None:
-    registry, rollback = three_versions()
-    tag = "rollback_champion_lock"
-    lock = rollback.journal.locked()
-    lock.__enter__()
-    held = json.loads(registry.stored[tag])
-    with pytest.raises(ConcurrentChangeError, match=r"expires at 2026-01-01 00:\d\d:\d\d UTC"):
+    _, rollback = three_versions()
+    prepare(rollback, machine=machine(), pid=os.getpid())
+    with pytest.raises(ConcurrentChangeError, match=r"expires at 2026-01-01 00:05:00 UTC"):
         rollback.rollback(force=True)  # 持ち主は生きている
-    registry.stored[tag] = json.dumps({**held, "machine": "elsewhere", "pid": exited_process()})
+    prepare(rollback, machine="elsewhere", pid=exited_process())
     with pytest.raises(ConcurrentChangeError, match="expires at"):
         rollback.recover()
-    registry.stored[tag] = json.dumps({**held, "pid": exited_process()})
-    assert rollback.recover() is None
-    registry.stored[tag] = json.dumps({**held, "pid": exited_process()})
+    prepare(rollback, machine=machine(), pid=exited_process())
+    recovered = rollback.recover()
+    assert recovered is not None and recovered.state == "done"
+    prepare(rollback, machine=machine(), pid=exited_process())
     assert rollback.rollback(force=True).to_version == "2"
 
 

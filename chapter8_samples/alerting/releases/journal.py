@@ -1,7 +1,9 @@
 """8.4.5 エイリアスの付け替えを、レジストリ自身のタグに記録する。
 
 ロールバックの履歴をメモリーに持つと、再起動で「元に戻す」先を失う。ここでは登録済みモデル(プロンプト)の
-タグだけに、直近の変更と排他ロックを置く。別の保存先は要らず、途中で落ちても記録から立て直せる。
+タグだけに、直近の変更を置く。別の保存先は要らず、途中で落ちても記録から立て直せる。
+
+次の番号の記録を書けた人だけが切り替えるので、記録がそのまま排他ロックになる。
 
 Databricks の Unity Catalog でも動くように、タグは 1,000 文字と使える記号の制限を守る。
 """
@@ -9,18 +11,15 @@ Databricks の Unity Catalog でも動くように、タグは 1,000 文字と�
 from __future__ import annotations
 
 import getpass
-import json
 import logging
 import os
 import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
-from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -30,12 +29,20 @@ from .targets import AliasTarget
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 SLOTS = 8
 """残す記録の数。Unity Catalog のタグは 50 個まで。"""
 MAX_TAG_CHARS = 1000
 """Unity Catalog のタグの値の上限(OSS の MLflow は 100,000 文字)。"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """変更の途中のプロセスと、その期限。"""
+
+    id: str
+    until: datetime
+    machine: str
+    pid: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +63,14 @@ class Change:
     superseded(ほかの誰かが動かした)、dry-run。"""
     request_id: str | None = None
     undoes: str | None = None
+    lease: Lease | None = None
+    """prepared の間だけ。"""
 
     def to_json(self) -> str:
         """タグの値(1,000 文字以内)。長すぎる理由は切る。"""
-        fields = _CHANGE.dump_python(self, mode="json", exclude_defaults=True)
-        extra = len(_json(fields)) - MAX_TAG_CHARS
-        if extra > 0:
-            fields["reason"] = self.reason[: max(0, len(self.reason) - extra - 8)]
-        return _json(fields)
+        text = _dump(self)
+        kept = max(0, len(self.reason) - max(0, len(text) - MAX_TAG_CHARS))
+        return _dump(replace(self, reason=self.reason[:kept]))
 
     @classmethod
     def from_json(cls, text: str) -> Change:
@@ -74,8 +81,8 @@ class Change:
 _CHANGE = TypeAdapter(Change)
 
 
-def _json(data: dict[str, Any]) -> str:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+def _dump(change: Change) -> str:
+    return _CHANGE.dump_json(change, exclude_defaults=True).decode()
 
 
 def done_changes(history: list[Change]) -> list[Change]:
@@ -108,24 +115,12 @@ def _default_actor() -> str:
     return f"{user}@{socket.gethostname()}:{os.getpid()}"
 
 
-@dataclass(frozen=True)
-class _Lock:
-    id: str
-    until: float
-    by: str
-    machine: str = ""
-    pid: int = 0
-
-
-_LOCK = TypeAdapter(_Lock)
-
-
 class Journal:
-    """一つのエイリアスの記録と排他ロック。
+    """一つのエイリアスの記録。
 
-    Fischer の方式: 自分のロックを書き、``settle_seconds`` 待ち、まだ自分のものなら取れた。タグの
-    書き込みが ``settle_seconds`` より速いと仮定する。完全な排他には、変更を一つのジョブに集める。
-    落ちた持ち主のロックは、同じマシンならすぐに、ほかのマシンなら ``lease_seconds`` の後に外れる。
+    Fischer の方式: 次の番号で自分の記録を書き、``settle_seconds`` 待ち、まだ自分のものなら取れた。
+    タグの書き込みがそれより速いと仮定する。完全な排他には、変更を一つのジョブに集める。
+    落ちた持ち主の変更は、同じマシンならすぐに、ほかのマシンなら ``lease_seconds`` の後に片付く。
     """
 
     def __init__(
@@ -144,73 +139,64 @@ class Journal:
         self._lease = timedelta(seconds=lease_seconds)
         self._settle = settle_seconds
         self._sleep = sleep
-        self._label = f"{target.name}@{target.alias}"
         # Unity Catalog のタグのキーは . , - = / : を含めない。a-b と a_b の記録は混ぜない
         alias = re.sub(r"[^A-Za-z0-9_]", lambda found: f"_{ord(found[0]):x}_", target.alias)
         self._prefix = f"rollback_{alias}_"
-        self._lock_key = f"{self._prefix}lock"
 
     def history(self) -> list[Change]:
-        """残っている記録を、古い順に。"""
+        """残っている記録を、古い順に。手で書き換えられて読めないものは、ないものとする。"""
         slot = re.compile(re.escape(self._prefix) + r"\d+")
-        tags = self.target.tags().items()
-        found = [self._read(key, text, _CHANGE) for key, text in tags if slot.fullmatch(key)]
-        return sorted(filter(None, found), key=lambda change: change.seq)
+        found: list[Change] = []
+        for key, text in self.target.tags().items():
+            if slot.fullmatch(key):
+                try:
+                    found.append(Change.from_json(text))
+                except ValueError as error:
+                    logger.warning("tag %s of %s is unreadable: %s", key, self.target.uri(), error)
+        return sorted(found, key=lambda change: change.seq)
 
-    def _read(self, key: str, text: str, kind: TypeAdapter[T]) -> T | None:
-        """タグを読む。手で書き換えられて読めないものは、ないものとする。"""
-        try:
-            return kind.validate_json(text)
-        except ValueError as error:
-            logger.warning("tag %s of %s is unreadable: %s", key, self._label, error)
-            return None
-
-    def write(self, change: Change) -> Change:
-        """記録を書く(同じ ``seq`` なら置き換える)。"""
-        self.target.put_tag(f"{self._prefix}{change.seq % SLOTS}", change.to_json())
-        return change
-
-    @contextmanager
-    def locked(self) -> Generator[Callable[[], None]]:
-        """変更の間だけロックを持つ。渡す関数は、まだ自分のものかを確かめて期限を延ばす。
+    def interrupted(self, history: list[Change]) -> Change | None:
+        """途中で落ちた変更。なければ ``None``。
 
         Raises:
-            ConcurrentChangeError: ほかの誰かが変更中。
+            ConcurrentChangeError: 落ちたのではなく、まだ変更中。
         """
-        held, now = self._lock(), self.clock()
+        if not history or history[-1].state != "prepared":
+            return None
+        change, now = history[-1], self.clock()
+        lease = change.lease
         # 遠すぎる期限は、時計の進んだ持ち主が残したもの
-        live = held and now.timestamp() < held.until < (now + 10 * self._lease).timestamp()
-        if held and live and not is_gone(held.machine, held.pid):
-            until = f"{datetime.fromtimestamp(held.until, timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
+        live = lease is not None and now < lease.until < now + 10 * self._lease
+        if lease and live and not is_gone(lease.machine, lease.pid):
+            until = f"{lease.until.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S} UTC"
             raise ConcurrentChangeError(
-                f"{self._label} is being changed by {held.by}; its lock expires at {until}"
+                f"{self.target.uri()} is being changed by {change.by}; its lock expires at {until}"
             )
-        me = uuid.uuid4().hex
-        try:
-            self._write_lock(me)
+        return change
+
+    def claim(self, change: Change, seen: list[Change]) -> Change:
+        """``change`` を prepared と記録し、変更してよいのが自分だけになるのを待つ。
+
+        Args:
+            seen: ``change`` を決めたときに読んだ記録。
+
+        Raises:
+            ConcurrentChangeError: ほかの誰かが先に変更した、または変更中。
+        """
+        until = self.clock() + self._lease
+        lease = Lease(id=uuid.uuid4().hex, until=until, machine=machine(), pid=os.getpid())
+        change = replace(change, state="prepared", lease=lease)
+        if self.history() == seen:
+            self._write(change)
             self._sleep(self._settle)
-            self._keep(me)
-            yield lambda: self._keep(me)
-        finally:
-            self._release(me)
+            if any(written.lease == lease for written in self.history()):
+                return change
+        raise ConcurrentChangeError(f"another process changed {self.target.uri()} first")
 
-    def _lock(self) -> _Lock | None:
-        text = self.target.tags().get(self._lock_key)
-        return self._read(self._lock_key, text, _LOCK) if text else None
+    def close(self, change: Change, state: str) -> Change:
+        """変更の結果を記録する。"""
+        return self._write(replace(change, state=state, lease=None))
 
-    def _write_lock(self, me: str) -> None:
-        until = (self.clock() + self._lease).timestamp()
-        lock = _Lock(me, until, self.actor, machine(), os.getpid())
-        self.target.put_tag(self._lock_key, _json(asdict(lock)))
-
-    def _keep(self, me: str) -> None:
-        if (lock := self._lock()) is None or lock.id != me:
-            raise ConcurrentChangeError(f"another process won the lock on {self._label}")
-        self._write_lock(me)
-
-    def _release(self, me: str) -> None:
-        try:
-            if (lock := self._lock()) and lock.id == me:
-                self.target.drop_tag(self._lock_key)
-        except Exception as error:  # 変更の結果(成功か失敗か)を、後始末の失敗で隠さない
-            logger.warning("lock on %s is left to expire: %s", self._label, error)
+    def _write(self, change: Change) -> Change:
+        self.target.put_tag(f"{self._prefix}{change.seq % SLOTS}", change.to_json())
+        return change

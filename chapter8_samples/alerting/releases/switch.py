@@ -1,7 +1,7 @@
 """8.4.5 昇格、ロールバック、取り消し: 確かめてから切り替え、使えなければ戻す。
 
-順序は、ロック、前の変更の後始末、検査、記録(prepared)、付け替え、確認、記録(done)。どこで落ちても、
-エイリアスは前か後の版を指し、次の変更か ``recover`` が記録を閉じる。
+順序は、前の変更の後始末、検査、記録(prepared)、付け替え、確認、記録(done)。検査の間に誰かが変えたら
+記録で止まる。どこで落ちても、エイリアスは前か後の版を指し、次の変更か ``recover`` が記録を閉じる。
 
 Databricks でもそのまま使う(``mlflow`` 本体が要る)。
 """
@@ -85,11 +85,8 @@ class AliasRollback:
 
     def promote(self, version: str | int, reason: str = "", **options: Any) -> Change:
         """新しいバージョンに切り替える。``gate`` が認めなければ ``GateRefusedError``。"""
-        wanted = Options(**options)
-        if self.gate and not find_request(self.history(), wanted.request_id):
-            wanted = replace(wanted, expected=self._ask_gate(self.gate, str(version), wanted))
         fields = {"to_version": str(version), "reason": reason}
-        return self._change("promote", lambda _: fields, wanted)
+        return self._change("promote", lambda _: fields, Options(**options))
 
     def rollback(
         self, target_version: str | int | None = None, reason: str = "", **options: Any
@@ -118,8 +115,20 @@ class AliasRollback:
 
     def recover(self) -> Change | None:
         """途中で落ちた変更があれば、結果を確かめて記録を閉じる。なければ ``None``。"""
-        with self.journal.locked():
-            return self._recover(self.history())
+        history = self.history()
+        change = self.journal.interrupted(history)
+        if change is None:
+            return None
+        logger.warning("recovering %s %s of %s", change.action, change.id, self.target.uri())
+        change = self.journal.claim(change, history)
+        if self.target.current() == change.from_version:
+            return self.journal.close(change, "aborted")
+        try:
+            self._verify(change)
+        except Exception:  # 切り替え後の確認が済んでいなかった: 使えないなら戻す
+            logger.exception("recovered %s does not work", self.target.uri())
+            return self._put_back(change)
+        return self.journal.close(change, "done")
 
     def _previous(self, history: list[Change]) -> tuple[str, list[str]]:
         """(戻る先, 飛ばした版の理由)。いまの版より前に使った版を、新しいものから確かめる。"""
@@ -158,34 +167,16 @@ class AliasRollback:
             )
         return last[-1]
 
-    def _ask_gate(self, gate: Check, version: str, options: Options) -> str | int | None:
-        """検査し、比べたバージョンを返す(検査の間に変わったら、切り替えない)。"""
-        self.target.check(version)
-        current = self.target.current()
-        if current in (None, version):
-            return options.expected  # 比べる相手がない
-        candidate = self.target.uri(version)
-        try:
-            answer = gate(candidate)
-        except Exception as error:
-            raise GateRefusedError(f"the gate refused {candidate}: {error}") from error
-        if answer is not None and not answer:
-            raise GateRefusedError(f"the gate refused {candidate}: {answer}")
-        return current if options.expected is None else options.expected
-
     def _change(self, action: str, pick: Pick, options: Options) -> Change:
+        if not options.dry_run:
+            self.recover()
+        history = self.history()
+        if done := find_request(history, options.request_id):
+            return done
+        change = self._plan(action, pick, options, history)
         if options.dry_run:
-            return self._plan(action, pick, options, self.history())
-        with self.journal.locked() as still_mine:
-            self._recover(self.history())
-            history = self.history()
-            if done := find_request(history, options.request_id):
-                return done
-            change = self._plan(action, pick, options, history)
-            still_mine()  # 検査の間にほかの誰かが取っていたら、その記録を上書きしない
-            change = self.journal.write(replace(change, state="prepared"))
-            still_mine()
-            return self._switch(change)
+            return change
+        return self._switch(self.journal.claim(change, history))
 
     def _plan(self, action: str, pick: Pick, options: Options, history: list[Change]) -> Change:
         current, uri = self.target.current(), self.target.uri()
@@ -201,6 +192,8 @@ class AliasRollback:
         if not options.force:
             self._refuse(action, version, history)
         self._smoke(version)
+        if action == "promote" and current is not None:
+            self._ask_gate(self.target.uri(version))
         return Change(
             id=uuid.uuid4().hex[:8],
             seq=history[-1].seq + 1 if history else 1,
@@ -235,16 +228,29 @@ class AliasRollback:
             problem = f"version {version} failed the smoke check before the switch: {error}"
             raise VerificationError(problem, restored=True) from error
 
+    def _ask_gate(self, candidate: str) -> None:
+        try:
+            answer = self.gate(candidate) if self.gate else None
+        except Exception as error:
+            raise GateRefusedError(f"the gate refused {candidate}: {error}") from error
+        if answer is not None and not answer:
+            raise GateRefusedError(f"the gate refused {candidate}: {answer}")
+
     def _switch(self, change: Change) -> Change:
+        if (now := self.target.current()) != change.from_version:
+            self.journal.close(change, "superseded")
+            raise ConcurrentChangeError(
+                f"expected {self.target.uri()} at version {change.from_version}, found {now}"
+            )
         self.target.point(change.to_version)
         try:
             self._verify(change)
         except Exception as error:  # 何であれ、確認できないものを本番に残さない
-            restored = self._restore(change)
+            restored = self._restored(change)
             note = f"{'restored' if restored else 'NOT restored'} version {change.from_version}"
             problem = f"version {change.to_version} failed after the switch ({note}): {error}"
             raise VerificationError(problem, restored=restored) from error
-        return self.journal.write(replace(change, state="done"))
+        return self.journal.close(change, "done")
 
     def _verify(self, change: Change) -> None:
         if (now := self.target.current()) != change.to_version:
@@ -252,40 +258,26 @@ class AliasRollback:
         if self.smoke_check:
             self.smoke_check(self.target.uri())
 
-    def _restore(self, change: Change) -> bool:
-        """元に戻せたか。ほかの誰かが動かした後なら、触らない。"""
+    def _restored(self, change: Change) -> bool:
+        try:
+            return self._put_back(change).state == "restored"
+        except Exception:  # サーバーが落ちている: 記録は prepared のまま残り、recover() が閉じる
+            logger.exception("could not restore %s", self.target.uri())
+            return False
+
+    def _put_back(self, change: Change) -> Change:
+        """元のバージョンに戻し、記録を閉じる。ほかの誰かが動かした後なら、触らない。"""
         try:
             moved = self.target.current() != change.to_version
         except Exception:  # 読めないなら、付け替えた本人として戻しにいく
             moved = False
+        if moved:
+            return self.journal.close(change, "superseded")
         try:
-            if not moved:
-                self.target.point(change.from_version)
-            self.journal.write(replace(change, state="superseded" if moved else "restored"))
-        except Exception:  # サーバーが落ちている: 記録は prepared のまま残り、recover() が閉じる
-            logger.exception("could not restore %s", self.target.uri())
-            return False
-        return not moved
-
-    def _recover(self, history: list[Change]) -> Change | None:
-        if not history or history[-1].state != "prepared":
-            return None
-        change = history[-1]
-        current = self.target.current()
-        logger.warning("recovering %s %s of %s", change.action, change.id, self.target.uri())
-        if current != change.to_version:
-            state = "aborted" if current == change.from_version else "superseded"
-            return self.journal.write(replace(change, state=state))
-        state = "done"
-        try:
-            self._verify(change)
-        except Exception:  # 切り替え後の確認が済んでいなかった: 使えないなら戻す
-            logger.exception("recovered %s does not work", self.target.uri())
-            try:
-                if change.from_version is not None:
-                    self.target.check(change.from_version)
-                self.target.point(change.from_version)
-                state = "restored"
-            except UnknownVersionError as error:  # 戻る先が消された: 次の変更(別の版へ)を塞がない
-                logger.error("%s stays as it is: %s", self.target.uri(), error)
-        return self.journal.write(replace(change, state=state))
+            if change.from_version is not None:
+                self.target.check(change.from_version)
+            self.target.point(change.from_version)
+        except UnknownVersionError as error:  # 戻る先が消された: 次の変更(別の版へ)を塞がない
+            logger.error("%s stays as it is: %s", self.target.uri(), error)
+            return self.journal.close(change, "done")
+        return self.journal.close(change, "restored")

@@ -13,8 +13,8 @@ from typing import Any
 
 from .errors import ConcurrentChangeError, UnknownVersionError
 
-LOST_RACE = ("UNIQUE", "IntegrityError", "expected to update")
-"""同じタグの書き込みに負けたときの、SQLAlchemy の文面(最後は、読んだ行が書く前に消えた)。"""
+LOST_RACE = ("UNIQUE", "IntegrityError")
+"""同じタグを初めて書く競争に負けたときの、SQLAlchemy の文面。"""
 
 
 class AliasTarget:
@@ -52,9 +52,10 @@ class AliasTarget:
     def point(self, version: str | None) -> None:
         """エイリアスを付け替える。``None`` は外す。"""
         if version is None:
-            self._method(f"delete_{self.noun}_alias")(self.name, self.alias)
+            getattr(self.client, f"delete_{self.noun}_alias")(self.name, self.alias)
         else:
-            self._method(f"set_{self.noun}_alias")(self.name, self.alias, self.number(version))
+            number = self.number(version)
+            getattr(self.client, f"set_{self.noun}_alias")(self.name, self.alias, number)
 
     def tags(self) -> Mapping[str, str]:
         """登録済みモデル(プロンプト)のタグ。"""
@@ -65,28 +66,21 @@ class AliasTarget:
         from mlflow.exceptions import MlflowException
 
         try:
-            self._method(f"set_{self.noun}_tag")(self.name, key, value)
+            getattr(self.client, f"set_{self.noun}_tag")(self.name, key, value)
         except MlflowException as error:
             if any(sign in str(error) for sign in LOST_RACE):
                 raise ConcurrentChangeError(f"lost the race to write {key}") from error
             raise
 
-    def drop_tag(self, key: str) -> None:
-        """タグを消す。"""
-        self._method(f"delete_{self.noun}_tag")(self.name, key)
-
-    def _method(self, name: str) -> Callable[..., Any]:
-        return getattr(self.client, name)
-
     def _entity(self) -> Any:
-        what = self.noun.replace("_", " ")
-        return self._existing(f"get_{self.noun}", f"is not a registered {what.split()[-1]}")
+        kind = self.noun.removeprefix("registered_")
+        return self._existing(f"get_{self.noun}", f"is not a registered {kind}")
 
     def _existing(self, method: str, problem: str, *arguments: str) -> Any:
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self._method(method)(self.name, *arguments)
+            found = getattr(self.client, method)(self.name, *arguments)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
