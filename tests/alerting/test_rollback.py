@@ -548,9 +548,13 @@ def test_an_alert_older_than_the_promotion_does_not_roll_back_the_fix() -> None:
     assert decision.reason == "the alert fired before the last promotion"
 
 
-def test_undo_takes_every_option() -> None:
-    _, rollback = three_versions()
+def test_undo_takes_every_option_and_leaves_an_alias_that_was_moved_since() -> None:
+    registry, rollback = three_versions()
     rollback.rollback()
+    registry.alias_version = "1"
+    with pytest.raises(ConcurrentChangeError, match="was moved after rollback"):
+        rollback.undo()
+    registry.alias_version = "2"
     assert rollback.undo(force=True, expected=2).to_version == "3"
 
 

@@ -62,7 +62,6 @@ class Change:
     """prepared、done、aborted(切り替わる前に落ちた)、restored(確認に失敗して戻した)、
     superseded(ほかの誰かが動かした)、dry-run。"""
     request_id: str | None = None
-    undoes: str | None = None
     lease: Lease | None = None
     """prepared の間だけ。"""
 

@@ -31,8 +31,8 @@ from .targets import AliasTarget
 logger = logging.getLogger(__name__)
 
 Check = Callable[[str], object]
-Pick = Callable[[list[Change]], dict[str, Any]]
-"""記録から、変更の項目(``to_version``、``reason``、``undoes``)を決める関数。"""
+Pick = Callable[[list[Change]], tuple[str, str]]
+"""記録から、切り替える先の版と、理由を決める関数。"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,7 @@ class AliasRollback:
 
     def promote(self, version: str | int, reason: str = "", **options: Any) -> Change:
         """新しいバージョンに切り替える。``gate`` が認めなければ ``GateRefusedError``。"""
-        fields = {"to_version": str(version), "reason": reason}
-        return self._change("promote", lambda _: fields, Options(**options))
+        return self._change("promote", lambda _: (str(version), reason), Options(**options))
 
     def rollback(
         self, target_version: str | int | None = None, reason: str = "", **options: Any
@@ -96,22 +95,18 @@ class AliasRollback:
         一つ前が消されていたら、その前の版へ戻る。飛ばした版は ``reason`` の始めに残る。
         """
 
-        def pick(history: list[Change]) -> dict[str, Any]:
+        def pick(history: list[Change]) -> tuple[str, str]:
             if target_version is not None:
-                return {"to_version": str(target_version), "reason": reason}
+                return str(target_version), reason
             version, skipped = self._previous(history)
-            return {"to_version": version, "reason": "; ".join(filter(None, [*skipped, reason]))}
+            return version, "; ".join(filter(None, [*skipped, reason]))
 
         return self._change("rollback", pick, Options(**options))
 
     def undo(self, reason: str = "", **options: Any) -> Change:
-        """最後のロールバックを取り消す。プロセスを再起動した後でもできる。"""
-
-        def pick(history: list[Change]) -> dict[str, Any]:
-            last = self._last_rollback(history)
-            return {"to_version": last.from_version, "undoes": last.id, "reason": reason}
-
-        return self._change("undo", pick, replace(Options(**options), force=True))
+        """直前のロールバックを取り消す。プロセスを再起動した後でもできる。"""
+        wanted = replace(Options(**options), force=True)
+        return self._change("undo", lambda history: (self._undone(history), reason), wanted)
 
     def recover(self) -> Change | None:
         """途中で落ちた変更があれば、結果を確かめて記録を閉じる。なければ ``None``。"""
@@ -156,16 +151,16 @@ class AliasRollback:
             f"no recorded predecessor for {self.target.uri()} ({now}); pass target_version"
         )
 
-    def _last_rollback(self, history: list[Change]) -> Change:
-        undone = {change.undoes for change in done_changes(history)}
-        last = [c for c in done_changes(history) if c.action == "rollback" and c.id not in undone]
-        if not last or last[-1].from_version is None:
+    def _undone(self, history: list[Change]) -> str:
+        """直前のロールバックの前のバージョン。"""
+        last = done_changes(history)[-1:]
+        if not last or last[0].action != "rollback" or last[0].from_version is None:
             raise NoHistoryError(f"no rollback to undo for {self.target.uri()}")
-        if self.target.current() != last[-1].to_version:
+        if self.target.current() != last[0].to_version:
             raise ConcurrentChangeError(
-                f"{self.target.uri()} was moved after rollback {last[-1].id}; use promote()"
+                f"{self.target.uri()} was moved after rollback {last[0].id}; use promote()"
             )
-        return last[-1]
+        return last[0].from_version
 
     def _change(self, action: str, pick: Pick, options: Options) -> Change:
         if not options.dry_run:
@@ -184,8 +179,7 @@ class AliasRollback:
             raise ConcurrentChangeError(
                 f"expected {uri} at version {options.expected or None}, found {current}"
             )
-        fields = pick(history)
-        version = fields["to_version"]
+        version, reason = pick(history)
         self.target.check(version)
         if version == current:
             raise SameVersionError(f"{uri} already points at version {version}")
@@ -201,9 +195,10 @@ class AliasRollback:
             at=self.journal.clock(),
             by=self.journal.actor,
             from_version=current,
+            to_version=version,
+            reason=reason,
             request_id=options.request_id,
             state="dry-run",
-            **fields,
         )
 
     def _refuse(self, action: str, version: str, history: list[Change]) -> None:
