@@ -194,15 +194,24 @@ def test_presets_keep_the_headers_of_the_platform_they_read() -> None:
         ("http://h:99999", "out of range.*write http://HOST:4317"),
         ("http://h:4318/v1/traces/v1/traces", "twice"),
         ("http://h:4318/http://h:4318", "twice"),
+        (f"http://user:{KEY}@c:4318", "user name or a query"),
+        (f"user:{KEY}@c:4318", "user name or a query"),
+        (f"https://c:4318/v1/traces?key={KEY}", "user name or a query"),
+        (None, "None is not a URL"),
+        ("c:4318", r"has no scheme; write http://c:4318 \(plain\) or https://c:4318 \(TLS\)"),
+        ("http://[::1", "Invalid IPv6"),
+        ("http://a b:4317", "not an http"),
+        ("http://a..b:4317", "not an http"),
+        (f"http://{'a' * 64}.example.com:4317", "not an http"),
     ],
 )
-def test_a_malformed_endpoint_says_what_to_change(
-    endpoint: str, message: str, protocol: str
+def test_a_malformed_endpoint_says_what_to_change_and_never_a_secret(
+    endpoint: Any, message: str, protocol: str
 ) -> None:
-    with pytest.raises(OtlpConfigError, match=message):
-        build_otlp_config(endpoint, "bot", protocol)
-    with pytest.raises(ValueError, match=message):
-        setup_genai_metrics(endpoint, "bot", protocol)
+    for setup in (build_otlp_config, setup_genai_metrics):
+        with pytest.raises(ValueError, match=message) as raised:
+            setup(endpoint, "bot", protocol)
+        assert KEY not in str(raised.value)
 
 
 def test_grpc_without_a_port_is_told_the_usual_one() -> None:

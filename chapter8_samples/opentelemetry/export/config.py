@@ -172,8 +172,8 @@ class OtlpConfig(_Fields):
         }
         return {k: v for k, v in named.items() if v} | dict(self.resource_attributes)
 
-    def to_env(self, inherited: str = "") -> dict[str, str]:
-        """設定する環境変数。
+    def to_env(self, inherited: str = "") -> dict[str, str | None]:
+        """設定する環境変数。空の値は基盤の値のまま、None は消す。
 
         Args:
             inherited: 基盤が付けた ``OTEL_RESOURCE_ATTRIBUTES``。残して、この設定を重ねる。
@@ -181,18 +181,19 @@ class OtlpConfig(_Fields):
         ``OTEL_EXPORTER_OTLP_ENDPOINT`` は使わない。MLflow がそこへメトリクスも送り始め、
         そのラベルにユーザーやセッションの ID が入って、系列が際限なく増えるため。
         """
+        # gRPC のエクスポーターは、none を受け付けない
         is_plain_grpc = self.protocol == "grpc" and self.compression == "none"
         resource = parse_pairs(inherited) | self.resource()
-        traces = {
+        traces: dict[str, str | None] = {
             "ENDPOINT": self.endpoint,
             "PROTOCOL": self.protocol,
             "HEADERS": format_pairs(self.headers),
             "TIMEOUT": f"{self.timeout_seconds:g}",
-            "COMPRESSION": "" if is_plain_grpc else self.compression,  # gRPC は none を受け付けない
+            "COMPRESSION": None if is_plain_grpc else self.compression,
             "CERTIFICATE": self.certificate_file or "",
             "INSECURE": "true" if self.endpoint.startswith("http://") else "",
         }
-        values = {
+        return {
             **{f"{PREFIX}TRACES_{name}": value for name, value in traces.items()},
             "OTEL_SERVICE_NAME": self.service_name,
             "OTEL_RESOURCE_ATTRIBUTES": format_pairs(resource),
@@ -200,7 +201,6 @@ class OtlpConfig(_Fields):
             "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT": str(self.mode == "dual").lower(),
             "MLFLOW_ENABLE_OTEL_GENAI_SEMCONV": str(self.genai_semconv).lower(),
         }
-        return {name: value for name, value in sorted(values.items()) if value}
 
 
 def _told(error: ValidationError) -> str:

@@ -21,22 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 RESOURCE_VARIABLE = "OTEL_RESOURCE_ATTRIBUTES"
-# setup_otlp_export が書き、disable_otlp_export が戻す環境変数
-OWNED_ENV = (
-    "MLFLOW_ENABLE_DUAL_EXPORT",
-    "MLFLOW_ENABLE_OTEL_GENAI_SEMCONV",
-    "MLFLOW_ENABLE_OTLP_EXPORTER",
-    "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT",
-    "OTEL_EXPORTER_OTLP_TRACES_CERTIFICATE",
-    "OTEL_EXPORTER_OTLP_TRACES_COMPRESSION",
-    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-    "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
-    "OTEL_EXPORTER_OTLP_TRACES_INSECURE",
-    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
-    "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
-    "OTEL_RESOURCE_ATTRIBUTES",
-    "OTEL_SERVICE_NAME",
-)
 _before: dict[str, str | None] = {}
 
 
@@ -49,11 +33,11 @@ def platform_environment() -> dict[str, str]:
     return {name: value for name, value in now.items() if value is not None}
 
 
-def write_environment(values: Mapping[str, str]) -> None:
-    """``OWNED_ENV`` を書く(``values`` にないものは消す)。初めてなら、いまの値を控える。"""
-    for name in OWNED_ENV:
-        _before.setdefault(name, os.environ.get(name))
-        set_variable(name, values.get(name))
+def write_environment(values: Mapping[str, str | None]) -> None:
+    """環境変数を書く。空の値は基盤の値のまま、None は消す。初めてなら、いまの値を控える。"""
+    for name, value in values.items():
+        before = _before.setdefault(name, os.environ.get(name))
+        set_variable(name, before if value == "" else value)
 
 
 def restore_environment() -> None:
@@ -79,6 +63,7 @@ _SETTINGS = {
     "compression": "COMPRESSION",
     "timeout_seconds": "TIMEOUT",
     "certificate_file": "CERTIFICATE",
+    "headers": "HEADERS",
 }
 
 
@@ -96,11 +81,6 @@ def platform_resource(environment: Mapping[str, str] | None = None) -> dict[str,
     return parse_pairs(found.get(RESOURCE_VARIABLE, ""))
 
 
-def _platform_headers(environment: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    variable, text = setting(environment, "HEADERS")
-    return variable, parse_pairs(text)
-
-
 def _platform_options(environment: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
     """項目ごとの、基盤の環境変数の名前と値。"""
     found: dict[str, tuple[str, Any]] = {}
@@ -116,6 +96,8 @@ def _platform_options(environment: Mapping[str, str]) -> dict[str, tuple[str, An
 
 
 def _parsed(option: str, text: str) -> Any:
+    if option == "headers":
+        return parse_pairs(text)
     if option == "timeout_seconds":
         with suppress(ValueError):
             return float(text)
@@ -191,11 +173,10 @@ def _completed(
     if namespace := platform_resource(environment).get("service.namespace"):
         values["service_namespace"] = namespace
     values |= given
-    _, platform_headers = _platform_headers(environment)
-    headers = values.get("headers", {})
-    if isinstance(headers, Mapping):
+    headers = given.get("headers")
+    if isinstance(headers, Mapping) and "headers" in found:
         own = {str(name).lower() for name in headers}
-        kept = {name: v for name, v in platform_headers.items() if name.lower() not in own}
+        kept = {name: v for name, v in found["headers"][1].items() if name.lower() not in own}
         values["headers"] = {**kept, **headers}
     return values
 
@@ -206,7 +187,11 @@ def _overridden(
     """基盤の値のうち、引数が替えたもの。"""
     for option, (variable, old) in found.items():
         used = getattr(config, option)
-        if option == "certificate_file" and used is None:
+        if option == "headers":
+            own = {name.lower(): value for name, value in config.headers.items()}
+            changed = [name for name, value in old.items() if own[name.lower()] != value]
+            yield from (f"header {name!r} overrides {variable}" for name in changed)
+        elif option == "certificate_file" and used is None:
             yield f"{variable}={old!r} does not exist; TLS uses default roots"
         elif not _is_same(option, used, old):
             yield f"{option}={used!r} overrides {variable}={_without_keys(old)!r}"
@@ -214,11 +199,6 @@ def _overridden(
     for name, old in platform_resource(environment).items():
         if resource.get(name, old) != old:
             yield f"{name}={resource[name]!r} overrides {RESOURCE_VARIABLE} {name}={old!r}"
-    variable, platform_headers = _platform_headers(environment)
-    headers = {name.lower(): value for name, value in config.headers.items()}
-    for name, old in platform_headers.items():
-        if headers[name.lower()] != old:
-            yield f"header {name!r} overrides {variable}"
 
 
 def _is_same(option: str, used: Any, old: Any) -> bool:

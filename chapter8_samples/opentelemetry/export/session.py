@@ -156,12 +156,8 @@ def _hook_names() -> list[str]:
     return [getattr(hook, "__name__", type(hook).__name__) for hook in span_hooks()]
 
 
-def _desired_env(config: OtlpConfig) -> dict[str, str]:
-    """設定にないものは、基盤の値のまま。"""
-    platform = platform_environment()
-    if config.compression == "none":
-        platform.pop("OTEL_EXPORTER_OTLP_TRACES_COMPRESSION", None)
-    values = platform | config.to_env(platform.get(RESOURCE_VARIABLE, ""))
+def _desired_env(config: OtlpConfig) -> dict[str, str | None]:
+    values = config.to_env(platform_environment().get(RESOURCE_VARIABLE, ""))
     if mlflow.get_tracking_uri().startswith("databricks"):
         # Databricks の文書にある名前。OSS 版は MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT だけを読む
         values["MLFLOW_ENABLE_DUAL_EXPORT"] = values["MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT"]
