@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
+import random
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -255,6 +259,62 @@ def test_only_one_change_at_a_time() -> None:
 
     change = engine(registry, smoke_check=smoke, actor="deploy-job").rollback()
     assert (change.state, change.lease, other.history()[-1]) == ("done", None, change)
+
+
+class Turns:
+    """2 つのスレッドを、レジストリを呼ぶたびに止め、無作為に選んだ一方だけを進める。"""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.go = {name: threading.Semaphore(0) for name in "ab"}
+        self.reached: queue.Queue[tuple[str, str]] = queue.Queue()
+
+    def wait(self, step: str) -> None:
+        name = threading.current_thread().name
+        if name in self.go:
+            self.reached.put((name, step))
+            self.go[name].acquire()
+
+    def play(self, jobs: dict[str, Callable[[], None]]) -> None:
+        for name, job in jobs.items():
+            threading.Thread(target=lambda j=job: (j(), self.wait("end")), name=name).start()
+        at = dict(self.reached.get(timeout=10) for _ in jobs)
+        while set(at.values()) != {"end"}:
+            # 待つ間(settle_seconds)より速く書ける、という仮定: 書く直前の相手より先に起きない
+            late = "sleep" if "put_tag" in at.values() else ""
+            name = self.random.choice([n for n, step in at.items() if step not in ("end", late)])
+            self.go[name].release()
+            at.update([self.reached.get(timeout=10)])
+        for semaphore in self.go.values():
+            semaphore.release()
+
+
+def promoted_at_once(seed: int, crashed: bool) -> tuple[list[str], Registry, list[Change]]:
+    turns, registry, won = Turns(seed), Registry(), list[str]()
+    first = engine(registry).promote(1)
+    if crashed:
+        registry.stored["rollback_champion_1"] = replace(first, state="prepared").to_json()
+    for step in ("current", "check", "point", "tags", "put_tag"):
+        call = getattr(registry, step)
+        paused = lambda *given, step=step, call=call: (turns.wait(step), call(*given))[1]  # noqa: E731
+        setattr(registry, step, paused)
+
+    def promote(version: str) -> None:
+        with suppress(ConcurrentChangeError):
+            engine(registry, sleep=lambda _: turns.wait("sleep")).promote(version, expected=1)
+            won.append(version)
+
+    turns.play({"a": lambda: promote("2"), "b": lambda: promote("3")})
+    return won, registry, engine(registry).history()
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_however_two_changes_interleave_exactly_one_is_made(crashed: bool) -> None:
+    for seed in range(200):
+        won, registry, history = promoted_at_once(seed, crashed)
+        assert won == [registry.alias_version], seed
+        last = [change for change in history if change.state == "done"][-1]
+        assert (last.to_version, "prepared" in [c.state for c in history]) == (won[0], False), seed
 
 
 def test_of_two_that_write_the_same_record_one_wins() -> None:

@@ -110,7 +110,9 @@ class AliasRollback:
 
     def recover(self) -> Change | None:
         """途中で落ちた変更があれば、結果を確かめて記録を閉じる。なければ ``None``。"""
-        history = self.history()
+        return self._recover(self.history())
+
+    def _recover(self, history: list[Change]) -> Change | None:
         change = self.journal.interrupted(history)
         if change is None:
             return None
@@ -163,9 +165,9 @@ class AliasRollback:
         return last[0].from_version
 
     def _change(self, action: str, pick: Pick, options: Options) -> Change:
-        if not options.dry_run:
-            self.recover()
         history = self.history()
+        if not options.dry_run and (closed := self._recover(history)):
+            history[-1] = closed  # 読み直すと、ほかの誰かが始めた変更が混ざりうる
         if done := find_request(history, options.request_id):
             return done
         change = self._plan(action, pick, options, history)
