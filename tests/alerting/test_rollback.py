@@ -52,7 +52,7 @@ class Power(BaseException):
 
 
 class Registry:
-    """メモリー上のレジストリ。``fuse`` 回目の呼び出しの後で電源が切れる。"""
+    """メモリー上のレジストリ。``fuse`` 回目の呼び出しの後で電源(``cut``)が切れる。"""
 
     name, alias = "m", "champion"
 
@@ -61,12 +61,13 @@ class Registry:
         self.alias_version: str | None = None
         self.stored: dict[str, str] = {}
         self.calls, self.fuse = 0, 10**9
+        self.cut: type[BaseException] = Power
         self.before_point: Callable[[], None] = lambda: None
 
     def _burn(self) -> None:
         self.calls += 1
         if self.calls == self.fuse:
-            raise Power
+            raise self.cut
 
     def current(self) -> str | None:
         self._burn()
@@ -394,6 +395,18 @@ def test_a_power_cut_at_any_step_leaves_a_valid_alias_and_a_journal_to_recover(a
         assert (registry.alias_version == "2") == (last.state == "done")
     survivor.promote(4)
     assert survivor.rollback(force=True).to_version in ("3", "2")
+
+
+@pytest.mark.parametrize("after", range(1, calls_of_one_rollback() + 1))
+def test_a_connection_lost_at_any_step_leaves_nothing_to_wait_for(after: int) -> None:
+    registry, rollback = three_versions()
+    registry.fuse, registry.cut = registry.calls + after, ConnectionError
+    with suppress(ConnectionError, VerificationError):
+        rollback.rollback()
+    registry.fuse = 10**9
+    rollback.promote(4)
+    assert [c.state for c in rollback.history() if c.lease or c.state == "prepared"] == []
+    assert rollback.rollback(force=True).to_version in ("3", "2")
 
 
 def test_a_recovered_change_is_verified_before_it_counts() -> None:

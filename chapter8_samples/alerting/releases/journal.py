@@ -17,7 +17,8 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 
@@ -173,7 +174,8 @@ class Journal:
             )
         return change
 
-    def claim(self, change: Change, seen: list[Change]) -> Change:
+    @contextmanager
+    def claimed(self, change: Change, seen: list[Change]) -> Generator[Change]:
         """``change`` を prepared と記録し、変更してよいのが自分だけになるのを待つ。
 
         Args:
@@ -185,12 +187,23 @@ class Journal:
         until = self.clock() + self._lease
         lease = Lease(id=uuid.uuid4().hex, until=until, machine=machine(), pid=os.getpid())
         change = replace(change, state="prepared", lease=lease)
-        if self.history() == seen:
-            self._write(change)
-            self._sleep(self._settle)
-            if any(written.lease == lease for written in self.history()):
-                return change
-        raise ConcurrentChangeError(f"another process changed {self.target.uri()} first")
+        try:
+            if self.history() == seen:
+                self._write(change)
+                self._sleep(self._settle)
+            if all(written.lease != lease for written in self.history()):
+                raise ConcurrentChangeError(f"another process changed {self.target.uri()} first")
+            yield change
+        except Exception:
+            self._let_go(lease)
+            raise
+
+    def _let_go(self, lease: Lease) -> None:
+        """閉じられなかった変更を、期限を待たずに片付けられるようにする。"""
+        with suppress(Exception):  # 変更の結果を、後始末の失敗で隠さない
+            for change in self.history():
+                if change.lease == lease:
+                    self._write(replace(change, lease=None))
 
     def close(self, change: Change, state: str) -> Change:
         """変更の結果を記録する。"""

@@ -117,15 +117,15 @@ class AliasRollback:
         if change is None:
             return None
         logger.warning("recovering %s %s of %s", change.action, change.id, self.target.uri())
-        change = self.journal.claim(change, history)
-        if self.target.current() == change.from_version:
-            return self.journal.close(change, "aborted")
-        try:
-            self._verify(change)
-        except Exception:  # 切り替え後の確認が済んでいなかった: 使えないなら戻す
-            logger.exception("recovered %s does not work", self.target.uri())
-            return self._put_back(change)
-        return self.journal.close(change, "done")
+        with self.journal.claimed(change, history) as change:
+            if self.target.current() == change.from_version:
+                return self.journal.close(change, "aborted")
+            try:
+                self._verify(change)
+            except Exception:  # 切り替え後の確認が済んでいなかった: 使えないなら戻す
+                logger.exception("recovered %s does not work", self.target.uri())
+                return self._put_back(change)
+            return self.journal.close(change, "done")
 
     def _previous(self, history: list[Change]) -> tuple[str, list[str]]:
         """(戻る先, 飛ばした版の理由)。いまの版より前に使った版を、新しいものから確かめる。"""
@@ -173,7 +173,8 @@ class AliasRollback:
         change = self._plan(action, pick, options, history)
         if options.dry_run:
             return change
-        return self._switch(self.journal.claim(change, history))
+        with self.journal.claimed(change, history) as change:
+            return self._switch(change)
 
     def _plan(self, action: str, pick: Pick, options: Options, history: list[Change]) -> Change:
         current, uri = self.target.current(), self.target.uri()
