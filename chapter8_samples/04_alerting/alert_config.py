@@ -35,7 +35,7 @@ from chapter8_samples.alerting import (
     notifier_from_config,
 )
 from chapter8_samples.alerting.engine import AlertEngine, Notifier
-from chapter8_samples.alerting.metrics import TraceSearch, metric_source
+from chapter8_samples.alerting.metrics import metric_source
 
 # サポートボットのルール。数値は、自分のアプリの目標に合わせて変える
 ERRORS = AlertRule(
@@ -118,14 +118,14 @@ def setup_alerting(
     loaded = AlertConfig.default() if config is None else load_config(config)
     if loaded.receivers and notifier is None:
         notifier = notifier_from_config(loaded)
-    search = TraceSearch(experiment_name, tracking_uri)
+    source = metric_source(experiment_name, tracking_uri)
     return AlertEngine(
         replace(loaded, experiment=experiment_name),
-        metric_source(search),
+        source,
         notifier,
         state_path=state_path,
         clock=clock,
-        trace_url=search.trace_url,
+        trace_url=source.trace_url,
     )
 
 

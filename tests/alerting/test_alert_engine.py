@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,15 @@ class Scripted:
         if isinstance(value, Exception):
             raise value
         n = 0 if value is None else 100
-        return MetricSample(metric=metric, value=value, n=n, start=at - window, end=at)
+        return MetricSample(value, n)
 
-    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
+    def split(
+        self, metric: str, window: timedelta, at: datetime, by: str
+    ) -> dict[str, MetricSample]:
         """``error_rate|v1`` という名前の値を、ラベルごとに。``None`` のラベルは窓にない。"""
         own = {k: k.partition("|")[2] for k in self.values if k.startswith(f"{metric}|")}
-        found = [replace(self.sample(k, window, at), label=label) for k, label in own.items()]
-        return [sample for sample in found if sample.n]
+        found = {label: self.sample(k, window, at) for k, label in own.items()}
+        return {label: sample for label, sample in found.items() if sample.n}
 
     def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
         return ["tr-1"]

@@ -42,10 +42,12 @@ class Source:
 
     def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
         value = VALUES[min(round((at - START) / STEP), len(VALUES) - 1)]
-        return MetricSample(metric=metric, value=value, n=9, start=at - window, end=at)
+        return MetricSample(value, 9)
 
-    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
-        return []
+    def split(
+        self, metric: str, window: timedelta, at: datetime, by: str
+    ) -> dict[str, MetricSample]:
+        return {}
 
     def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
         return []

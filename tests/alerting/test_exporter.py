@@ -92,11 +92,12 @@ class Constant:
         if metric in self.broken:
             raise MetricSourceError("no answer")
         value = 3000.0 if metric.endswith("_ms") else 0.5
-        return MetricSample(metric=metric, value=value, n=40, start=at - window, end=at)
+        return MetricSample(value, 40)
 
-    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
-        made = {"metric": metric, "start": at - window, "end": at}
-        return [MetricSample(value=0.5, n=7, label=label, **made) for label in ("a", "b")]
+    def split(
+        self, metric: str, window: timedelta, at: datetime, by: str
+    ) -> dict[str, MetricSample]:
+        return {label: MetricSample(0.5, 7) for label in ("a", "b")}
 
     def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
         return []

@@ -17,10 +17,9 @@ from alerting.traffic_levels import (
     moments,
     pages,
     quiet_days,
-    sample,
 )
 
-from chapter8_samples.alerting import AlertRule
+from chapter8_samples.alerting import AlertRule, MetricSample
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
@@ -48,7 +47,7 @@ def test_a_change_from_the_day_before_must_be_more_than_chance() -> None:
     falling = replace(rising, metric="pass_rate:tone", op="<", threshold=0.9, clear_threshold=None)
 
     def judged(rule: AlertRule, now: tuple[int, int], before: tuple[int, int]) -> bool | None:
-        pair = [sample(hits / n, n, hits) for hits, n in (now, before)]
+        pair = [MetricSample(hits / n, n, hits) for hits, n in (now, before)]
         return rule.judge(pair, False)
 
     assert judged(rising, (3, 10), (1, 10)) is False
@@ -56,7 +55,7 @@ def test_a_change_from_the_day_before_must_be_more_than_chance() -> None:
     assert judged(rising, (50, 100), (12, 100)) is True
     assert judged(falling, (6, 10), (10, 10)) is False
     assert judged(falling, (600, 1000), (950, 1000)) is True
-    assert rising.judge([sample(0.5, 4, 2), sample(None, 0, None)], False) is None
+    assert rising.judge([MetricSample(0.5, 4, 2), MetricSample(None, 0)], False) is None
 
 
 @pytest.mark.slow

@@ -163,11 +163,7 @@ class Column(NamedTuple):
     def at(self, minute: int) -> MetricSample:
         value = float(self.value[minute])
         hits = None if self.successes is None else float(self.successes[minute])
-        return sample(None if np.isnan(value) else value, int(self.n[minute]), hits)
-
-
-def sample(value: float | None, n: int, successes: float | None) -> MetricSample:
-    return MetricSample(metric="", value=value, n=n, successes=successes, start=START, end=START)
+        return MetricSample(None if np.isnan(value) else value, int(self.n[minute]), hits)
 
 
 def _shifted(values: Numbers, minutes: int) -> Numbers:

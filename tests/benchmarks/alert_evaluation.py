@@ -34,7 +34,6 @@ from chapter8_samples.alerting.alert_config import AlertConfig
 from chapter8_samples.alerting.engine import AlertEngine
 from chapter8_samples.alerting.metrics.measures import MetricSource, TraceRow
 from chapter8_samples.alerting.metrics.source import (
-    SearchTracesMetricSource,
     ServerMetricSource,
     TraceSearch,
 )
@@ -80,21 +79,23 @@ def store(rows: list[TraceRow], uri: str) -> None:
 
 def sources(uri: str, url: str) -> list[Callable[[], MetricSource]]:
     """測るたびに作り直す(前の回に読んだものを使い回さない)出どころ。"""
-    served, direct = TraceSearch(EXPERIMENT, url), TraceSearch(EXPERIMENT, uri)
     return [
-        lambda: ServerMetricSource(served),
-        lambda: SearchTracesMetricSource(served),
-        lambda: SearchTracesMetricSource(direct),
+        lambda: ServerMetricSource(EXPERIMENT, url),
+        lambda: TraceSearch(EXPERIMENT, url),
+        lambda: TraceSearch(EXPERIMENT, uri),
     ]
 
 
-def timed(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """(ミリ秒の中央値, 最後の戻り値)。最初の 1 回は数えない。"""
+def timed(
+    make: Callable[[], MetricSource], call: Callable[[MetricSource], Any], repeats: int
+) -> tuple[float, Any]:
+    """(``call`` のミリ秒の中央値, 最後の戻り値)。最初の 1 回は数えない。"""
     spent: list[float] = []
-    result = call()
+    result = call(make())
     for _ in range(repeats):
+        source = make()
         began = time.perf_counter()
-        result = call()
+        result = call(source)
         spent.append((time.perf_counter() - began) * 1000)
     return statistics.median(spent), result
 
@@ -142,11 +143,10 @@ def measure(sizes: Sizes, home: Path) -> list[Row]:
 def row_of(
     made: list[Callable[[], MetricSource]], window: timedelta, end: datetime, repeats: int
 ) -> Row:
-    def ask(make: Callable[[], MetricSource]) -> list[Any]:
-        source = make()
+    def ask(source: MetricSource) -> list[Any]:
         return [source.sample(metric, window, end) for metric in METRICS]
 
-    found = [timed(lambda make=make: ask(make), repeats) for make in made]
+    found = [timed(make, ask, repeats) for make in made]
     n = found[0][1][0].n
     check_agreement([[sample.value for sample in samples] for _, samples in found], n)
     return Row(f"{format_duration(window)} ({n:,} 件)", [spent for spent, _ in found])
@@ -157,13 +157,13 @@ def cycle_row(
 ) -> Row:
     config = AlertConfig(experiment=EXPERIMENT, rules=rules)
 
-    def evaluate(make: Callable[[], MetricSource]) -> None:
-        engine = AlertEngine(config, make())
+    def evaluate(source: MetricSource) -> None:
+        engine = AlertEngine(config, source)
         engine.evaluate(end)
         if engine.failures:
             raise SystemExit(f"rules failed: {engine.failures}")
 
-    spent = [timed(lambda make=make: evaluate(make), repeats)[0] for make in made]
+    spent = [timed(make, evaluate, repeats)[0] for make in made]
     title = "4 ルール" if rules is FOUR else f"標準の {len(rules)} ルール"
     return Row(f"{title}を 1 回評価", spent)
 

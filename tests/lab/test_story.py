@@ -41,10 +41,7 @@ class _OnlyAnswers:
             assessments=((QUALITY, self.verdict),),
         )
         numbers = RowNumbers([row] * VISITS_IN_THE_WINDOW)
-        value, n, successes = measure(metric, window.total_seconds(), numbers)
-        return MetricSample(
-            metric=metric, value=value, n=n, start=at - window, end=at, successes=successes
-        )
+        return measure(metric, window.total_seconds(), numbers)
 
     def examples(self, *_: object) -> list[str]:
         return []

@@ -90,7 +90,7 @@ def _json(text: str | None) -> object:
 
 def value_of(metric: str, history: Sequence[Point], seconds: float = 3600.0) -> float | None:
     """指標の値。決まらなければ ``None``。"""
-    return measure(metric, seconds, RowNumbers([point.row for point in history]))[0]
+    return measure(metric, seconds, RowNumbers([point.row for point in history])).value
 
 
 def pass_rate_names(history: Iterable[Point]) -> list[str]:

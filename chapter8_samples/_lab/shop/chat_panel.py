@@ -40,8 +40,8 @@ def figures(rows: Sequence[TraceRow]) -> dict[str, dict[str, float | int | None]
     """指標の値と標本数。値は、標本がなければ ``None``。"""
     found: dict[str, dict[str, float | int | None]] = {}
     for name, metric in FIGURES.items():
-        value, n, _ = measure(metric, WINDOW.total_seconds(), RowNumbers(rows))
-        found[name] = {"value": value, "n": n}
+        sample = measure(metric, WINDOW.total_seconds(), RowNumbers(rows))
+        found[name] = {"value": sample.value, "n": sample.n}
     return found
 
 
@@ -54,7 +54,7 @@ def trend(rows: Sequence[TraceRow], end_seconds: float) -> dict[str, Any]:
     for row, number in zip(rows, numbers, strict=True):
         bins[number - first].append(row)
     values = {
-        name: [measure(FIGURES[name], BIN_SECONDS, RowNumbers(bin))[0] for bin in bins]
+        name: [measure(FIGURES[name], BIN_SECONDS, RowNumbers(bin)).value for bin in bins]
         for name in TRENDS
     }
     return {"start": first * BIN_SECONDS, "bin_seconds": BIN_SECONDS, **values}

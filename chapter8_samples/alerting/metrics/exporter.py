@@ -8,6 +8,7 @@ Databricks でも動く(Prometheus から届くところに置く)。``prometheu
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,8 +96,8 @@ class Series:
         >>> Series(metric="pass_rate:tone", window=day).selector()
         'llm_app_pass_ratio{window="1d",assessment="tone"}'
         """
-        pairs = ",".join(f'{key}="{_escaped(value)}"' for key, value in self.labels.items())
-        return f"{self.name}{{{pairs}}}"
+        texts = {key: json.dumps(value, ensure_ascii=False) for key, value in self.labels.items()}
+        return f"{self.name}{{{','.join(f'{key}={text}' for key, text in texts.items())}}}"
 
     def read(self, source: MetricSource, at: datetime) -> dict[str, float | None]:
         """``by`` の値(分けなければ空) -> いまの値。"""
@@ -115,10 +116,6 @@ class Series:
                 return None
             value /= earlier
         return float(self.gate(samples)) if self.gate else value * self.scale
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 class MetricsCollector:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import difflib
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 from ..durations import parse_duration
@@ -47,21 +49,16 @@ class MetricSourceError(RuntimeError):
     """指標を求められない(エクスペリメントがない、サーバーに届かない、知らない指標)。"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MetricSample:
     """一つの集計期間の指標の値。"""
 
-    metric: str
     value: float | None
     """指標の単位の値。標本がなく決まらないときは ``None``。"""
     n: int
     """値を求めた標本(トレースまたは評価)の数。"""
-    start: datetime
-    end: datetime
     successes: float | None = None
     """割合の分子。割合でない指標では ``None``。"""
-    label: str = ""
-    """``split`` で分けたラベルの値。分けていなければ空。"""
 
 
 class MetricSource(Protocol):
@@ -71,8 +68,10 @@ class MetricSource(Protocol):
         """``(at - window, at]`` の値。求められなければ ``MetricSourceError``。"""
         ...
 
-    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
-        """``by``(model、prompt_version、tag:名前)の値ごとの、``(at - window, at]`` の値。"""
+    def split(
+        self, metric: str, window: timedelta, at: datetime, by: str
+    ) -> Mapping[str, MetricSample]:
+        """``by``(model、prompt_version、tag:名前)の値 -> ``(at - window, at]`` の値。"""
         ...
 
     def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
@@ -101,7 +100,7 @@ class TraceRow:
 
 
 def percentile(values: Iterable[tuple[float, float]], q: float) -> float | None:
-    """(値, 重み) の分位点。重みがすべて 1 なら線形補間(``numpy.percentile`` と同じ)。
+    """(値, 重み) の分位点。線形補間で、重み 3 の値は 3 個と数える(``numpy.percentile`` と同じ)。
 
     >>> percentile([(10.0, 1), (20.0, 1), (30.0, 1), (40.0, 1)], 50)
     25.0
@@ -109,21 +108,13 @@ def percentile(values: Iterable[tuple[float, float]], q: float) -> float | None:
     rows = sorted(values)
     if not rows:
         return None
-    if any(weight != 1 for _, weight in rows):
-        return _weighted_percentile(rows, q)
-    position = (len(rows) - 1) * q / 100
-    low = math.floor(position)
-    high = min(low + 1, len(rows) - 1)
-    return rows[low][0] + (rows[high][0] - rows[low][0]) * (position - low)
-
-
-def _weighted_percentile(rows: Sequence[tuple[float, float]], q: float) -> float:
-    goal, seen = sum(w for _, w in rows) * q / 100, 0.0
-    for value, weight in rows:
-        seen += weight
-        if seen >= goal:
-            return value
-    return rows[-1][0]
+    counts = list(accumulate(weight for _, weight in rows))
+    position = (counts[-1] - 1) * q / 100
+    rank = math.floor(position)
+    low, high = (
+        rows[min(bisect_right(counts, place), len(rows) - 1)][0] for place in (rank, rank + 1)
+    )
+    return low + (high - low) * (position - rank)
 
 
 class Tally(NamedTuple):
@@ -144,15 +135,11 @@ class Numbers(Protocol):
     def latency_ms(self, q: float) -> float | None: ...
     def slower_than(self, milliseconds: float) -> Tally: ...
     def first_chunks(self) -> Sequence[tuple[float, float]]: ...
-    def tokens(self, kind: str) -> float: ...
-    def cost_usd(self) -> float: ...
+    def total(self, amount: str) -> float: ...
     def verdicts(self, name: str) -> Mapping[str, Tally]: ...
 
 
-Value = tuple[float | None, int, float | None]  # (値, 標本数, 割合なら分子)
-
-
-def measure(metric: str, window_seconds: float, numbers: Numbers) -> Value:
+def measure(metric: str, window_seconds: float, numbers: Numbers) -> MetricSample:
     """指標の名前から値を求める。知らない名前なら ``MetricSourceError``。"""
     if problem := metric_problem(metric):
         raise MetricSourceError(problem)
@@ -168,12 +155,12 @@ def measure(metric: str, window_seconds: float, numbers: Numbers) -> Value:
         return _judged(kind, name, numbers.verdicts(name))
     if kind == "time_to_first_chunk_p95_ms":
         chunks = numbers.first_chunks()
-        return percentile(chunks, 95), len(chunks), None
+        return MetricSample(percentile(chunks, 95), len(chunks))
     total = _add(states.values())
     if kind.startswith("latency_p"):
         q = float(kind.removeprefix("latency_p").removesuffix("_ms"))
-        return numbers.latency_ms(q), total.seen, None
-    return _amount(kind, window_seconds, total, numbers), total.seen, None
+        return MetricSample(numbers.latency_ms(q), total.seen)
+    return MetricSample(_amount(kind, window_seconds, total, numbers), total.seen)
 
 
 def metric_problem(metric: str, *, rate_for: str = "") -> str:
@@ -201,30 +188,30 @@ def _add(tallies: Iterable[Tally | None]) -> Tally:
     return Tally(sum(t.weight for t in found), sum(t.seen for t in found))
 
 
-def _ratio(part: Iterable[Tally | None], whole: Iterable[Tally | None]) -> Value:
+def _ratio(part: Iterable[Tally | None], whole: Iterable[Tally | None]) -> MetricSample:
     top, bottom = _add(part), _add(whole)
     if not bottom.weight:
-        return None, 0, None
+        return MetricSample(None, 0)
     rate = top.weight / bottom.weight
     # 分子は実際に見た標本の尺度に直す: 信頼区間は、補正した件数ではなく見た件数で決まる
-    return rate, bottom.seen, rate * bottom.seen
+    return MetricSample(rate, bottom.seen, rate * bottom.seen)
 
 
 def _amount(kind: str, window_seconds: float, total: Tally, numbers: Numbers) -> float | None:
     base, _, per = kind.partition("_per_")
     if base == "trace_count":
         return total.weight
-    value = numbers.cost_usd() if base == "cost_usd" else numbers.tokens(base)
+    value = numbers.total(base)
     if per == "request":
         return value / total.weight if total.weight else None
     return value * 3600 / window_seconds if per == "hour" else value
 
 
-def _judged(kind: str, name: str, verdicts: Mapping[str, Tally]) -> Value:
+def _judged(kind: str, name: str, verdicts: Mapping[str, Tally]) -> MetricSample:
     everything = list(verdicts.values())
     if kind == "assessment_count":
         total = _add(everything)
-        return total.weight, total.seen, None
+        return MetricSample(total.weight, total.seen)
     if kind == "scorer_error_rate":
         return _ratio([verdicts.get("error")], everything)
     good = [tally for value, tally in verdicts.items() if value in PASS_VALUES]
@@ -277,13 +264,11 @@ class RowNumbers:
         """最初の断片までの(ミリ秒, 重み)。"""
         return [(r.first_chunk_ms, r.weight) for r in self.rows if r.first_chunk_ms is not None]
 
-    def tokens(self, kind: str) -> float:
-        """トークンの合計。"""
-        return sum(row.tokens.get(kind, 0) * row.weight for row in self.rows)
-
-    def cost_usd(self) -> float:
-        """コストの合計(USD)。"""
-        return sum((row.cost_usd or 0.0) * row.weight for row in self.rows)
+    def total(self, amount: str) -> float:
+        """コスト(``cost_usd``)か、トークンの合計。"""
+        if amount == "cost_usd":
+            return sum((row.cost_usd or 0.0) * row.weight for row in self.rows)
+        return sum(row.tokens.get(amount, 0) * row.weight for row in self.rows)
 
     def verdicts(self, name: str) -> dict[str, Tally]:
         """評価の値ごとの件数。"""

@@ -3,7 +3,7 @@
 MLflow サーバーには集計させ(``/traces/metrics``)、サーバーがないか古いときは ``search_traces`` で
 集めて数える。値は同じで、5,000 件なら集計は 50 ミリ秒ほど、検索は 2 秒ほどかかる。
 
-Databricks では ``search_traces`` で数える(集計の API がないと分かった時点で切り替わる)。
+Databricks では ``search_traces`` で数える。
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
+from functools import cache
 from time import monotonic
 from typing import Any
 
@@ -22,7 +23,6 @@ from .measures import (
     MetricSample,
     MetricSource,
     MetricSourceError,
-    Numbers,
     RowNumbers,
     Tally,
     TraceRow,
@@ -31,6 +31,7 @@ from .measures import (
 )
 
 logger = logging.getLogger(__name__)
+_warn_once = cache(logger.warning)
 
 MAX_TRACES = 50_000
 """一つの集計期間で集めるトレースの上限。"""
@@ -41,9 +42,9 @@ WEIGHT_KEY = "sampling.weight"
 FIRST_CHUNK_KEY = "stream.time_to_first_chunk_ms"
 """最初の断片までの時間を書いたメタデータ(8.1 の ``traced_stream``)。"""
 RECHECK_SECONDS = 600.0
-"""エクスペリメントの ID と、集計の API がないことを、どれだけの間信じるか。"""
-KEPT_READS, KEPT_WINDOWS = 4, 64
-"""前に読んだものを、いくつまで覚えておくか。"""
+"""エクスペリメントの ID を、どれだけの間信じるか。"""
+KEPT_ENDS = 6
+"""集計期間の終わりの、いくつ分の答えを覚えておくか(いま、前日、先週など)。"""
 ENDPOINT = "/api/3.0/mlflow/traces/metrics"
 COUNT = {"aggregation_type": "COUNT"}
 SUM = {"aggregation_type": "SUM"}
@@ -78,8 +79,32 @@ def _number(text: str | None) -> float | None:
     return number if 0 <= number < float("inf") else None
 
 
-class TraceSearch:
-    """``search_traces`` を、エクスペリメントと接続先を固定して呼ぶ。mlflow-tracing だけで動く。"""
+class RowSource:
+    """行から数える出どころ。``numbers`` だけを書けばよい。"""
+
+    def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
+        """集計期間 ``(at - window, at]`` の中の行。"""
+        raise NotImplementedError
+
+    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
+        """``(at - window, at]`` の値。"""
+        return measure(metric, window.total_seconds(), self.numbers(window, at))
+
+    def split(
+        self, metric: str, window: timedelta, at: datetime, by: str
+    ) -> dict[str, MetricSample]:
+        """``by`` の値 -> ``(at - window, at]`` の値。"""
+        groups = split_rows(self.numbers(window, at).rows, by)
+        seconds = window.total_seconds()
+        return {label: measure(metric, seconds, RowNumbers(rows)) for label, rows in groups.items()}
+
+    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
+        """その指標を悪くしているトレースの ID。"""
+        return [row.trace_id for row in self.numbers(window, at).worst(metric)[:limit]]
+
+
+class TraceSearch(RowSource):
+    """``search_traces`` で集めて数える、どこでも動く出どころ。mlflow-tracing だけで動く。"""
 
     def __init__(self, experiment: str, tracking_uri: str | None = None) -> None:
         import mlflow
@@ -88,6 +113,8 @@ class TraceSearch:
         self.experiment = experiment
         self.tracking_uri: str = tracking_uri or mlflow.get_tracking_uri()
         self._client: Any = _guard(lambda: TracingClient(self.tracking_uri))
+        self._known: dict[int, dict[str, Any]] = {}
+        """集計期間の終わり -> 聞いたこと -> 答え。"""
         self._find()
 
     def _find(self) -> None:
@@ -112,52 +139,67 @@ class TraceSearch:
 
     def _check_health(self) -> None:
         """先に短く聞く: MLflow の再試行に任せると、落ちたサーバーを何分も待つ。"""
-        if self.tracking_uri.startswith(("http://", "https://")):
+        if _is_server(self.tracking_uri):
             _rest(self.tracking_uri, "/health", "GET")
 
     def trace_url(self, trace_id: str) -> str:
         """MLflow の UI でトレースを開く URL。接続先が HTTP のサーバーでなければ空。"""
-        if not self.tracking_uri.startswith(("http://", "https://")):
+        if not _is_server(self.tracking_uri):
             return ""
         path = f"#/experiments/{self._id}/traces?selectedEvaluationId={trace_id}"
         return f"{hide_password(self.tracking_uri, '').rstrip('/')}/{path}&traceId={trace_id}"
 
-    def rows(self, start_ms: int, end_ms: int, where: str = "") -> list[TraceRow]:
-        """``(start_ms, end_ms]`` に始まったトレース。"""
-        query = _filter(start_ms, end_ms, where)
-        found: list[TraceRow] = []
-        token: str | None = None
-        while len(found) < MAX_TRACES:
-            page = self._page(query, min(PAGE_SIZE, MAX_TRACES - len(found)), token)
-            found += [to_row(trace.info) for trace in page]
-            token = page.token
-            if not token:
-                return found
-        logger.warning("read only the newest %d traces; use shorter windows", MAX_TRACES)
-        return found
+    def rows(
+        self, start_ms: int, end_ms: int, where: str = "", limit: int | None = None
+    ) -> list[TraceRow]:
+        """``(start_ms, end_ms]`` に始まったトレース。新しいものから、多くて ``limit`` 件。"""
+        from mlflow.store.entities import PagedList
+        from mlflow.utils import get_results_from_paginated_fn
 
-    def has_any(self, start_ms: int, end_ms: int, where: str) -> bool:
-        """条件に合うトレースがあるか。"""
-        return bool(self._page(_filter(start_ms, end_ms, where), 1, None))
+        query = f"attributes.timestamp_ms > {start_ms} AND attributes.timestamp_ms <= {end_ms}"
+        query += f" AND {where}" if where else ""
+        places = [self.experiment_id]
 
-    def _page(self, query: str, size: int, token: str | None) -> Any:
-        experiment = self.experiment_id
-        if token is None:
-            self._check_health()
-        return _guard(
-            lambda: self._client.search_traces(
-                locations=[experiment],
+        def page(size: int, token: str | None) -> Any:
+            found = self._client.search_traces(
+                locations=places,
                 filter_string=query,
                 max_results=size,
                 page_token=token,
                 include_spans=False,
             )
-        )
+            return PagedList([to_row(trace.info) for trace in found], found.token)
+
+        self._check_health()
+        most = limit or MAX_TRACES
+        rows = _guard(lambda: get_results_from_paginated_fn(page, PAGE_SIZE, most))
+        if len(rows) == MAX_TRACES:
+            logger.warning("read only the newest %d traces; use shorter windows", MAX_TRACES)
+        return rows
+
+    def read(
+        self, start_ms: int, end_ms: int, where: str = "", limit: int | None = None
+    ) -> list[TraceRow]:
+        """``rows`` と同じ。同じ時刻までの短い期間は、長い期間から読んだものの一部で済ませる。"""
+        known = self.known_until(end_ms)
+        if where not in known or start_ms < known[where][0]:
+            known[where] = start_ms, self.rows(start_ms, end_ms, where, limit)
+        return [row for row in known[where][1] if start_ms < row.at_ms]
+
+    def known_until(self, end_ms: int) -> dict[str, Any]:
+        """この時刻までについて、もう聞いたこと。"""
+        self._known[end_ms] = self._known.pop(end_ms, {})
+        while len(self._known) > KEPT_ENDS:
+            del self._known[next(iter(self._known))]
+        return self._known[end_ms]
+
+    def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
+        """集計期間の中の行。"""
+        return RowNumbers(self.read(*bounds(window, at)))
 
 
-def _filter(start_ms: int, end_ms: int, where: str) -> str:
-    clause = f"attributes.timestamp_ms > {start_ms} AND attributes.timestamp_ms <= {end_ms}"
-    return f"{clause} AND {where}" if where else clause
+def _is_server(tracking_uri: str) -> bool:
+    return tracking_uri.startswith(("http://", "https://"))
 
 
 def _guard(call: Callable[[], Any]) -> Any:
@@ -175,52 +217,6 @@ def hide_password(text: str, mask: str = "***@") -> str:
     ('postgresql://***@db/mlflow', 'http://ml')
     """
     return re.sub(r"(?<=://)[^/\s]*@", mask, text)
-
-
-class RowSource:
-    """行から数える出どころ。``numbers`` だけを書けばよい。"""
-
-    def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
-        """集計期間 ``(at - window, at]`` の中の行。"""
-        raise NotImplementedError
-
-    def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
-        """``(at - window, at]`` の値。"""
-        return sample_of(metric, window, at, self.numbers(window, at))
-
-    def split(self, metric: str, window: timedelta, at: datetime, by: str) -> list[MetricSample]:
-        """``by`` の値ごとの、``(at - window, at]`` の値。"""
-        groups = split_rows(self.numbers(window, at).rows, by)
-        return [
-            sample_of(metric, window, at, RowNumbers(rows), label) for label, rows in groups.items()
-        ]
-
-    def examples(self, metric: str, window: timedelta, at: datetime, limit: int = 3) -> list[str]:
-        """その指標を悪くしているトレースの ID。"""
-        return [row.trace_id for row in self.numbers(window, at).worst(metric)[:limit]]
-
-
-class SearchTracesMetricSource(RowSource):
-    """トレースを集めて数える、どこでも動く出どころ。一度集めた期間は、同じ時刻の間は使い回す。"""
-
-    def __init__(self, search: TraceSearch) -> None:
-        self.search = search
-        self._reads: dict[int, tuple[int, list[TraceRow]]] = {}
-        """集計期間の終わり -> (始まり, 行)。"""
-
-    def numbers(self, window: timedelta, at: datetime) -> RowNumbers:
-        """集計期間の中の行。"""
-        start, end = bounds(window, at)
-        if end not in self._reads or start < self._reads[end][0]:
-            self._reads.pop(end, None)
-            self._reads[end] = start, self.search.rows(start, end)
-            _forget_oldest(self._reads, KEPT_READS)
-        return RowNumbers([row for row in self._reads[end][1] if start < row.at_ms <= end])
-
-
-def _forget_oldest(cache: dict[Any, Any], limit: int) -> None:
-    while len(cache) > limit:
-        del cache[next(iter(cache))]
 
 
 def bounds(window: timedelta, at: datetime) -> tuple[int, int]:
@@ -245,14 +241,6 @@ class ServerNumbers:
 
     def __init__(self, search: TraceSearch, start_ms: int, end_ms: int) -> None:
         self._search, self._start_ms, self._end_ms = search, start_ms, end_ms
-        # サーバーは両端を含めるので、始まりを 1 ミリ秒だけ後ろにして (start, end] に合わせる
-        self._body = {
-            "experiment_ids": [search.experiment_id],
-            "start_time_ms": start_ms + 1,
-            "end_time_ms": end_ms,
-        }
-        self._answers: dict[str, list[dict[str, Any]]] = {}
-        self._found: dict[str, list[TraceRow]] = {}
 
     def states(self) -> dict[str, Tally]:
         """状態ごとの件数。"""
@@ -273,18 +261,10 @@ class ServerNumbers:
         """最初の断片までの(ミリ秒, 重み)。集計の API にはないので、検索する。"""
         return RowNumbers(self._rows(f"metadata.`{FIRST_CHUNK_KEY}` IS NOT NULL")).first_chunks()
 
-    def _rows(self, where: str) -> list[TraceRow]:
-        if where not in self._found:
-            self._found[where] = self._search.rows(self._start_ms, self._end_ms, where)
-        return self._found[where]
-
-    def tokens(self, kind: str) -> float:
-        """トークンの合計。"""
-        return self._number("TRACES", kind, SUM) or 0.0
-
-    def cost_usd(self) -> float:
-        """スパンのコストの合計(USD)。"""
-        return self._number("SPANS", "total_cost", SUM) or 0.0
+    def total(self, amount: str) -> float:
+        """コスト(``cost_usd``)か、トークンの合計。コストはスパンに付いている。"""
+        place = ("SPANS", "total_cost") if amount == "cost_usd" else ("TRACES", amount)
+        return self._number(*place, SUM) or 0.0
 
     def verdicts(self, name: str) -> dict[str, Tally]:
         """評価の値ごとの件数。"""
@@ -298,19 +278,29 @@ class ServerNumbers:
         pairs = ((p["dimensions"]["assessment_value"], p["values"]["COUNT"]) for p in points)
         return _tallies((verdict(json.loads(raw or "null")), count) for raw, count in pairs)
 
+    def _rows(self, where: str) -> list[TraceRow]:
+        return self._search.read(self._start_ms, self._end_ms, where)
+
     def _number(self, view: str, metric: str, aggregation: Mapping[str, Any]) -> float | None:
         points = self._ask(view, metric, aggregation)
-        values = list(points[0].get("values", {}).values()) if points else []
-        return values[0] if values else None
+        return next((value for point in points for value in point["values"].values()), None)
 
     def _ask(
         self, view: str, metric: str, aggregation: Mapping[str, Any], **more: Any
     ) -> list[dict[str, Any]]:
-        query = {"view_type": view, "metric_name": metric, "aggregations": [aggregation], **more}
-        key = json.dumps(query, sort_keys=True)
-        if key not in self._answers:
-            self._answers[key] = query_metrics(self._search.tracking_uri, {**self._body, **query})
-        return self._answers[key]
+        query = {
+            "experiment_ids": [self._search.experiment_id],
+            "start_time_ms": self._start_ms + 1,  # サーバーは両端を含める。(start, end] に合わせる
+            "end_time_ms": self._end_ms,
+            "view_type": view,
+            "metric_name": metric,
+            "aggregations": [aggregation],
+            **more,
+        }
+        known, key = self._search.known_until(self._end_ms), json.dumps(query)
+        if key not in known:
+            known[key] = query_metrics(self._search.tracking_uri, query)
+        return known[key]
 
 
 def _quote(name: str) -> str:
@@ -321,9 +311,9 @@ def _quote(name: str) -> str:
     return f"{mark}{name}{mark}"
 
 
-def _tallies(pairs: Any) -> dict[str, Tally]:
+def _tallies(counts: Iterable[tuple[str, float]]) -> dict[str, Tally]:
     found: dict[str, Tally] = {}
-    for key, count in pairs:
+    for key, count in counts:
         seen = found.get(key, Tally(0.0, 0))
         found[key] = Tally(seen.weight + count, seen.seen + int(count))
     return found
@@ -354,61 +344,21 @@ def _rest(tracking_uri: str, endpoint: str, method: str, **more: Any) -> Any:
     return _guard(lambda: http_request(host, endpoint, method, **more))
 
 
-class ServerMetricSource(SearchTracesMetricSource):
+class ServerMetricSource(TraceSearch):
     """サーバーに集計させ、できないときは検索して数える。
 
     ラベルごとの値と、間引いたトレース(``sampling.weight``)のある期間は、サーバーでは求められない。
     """
 
-    def __init__(self, search: TraceSearch) -> None:
-        super().__init__(search)
-        self.searches_until = 0.0
-        """この時刻までは検索する。集計の API がないという答えは、入れ替え中の 404 かもしれない。"""
-        self._windows: dict[tuple[int, int], ServerNumbers | None] = {}
-
     def sample(self, metric: str, window: timedelta, at: datetime) -> MetricSample:
         """``(at - window, at]`` の値。"""
-        try:
-            searches = monotonic() < self.searches_until
-            numbers = None if searches else self._server_numbers(window, at)
-            if numbers is not None:
-                return sample_of(metric, window, at, numbers)
-        except EndpointMissingError as missing:
-            logger.warning("%s; counting traces with search_traces instead", missing)
-            self.searches_until = monotonic() + RECHECK_SECONDS
-        return super().sample(metric, window, at)
-
-    def _server_numbers(self, window: timedelta, at: datetime) -> ServerNumbers | None:
-        """サーバーの集計。間引いたトレースがあって使えなければ ``None``。"""
         start, end = bounds(window, at)
-        if (start, end) not in self._windows:
-            numbers = ServerNumbers(self.search, start, end)
-            numbers.states()  # 検索より先に聞く: 落ちたサーバーなら、ここですぐに分かる
-            self._windows[start, end] = None if self._has_weights(start, end) else numbers
-            _forget_oldest(self._windows, KEPT_WINDOWS)
-        return self._windows[start, end]
-
-    def _has_weights(self, start: int, end: int) -> bool:
-        for (known_start, known_end), numbers in self._windows.items():
-            if numbers is not None and known_start <= start and end <= known_end:
-                return False
-        return self.search.has_any(start, end, f"metadata.`{WEIGHT_KEY}` IS NOT NULL")
-
-
-def sample_of(
-    metric: str, window: timedelta, at: datetime, numbers: Numbers, label: str = ""
-) -> MetricSample:
-    """集計値から求めた、一つの集計期間の指標。"""
-    value, n, successes = measure(metric, window.total_seconds(), numbers)
-    return MetricSample(
-        metric=metric,
-        value=value,
-        n=n,
-        start=at - window,
-        end=at,
-        successes=successes,
-        label=label,
-    )
+        try:
+            if not self.read(start, end, f"metadata.`{WEIGHT_KEY}` IS NOT NULL", limit=1):
+                return measure(metric, window.total_seconds(), ServerNumbers(self, start, end))
+        except EndpointMissingError as missing:  # 入れ替え中の 404 かもしれない。次もまた聞く
+            _warn_once(f"{missing}; counting traces with search_traces instead")
+        return super().sample(metric, window, at)
 
 
 def samples_of(
@@ -424,25 +374,20 @@ def samples_of(
     ends = [at] if ago is None else [at, at - ago]
     if not by:
         return {"": [source.sample(metric, window, end) for end in ends]}
-    splits = [{s.label: s for s in source.split(metric, window, end, by)} for end in ends]
-    found: dict[str, list[MetricSample]] = {}
-    for label in sorted(set().union(*splits)):
-        found[label] = [
-            split.get(label) or sample_of(metric, window, end, RowNumbers([]), label)
-            for end, split in zip(ends, splits, strict=True)
-        ]
-    return found
+    splits = [source.split(metric, window, end, by) for end in ends]
+    none = measure(metric, window.total_seconds(), RowNumbers([]))
+    labels = sorted({label for split in splits for label in split})
+    return {label: [split.get(label, none) for split in splits] for label in labels}
 
 
-def metric_source(experiment: str | TraceSearch, tracking_uri: str | None = None) -> MetricSource:
+def metric_source(experiment: str, tracking_uri: str | None = None) -> TraceSearch:
     """接続先に合った出どころを選ぶ。HTTP のサーバーには集計させ、それ以外では検索して数える。
 
     Raises:
         MetricSourceError: エクスペリメントがない。「トラフィックが 0」とは区別する。
     """
-    search = experiment
-    if not isinstance(search, TraceSearch):
-        search = TraceSearch(search, tracking_uri)
-    if search.tracking_uri.startswith(("http://", "https://")):
-        return ServerMetricSource(search)
-    return SearchTracesMetricSource(search)
+    import mlflow
+
+    uri = tracking_uri or mlflow.get_tracking_uri()
+    made = ServerMetricSource if _is_server(uri) else TraceSearch
+    return made(experiment, uri)
