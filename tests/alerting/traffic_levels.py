@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -39,53 +39,50 @@ COST_USD, COST_SHAPE = 0.004, 0.7
 """1 件のコストはガンマ分布(変動係数 1.2)。"""
 
 
-@dataclass
-class World:
-    """1 分ごとの本当の割合と倍率。障害は、これを書き換える。"""
+World = dict[str, Numbers]
+"""1 分ごとの本当の割合と倍率。障害は、これを書き換える。"""
+QUIET = {
+    "errors": 0.01,
+    "down": 0.0,  # 全断だった割合(分の中の時間)
+    "load": 1.0,
+    "latency": 1.0,
+    "cost": 1.0,
+    "disliked": 0.12,
+    "ungrounded": 0.05,
+    "judged": JUDGED,
+    "unjudgeable": 0.02,
+}
 
-    minutes: int
-    errors: Numbers = field(init=False)
-    down: Numbers = field(init=False)
-    """全断だった割合(分の中の時間)。"""
-    load: Numbers = field(init=False)
-    latency: Numbers = field(init=False)
-    cost: Numbers = field(init=False)
-    disliked: Numbers = field(init=False)
-    ungrounded: Numbers = field(init=False)
-    judged: Numbers = field(init=False)
-    unjudgeable: Numbers = field(init=False)
 
-    def __post_init__(self) -> None:
-        quiet = {"errors": 0.01, "down": 0.0, "load": 1.0, "latency": 1.0, "cost": 1.0}
-        quiet |= {"disliked": 0.12, "ungrounded": 0.05, "judged": JUDGED, "unjudgeable": 0.02}
-        for name, value in quiet.items():
-            setattr(self, name, np.full(self.minutes, value))
+def quiet_world(minutes: int) -> World:
+    """何も起こらない ``minutes`` 分。"""
+    return {name: np.full(minutes, value) for name, value in QUIET.items()}
 
 
 class Traffic:
     """``World`` から引いた、1 分ごとの数。"""
 
     def __init__(self, rng: np.random.Generator, per_second: float, world: World) -> None:
-        minute = np.arange(world.minutes)
+        minute = np.arange(len(world["load"]))
         daily = 1 + 0.6 * np.sin(2 * np.pi * minute / DAY)
-        requests = rng.poisson(per_second * 60 * daily * world.load)
-        verdicts = rng.binomial(requests, world.judged)
-        broken = rng.binomial(verdicts, world.unjudgeable)
+        requests = rng.poisson(per_second * 60 * daily * world["load"])
+        verdicts = rng.binomial(requests, world["judged"])
+        broken = rng.binomial(verdicts, world["unjudgeable"])
         votes = rng.binomial(requests, VOTED)
-        errors = _clumped(rng, requests, world.errors)
-        errors += rng.binomial(requests - errors, world.down)
+        errors = _clumped(rng, requests, world["errors"])
+        errors += rng.binomial(requests - errors, world["down"])
         shape = COST_SHAPE * np.maximum(requests, 1e-9)
         self._totals: dict[str, Numbers] = {
             "requests": _sums(requests),
             "errors": _sums(errors),
             "votes": _sums(votes),
-            "disliked": _sums(rng.binomial(votes, world.disliked)),
+            "disliked": _sums(rng.binomial(votes, world["disliked"])),
             "verdicts": _sums(verdicts),
             "broken": _sums(broken),
-            "ungrounded": _sums(rng.binomial(verdicts - broken, world.ungrounded)),
-            "cost": _sums(rng.gamma(shape, COST_USD / COST_SHAPE) * world.cost),
+            "ungrounded": _sums(rng.binomial(verdicts - broken, world["ungrounded"])),
+            "cost": _sums(rng.gamma(shape, COST_USD / COST_SHAPE) * world["cost"]),
         }
-        self._draw_latency = lambda: _latencies(rng.spawn(1)[0], requests, world.latency)
+        self._draw_latency = lambda: _latencies(rng.spawn(1)[0], requests, world["latency"])
 
     @cached_property
     def _latency(self) -> Numbers:
@@ -233,8 +230,8 @@ def _calm(rule: AlertRule, columns: list[Column]) -> NDArray[np.bool_]:
 
 def quiet_days(seed: int, per_second: float, error_rate: float, days: int = 20) -> Traffic:
     """平穏な ``days`` 日と、その前の 1 週間。"""
-    world = World(WEEK + days * DAY)
-    world.errors[:] = error_rate
+    world = quiet_world(WEEK + days * DAY)
+    world["errors"][:] = error_rate
     rng = np.random.default_rng([seed, round(per_second * 100), round(error_rate * 10_000)])
     return Traffic(rng, per_second, world)
 
@@ -271,18 +268,18 @@ class Incident:
 
 def _set(name: str, value: float) -> Callable[[World, slice], None]:
     def begin(world: World, when: slice) -> None:
-        getattr(world, name)[when] = value
+        world[name][when] = value
 
     return begin
 
 
 def _ramp(world: World, when: slice) -> None:
-    world.errors[when] = np.linspace(0.01, 0.2, len(world.errors[when]))
+    world["errors"][when] = np.linspace(0.01, 0.2, len(world["errors"][when]))
 
 
 def _outage(world: World, when: slice) -> None:
     """40 秒の全断。始まりの分の 40 秒目から。"""
-    world.down[when.start : when.start + 2] = 1 / 3
+    world["down"][when.start : when.start + 2] = 1 / 3
 
 
 INCIDENTS = (
@@ -313,7 +310,7 @@ def moments(seeds: Iterable[int]) -> Iterator[tuple[int, int]]:
 def delay(incident: Incident, seed: int, per_second: float, start: int) -> int | None:
     """``start`` 分に始まった障害を、正しい種類のルールが見つけるまでの分数。"""
     begins = WEEK + start
-    world = World(begins + incident.minutes)
+    world = quiet_world(begins + incident.minutes)
     incident.begin(world, slice(begins, begins + incident.minutes))
     traffic = Traffic(np.random.default_rng([seed, start]), per_second, world)
     found = [

@@ -96,8 +96,10 @@ class Series:
         >>> Series(metric="pass_rate:tone", window=day).selector()
         'llm_app_pass_ratio{window="1d",assessment="tone"}'
         """
-        texts = {key: json.dumps(value, ensure_ascii=False) for key, value in self.labels.items()}
-        return f"{self.name}{{{','.join(f'{key}={text}' for key, text in texts.items())}}}"
+        pairs = [
+            f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in self.labels.items()
+        ]
+        return f"{self.name}{{{','.join(pairs)}}}"
 
     def read(self, source: MetricSource, at: datetime) -> dict[str, float | None]:
         """``by`` の値(分けなければ空) -> いまの値。"""
