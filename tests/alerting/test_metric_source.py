@@ -361,31 +361,49 @@ def advance_clock(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 class Served(ServerMetricSource):
-    """集計の API だけがある相手。検索は、1 件のトレースを見つける。"""
+    """検索では 1 件のトレースが見つかる。それが間引いたものなら、間引きを探しても見つかる。"""
 
-    experiment_id = "1"
+    def __init__(self, url: str, row: TraceRow) -> None:
+        self.row, self.searched = row, list[str]()
+        super().__init__("app", url)
 
     def _find(self) -> None:
-        pass
+        self._id, self._find_again_at = "1", float("inf")
 
     def rows(
         self, start_ms: int, end_ms: int, where: str = "", limit: int | None = None
     ) -> list[TraceRow]:
-        return [] if where else [TraceRow(trace_id="t", at_ms=end_ms)]
+        self.searched.append(where)
+        return [] if where and self.row.weight == 1 else [self.row]
+
+
+def counted(traces: int) -> Answer:
+    point = {"dimensions": {"trace_status": "OK"}, "values": {"COUNT": traces}}
+    return Answer(body=json.dumps({"data_points": [point]}).encode())
 
 
 def test_a_missing_endpoint_is_replaced_by_the_search_until_it_is_there(
     webhooks: WebhookReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = Served("app", webhooks.url)
-    seven = {"dimensions": {"trace_status": "OK"}, "values": {"COUNT": 7}}
-    webhooks.script(404, 404, Answer(body=json.dumps({"data_points": [seven]}).encode()), 403)
+    source = Served(webhooks.url, TraceRow(trace_id="t", at_ms=to_ms(AT)))
+    webhooks.script(404, 404, counted(7), 403)
     assert source.sample("trace_count", WINDOW, AT).value == 1
     assert source.sample("error_rate", WINDOW, AT).value == 0
     assert caplog.text.count("search_traces instead") == 1
     assert source.sample("trace_count", WINDOW, AT).value == 7  # サーバーを入れ替える間だけの 404
     with pytest.raises(MetricSourceError, match="answered 403"):
         source.sample("trace_count", WINDOW, AT + WINDOW)
+
+
+def test_a_short_window_is_part_of_the_long_one_that_was_searched(
+    webhooks: WebhookReceiver,
+) -> None:
+    source = Served(webhooks.url, TraceRow(trace_id="t", at_ms=to_ms(AT) - 300_000, weight=9))
+    webhooks.script(counted(7))
+    assert source.sample("trace_count", WINDOW, AT).value == 9
+    assert source.sample("trace_count", WINDOW / 10, AT).value == 7  # 間引きの始まる前か終わった後
+    assert source.split("trace_count", WINDOW / 10, AT, "model") == {}
+    assert len(source.searched) == len({*source.searched}) == 2
 
 
 def test_an_experiment_that_was_made_anew_is_followed(

@@ -144,6 +144,11 @@ def measure(metric: str, window_seconds: float, numbers: Numbers) -> MetricSampl
     if problem := metric_problem(metric):
         raise MetricSourceError(problem)
     kind, _, name = metric.partition(":")
+    if name and kind != SLOW_RATE:
+        return _judged(kind, name, numbers.verdicts(name))
+    if kind == "time_to_first_chunk_p95_ms":
+        chunks = numbers.first_chunks()
+        return MetricSample(percentile(chunks, 95), len(chunks))
     states = numbers.states()
     finished = [states.get("OK"), states.get("ERROR")]
     if kind == "error_rate":
@@ -151,11 +156,6 @@ def measure(metric: str, window_seconds: float, numbers: Numbers) -> MetricSampl
     if kind == SLOW_RATE:
         limit = parse_duration(name) / timedelta(milliseconds=1)
         return _ratio([numbers.slower_than(limit)], finished)
-    if name:
-        return _judged(kind, name, numbers.verdicts(name))
-    if kind == "time_to_first_chunk_p95_ms":
-        chunks = numbers.first_chunks()
-        return MetricSample(percentile(chunks, 95), len(chunks))
     total = _add(states.values())
     if kind.startswith("latency_p"):
         q = float(kind.removeprefix("latency_p").removesuffix("_ms"))

@@ -188,7 +188,7 @@ class TraceSearch(RowSource):
 
     def known_until(self, end_ms: int) -> dict[str, Any]:
         """この時刻までについて、もう聞いたこと。"""
-        self._known[end_ms] = self._known.pop(end_ms, {})
+        self._known[end_ms] = self._known.pop(end_ms, {})  # 使ったものを後ろに置く
         while len(self._known) > KEPT_ENDS:
             del self._known[next(iter(self._known))]
         return self._known[end_ms]
@@ -283,7 +283,7 @@ class ServerNumbers:
 
     def _number(self, view: str, metric: str, aggregation: Mapping[str, Any]) -> float | None:
         points = self._ask(view, metric, aggregation)
-        return next((value for point in points for value in point["values"].values()), None)
+        return next((v for point in points for v in point.get("values", {}).values()), None)
 
     def _ask(
         self, view: str, metric: str, aggregation: Mapping[str, Any], **more: Any
