@@ -275,6 +275,12 @@ def test_a_metric_that_does_not_exist_is_refused_in_python_too(metric: str, hint
     assert hint in refused(metric=metric, threshold=0.5)
 
 
+def test_a_gate_and_a_burn_rate_need_a_rate() -> None:
+    slow = {"metric": "latency_p95_ms", "threshold": 1000, "confidence": 0.95}
+    assert "confidence: 'latency_p95_ms' is not a rate" in refused(**slow)
+    assert "metric: 'cost_usd' is not a rate" in refused(metric="cost_usd", factor=6)
+
+
 RULES: list[Any] = [
     AlertRule(name="errors", severity="critical", labels={"team": "search"}),
     AlertRule(name="cost", metric="cost_usd", threshold=1, by="tag:tenant"),
