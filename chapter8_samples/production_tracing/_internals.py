@@ -117,9 +117,9 @@ def mlflow_processors() -> list[Any]:
     return [one for one in processors_of(pipeline) if is_mlflows(one)] if pipeline else []
 
 
-def watch_export(processor: Any, ledger: Any, export: Callable[..., Any]) -> None:
+def watch_export(processor: Any, ledger: Any, clean: Callable[[Any], Any]) -> None:
     """送信処理の属性を、まだなら包み、トレースの終わりと送信の 1 回ずつを帳簿に知らせる(MLflow は
-    捨てた数を残さない)。OTLP にも送る設定では、OTLP の側は数えず、``export`` を通すだけにする。
+    捨てた数を残さない)。OTLP にも送る設定では、OTLP の側は数えず、``clean`` で直すだけにする。
     """
     exporter = processor.span_exporter
     if "on_end" in vars(processor):
@@ -130,7 +130,8 @@ def watch_export(processor: Any, ledger: Any, export: Callable[..., Any]) -> Non
         exporter.export = partial(ledger.send, "export", exporter.export)
     else:
         if "export" not in vars(exporter):
-            exporter.export = partial(export, exporter.export)
+            send = exporter.export
+            exporter.export = lambda spans: send(clean(spans))
         return
 
     def on_end(span: ReadableSpan) -> None:

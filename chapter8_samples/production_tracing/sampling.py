@@ -12,6 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 from mlflow.entities import TraceState
@@ -33,7 +34,7 @@ WEIGHT_KEY = "sampling.weight"
 RULE_KEY = "sampling.rule"
 HEAD_KEY = "sampling.head_probability"
 MAX_OPEN_TRACES = 10_000  # 超えた分は、古い順に、判断せずに残す(規則は "evicted")
-MAX_DECISIONS = 8192  # 決定後に終わるスパン(背後のスレッドなど)のために覚えておく数
+MAX_DROPPED = 8192  # 捨てた後に終わる子(背後のスレッドなど)も捨てるために、覚えておく数
 _EVICTED = Decision(1.0, "evicted")
 
 
@@ -68,7 +69,7 @@ class TailSampler:
         """預かったスパンと件数を空にする(フォークした子には、親のものが写っている)。"""
         self._lock = threading.Lock()
         self._open: OrderedDict[int, list[tuple[Send, ReadableSpan]]] = OrderedDict()
-        self._decided: OrderedDict[int, bool] = OrderedDict()
+        self._dropped: OrderedDict[int, None] = OrderedDict()
         self.kept = 0
         self.dropped = 0
 
@@ -106,8 +107,7 @@ class TailSampler:
         with self._lock:
             held = [item for items in self._open.values() for item in items]
             self._open.clear()
-        for send, child in held:
-            send(child)
+        _send_all(held)
 
     def _attach(self) -> None:
         """いまのプロバイダーの、スパンの行き先とサンプラーを包む。"""
@@ -140,42 +140,43 @@ class TailSampler:
         with self._lock:
             self._open[context.trace_id] = []
             if len(self._open) > MAX_OPEN_TRACES:
-                trace_id, oldest = self._open.popitem(last=False)
-                self._remember(trace_id, keep=True)
-        for send, child in oldest:
-            send(child)
+                _, oldest = self._open.popitem(last=False)
+                self.kept += 1
+        _send_all(oldest)
 
     def span_ended(self, span: ReadableSpan, send: Send) -> None:
         """子は預かり、ルートが終わったら決めて、まとめて渡すか捨てる。"""
         trace_id = _otel_id(span)
         with self._lock:
             held = self._open.get(trace_id)
-            decided = self._decided.get(trace_id)
             if held is not None and span.parent is not None:
                 held.append((send, span))
                 return
+            is_dropped = trace_id in self._dropped
         if held is not None:
-            self._decide(span, [child for _, child in held], send)
-        elif span.parent is None and decided:  # 終わる前にあふれて、残すと決めた
-            send(_marked(span, _EVICTED))
-        elif decided is not False:
-            send(span)
+            self._decide(span, held, send)
+        elif not is_dropped:  # 預かっていないもの(終わる前にあふれたものなど)は残す
+            send(span if span.parent is not None else _marked(span, _EVICTED))
 
-    def _decide(self, root: ReadableSpan, children: list[ReadableSpan], send: Send) -> None:
+    def _decide(
+        self, root: ReadableSpan, held: list[tuple[Send, ReadableSpan]], send: Send
+    ) -> None:
         trace_id = _otel_id(root)
-        summary = _summary(root, children)
+        summary = _summary(root, [child for _, child in held])
         decision = self._ask(summary)
         keep = unit_hash(summary.trace_id) < decision.probability
         with self._lock:
-            held = self._open.pop(trace_id, None)
-            if held is not None:
-                self._remember(trace_id, keep)
-        if held is None:  # 判断している間にあふれた
-            send(_marked(root, _EVICTED))
-        elif keep:
-            for send_child, child in held:
-                send_child(child)
-            send(_marked(root, decision))
+            if self._open.pop(trace_id, None) is None:  # 判断している間にあふれ、子は渡した
+                held, decision, keep = [], _EVICTED, True
+            elif keep:
+                self.kept += 1
+            else:
+                self.dropped += 1
+                self._dropped[trace_id] = None
+                if len(self._dropped) > MAX_DROPPED:
+                    self._dropped.popitem(last=False)
+        if keep:
+            _send_all([*held, (send, _marked(root, decision))])
         else:
             _internals.forget_trace(trace_id)
 
@@ -188,15 +189,6 @@ class TailSampler:
         except Exception:  # 判断の不具合で記録を失わない
             logger.exception("sampling policy failed; the trace is kept")
             return Decision(1.0, "policy_error")
-
-    def _remember(self, trace_id: int, keep: bool) -> None:
-        if keep:
-            self.kept += 1
-        else:
-            self.dropped += 1
-        self._decided[trace_id] = keep
-        if len(self._decided) > MAX_DECISIONS:
-            self._decided.popitem(last=False)
 
 
 _active: TailSampler | None = None
@@ -247,12 +239,16 @@ class _Head(sampling.Sampler):
         if not result.decision.is_sampled():
             self._tail.head_dropped()
         elif ratio < 1.0:
-            attributes = {**(result.attributes or {}), HEAD_KEY: repr(ratio)}
-            return sampling.SamplingResult(result.decision, attributes, result.trace_state)
+            result.attributes = MappingProxyType({**result.attributes, HEAD_KEY: repr(ratio)})
         return result
 
     def get_description(self) -> str:
         return f"Head{{{self._ratio}}}"
+
+
+def _send_all(held: list[tuple[Send, ReadableSpan]]) -> None:
+    for send, span in held:
+        send(span)
 
 
 def _otel_id(span: ReadableSpan) -> int:

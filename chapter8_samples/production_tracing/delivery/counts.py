@@ -19,7 +19,7 @@ import mlflow
 from mlflow.entities import LiveSpan, Trace
 
 from .. import _internals
-from .text import send_as_utf8, send_cleaned
+from .text import as_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Ledger:
             with self._changed:
                 self._pipeline = _internals.current_pipeline()
                 for processor in _internals.mlflow_processors():
-                    _internals.watch_export(processor, self, send_cleaned)
+                    _internals.watch_export(processor, self, as_utf8)
         except AttributeError as error:  # 数えられなくても、記録は続ける
             self.problem = f"MLflow {mlflow.__version__} has changed: {error}"
             logger.warning("undelivered traces are not counted: %s", self.problem)
@@ -77,8 +77,7 @@ class Ledger:
         started = time.monotonic()
         ids = _trace_ids(name, values)
         try:
-            send = send_cleaned if name in ("export", "start_trace") else send_as_utf8
-            answer = send(call, *values)
+            answer = call(*as_utf8(values))
             if name == "export" and answer.name == "FAILURE":
                 self.lost(ids, "the OTLP endpoint did not accept the spans")
             else:

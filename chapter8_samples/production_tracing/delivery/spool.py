@@ -14,7 +14,6 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from .._internals import TracingClient, log_spans
 from ..metadata import sends_only_otlp
 from .counts import LEDGER, start_counting
-from .text import as_utf8, cannot_be_written, send_as_utf8
+from .text import as_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +46,10 @@ def deliver(traces: Sequence[Trace]) -> None:
     client = TracingClient()
     spans: defaultdict[str, list[Span]] = defaultdict(list)
     for trace in traces:
-        send_as_utf8(client.start_trace, trace.info)
+        client.start_trace(trace.info)
         spans[str(trace.info.experiment_id)] += trace.data.spans
     for experiment_id, group in spans.items():
-        send_as_utf8(partial(log_spans, client.log_spans), experiment_id, group)
+        log_spans(client.log_spans, experiment_id, group)
 
 
 class TraceSpool:
@@ -114,7 +113,7 @@ class TraceSpool:
         """トレースを書いて、送信を頼む。書けなければ、その場で送る。"""
         self._start_sending()
         try:
-            self._keep_or_send(trace)
+            self._keep_or_send(as_utf8(trace))
         except Exception as error:
             LEDGER.lost([trace.info.trace_id], f"{type(error).__name__}: {error}")
             logger.error("a trace could neither be kept nor sent: %s", error)
@@ -138,7 +137,7 @@ class TraceSpool:
         draft = self.directory / f"{trace.info.trace_id}.tmp"
         try:
             draft.touch(mode=0o600)
-            draft.write_text(Trace(as_utf8(trace.info), trace.data).to_json(), encoding="utf-8")
+            draft.write_text(trace.to_json(), encoding="utf-8")
             return draft.replace(draft.with_suffix(".json"))
         except BaseException:
             draft.unlink(missing_ok=True)  # 満杯のディスクに、書きかけを残さない
@@ -240,8 +239,7 @@ def _is_rejection(error: Exception) -> bool:
     if getattr(error, "error_code", "") == "ENDPOINT_NOT_FOUND":  # 入れ替え中のプロキシなどの 404
         return False
     status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
-    refused = 400 <= status < 500 and status not in (401, 403, 408, 429)
-    return refused or cannot_be_written(error)
+    return 400 <= status < 500 and status not in (401, 403, 408, 429)
 
 
 def replay(directory: str | os.PathLike[str], timeout_seconds: float = 60.0) -> SpoolStats:
