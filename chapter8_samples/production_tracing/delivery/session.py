@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import mlflow.tracing
-from mlflow.entities import LiveSpan
 from mlflow.exceptions import InvalidUrlException
 from mlflow.tracing.config import get_config  # 登録済みのプロセッサーを読む公開 API はない
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
@@ -61,29 +59,27 @@ class _Session:
         options = self.options
         self.environment.set(limits_of(options, self.backend, profile))
         self.environment.set_resource(options)
-        ours = [_keep_counting, *options.span_processors]
+        ours = [LEDGER.attach_if_rebuilt, *options.span_processors]
         others = [one for one in get_config().span_processors if one not in ours]
         if options.tracking_uri is not None:
             mlflow.set_tracking_uri(options.tracking_uri)  # 登録を消す
         mlflow.tracing.configure(span_processors=[*others, *ours])
-        self.connect()
-        if self.problem and options.strict:
-            raise TracingSetupError(f"{self.problem}; start the server or pass strict=False")
-        if self.problem:  # リクエストを待たせずに、背後で接続し直す
-            mlflow.tracing.disable()
+        try:
+            self.connect()
+        except Exception as error:
+            problem = self._problem_of(error)
+            if self._never_works(error):
+                raise TracingSetupError(problem) from None  # 元の文面には、パスワードが残る
+            if options.strict:
+                problem += "; start the server or pass strict=False"
+                raise TracingSetupError(problem) from None
+            mlflow.tracing.disable()  # リクエストを待たせずに、背後で接続し直す
+            self._stay_off(problem)
             self.start_reconnecting()
 
     def connect(self) -> None:
-        """接続して記録を始める。待てば直りうる失敗なら、理由を ``problem`` に残す。"""
-        name = self.options.experiment_name
-        try:
-            experiment_id = self._set_experiment(name)
-        except Exception as error:
-            problem = f"experiment {name!r} cannot be used: {hide_secrets(str(error))}"
-            if self._never_works(error):
-                raise TracingSetupError(problem) from None  # 元の文面には、パスワードが残る
-            self._stay_off(problem)
-            return
+        """接続して記録を始める。"""
+        experiment_id = self._set_experiment()
         if self.options.export_profile == "otlp":
             self.environment.set(otlp_environment(self.uri, experiment_id))
         renew_trace_buffer()
@@ -95,33 +91,31 @@ class _Session:
         self.experiment_id = experiment_id
         self.problem = ""
 
-    def _stay_off(self, problem: str) -> None:
-        if problem != self.problem:
-            logger.warning("tracing is off until the server answers: %s", problem)
-        self.problem = problem
+    def _problem_of(self, error: Exception) -> str:
+        reason = hide_secrets(str(error) or repr(error))
+        return f"experiment {self.options.experiment_name!r} cannot be used: {reason}"
 
     def _never_works(self, error: Exception) -> bool:
         refused_name = getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
         bad_uri = isinstance(error, ValueError | InvalidUrlException)
         return refused_name or bad_uri or self.backend == "sqlite"
 
-    def _set_experiment(self, name: str) -> str:
-        with self._short_requests():
-            found = TracingClient().store.get_experiment_by_name(name)  # 届かなければ、ここで分かる
-        if found is not None and not found.experiment_id:
-            raise ConnectionError("the server answered without an experiment (a proxy?)")
-        experiment_id = mlflow.set_experiment(name).experiment_id
+    def _stay_off(self, problem: str) -> None:
+        if problem != self.problem:
+            logger.warning("tracing is off until the server answers: %s", problem)
+        self.problem = problem
+
+    def _set_experiment(self) -> str:
+        if self.backend == "server":
+            self._ask_server()
+        experiment_id = mlflow.set_experiment(self.options.experiment_name).experiment_id
         # 同時に作って負けた側では、MLflow 3.17 の記録先は Default のままになる
         if os.environ.get("MLFLOW_EXPERIMENT_ID") != experiment_id:
             mlflow.set_experiment(experiment_id=experiment_id)
         return experiment_id
 
-    @contextlib.contextmanager
-    def _short_requests(self) -> Iterator[None]:
-        """サーバーへのリクエストを短く、1 回だけにする(既定の再試行は、数分続く)。"""
-        if self.backend != "server":
-            yield
-            return
+    def _ask_server(self) -> None:
+        """届くかを、1 回だけ、短く尋ねる(``set_experiment`` の再試行は、数分続く)。"""
         short = {
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(math.ceil(self.options.probe_timeout_seconds)),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -129,21 +123,25 @@ class _Session:
         usual = {name: os.environ[name] for name in short}
         os.environ.update(short)
         try:
-            yield
+            found = TracingClient().store.get_experiment_by_name(self.options.experiment_name)
         finally:
             os.environ.update(usual)
+        if found is not None and not found.experiment_id:
+            raise ConnectionError("the server answered without an experiment (a proxy?)")
 
     def start_reconnecting(self) -> None:
         threading.Thread(target=self._reconnect, name="trace-reconnect", daemon=True).start()
 
     def _reconnect(self) -> None:
-        while self.problem and not self.stop.wait(self.options.retry_seconds):
-            try:
-                with _lock:
-                    if not self.stop.is_set():
-                        self.connect()
-            except Exception as error:  # これも直りうる(削除したエクスペリメントを戻すなど)
-                self._stay_off(hide_secrets(str(error) or repr(error)))
+        while not self.stop.wait(self.options.retry_seconds):
+            with _lock:
+                if self.stop.is_set():
+                    return
+                try:
+                    self.connect()
+                    return
+                except Exception as error:  # どれも直りうる(削除したエクスペリメントを戻すなど)
+                    self._stay_off(self._problem_of(error))
 
     def undo(self) -> None:
         self.stop.set()
@@ -163,10 +161,6 @@ class SystemRandomIds(RandomIdGenerator):
 
     def generate_trace_id(self) -> int:
         return int.from_bytes(os.urandom(16), "big") or 1
-
-
-def _keep_counting(span: LiveSpan) -> None:
-    LEDGER.attach_if_rebuilt(span)
 
 
 _lock = threading.RLock()
