@@ -162,14 +162,14 @@ def _watch_mlflow_exporter(exporter: Any, ledger: Any) -> None:
     send_spans = exporter._export_spans_incrementally
 
     def log_trace(trace: Trace, *rest: Any, **named: Any) -> None:
-        if ledger.accept is None:
+        if ledger.spool is None:
             send_trace(trace, *rest, **named)
         else:
-            ledger.accept(trace)
+            ledger.spool.accept(trace)
 
     def log_finished(spans: Sequence[ReadableSpan]) -> None:
         # 呼び出し元のトレースに加わったスパンは、ここではトレースとして完成しない
-        if kept := [one for one in spans if ledger.accept is None or _joins_a_caller(one)]:
+        if kept := [one for one in spans if ledger.spool is None or _joins_a_caller(one)]:
             send_spans(kept)
 
     exporter._log_trace = log_trace

@@ -236,16 +236,6 @@ def test_a_moved_name_is_named_and_tracing_goes_on(
     assert len(stored("moved")) == 1
 
 
-def test_a_fork_leaves_the_pause_of_a_late_flush_as_it_was(counting: None) -> None:
-    LEDGER.stop_sending(0.0, for_good=False)
-    until = LEDGER._paused_until
-    LEDGER.hold()
-    assert LEDGER._paused_until > until
-    LEDGER.resume()
-    assert LEDGER._paused_until == until
-    LEDGER.start_over()
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_counts_from_zero(counting: None) -> None:
     LEDGER.ended("tr-of-the-parent")

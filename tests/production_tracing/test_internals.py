@@ -246,9 +246,9 @@ class Watcher:
 
     def __init__(self, takes: bool = False) -> None:
         self.ended_traces, self.sent, self.accepted = list[str](), list[str](), list[Any]()
-        self.accept: Any = self._take if takes else None
+        self.spool = self if takes else None
 
-    def _take(self, trace: Any) -> None:
+    def accept(self, trace: Any) -> None:
         self.accepted.append(trace)
 
     def ended(self, trace_id: str) -> None:

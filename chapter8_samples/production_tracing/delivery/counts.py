@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlflow
-from mlflow.entities import LiveSpan, Trace
+from mlflow.entities import LiveSpan
 
 from .. import _internals
 from .text import as_utf8
@@ -31,8 +31,7 @@ class Ledger:
     """終わったトレースと、その行き先の帳簿(プロセスに 1 つ)。"""
 
     def __init__(self) -> None:
-        self.accept: Callable[[Trace], None] | None = None  # TraceSpool
-        self.spooled: Callable[[], int] = lambda: 0
+        self.spool: Any = None  # 送る前に書く TraceSpool
         self.problem = ""  # 数えられないときの理由
         self._pipeline: Any = None
         self.start_over()
@@ -46,7 +45,8 @@ class Ledger:
         self._failure = ""
         self._sending = 0
         self._slowest = 0.0
-        self._paused_until = self._resume_at = 0.0
+        self._paused_until = 0.0
+        self._is_forking = False
         self.closed = False
 
     # ---- MLflow の送信に立ち会う ----
@@ -91,7 +91,7 @@ class Ledger:
             self._sent(time.monotonic() - started)
 
     def _may_send(self) -> bool:
-        while not self.closed and time.monotonic() < self._paused_until:
+        while not self.closed and (self._is_forking or time.monotonic() < self._paused_until):
             time.sleep(0.02)
         with self._changed:
             if not self.closed:
@@ -155,7 +155,8 @@ class Ledger:
         """いまの(待つ件数, 失った件数, ディスクの件数)。"""
         self.attach()
         self.settle()
-        return len(self._waiting), self._dropped, self.spooled()
+        spooled = self.spool.stats().pending if self.spool else 0
+        return len(self._waiting), self._dropped, spooled
 
     # ---- 期限つきのフラッシュ ----
 
@@ -179,14 +180,12 @@ class Ledger:
 
     def hold(self) -> None:
         """fork の間、送るのを止める(送るスレッドが握るロックは、子では永久に開かない)。"""
-        grace = self.grace_seconds(4.0)
-        self._resume_at = self._paused_until  # フラッシュが止めている途中なら、続きも止める
-        self._paused_until = time.monotonic() + grace + 2.0
+        self._is_forking = True
         with self._changed:
-            self._changed.wait_for(lambda: self._sending <= 0, grace)
+            self._changed.wait_for(lambda: self._sending <= 0, self.grace_seconds(4.0))
 
     def resume(self) -> None:
-        self._paused_until = self._resume_at
+        self._is_forking = False
 
     def renew(self) -> None:
         """fork した子で、新しい帳簿と送信処理にする。親の残りは親が送る。"""

@@ -70,30 +70,27 @@ def deliver(timeout_seconds: float, *, for_good: bool = False) -> FlushResult:
 
 
 def _finishes(started: float, deadline: float) -> bool:
-    try:
-        while True:
-            start_flush().get(timeout=max(0.0, deadline - time.monotonic()))
-            if not LEDGER.waiting(started):
-                return True
-            time.sleep(0.05)
-    except queue.Empty:
-        return False
+    while start_flush().wait(max(0.0, deadline - time.monotonic())):
+        if not LEDGER.waiting(started):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 _starting = threading.RLock()
 _owner = 0  # _requests を読むスレッドがいるプロセス
-_requests: queue.SimpleQueue[queue.SimpleQueue[None]]
+_requests: queue.SimpleQueue[threading.Event]  # シグナルハンドラーの中からも書ける
 
 
-def start_flush() -> queue.SimpleQueue[None]:
-    """専用のスレッドに頼む(終わると知らせが入る)。終了処理の中では、新しく起動できない。"""
+def start_flush() -> threading.Event:
+    """専用のスレッドに頼む(終わると立つ)。終了処理の中では、新しく起動できない。"""
     global _owner, _requests
     with _starting:
         if _owner != os.getpid():  # 最初か、fork した子
             _requests = queue.SimpleQueue()
             threading.Thread(target=_flush_forever, name="trace-flush", daemon=True).start()
             _owner = os.getpid()  # 起動できなければ、次にもう一度
-    done: queue.SimpleQueue[None] = queue.SimpleQueue()
+    done = threading.Event()
     _requests.put(done)
     return done
 
@@ -110,4 +107,4 @@ def _flush_forever() -> None:
         except Exception as error:
             logger.exception("trace flush failed")
             LEDGER.lost((), f"{type(error).__name__}: {error}")
-        done.put(None)
+        done.set()

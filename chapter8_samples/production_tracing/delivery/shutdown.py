@@ -90,10 +90,7 @@ class GracefulShutdownHandler:
             self._exit_by = time.monotonic() + self.timeout_seconds
             if number := self._signal_to_repeat() or next(iter(self._held), None):
                 self._deadline.put(number)
-        left = self._exit_by - _SPARE_SECONDS - time.monotonic()
-        self._deliver(max(0.1, left))
-
-    def _deliver(self, seconds: float) -> None:
+        seconds = max(0.1, self._exit_by - _SPARE_SECONDS - time.monotonic())
         result = deliver(seconds, for_good=True)
         kept = self.spool.drain(max(0.0, seconds - result.seconds)) if self.spool else 0
         if kept:

@@ -86,24 +86,22 @@ class TraceSpool:
         """MLflow の送信をこの置き場に切り替え(できなければ ``RuntimeError``)、残りも送り始める。"""
         if sends_only_otlp():
             raise RuntimeError("traces go only to OTLP, past the spool; use export_profile='burst'")
-        if LEDGER.accept == self.accept:
+        if LEDGER.spool is self:
             return self
-        if LEDGER.accept is not None:
+        if LEDGER.spool is not None:
             raise RuntimeError("another TraceSpool is installed; uninstall() it first")
         self._stop_counting = start_counting()
         if LEDGER.problem:
             self._stop_counting()
             raise RuntimeError(f"TraceSpool: {LEDGER.problem}")
-        LEDGER.accept = self.accept
-        LEDGER.spooled = lambda: len(self._pending)
+        LEDGER.spool = self
         self._start_sending()
         return self
 
     def uninstall(self) -> None:
         """MLflow の送信に戻し、背後で送るのをやめる。残ったファイルはそのまま置いておく。"""
-        if LEDGER.accept == self.accept:
-            LEDGER.accept = None
-            LEDGER.spooled = lambda: 0
+        if LEDGER.spool is self:
+            LEDGER.spool = None
             self._stop_counting()
         with self._changed:
             self._sender = None
