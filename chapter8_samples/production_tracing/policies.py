@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -79,28 +77,18 @@ class AdaptiveRate:
     def __post_init__(self) -> None:
         if not self.target_per_minute > 0:
             raise ValueError(f"target_per_minute={self.target_per_minute!r} must be > 0")
-        self._renew_lock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._renew_lock)
-        self._first: float | None = None
-        self._last = 0.0
-        self._sum = 0.0
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()  # fork のときに掛かっていると、子では永久に解かれない
+        self._seen: tuple[float, float, float] | None = None
 
     def __call__(self) -> float:
         """1 件の到着を数え、それを残す確率を返す。"""
         now = self.clock()
-        with self._lock:
-            if self._first is None:
-                self._first = self._last = now
-            before = self._sum * math.exp(-max(0.0, now - self._last) / MEMORY_SECONDS)
-            self._sum = before + 1.0
-            self._last = now
-            seen = max(now - self._first, 1e-3)
+        first, last, total = self._seen or (now, now, 0.0)
+        before = total * math.exp(-max(0.0, now - last) / MEMORY_SECONDS)
+        # ロックはいらない。同時に来た 1 件を数え損ねても、確率は重みに入るので偏らない
+        self._seen = first, now, before + 1.0
         if before == 0:
             return 1.0
+        seen = max(now - first, 1e-3)
         # 始まってすぐの過小評価を補正した、1 秒あたりの件数
         rate = before / (MEMORY_SECONDS * (1 - math.exp(-seen / MEMORY_SECONDS)))
         return min(1.0, self.target_per_minute / 60.0 / rate)

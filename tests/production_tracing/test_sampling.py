@@ -672,22 +672,6 @@ def test_adaptive_sampler_end_to_end(collected: Any, monkeypatch: pytest.MonkeyP
         AdaptiveRate(0)
 
 
-def test_a_rate_asked_by_another_thread_at_the_fork_answers_in_the_child(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    hooks: list[Any] = []
-    monkeypatch.setattr(os, "register_at_fork", lambda **given: hooks.append(given), raising=False)
-    rate = AdaptiveRate(60)
-    rate._lock.acquire()
-    for hook in hooks:
-        hook["after_in_child"]()
-    answers: list[float] = []
-    asking = threading.Thread(target=lambda: answers.append(rate()), daemon=True)
-    asking.start()
-    asking.join(2)
-    assert answers == [1.0]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="only on POSIX: fork")
 def test_a_fork_while_another_thread_decides_leaves_the_child_working(tracking_uri: str) -> None:
     mlflow.set_experiment("tail")
