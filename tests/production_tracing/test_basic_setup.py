@@ -11,8 +11,6 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from inspect import isclass as is_class
 from pathlib import Path
 from typing import Any
@@ -299,35 +297,6 @@ def test_unreachable_server_is_an_error_when_strict(free_port: int) -> None:
     assert not mlflow.is_tracking_uri_set()
 
 
-@pytest.fixture
-def broken_server() -> Iterator[str]:
-    """応答はするが、奥のデータベースが止まっているサーバー。"""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/health" else 503)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-def test_server_whose_database_is_down_does_not_stop_the_app(broken_server: str) -> None:
-    def setup(**options: Any) -> Any:
-        return setup_production_tracing("a", tracking_uri=broken_server, **options)
-
-    with pytest.raises(TracingSetupError, match="503"):
-        setup(strict=True)
-    status = setup()
-    assert not status.ready and "experiment 'a' cannot be used" in status.warnings[0]
-    assert answer(1) == 1
-
-
 @pytest.mark.slow
 def test_forked_worker_keeps_reconnecting(program: Any, free_port: int) -> None:
     """サーバーの停止中に fork したワーカー(gunicorn の --preload など)も、後で記録を始める。"""
@@ -345,26 +314,6 @@ print(os.wait()[1])
 """
     code, out, error = program.run(body)
     assert (code, out) == (0, "True 7 None\n0\n"), error
-
-
-@pytest.mark.slow
-def test_tracing_starts_by_itself_when_the_server_appears(
-    free_port: int, tmp_path: Path, stored: Any
-) -> None:
-    from chapter8_samples._lab.servers.mlflow_server import MlflowServer
-
-    setup_production_tracing(
-        "late", tracking_uri=f"http://127.0.0.1:{free_port}", retry_seconds=0.5
-    )
-    answer(0)
-    with MlflowServer(tmp_path, port=free_port):
-        deadline = time.monotonic() + 60
-        while not (status := tracing_status()) or not status.ready:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        answer(1)
-        assert len(stored("late")) == 1
-        reset_production_tracing()
 
 
 @pytest.mark.slow

@@ -69,7 +69,9 @@ def test_backlog_is_visible_and_a_flush_in_time_reports_nothing(
     result = flush_traces(30)
     assert (result.ok, result.undelivered, result.error) == (True, 0, None)
     assert LEDGER.counts() == (0, 0, 0)
-    assert len(stored("counts", include_spans=False)) == 5
+    record(1)  # フラッシュの後も、記録は続く
+    assert flush_traces(30).ok
+    assert len(stored("counts", include_spans=False)) == 6
 
 
 def test_a_flush_that_is_too_late_says_how_many(
@@ -244,21 +246,6 @@ def test_a_forked_child_counts_from_zero(counting: None) -> None:
         os._exit(LEDGER.counts()[0])
     assert os.waitpid(child, 0)[1] == 0
     assert LEDGER.counts()[0] == 1
-
-
-def test_spool_counts_the_files_on_disk(counting: None, tmp_path: Any) -> None:
-    def down(_traces: object) -> None:
-        raise ConnectionError("refused")
-
-    spool = TraceSpool(tmp_path / "spool", deliver=down, cooldown_seconds=60).install()
-    try:
-        record(3)
-        result = flush_traces(30)
-        assert (result.ok, result.undelivered) == (True, 0)
-        assert LEDGER.counts() == (0, 0, 3)
-    finally:
-        spool.uninstall()
-    assert LEDGER.counts()[2] == 0
 
 
 def _fail(span: Any) -> None:

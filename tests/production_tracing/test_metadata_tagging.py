@@ -17,7 +17,6 @@ from chapter8_samples.production_tracing.metadata_tagging import (
     add_trace_metadata,
     context_from_headers,
     find_traces,
-    init_flask,
     request_scope,
 )
 from chapter8_samples.production_tracing.propagation import incoming_trace
@@ -214,26 +213,6 @@ def test_fastapi_middleware(tracking_uri: str, stored: Any) -> None:
     (traced,) = find_traces(user="traced")
     assert [span.name for span in traced.data.spans] == ["chat", "step"]
     assert len(find_traces()) == 5
-
-
-@pytest.mark.slow
-def test_flask_hook(tracking_uri: str, stored: Any) -> None:
-    from flask import Flask
-
-    mlflow.set_experiment("flask")
-    app = Flask("app")
-    init_flask(app)
-
-    @app.get("/")
-    def index() -> str:
-        step()
-        return "ok"
-
-    client = app.test_client()
-    client.get("/", headers={"X-User-Id": "u1", "X-Session-Id": "s1"})
-    client.get("/")
-    stored()
-    assert len(find_traces(user="u1", session="s1")) == 1 and len(find_traces()) == 2
 
 
 def test_scopes_of_concurrent_requests_do_not_mix(collected: Any) -> None:

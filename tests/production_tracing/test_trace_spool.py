@@ -24,6 +24,7 @@ from mlflow.utils.rest_utils import verify_rest_response
 from chapter8_samples.production_tracing.__main__ import main
 from chapter8_samples.production_tracing.delivery import spool as trace_spool
 from chapter8_samples.production_tracing.delivery.counts import LEDGER, start_counting
+from chapter8_samples.production_tracing.delivery.flush import flush_traces
 from chapter8_samples.production_tracing.delivery.spool import TraceSpool, replay
 from chapter8_samples.production_tracing.graceful_shutdown import setup_graceful_shutdown
 
@@ -259,7 +260,7 @@ def test_text_that_no_file_can_hold_waits_on_disk_like_any_other(
     with mlflow.start_span("surrogate") as root:
         root.set_inputs("\ud800")
     record("fine")
-    assert LEDGER.counts() == (0, 0, 2)
+    assert flush_traces(30).ok and LEDGER.counts() == (0, 0, 2)
     server.error = None
     assert spool.drain(30) == 0
     assert {trace.data.spans[0].inputs for trace in stored() if len(trace.data.spans) == 1} == {
