@@ -346,15 +346,14 @@ def test_setup_in_a_thread_warns_and_is_completed_in_the_main_thread(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_where_uvicorn_cannot_be_held_the_setup_says_what_to_use(
+def test_on_windows_the_setup_says_what_to_use_with_uvicorn(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Windows のかわりに、``pthread_sigmask`` がないことにする。"""
     from uvicorn import Config, Server
 
     from chapter8_samples.production_tracing.delivery import shutdown
 
-    monkeypatch.setattr(shutdown, "_CAN_HOLD", False)
+    monkeypatch.setattr(shutdown, "_ON_WINDOWS", True)
     before = signal.signal(signal.SIGTERM, Server(Config("app:app")).handle_exit)
     try:
         setup_graceful_shutdown(5).unregister()
@@ -363,17 +362,22 @@ def test_where_uvicorn_cannot_be_held_the_setup_says_what_to_use(
     assert "use FastAPI(lifespan=tracing_lifespan)" in caplog.text
 
 
-def test_a_signal_that_uvicorn_got_before_the_setup_is_held_too() -> None:
-    """アプリの import の途中で届いた SIGTERM。uvicorn は起動を終えてから自分に送り直す。"""
-    from uvicorn import Config, Server
-
-    server = Server(Config("app:app"))
-    before = signal.signal(signal.SIGTERM, server.handle_exit)
-    server.should_exit = True
-    try:
-        handler = setup_graceful_shutdown(5)
-        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        handler.unregister()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+@pytest.mark.slow
+def test_a_signal_that_uvicorn_got_before_the_setup_stores_what_was_traced(
+    program: Any, stored: Any
+) -> None:
+    """アプリの import の途中で届いた SIGTERM。uvicorn は、後で自分に送り直して、即死する。"""
+    body = """
+    import uvicorn
+    def load():
+        for number in range(15): work(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        setup_graceful_shutdown(timeout_seconds=20)
+    class Config(uvicorn.Config):
+        def load(self):
+            load()
+    uvicorn.Server(Config("app:app")).run()
+    """
+    assert program.run(body)[0] == -signal.SIGTERM
+    assert len(stored("child", include_spans=False)) == 15

@@ -26,7 +26,7 @@ from .spool import TraceSpool
 logger = logging.getLogger(__name__)
 
 _SPARE_SECONDS = 0.5  # 期限で強制終了する前に、結果をログに残す余裕
-_CAN_HOLD = hasattr(signal, "pthread_sigmask")  # Windows にはない
+_ON_WINDOWS = os.name == "nt"
 
 
 class GracefulShutdownHandler:
@@ -64,9 +64,8 @@ class GracefulShutdownHandler:
 
     def _start_over(self) -> None:
         """スレッドを起動しておく(終わりかけてからではできない)。fork した子では、もう一度。"""
-        self._received: signal.Signals | None = None
+        self._received: int | None = None
         self._exit_by: float | None = None
-        self._held: set[int] = set()
         self._deadline: queue.SimpleQueue[int] = queue.SimpleQueue()
         start_flush()
         threading.Thread(target=self._watch, name="trace-flush-deadline", daemon=True).start()
@@ -88,7 +87,7 @@ class GracefulShutdownHandler:
             return
         if self._exit_by is None:
             self._exit_by = time.monotonic() + self.timeout_seconds
-            if number := self._signal_to_repeat() or next(iter(self._held), None):
+            if number := self._signal_to_repeat():
                 self._deadline.put(number)
         seconds = max(0.1, self._exit_by - _SPARE_SECONDS - time.monotonic())
         result = deliver(seconds, for_good=True)
@@ -116,10 +115,11 @@ class GracefulShutdownHandler:
             previous = self._previous[number] = signal.getsignal(number)
             if previous is not signal.SIG_IGN:  # nohup などの指定はそのまま
                 signal.signal(number, self._on_signal)
-            if getattr(getattr(previous, "__self__", None), "should_exit", False):
-                self._hold_if_raised_again(number)  # 起動中に届いていた
-        if not _CAN_HOLD and any(map(self._is_uvicorns, self._previous)):
-            logger.warning("this uvicorn ends too early: use FastAPI(lifespan=tracing_lifespan)")
+        if uvicorn := self._uvicorn(signal.SIGTERM):
+            if _ON_WINDOWS:  # ワーカーは、ほかのシグナルで止められる
+                logger.warning("uvicorn may end too early: use FastAPI(lifespan=tracing_lifespan)")
+            if uvicorn.should_exit:  # 起動中に届いていた
+                self._leave(signal.SIGTERM)
 
     def _restore_signals(self) -> None:
         for number, previous in self._previous.items():
@@ -127,49 +127,47 @@ class GracefulShutdownHandler:
                 signal.signal(number, previous)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self._received = signal.Signals(number)
         previous = self._previous.get(number)
-        if callable(previous) and self._exit_by is None:  # アプリやサーバーのハンドラーが決める
-            self._hold_if_raised_again(number)
+        if self._exit_by is not None or not callable(previous):
+            self._leave(number)
+        elif uvicorn := self._uvicorn(number):
+            self._received = number
+            uvicorn.should_exit = True
+        else:  # アプリやサーバーのハンドラーが決める
             previous(number, frame)
-            return
+
+    def _uvicorn(self, number: int) -> Any:
+        """シグナルを受けていた ``uvicorn.Server``(なければ ``None``)。
+
+        その ``handle_exit`` を呼ぶと、止まり終えてから同じシグナルを自分に送り直し、即死する
+        (Ctrl+C では、ふつうに終わる)。
+        """
+        server = getattr(self._previous.get(number), "__self__", None)
+        return server if hasattr(server, "should_exit") and number != signal.SIGINT else None
+
+    def _leave(self, number: int) -> None:
         self._deadline.put(number)
         if self._exit_by is None:  # 終了処理の送信は中断しない
+            self._received = number
             self._exit_by = time.monotonic() + self.timeout_seconds
             start_flush()
             raise SystemExit(128 + number)
 
-    def _is_uvicorns(self, number: int) -> bool:
-        return str(getattr(self._previous[number], "__module__", "")).startswith("uvicorn.")
-
-    def _hold_if_raised_again(self, number: int) -> None:
-        # uvicorn は、止まり終えると設定を既定に戻し、同じシグナルを自分に送って即死する。送り終える
-        # まで、メインスレッドへの分だけを止めておく(外からのシグナルは、別のスレッドが受ける)
-        if _CAN_HOLD and self._is_uvicorns(number) and number != signal.SIGINT:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-            self._held.add(number)
-
     def _at_exit(self) -> None:
         self._deliver_before_the_end()
-        number = self._signal_to_repeat()
-        if number or self._held:
+        if number := self._signal_to_repeat():
             logging.shutdown()
             with contextlib.suppress(AttributeError, OSError, ValueError):  # 閉じた標準出力
                 sys.stdout.flush()
-        if self._held:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._held)
-        if number:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)  # 待つ側には「シグナルで終わった」と見える
 
-    def _signal_to_repeat(self) -> signal.Signals | None:
+    def _signal_to_repeat(self) -> int | None:
         if threading.current_thread() is not threading.main_thread():
             return None
         if getattr(sys, "last_type", None) is KeyboardInterrupt:
             return signal.SIGINT  # MLflow の終了処理で 1 に変わる終了コードを 130 に戻す
-        if self._received and not callable(self._previous.get(self._received)):
-            return self._received
-        return None
+        return self._received
 
 
 _installed: GracefulShutdownHandler | None = None
