@@ -28,6 +28,7 @@ from .text import as_utf8
 
 logger = logging.getLogger(__name__)
 
+_MAX_BATCH = 50  # 一度に送る件数
 _IDLE_SECONDS = 60.0  # これだけ手が空いたら、終わった別のプロセスの残りを探す
 
 
@@ -167,7 +168,7 @@ class TraceSpool:
 
     def _send_forever(self) -> None:
         me = threading.current_thread()
-        size = 50
+        size = _MAX_BATCH
         while True:
             with self._changed:
                 while not self._changed.wait_for(
@@ -180,10 +181,12 @@ class TraceSpool:
                 return
             try:
                 self._send(batch)
-                size = 50
+                size = min(_MAX_BATCH, 2 * size)
             except Exception as error:
-                logger.warning("%d traces wait on disk: %s", len(self._pending), str(error)[:200])
                 size = max(1, len(batch) // 2)
+                if _is_rejection(error):  # 半分ずつ、その 1 件まで絞る
+                    continue
+                logger.warning("%d traces wait on disk: %s", len(self._pending), str(error)[:200])
                 with self._changed:
                     for path in filter(self._pending.__contains__, batch):  # 他を待たせない
                         self._pending[path] = self._pending.pop(path)
@@ -191,18 +194,14 @@ class TraceSpool:
                     self._hurry = False
 
     def _send(self, batch: list[Path]) -> None:
-        """送って、ファイルを消す。まとめて拒否されたら、1 件ずつ確かめる。"""
+        """送って、ファイルを消す。1 件だけで拒否されたものは、よける。"""
         traces = [trace for trace in map(self._load, batch) if trace is not None]
         try:
             self._deliver(traces)
             self._delivered += len(traces)
         except Exception as error:
-            if not _is_rejection(error):
+            if len(batch) > 1 or not _is_rejection(error):
                 raise
-            if len(batch) > 1:
-                for path in batch:
-                    self._send([path])
-                return
             self._set_aside(batch[0], f"rejected ({str(error)[:200]})")
         with self._changed:
             for path in batch:
