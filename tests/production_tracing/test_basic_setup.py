@@ -317,15 +317,6 @@ print(os.wait()[1])
 
 
 @pytest.mark.slow
-def test_server_backend_bounds_http_and_stores(mlflow_server_url: str, stored: Any) -> None:
-    status = setup_production_tracing("server-setup", tracking_uri=mlflow_server_url)
-    assert status.backend == "server"
-    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
-    answer(1)
-    assert len(stored("server-setup")) == 1
-
-
-@pytest.mark.slow
 def test_otlp_profile_sends_a_burst_to_the_server(mlflow_server_url: str) -> None:
     from chapter8_samples.production_tracing.delivery.flush import flush_traces
     from chapter8_samples.production_tracing.metadata_tagging import (
@@ -351,11 +342,12 @@ def test_otlp_profile_sends_a_burst_to_the_server(mlflow_server_url: str) -> Non
 
 
 @pytest.mark.slow
-def test_no_request_to_the_server_per_traced_call(mlflow_server_url: str) -> None:
+def test_no_request_to_the_server_per_traced_call(mlflow_server_url: str, stored: Any) -> None:
     """環境変数だけで設定すると 1 トレースごとに 1 往復待つ。設定後はそれがない。"""
     import requests
 
-    setup_production_tracing("no-get", tracking_uri=mlflow_server_url)
+    assert setup_production_tracing("no-get", tracking_uri=mlflow_server_url).backend == "server"
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "2"
     answer(0)
     calls: list[str] = []
     original = requests.Session.request
@@ -372,6 +364,7 @@ def test_no_request_to_the_server_per_traced_call(mlflow_server_url: str) -> Non
     finally:
         requests.Session.request = original  # type: ignore[method-assign]
     assert calls == []
+    assert len(stored("no-get")) == 21
 
 
 def test_early_traces_do_not_leave_the_small_buffer(tracking_uri: str) -> None:

@@ -68,11 +68,6 @@ def step(message: str) -> str:
     return str(mlflow.get_active_trace_id())
 
 
-def test_outside_of_everything(logged: Any) -> None:
-    app_log.info("start")
-    assert logged() == ["- - start"]
-
-
 def test_trace_and_request_of_a_scope(logged: Any) -> None:
     with request_scope(RequestContext(request_id="r1")):
         app_log.info("before")

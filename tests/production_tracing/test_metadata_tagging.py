@@ -144,20 +144,6 @@ def test_a_value_that_is_no_string_is_refused() -> None:
         find_traces(user=number)
 
 
-@pytest.mark.slow
-def test_scope_covers_traces_of_others(tracking_uri: str, stored: Any) -> None:
-    mlflow.set_experiment("scope")
-    scope = request_scope(RequestContext(user_id="u", session_id="s", request_id="r"))
-    with scope, mlflow.start_span("library"):
-        pass
-    with mlflow.start_span("outside"):
-        pass
-    stored()
-    assert [t.data.spans[0].name for t in find_traces(user="u", session="s", request_id="r")] == [
-        "library"
-    ]
-
-
 @mlflow.trace
 def step() -> None: ...
 

@@ -310,23 +310,21 @@ def bodies() -> dict[str, Callable[[], Any]]:
     }
 
 
-BODIES = pytest.mark.parametrize("body", ["traced", "context of traced", "traced with context"])
-
-
-@BODIES
-def test_flask_streams_keep_user_and_session(collected: Any, body: str) -> None:
-    check_flask_stream(collected, body, "all", "init_flask")
-
-
-@pytest.mark.slow
-@BODIES
-@pytest.mark.parametrize("read", ["all", "first", "none"])
-@pytest.mark.parametrize("scoped", ["init_flask", "request_scope"])
-def test_flask_streams_however_they_end(collected: Any, body: str, read: str, scoped: str) -> None:
-    check_flask_stream(collected, body, read, scoped)
-
-
-def check_flask_stream(collected: Any, body: str, read: str, scoped: str) -> None:
+@pytest.mark.parametrize("body", ["traced", "context of traced", "traced with context"])
+@pytest.mark.parametrize(
+    ("scoped", "read"),
+    [
+        ("init_flask", "all"),
+        pytest.param("init_flask", "first", marks=SLOW),
+        pytest.param("init_flask", "none", marks=SLOW),
+        pytest.param("request_scope", "all", marks=SLOW),
+        pytest.param("request_scope", "first", marks=SLOW),
+        pytest.param("request_scope", "none", marks=SLOW),
+    ],
+)
+def test_flask_streams_keep_user_and_session_however_they_end(
+    collected: Any, body: str, scoped: str, read: str
+) -> None:
     from flask import Flask, Response
 
     app = Flask("app")

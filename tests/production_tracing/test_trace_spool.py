@@ -145,13 +145,15 @@ def test_rejected_and_unreadable_traces_are_set_aside(
     spool: TraceSpool, server: Server, stored: Any
 ) -> None:
     server.reject = {"poison"}
-    record("good", "poison", "good")
+    server.error = ConnectionError("refused")  # 一度に送られるように、ためておく
+    record(*["good"] * 6, "poison", *["good"] * 6)
+    server.error = None
     assert spool.drain(30) == 0
     (spool.directory / "tr-broken.json").write_text("{", encoding="utf-8")
     spool.uninstall()
     assert replay(spool.directory).dead == 1
     assert len(list((spool.directory / "dead").iterdir())) == 2
-    assert (spool.stats().dead, spool.stats().delivered, len(stored())) == (1, 2, 2)
+    assert (spool.stats().dead, spool.stats().delivered, len(stored())) == (1, 12, 12)
 
 
 def test_one_trace_that_the_server_never_takes_does_not_hold_the_others_back(
