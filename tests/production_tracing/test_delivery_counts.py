@@ -125,7 +125,7 @@ def test_flushes_that_are_too_late_one_after_another_let_the_next_traces_through
 ) -> None:
     """リクエストのたびに短く待つアプリ。1 度遅れた後、サーバーは健康でも、止め続けてはいけない。"""
     now = [1000.0]
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: None)
+    clock = SimpleNamespace(monotonic=lambda: now[0])
     monkeypatch.setattr(counts, "time", clock)
     may_send.clear()
     record(3)

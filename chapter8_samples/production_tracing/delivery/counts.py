@@ -91,9 +91,9 @@ class Ledger:
             self._sent(time.monotonic() - started)
 
     def _may_send(self) -> bool:
-        while not self.closed and (self._is_forking or time.monotonic() < self._paused_until):
-            time.sleep(0.02)
         with self._changed:
+            while not self.closed and (self._is_forking or time.monotonic() < self._paused_until):
+                self._changed.wait(0.02)
             if not self.closed:
                 self._sending += 1
             return not self.closed
@@ -180,8 +180,8 @@ class Ledger:
 
     def hold(self) -> None:
         """fork の間、送るのを止める(送るスレッドが握るロックは、子では永久に開かない)。"""
-        self._is_forking = True
         with self._changed:
+            self._is_forking = True
             self._changed.wait_for(lambda: self._sending <= 0, self.grace_seconds(4.0))
 
     def resume(self) -> None:
