@@ -69,7 +69,11 @@ def test_previous_handler_is_chained_and_may_keep_the_process_alive(
     program: Any, stored: Any
 ) -> None:
     body = (
-        "seen = []\nsignal.signal(signal.SIGTERM, lambda *a: seen.append(1))\n"
+        "seen = []\n"
+        "class App:\n"
+        "    should_exit = False  # uvicorn.Server にもある名前\n"
+        "    def stop(self, *_): seen.append(1)\n"
+        "signal.signal(signal.SIGTERM, App().stop)\n"
         + SETUP
         + WORK
         + SELF_TERM

@@ -142,8 +142,11 @@ class GracefulShutdownHandler:
         その ``handle_exit`` を呼ぶと、止まり終えてから同じシグナルを自分に送り直し、即死する
         (Ctrl+C では、ふつうに終わる)。
         """
-        server = getattr(self._previous.get(number), "__self__", None)
-        return server if hasattr(server, "should_exit") and number != signal.SIGINT else None
+        previous = self._previous.get(number)
+        is_uvicorns = str(getattr(previous, "__module__", "")).startswith("uvicorn.")
+        if number == signal.SIGINT or not is_uvicorns:
+            return None
+        return getattr(previous, "__self__", None)
 
     def _leave(self, number: int) -> None:
         self._deadline.put(number)
