@@ -169,8 +169,7 @@ _session: _Session | None = None
 
 def _after_fork() -> None:
     """fork した子(gunicorn の ``--preload`` など)にスレッドは残らない。子でも接続し直す。"""
-    global _lock
-    _lock = threading.RLock()
+    _lock.release()
     if _session is not None and _session.problem:
         _session.stop = threading.Event()
         _session.start_reconnecting()
@@ -181,9 +180,7 @@ def _watch_forks() -> None:
     # 接続の途中で fork すると、子には、短くした期限と、MLflow の掛かったままのロックが残る
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
-            before=lambda: _lock.acquire(),
-            after_in_parent=lambda: _lock.release(),
-            after_in_child=_after_fork,
+            before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_after_fork
         )
 
 
