@@ -77,27 +77,30 @@ def _finishes(started: float, deadline: float) -> bool:
     return False
 
 
-_starting = threading.RLock()
 _owner = 0  # _requests を読むスレッドがいるプロセス
-_requests: queue.SimpleQueue[threading.Event]  # シグナルハンドラーの中からも書ける
+_requests: queue.SimpleQueue[threading.Event]
 
 
 def start_flush() -> threading.Event:
-    """専用のスレッドに頼む(終わると立つ)。終了処理の中では、新しく起動できない。"""
+    """専用のスレッドに頼む(終わると立つ)。終了処理の中では、新しく起動できない。
+
+    シグナルハンドラーからも呼べるように、ロックは使わない(同時なら、余分なスレッドが残るだけ)。
+    """
     global _owner, _requests
-    with _starting:
-        if _owner != os.getpid():  # 最初か、fork した子
-            _requests = queue.SimpleQueue()
-            threading.Thread(target=_flush_forever, name="trace-flush", daemon=True).start()
-            _owner = os.getpid()  # 起動できなければ、次にもう一度
+    if _owner != os.getpid():  # 最初か、fork した子。起動できなければ、次にもう一度
+        requests: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
+        threading.Thread(
+            target=_flush_forever, args=(requests,), name="trace-flush", daemon=True
+        ).start()
+        _requests, _owner = requests, os.getpid()
     done = threading.Event()
     _requests.put(done)
     return done
 
 
-def _flush_forever() -> None:
+def _flush_forever(requests: queue.SimpleQueue[threading.Event]) -> None:
     while True:
-        done = _requests.get()
+        done = requests.get()
         try:
             LEDGER.attach()
             mlflow.flush_trace_async_logging()  # terminate=True では、その後のトレースが消える
