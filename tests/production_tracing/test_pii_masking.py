@@ -265,6 +265,14 @@ def test_ids_are_left_alone(value: uuid.UUID) -> None:
     assert mask_pii().text(f"request {value}") == f"request {value}"
 
 
+def test_every_escaped_byte_alone_is_left_alone() -> None:
+    """C:%5Cdata のような URL の 1 文字で、スパンごと隠さない。"""
+    for byte in range(256):
+        for escape in (f"%{byte:02X}", f"%25{byte:02x}", rf"\x{byte:02x}", f"%5Cx{byte:02X}"):
+            for text in (escape, f"C:{escape}data", escape * 3):
+                assert mask_pii().text(text) == text
+
+
 @given(st.text())
 def test_text_without_secrets_changes_only_by_labels(text: str) -> None:
     masked = mask_pii().text(text)

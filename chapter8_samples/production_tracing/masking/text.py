@@ -32,13 +32,13 @@ Path = tuple[str, ...]
 @lru_cache(4096)
 def _decoded(escape: str) -> str:
     """エスケープが表す 1 文字。幅のない文字は消す。"""
-    code = re.sub(r"(?i)^(?:\\|%5c)+", "", escape)
+    code = re.sub(r"(?i)^(?:\\|%5c)+(?=[unrtx])", "", escape)  # "%5C" だけなら、円記号そのもの
     if code[0] == "u":
         code = chr(int(code[1:], 16))
     elif code in "nrt":
         code = " "
     elif len(code) > 1:
-        values = bytes.fromhex(re.sub(r"(?i)%5c|%(?:25)+|[^0-9a-f]", "", code))
+        values = bytes.fromhex(re.sub(r"(?i)%5c(?=x|%5c|\\)|%(?:25)+|[^0-9a-f]", "", code))
         code = values.decode("latin-1" if len(values) == 1 else "utf-8", "replace")[:1]
     return re.sub(f"[{_UNSEEN}]", "", code)
 
