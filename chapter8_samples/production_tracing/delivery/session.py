@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Final
 
 import mlflow.tracing
+from mlflow.entities import LiveSpan
 from mlflow.exceptions import InvalidUrlException
 from mlflow.tracing.config import get_config  # 登録済みのプロセッサーを読む公開 API はない
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
@@ -59,7 +60,7 @@ class _Session:
         options = self.options
         self.environment.set(limits_of(options, self.backend, profile))
         self.environment.set_resource(options)
-        ours = [LEDGER.attach_if_rebuilt, *options.span_processors]
+        ours = [_keep_counting, *options.span_processors]
         others = [one for one in get_config().span_processors if one not in ours]
         if options.tracking_uri is not None:
             mlflow.set_tracking_uri(options.tracking_uri)  # 登録を消す
@@ -161,6 +162,10 @@ class SystemRandomIds(RandomIdGenerator):
 
     def generate_trace_id(self) -> int:
         return int.from_bytes(os.urandom(16), "big") or 1
+
+
+def _keep_counting(span: LiveSpan) -> None:
+    LEDGER.attach_if_rebuilt(span)  # MLflow は、引数が self と span のメソッドを受け取らない
 
 
 _lock = threading.RLock()
