@@ -194,7 +194,7 @@ class Journal:
             if all(written.lease != lease for written in self.history()):
                 raise ConcurrentChangeError(f"another process changed {self.target.uri()} first")
             yield change
-        except Exception:
+        except BaseException:  # Ctrl+C の後も、このプロセスは生きている
             self._let_go(lease)
             raise
 
