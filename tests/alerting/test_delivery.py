@@ -723,6 +723,19 @@ def test_what_was_pending_is_sent_once_in_order_and_its_result_can_be_asked_for(
     assert "high_error_rate" not in caplog.text  # 送っている途中のものを、失われたとは言わない
 
 
+def test_what_stop_took_back_is_reported_at_once(slow: Slow) -> None:
+    notifier, _ = slow_and_fast(slow)
+    notifier.notify(six())
+    threading.Timer(0.2, slow.go.set).start()  # 送っている途中の 1 件だけは、待つ
+    notifier.stop()
+    notifier.wait_seconds = 30.0
+    started = time.monotonic()
+    results = notifier.notify(six(), only=slow_only(six()))
+    assert time.monotonic() - started < 10
+    assert slow.sent == ["a0 firing"]
+    assert [(d.ok, d.retryable) for d in results if d.handler == "slow"][1:] == [(False, True)] * 5
+
+
 def test_a_reminder_is_sent_even_if_the_first_result_was_never_asked_for(slow: Slow) -> None:
     notifier, _ = slow_and_fast(slow)
     notifier.notify(ALERT)

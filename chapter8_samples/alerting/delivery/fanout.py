@@ -157,7 +157,7 @@ class Fanout:
             for alert in [alert for alert, names in targets if name in names]:
                 job = queue.put(alert, again=alert.fingerprint in again)
                 jobs.append((queue, alert, job))
-                if not behind:
+                if not (behind or job.done()):  # stop() が取り消したものは、待つと時間切れになる
                     awaited.append(job)
         wait(awaited, timeout=wait_seconds)
         return [queue.take(alert, job) for queue, alert, job in jobs]
