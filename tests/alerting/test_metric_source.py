@@ -223,6 +223,14 @@ def test_rows_are_counted_like_a_human() -> None:
     assert_split(RecordedTraces(rows), requests)
 
 
+@pytest.mark.parametrize(
+    "metric", ["trace_count", "assessment_count:tone", "cost_usd", "total_tokens"]
+)
+def test_none_at_all_reads_the_same_from_the_state_file(metric: str) -> None:
+    value = measure(metric, 60.0, RowNumbers([])).value
+    assert json.dumps(value) == "0.0"  # 0 なら、読み直すと 0.0 になり、Webhook の ID が変わる
+
+
 def test_a_label_with_too_many_values_is_refused() -> None:
     rows = [TraceRow(trace_id=f"t{i}", at_ms=i, tags={"user": f"u{i}"}) for i in range(51)]
     source = RecordedTraces(rows)

@@ -185,7 +185,7 @@ def metric_problem(metric: str, *, rate_for: str = "") -> str:
 
 def _add(tallies: Iterable[Tally | None]) -> Tally:
     found = [t for t in tallies if t]
-    return Tally(sum(t.weight for t in found), sum(t.seen for t in found))
+    return Tally(sum((t.weight for t in found), 0.0), sum(t.seen for t in found))
 
 
 def _ratio(part: Iterable[Tally | None], whole: Iterable[Tally | None]) -> MetricSample:
@@ -267,8 +267,8 @@ class RowNumbers:
     def total(self, amount: str) -> float:
         """コスト(``cost_usd``)か、トークンの合計。"""
         if amount == "cost_usd":
-            return sum((row.cost_usd or 0.0) * row.weight for row in self.rows)
-        return sum(row.tokens.get(amount, 0) * row.weight for row in self.rows)
+            return sum(((row.cost_usd or 0.0) * row.weight for row in self.rows), 0.0)
+        return sum((row.tokens.get(amount, 0) * row.weight for row in self.rows), 0.0)
 
     def verdicts(self, name: str) -> dict[str, Tally]:
         """評価の値ごとの件数。"""
