@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
-from chapter8_samples.alerting.delivery import Alert, Delivery, NotificationHandler
+from chapter8_samples.alerting.delivery import (
+    Alert,
+    Delivery,
+    NotificationHandler,
+    SignedWebhookNotificationHandler,
+    json_bytes,
+)
 from chapter8_samples.alerting.engine import AlertEngine, StateHeldError
 from chapter8_samples.alerting.engine.file import StateFile
 from chapter8_samples.alerting.metrics.measures import MetricSample, MetricSourceError
@@ -268,6 +274,14 @@ def test_each_route_has_its_own_pace() -> None:
 def test_a_firing_alert_may_be_repeated() -> None:
     engine = AlertEngine(config(rule(), repeat="1m"), Scripted(error_rate=[1]))
     assert [i for i, *_ in run(engine, 5)] == [0, 2, 4]
+
+
+def test_a_reminder_with_the_same_value_is_no_repeat_of_the_delivery_before() -> None:
+    engine = AlertEngine(config(rule(), repeat="1m"), Scripted(error_rate=[1]))
+    hook = SignedWebhookNotificationHandler("https://example.com/hook", "s3cret")
+    told = [alert for i in range(5) for alert in engine.evaluate(START + i * STEP)]
+    ids = [hook.headers(a, json_bytes(hook.payload(a)))["webhook-id"] for a in told]
+    assert len(set(ids)) == 3  # 同じ ID では、受け手が捨てる
 
 
 def test_active_alerts_are_offered_to_handlers_that_need_them_every_cycle() -> None:

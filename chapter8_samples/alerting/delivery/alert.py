@@ -62,6 +62,8 @@ class Alert:
     window_seconds: float | None = None
     starts_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     ends_at: datetime | None = None
+    notified_at: datetime | None = None
+    """知らせると決めた時刻。値の同じ繰り返しを、送り直しと区別する。"""
     labels: Mapping[str, str] = field(default_factory=dict[str, str])
     examples: tuple[str, ...] = ()
     """例となるトレースの ID。"""

@@ -105,7 +105,7 @@ class RuleBoard:
                 alert = self._alert(rule, state)
                 silenced = self.config.silences(alert, firing, at)
                 if self._should_notify(alert, state, at) and not silenced:
-                    state.told = self._with_examples(rule, alert, at)
+                    state.told = self._with_examples(rule, replace(alert, notified_at=at), at)
                     state.notified_at = at
                     found.append(state.told)
             elif state.told:
@@ -182,7 +182,8 @@ class RuleBoard:
 
 def _resolved(told: Alert, state: RuleState, at: datetime) -> Alert:
     ends_at = max(at, told.starts_at)  # 時計が戻っても、始まりより前にしない
-    return replace(told, status=AlertStatus.RESOLVED, value=state.value, n=state.n, ends_at=ends_at)
+    times = {"ends_at": ends_at, "notified_at": at}
+    return replace(told, status=AlertStatus.RESOLVED, value=state.value, n=state.n, **times)
 
 
 def _measured(rule: Rule, state: RuleState) -> dict[str, Any]:
