@@ -671,8 +671,22 @@ def test_a_misspelt_mode_is_not_taken_for_a_suggestion(mode: Any) -> None:
         on_errors(rollback, mode=mode)
 
 
+WITHOUT_A_ZONE = "2026-01-01T00:00:00"
+LEASE = {"id": "x", "until": WITHOUT_A_ZONE, "machine": "m", "pid": 1}
+
+
 @pytest.mark.parametrize(
-    "changes", [{"seq": None}, {"seq": "x"}, {"at": 1e300}, {"at": 1e18}, {"at": None}, None]
+    "changes",
+    [
+        {"seq": None},
+        {"seq": "x"},
+        {"at": 1e300},
+        {"at": 1e18},
+        {"at": None},
+        {"at": WITHOUT_A_ZONE},
+        {"state": "prepared", "lease": LEASE},
+        None,
+    ],
 )
 def test_a_tag_edited_by_hand_does_not_block_the_next_change(changes: Any) -> None:
     registry, rollback = three_versions()

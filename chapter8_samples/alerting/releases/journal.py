@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 
-from pydantic import TypeAdapter
+from pydantic import AwareDatetime, TypeAdapter
 
 from ..processes import is_gone, machine
 from .errors import ConcurrentChangeError
@@ -41,7 +41,7 @@ class Lease:
     """変更の途中のプロセスと、その期限。"""
 
     id: str
-    until: datetime
+    until: AwareDatetime
     machine: str
     pid: int
 
@@ -55,7 +55,7 @@ class Change:
     action: str
     """promote、rollback、undo。"""
     to_version: str
-    at: datetime
+    at: AwareDatetime
     by: str
     from_version: str | None = None
     reason: str = ""
