@@ -250,17 +250,25 @@ class Forgetful(NotificationHandler):
         return cast("Delivery", None)
 
 
+class Leaving(NotificationHandler):
+    """コマンドの ``main`` を呼ぶハンドラー。"""
+
+    def deliver(self, alert: Alert) -> Delivery:
+        sys.exit(2)
+
+
 def test_a_faulty_handler_neither_stops_the_others_nor_quotes_its_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     lines: list[str] = []
     notifier = MultiChannelNotifier().add_handler("broken", Broken())
-    notifier.add_handler("forgetful", Forgetful())
+    notifier.add_handler("forgetful", Forgetful()).add_handler("leaving", Leaving())
     notifier.add_handler("console", ConsoleNotificationHandler(lines.append))
     results = {d.handler: (d.ok, d.error) for d in notifier.notify(ALERT)}
     assert results == {
         "broken": (False, "raised RuntimeError"),
         "forgetful": (False, "raised AttributeError"),
+        "leaving": (False, "raised SystemExit"),
         "console": (True, ""),
     }
     assert len(lines) == 1

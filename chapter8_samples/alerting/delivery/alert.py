@@ -127,7 +127,8 @@ class NotificationHandler(ABC):
         try:
             delivery = self.deliver(alert)
             problem = "" if delivery.ok else delivery.error
-        except Exception as error:  # 例外の文には URL やキーが入りうるので、型だけを残す
+        except (Exception, SystemExit) as error:
+            # 例外の文には URL やキーが入りうるので、型だけを残す
             problem = f"raised {type(error).__name__}"
             delivery = self.result(alert, ok=False, error=problem)
         if problem:
