@@ -285,6 +285,16 @@ def test_words_and_dates_without_quotes_stay_what_they_are(tmp_path: Path) -> No
     assert load_config(write(tmp_path, flag)).receivers["a"]["send_resolved"] is False
 
 
+def test_what_rules_have_in_common_is_written_once(tmp_path: Path) -> None:
+    content = """
+rules:
+  - &common {name: errors, metric: error_rate, window: 5m, threshold: 0.5, severity: critical}
+  - {<<: *common, name: more, threshold: 0.8}
+"""
+    first, second = load_config(write(tmp_path, content)).rules
+    assert second == replace(first, name="more", threshold=0.8)  # type: ignore[call-arg]
+
+
 def test_a_key_written_twice_does_not_silently_replace_the_first(tmp_path: Path) -> None:
     for text in (RULES + RULES, RULES.replace("threshold: 0.5", "threshold: 1, threshold: 0.5")):
         assert "is written twice" in problems(write(tmp_path, text))[0]

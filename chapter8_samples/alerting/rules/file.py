@@ -8,6 +8,7 @@ Databricks では、ファイルを Workspace か Volume に置き、秘密は�
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,11 +90,11 @@ def _strict_loader() -> Any:
     """同じキーの繰り返しを拒否する(既定では、先のほうが黙って消える)。
 
     引用符のない値も文字列のまま読み、何を表すかは項目の型で決める。YAML 1.1 は 22:00 を 1320、no を
-    false と読む。
+    false と読む。共通の項目をまとめる ``<<`` だけは、YAML のまま働く。
     """
     import yaml
 
-    class Loader(yaml.BaseLoader):
+    class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := next((key for key in keys if keys.count(key) > 1), None):
@@ -101,4 +102,5 @@ def _strict_loader() -> Any:
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
             return super().construct_mapping(node, deep)
 
+    Loader.yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<$"))]}
     return Loader
