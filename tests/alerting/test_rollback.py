@@ -251,6 +251,19 @@ def test_somebody_elses_change_is_not_overwritten_by_the_restore() -> None:
     assert rollback.history()[-1].state == "superseded"
 
 
+def test_a_version_moved_away_during_its_own_check_does_not_count_as_done() -> None:
+    registry, _ = three_versions()
+
+    def smoke(uri: str) -> None:
+        if "@" in uri:
+            registry.alias_version = "1"  # 長い確認の間に、誰かが手で戻した
+
+    with pytest.raises(VerificationError, match="points at version 1"):
+        engine(registry, smoke_check=smoke).promote(4)
+    last = engine(registry).history()[-1]
+    assert (last.state, registry.alias_version) == ("superseded", "1")
+
+
 def test_only_one_change_at_a_time() -> None:
     registry, other = three_versions()
 

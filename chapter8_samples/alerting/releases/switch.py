@@ -251,10 +251,10 @@ class AliasRollback:
         return self.journal.close(change, "done")
 
     def _verify(self, change: Change) -> None:
-        if (now := self.target.current()) != change.to_version:
-            raise ConcurrentChangeError(f"{self.target.uri()} points at version {now}")
         if self.smoke_check:
             self.smoke_check(self.target.uri())
+        if (now := self.target.current()) != change.to_version:  # 長い確認の間に、動かされた
+            raise ConcurrentChangeError(f"{self.target.uri()} points at version {now}")
 
     def _restored(self, change: Change) -> bool:
         try:
