@@ -89,7 +89,7 @@ class _Manager:
         return self.for_alias(alias).rollback(target_version, reason or "", **options)
 
     def undo_rollback(self, alias: str | None = None, reason: str = "", **options: Any) -> Change:
-        """最後のロールバックを取り消す。二度目は ``NoHistoryError``。"""
+        """直前のロールバックを取り消す。ほかの変更の後と二度目は ``NoHistoryError``。"""
         return self.for_alias(alias).undo(reason, **options)
 
     def recover(self, alias: str | None = None) -> Change | None:
