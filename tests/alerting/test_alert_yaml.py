@@ -316,6 +316,13 @@ def test_no_message_repeats_a_secret_wherever_it_stands(receiver: str, tmp_path:
     assert found and "SECRET" not in "".join(found)
 
 
+def test_a_value_is_cut_only_after_its_secret_is_hidden() -> None:
+    key = "0123456789abcdef0123456789abcdef"
+    with pytest.raises(AlertConfigError) as caught:
+        load_config({"watchdog_severity": f"the routing key of the rotation is {key}"})
+    assert key[:8] not in str(caught.value)
+
+
 def test_a_broken_last_route_is_not_also_a_missing_catch_all() -> None:
     routes = [{"match": {"severity": "critical"}, "to": []}, {"match": {}, "to": "ops"}]
     found = problems({**yaml.safe_load(RULES), "routes": routes})

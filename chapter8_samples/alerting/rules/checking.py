@@ -12,16 +12,13 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
 
-from .values import short
+from .values import SECRET_LIKE, short
 
 Model = TypeVar("Model")
 
 CONFIG = ConfigDict(extra="forbid", populate_by_name=True, validate_default=True)
 KEYS: set[str] = set()
 """設定のどこかに書けるキー。書き誤りに近いものを勧める。"""
-SECRET_LIKE = re.compile(
-    r"https?://\S*|\S*sig=\S*|\b(?=\w*\d)[0-9a-z]{32}\b|\bwhsec_\S*|\bxox[bp]-\S*", re.IGNORECASE
-)
 
 
 class AlertConfigError(ValueError):

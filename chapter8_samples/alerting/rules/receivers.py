@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from typing_extensions import NotRequired, TypedDict
 
-from .checking import SECRET_LIKE, written
-from .values import Length, Name, Severity
+from .checking import written
+from .values import SECRET_LIKE, Length, Name, Severity
 
 
 def _variable(name: str) -> str:

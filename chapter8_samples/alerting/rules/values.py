@@ -13,6 +13,9 @@ from pydantic import Field, PlainValidator
 from ..durations import Duration, parse_duration
 
 CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
+SECRET_LIKE = re.compile(
+    r"https?://\S*|\S*sig=\S*|\b(?=\w*\d)[0-9a-z]{32}\b|\bwhsec_\S*|\bxox[bp]-\S*", re.IGNORECASE
+)
 Severity = Literal["info", "warning", "error", "critical"]
 SEVERITIES: tuple[str, ...] = get_args(Severity)
 Name = Annotated[str, Field(min_length=1)]
@@ -51,7 +54,7 @@ def parse_zone(name: Any) -> tzinfo:
 
 def short(value: object) -> str:
     """文に引用する長さに切った値。"""
-    text = repr(value)
+    text = SECRET_LIKE.sub("***", repr(value))  # 先に切ると、秘密の前半が残る
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
