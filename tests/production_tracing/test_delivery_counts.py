@@ -238,6 +238,19 @@ def test_a_moved_name_is_named_and_tracing_goes_on(
     assert len(stored("moved")) == 1
 
 
+@pytest.mark.slow
+def test_a_fork_that_waits_for_a_lock_lets_the_traces_through_after_a_while(
+    counting: None,
+) -> None:
+    """``reset_production_tracing`` は、fork が待つロックを握って、送り終えるのを待つ。"""
+    LEDGER.hold()
+    record(3)
+    try:
+        assert flush_traces(20).ok
+    finally:
+        LEDGER.resume()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_counts_from_zero(counting: None) -> None:
     LEDGER.ended("tr-of-the-parent")

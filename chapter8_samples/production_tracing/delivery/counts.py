@@ -46,7 +46,7 @@ class Ledger:
         self._sending = 0
         self._slowest = 0.0
         self._paused_until = 0.0
-        self._is_forking = False
+        self._forking_until = 0.0
         self.closed = False
 
     # ---- MLflow の送信に立ち会う ----
@@ -92,7 +92,9 @@ class Ledger:
 
     def _may_send(self) -> bool:
         with self._changed:
-            while not self.closed and (self._is_forking or time.monotonic() < self._paused_until):
+            while not self.closed and time.monotonic() < max(
+                self._paused_until, self._forking_until
+            ):
                 self._changed.wait(0.02)
             if not self.closed:
                 self._sending += 1
@@ -179,13 +181,17 @@ class Ledger:
                 self._dropped += self._forget(set(self._waiting))
 
     def hold(self) -> None:
-        """fork の間、送るのを止める(送るスレッドが握るロックは、子では永久に開かない)。"""
+        """fork の間、送るのを止める(送るスレッドが握るロックは、子では永久に開かない)。
+
+        fork が待つロックを、送り終えるのを待つスレッドが握ることもあるので、2 秒で再開する。
+        """
+        grace = self.grace_seconds(4.0)
         with self._changed:
-            self._is_forking = True
-            self._changed.wait_for(lambda: self._sending <= 0, self.grace_seconds(4.0))
+            self._forking_until = time.monotonic() + grace + 2.0
+            self._changed.wait_for(lambda: self._sending <= 0, grace)
 
     def resume(self) -> None:
-        self._is_forking = False
+        self._forking_until = 0.0
 
     def renew(self) -> None:
         """fork した子で、新しい帳簿と送信処理にする。親の残りは親が送る。"""
