@@ -187,6 +187,11 @@ def mlflow_trace_id(span: Any) -> str:
     return trace_id.strip('"') if trace_id else f"tr-{span.context.trace_id:032x}"
 
 
+def copy_resource(source: Any, target: Any) -> None:
+    """MLflow のスパンの、サービス名など。公開の ``from_dict`` では空になり、タグに残らない。"""
+    target._span._resource = source._span.resource
+
+
 def export_is_idle() -> bool:
     """MLflow の送信のキューが、どれも空か(数える公開 API がない)。"""
     for processor in mlflow_processors():

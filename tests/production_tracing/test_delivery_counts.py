@@ -336,6 +336,24 @@ def test_a_number_beyond_64_bits_arrives_as_text(
     assert order.events[0].attributes["k"] == str(2**70)
 
 
+def test_a_span_that_was_mended_keeps_the_name_of_its_service(
+    tracking_uri: str, stored: Any
+) -> None:
+    """19 桁の ID は、直さなくてよいが、直す方を通る。"""
+    setup_production_tracing("counts", tracking_uri=tracking_uri, service_name="shop")
+    for value in (10**18, 2**70, HALF_EMOJI):
+        with mlflow.start_span("order") as span:
+            span.set_inputs({"order_id": value})
+    assert flush_traces(30).ok
+    found = [
+        (trace.info.tags["service.name"], trace.data.spans[0].inputs) for trace in stored("counts")
+    ]
+    values = [10**18, str(2**70), "\ufffd"]
+    assert sorted(found, key=str) == sorted(
+        [("shop", {"order_id": one}) for one in values], key=str
+    )
+
+
 def test_what_cannot_be_sent_is_replaced_on_the_otlp_side_of_a_dual_export(
     tracking_uri: str, monkeypatch: pytest.MonkeyPatch, stored: Any
 ) -> None:

@@ -17,6 +17,8 @@ from mlflow.entities.assessment import ExpectationValue, FeedbackValue
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import Status
 
+from .._internals import copy_resource
+
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _LONG_NUMBER = re.compile(rb"\d{19}")
 _OF_MLFLOW = Trace, TraceInfo, TraceData, Assessment, FeedbackValue, ExpectationValue
@@ -57,7 +59,9 @@ def _cleaned_span(span: Span | ReadableSpan) -> Span | ReadableSpan:
     if isinstance(span, Span):
         items = as_utf8(span.attributes).items()  # to_dict では JSON の文字列のまま
         texts = {key: json.dumps(one, ensure_ascii=False) for key, one in items}
-        return Span.from_dict({**as_utf8(span.to_dict()), "attributes": texts})
+        cleaned = Span.from_dict({**as_utf8(span.to_dict()), "attributes": texts})
+        copy_resource(span, cleaned)
+        return cleaned
     texts = {name: getattr(span, name) for name in ("name", "attributes", "events", "status")}
     return copied_span(span, **as_utf8(texts))
 
