@@ -20,6 +20,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import SpansLocation, TraceTagKey
 from mlflow.utils.rest_utils import verify_rest_response
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as WireSpan
 
 from chapter8_samples.production_tracing.__main__ import main
 from chapter8_samples.production_tracing.delivery import spool as trace_spool
@@ -166,6 +167,26 @@ def test_one_trace_that_the_server_never_takes_does_not_hold_the_others_back(
     server.error = None
     spool.drain(0)  # 始まっている 60 秒の待ちを終わらせる
     assert eventually(lambda: spool.stats() == (7, 1, 0, 0))
+
+
+def test_what_cannot_be_put_on_the_wire_is_set_aside_too(server: Server, spool: TraceSpool) -> None:
+    with pytest.raises(ValueError, match="out of range") as caught:
+        WireSpan(start_time_unix_nano=-1)
+    server.reject, server.refusal = {"before 1970"}, caught.value
+    record("good", "before 1970", "good")
+    assert spool.drain(5) == 0 and spool.stats() == (2, 0, 1, 0)
+
+
+def test_text_that_an_earlier_version_left_as_it_was_is_mended_too(
+    server: Server, spool: TraceSpool, stored: Any
+) -> None:
+    server.error = ConnectionError("refused")
+    record("left")
+    [path] = spool.directory.glob("*.json")
+    path.write_text(path.read_text("utf-8").replace('"left"', '"left\\ud83d"'), "utf-8")
+    server.error = None
+    assert spool.drain(5) == 0
+    assert "left\ufffd" in {span.name for trace in stored() for span in trace.data.spans}
 
 
 def test_the_404_of_a_proxy_without_a_server_is_an_outage(

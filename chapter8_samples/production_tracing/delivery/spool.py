@@ -214,7 +214,7 @@ class TraceSpool:
 
     def _load(self, path: Path) -> Trace | None:
         try:
-            return Trace.from_json(path.read_text(encoding="utf-8"))
+            return as_utf8(Trace.from_json(path.read_text(encoding="utf-8")))
         except FileNotFoundError:  # 同じ置き場を使う別のプロセスが送り終えた
             return None
         except Exception as error:
@@ -232,7 +232,9 @@ class TraceSpool:
 
 
 def _is_rejection(error: Exception) -> bool:
-    """中身を理由に拒否されたか(待っても直らない)。"""
+    """中身を理由に拒否されたか、送る形にできないか(待っても直らない)。"""
+    if isinstance(error, ValueError) and "Value out of range" in str(error):
+        return True  # protobuf に書けない時刻など
     if getattr(error, "error_code", "") == "ENDPOINT_NOT_FOUND":  # 入れ替え中のプロキシなどの 404
         return False
     status = error.get_http_status_code() if isinstance(error, MlflowException) else 500
