@@ -393,6 +393,13 @@ def test_text_becomes_utf8_and_valid_text_stays(tree: Any) -> None:
         assert clean == tree
 
 
+def test_a_span_with_nothing_to_mend_is_not_copied(counting: None) -> None:
+    """埋め込みなどの小さな小数は、20 桁でも、整数ではない。"""
+    with mlflow.start_span("embedding") as span:
+        span.set_outputs([0.00012345678901234567, 10**17])
+    assert text.as_utf8([span])[0] is span
+
+
 def test_spans_that_only_otlp_still_waits_for_are_not_lost_traces(
     tracking_uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

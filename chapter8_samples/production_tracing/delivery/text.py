@@ -20,7 +20,7 @@ from opentelemetry.trace import Status
 from .._internals import copy_resource
 
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_LONG_NUMBER = re.compile(rb"\d{19}")
+_LONG_NUMBER = re.compile(rb"(?<![\d.])\d{19}")  # 小数部(埋め込みや料金)は、直さなくてよい
 _OF_MLFLOW = Trace, TraceInfo, TraceData, Assessment, FeedbackValue, ExpectationValue
 _SPAN_FIELDS = (
     "name context parent resource attributes events links kind status start_time end_time "
