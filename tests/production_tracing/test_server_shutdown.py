@@ -109,8 +109,13 @@ class Served:
             assert time.monotonic() < deadline and self.child.poll() is None, self.log
             time.sleep(0.05)
 
-    def stop(self, seconds: float = 60) -> None:
-        os.kill(self.child.pid, signal.SIGTERM)
+    def stop(self, seconds: float = 60, *, whole_group: bool = False) -> None:
+        family = [self.child.pid]
+        if whole_group:
+            children = Path(f"/proc/{self.child.pid}/task/{self.child.pid}/children")
+            family += map(int, children.read_text().split())
+        for pid in family:
+            os.kill(pid, signal.SIGTERM)
         self.code = self.child.wait(seconds)
 
 
@@ -201,6 +206,22 @@ def test_idle_server_loses_nothing(program: Any, stored: Any, free_port: int, ki
             assert get(url), served.log
         served.stop()
         assert served.code == (-signal.SIGTERM if kind in DIES_OF_THE_SIGNAL else 0), served.log
+        assert (len(stored("child", include_spans=False)), served.reported) == (served.answered, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
+@pytest.mark.parametrize("kind", ["uvicorn-2", "uvicorn-2-lifespan", "gunicorn-uvicorn"])
+def test_a_signal_to_parent_and_workers_at_once_loses_nothing(
+    program: Any, stored: Any, free_port: int, kind: str
+) -> None:
+    """systemd は全部のプロセスに送る。親も送るので、ワーカーは二度受ける。"""
+    app, command = servers(free_port)[kind]
+    with serving(program, app, *command) as served:
+        url = f"http://127.0.0.1:{free_port}/"
+        served.wait_for(lambda: get(url))
+        while served.answered < REQUESTS:
+            assert get(url), served.log
+        served.stop(whole_group=True)
         assert (len(stored("child", include_spans=False)), served.reported) == (served.answered, 0)
 
 

@@ -89,6 +89,8 @@ class GracefulShutdownHandler:
             self._exit_by = time.monotonic() + self.timeout_seconds
             if number := self._signal_to_repeat():
                 self._deadline.put(number)
+                if self._uvicorn(signal.SIGTERM):  # 親が重ねて送ってくる。上の期限があれば十分
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
         seconds = max(0.1, self._exit_by - _SPARE_SECONDS - time.monotonic())
         result = deliver(seconds, for_good=True)
         kept = self.spool.drain(max(0.0, seconds - result.seconds)) if self.spool else 0
