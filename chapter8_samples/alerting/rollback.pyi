@@ -39,7 +39,7 @@ class _Manager:
         """
 
     def undo_rollback(self, alias: str | None=None, reason: str='', **options: Any) -> Change:
-        """最後のロールバックを取り消す。二度目は ``NoHistoryError``。"""
+        """直前のロールバックを取り消す。ほかの変更の後と二度目は ``NoHistoryError``。"""
 
     def recover(self, alias: str | None=None) -> Change | None:
         """途中で落ちた変更を片付ける。"""
