@@ -138,6 +138,13 @@ def get(url: str) -> bool:
         return False
 
 
+def ask_enough(served: Served, port: int) -> None:
+    url = f"http://127.0.0.1:{port}/"
+    served.wait_for(lambda: get(url))
+    while served.answered < REQUESTS:
+        assert get(url), served.log
+
+
 @contextmanager
 def load(url: str, clients: int = 4) -> Iterator[None]:
     """終わるまで、つながらなくなっても、リクエストを送り続ける。"""
@@ -200,10 +207,7 @@ DIES_OF_THE_SIGNAL = ("uvicorn", "uvicorn.run")
 def test_idle_server_loses_nothing(program: Any, stored: Any, free_port: int, kind: str) -> None:
     app, command = servers(free_port)[kind]
     with serving(program, app, *command, PORT=str(free_port)) as served:
-        url = f"http://127.0.0.1:{free_port}/"
-        served.wait_for(lambda: get(url))
-        while served.answered < REQUESTS:
-            assert get(url), served.log
+        ask_enough(served, free_port)
         served.stop()
         assert served.code == (-signal.SIGTERM if kind in DIES_OF_THE_SIGNAL else 0), served.log
         assert (len(stored("child", include_spans=False)), served.reported) == (served.answered, 0)
@@ -217,10 +221,7 @@ def test_a_signal_to_parent_and_workers_at_once_loses_nothing(
     """systemd は全部のプロセスに送る。親も送るので、ワーカーは二度受ける。"""
     app, command = servers(free_port)[kind]
     with serving(program, app, *command) as served:
-        url = f"http://127.0.0.1:{free_port}/"
-        served.wait_for(lambda: get(url))
-        while served.answered < REQUESTS:
-            assert get(url), served.log
+        ask_enough(served, free_port)
         served.stop(whole_group=True)
         assert (len(stored("child", include_spans=False)), served.reported) == (served.answered, 0)
 
@@ -260,10 +261,7 @@ def test_gunicorn_preload_stores_everything_once(
     (program.folder / "gunicorn.conf.py").write_text(config, encoding="utf-8")
     app = WSGI.format(before=before)
     with serving(program, app, *gunicorn(free_port, "--preload")) as served:
-        url = f"http://127.0.0.1:{free_port}/"
-        served.wait_for(lambda: get(url))
-        while served.answered < REQUESTS:
-            assert get(url), served.log
+        ask_enough(served, free_port)
         served.stop()
         assert len(stored("child", include_spans=False)) == served.answered + earlier
 

@@ -174,7 +174,7 @@ class EmailNotificationHandler(NotificationHandler):
         domain = parseaddr(self.sender)[1].rpartition("@")[2]
         mail["Message-ID"] = make_msgid(domain=domain or "alerts.invalid")
         mail["References"] = f"<{alert.fingerprint}@alerts.invalid>"
-        rows = [*facts(alert)]
+        rows = list(facts(alert))
         rows += [(name, url) if url else ("トレース", name) for name, url in links(alert)]
         lines = [f"{key}: {value}" for key, value in rows]
         mail.set_content(encodable("\n".join([alert.summary, "", *lines])))

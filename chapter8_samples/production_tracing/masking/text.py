@@ -32,7 +32,7 @@ Path = tuple[str, ...]
 @lru_cache(4096)
 def _decoded(escape: str) -> str:
     """エスケープが表す 1 文字。幅のない文字は消す。"""
-    code = re.sub(r"(?i)^(?:\\|%5c)+(?=[unrtx])", "", escape)  # "%5C" だけなら、円記号そのもの
+    code = re.sub(r"(?i)^(?:\\|%5c)+(?=[unrtx])", "", escape)  # "%5C" だけなら、バックスラッシュ
     if code[0] == "u":
         code = chr(int(code[1:], 16))
     elif code in "nrt":
