@@ -373,6 +373,10 @@ def test_a_cost_written_by_hand_is_kept_in_the_total(costs: CostTracking) -> Non
     usd = {"input_cost": 0.01, "output_cost": 0.0, "total_cost": 0.01}
     tool.set_attribute("mlflow.llm.cost", usd)
     assert total_cost(end(call("gpt-4o", 1000, 500, root), tool, root)) == pytest.approx(0.0175)
+    root = mlflow.start_span_no_context("chat", start_time_ns=DECEMBER)
+    unknown = call("in-house", 1000, 500, root)  # 料金表になく、金額を自分で書いた呼び出し
+    unknown.set_attribute("mlflow.llm.cost", usd)
+    assert total_cost(end(call("gpt-4o", 1000, 500, root), unknown, root)) == pytest.approx(0.0175)
 
 
 @pytest.mark.slow
