@@ -85,20 +85,18 @@ def tags_and_metadata(span: ReadableSpan) -> tuple[dict[str, str], dict[str, str
 
 def change_before_export(
     change: Callable[[OtelSpanProcessor, ReadableSpan], ReadableSpan],
-) -> None:
-    """OTLP に渡すスパンを ``change`` の返すものに替える(2 回めからは何もしない)。
+) -> Callable[[], None]:
+    """OTLP に渡すスパンを ``change`` の返すものに替える。戻り値を呼ぶと、元に戻す。
 
     MLflow がプロバイダーを作り直しても残るように、プロセッサーの型のほうを替える。
     """
     original: Callable[..., None] = OtelSpanProcessor.on_end
-    if hasattr(original, "is_changed"):
-        return
 
     def on_end(self: OtelSpanProcessor, span: ReadableSpan) -> None:
         original(self, change(self, span))
 
-    vars(on_end)["is_changed"] = True
     OtelSpanProcessor.on_end = on_end  # pyright: ignore[reportAttributeAccessIssue]
+    return lambda: setattr(OtelSpanProcessor, "on_end", original)
 
 
 # ---- 共通のプロバイダー(web) ----

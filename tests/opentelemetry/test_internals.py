@@ -64,7 +64,7 @@ def test_tags_and_metadata_of_a_running_trace_are_found(tracking_uri: str) -> No
     assert _internals.tags_and_metadata(ReadableSpan("no context")) == ({}, {})
 
 
-def test_a_change_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     class Processor:
@@ -72,10 +72,11 @@ def test_a_change_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
             seen.append(span)
 
     monkeypatch.setattr(_internals, "OtelSpanProcessor", Processor)
-    for _ in range(2):
-        _internals.change_before_export(lambda _, span: f"{span}!")  # type: ignore[arg-type, return-value]
+    plain = Processor.on_end
+    undo = _internals.change_before_export(lambda _, span: f"{span}!")  # type: ignore[arg-type, return-value]
     Processor().on_end("end")
-    assert seen == ["end!"]
+    undo()
+    assert seen == ["end!"] and Processor.on_end is plain
 
 
 def test_an_event_is_bound_to_its_span_and_its_time() -> None:

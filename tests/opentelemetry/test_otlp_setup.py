@@ -14,6 +14,7 @@ from typing import Any
 import mlflow
 import mlflow.tracing
 import pytest
+from mlflow.tracing.processor.otel import OtelSpanProcessor
 from opentelemetry.sdk.trace import SpanProcessor
 from ports import free_port
 
@@ -284,11 +285,13 @@ def test_disable_restores_the_environment_beside_an_added_processor(
 ) -> None:
     """プロセッサーを移すためのプロバイダーを、環境を戻した後で作り直す。"""
     os.environ["OTEL_RESOURCE_ATTRIBUTES"] = "team=search"
-    before = dict(os.environ)
+    before, on_end = dict(os.environ), OtelSpanProcessor.on_end
     setup_otlp_export(otlp.grpc_endpoint, "bot")
+    setup_otlp_export(otlp.grpc_endpoint, "another bot")
     mlflow.tracing.get_bridged_tracer_provider().add_span_processor(SpanProcessor())
     disable_otlp_export()
     assert dict(os.environ) == before
+    assert OtelSpanProcessor.on_end is on_end
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import atexit
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -55,6 +56,7 @@ class _Installed:
 
 _LOCK = threading.RLock()
 _installed: _Installed | None = None
+_changes = ExitStack()
 
 
 def start_otlp_export(config: OtlpConfig) -> OtlpStatus:
@@ -121,7 +123,8 @@ def _install(config: OtlpConfig) -> None:
     global _installed
     try:
         write_environment(_desired_env(config))
-        change_before_export(_changed)
+        _changes.close()
+        _changes.callback(change_before_export(_changed))
         restart_counts()  # 新しいエクスポーターが、前の数を使い始めないうちに
         warnings = _rebuild_provider()
         if not _is_exporting(config.mode):
@@ -172,6 +175,7 @@ def _uninstall() -> None:
         _rebuild_provider()
     else:
         forget_provider()
+    _changes.close()
 
 
 def _rebuild_provider() -> list[str]:
