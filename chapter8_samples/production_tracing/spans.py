@@ -66,12 +66,13 @@ def record_error(span: LiveSpan, error: BaseException, **details: Any) -> None:
     span.set_attributes({**values, **extra})
 
 
-def _join_text(chunks: list[Any]) -> str:
+def _join_text(chunks: list[Any]) -> Any:
     """つないだ文字列。断片の境目で分かれた絵文字は戻し、片割れだけのものは U+FFFD に替える。"""
     if all(isinstance(chunk, bytes) for chunk in chunks):
         return b"".join(chunks).decode("utf-8", "replace")
-    text = "".join(str(chunk) for chunk in chunks)
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if not all(isinstance(chunk, str) for chunk in chunks):
+        return chunks  # OpenAI の断片など。文字列にすると、分かれた個人情報を隠せない
+    return "".join(chunks).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def traced_stream(
@@ -83,7 +84,8 @@ def traced_stream(
     残り続ける。これは途中で閉じられても必ず終わり、``stream.aborted`` を付ける。``chunks`` の中の
     LLM の呼び出しは、どのスレッドやタスクから読まれても、このスパンの子になる。
 
-    ``join`` は、断片の一覧から出力を作る関数。例外なら、断片の一覧を記録する。
+    ``join`` は、断片の一覧から出力を作る関数(既定は、文字列ならつなぎ、ほかは一覧のまま)。例外の
+    ときも、断片の一覧を記録する。
     """
     return _read(_Stream(name, inputs, join), chunks)
 

@@ -735,9 +735,11 @@ def read_events(pieces: Sequence[str]) -> None:
             span.add_event(SpanEvent("own", attributes={"text": piece}))
 
 
-def read_stream(join: Callable[[list[Any]], Any], make: Callable[[str], Any]) -> Any:
+def read_stream(join: Callable[[list[Any]], Any] | None, make: Callable[[str], Any]) -> Any:
+    options: Any = {} if join is None else {"join": join}
+
     def read(pieces: Sequence[str]) -> None:
-        list(traced_stream("stream", [make(piece) for piece in pieces], join=join))
+        list(traced_stream("stream", [make(piece) for piece in pieces], **options))
 
     return read
 
@@ -764,6 +766,8 @@ STREAMS: dict[str, Callable[[Sequence[str]], None]] = {
     "broken join": read_stream(broken_join, str),
     "broken join of chunks": read_stream(broken_join, as_chunk),
     "joined text": read_stream("".join, str),
+    "dictionaries": read_stream(None, as_chunk),
+    "objects": read_stream(None, Chunk),
     "running index": read_stream(list, numbered()),
 }
 
