@@ -13,7 +13,7 @@ MLflow のトレースは背後のスレッドが送る。そのままでは、K
 
 =================================  ===========================================================
 uvicorn(``--workers`` も)         起動時に一度呼ぶだけでよい。Windows では ``tracing_lifespan``
-gunicorn(sync、gthread、uvicorn)  同じ。``--preload`` では ``post_fork`` で呼ぶ方法もある
+gunicorn(sync、gthread、uvicorn)  同じ。``--preload`` の uvicorn ではワーカーでも呼ぶ(下)
 Celery(prefork)                   同じ(``worker_process_init`` で呼ぶ方法もある)
 multiprocessing                    fork の子では何もしなくてよい。spawn の子では、子の中でも呼ぶ
 =================================  ===========================================================
@@ -57,10 +57,11 @@ def setup_graceful_shutdown(
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 
     2 回目以降は、登録済みのものを返す。設定を変えるときは、先に ``unregister()`` する。
-    gunicorn の ``--preload`` の親で呼んでもよい(fork の前に送り終える)。ワーカーごとなら::
+    gunicorn の ``--preload`` の親で呼んでもよい(fork の前に送り終える)。``UvicornWorker`` は
+    fork の後でシグナルを既定に戻すので、ワーカーでも呼ぶ(ほかのワーカーでも、この方法でよい)::
 
         # gunicorn.conf.py
-        def post_fork(server, worker):
+        def post_worker_init(worker):
             mlflow.set_experiment("/production/my-llm-app")
             setup_graceful_shutdown(timeout_seconds=20)
 

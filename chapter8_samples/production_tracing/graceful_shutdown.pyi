@@ -10,10 +10,11 @@ def setup_graceful_shutdown(timeout_seconds: float=30.0, *, signals: Iterable[in
     """終了時にトレースを送り終えるようにする。起動時にメインスレッドで一度呼ぶ。
 
     2 回目以降は、登録済みのものを返す。設定を変えるときは、先に ``unregister()`` する。
-    gunicorn の ``--preload`` の親で呼んでもよい(fork の前に送り終える)。ワーカーごとなら::
+    gunicorn の ``--preload`` の親で呼んでもよい(fork の前に送り終える)。``UvicornWorker`` は
+    fork の後でシグナルを既定に戻すので、ワーカーでも呼ぶ(ほかのワーカーでも、この方法でよい)::
 
         # gunicorn.conf.py
-        def post_fork(server, worker):
+        def post_worker_init(worker):
             mlflow.set_experiment("/production/my-llm-app")
             setup_graceful_shutdown(timeout_seconds=20)
 

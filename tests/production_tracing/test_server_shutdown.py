@@ -239,28 +239,36 @@ def test_server_under_load_accounts_for_every_answer(
         assert found + served.reported == served.answered >= REQUESTS, served.log
 
 
-def post_fork_of_the_docstring() -> str:
+def config_of_the_docstring() -> str:
     """``setup_graceful_shutdown`` の説明にある gunicorn.conf.py。"""
     text = inspect.getdoc(setup_graceful_shutdown) or ""
     lines = text[text.index("    # gunicorn.conf.py") :].splitlines(keepends=True)
     indented = itertools.takewhile(lambda line: not line[0].strip(), lines)
     snippet = textwrap.dedent("".join(indented))
-    assert "def post_fork(server, worker):" in snippet
+    assert "def post_worker_init(worker):" in snippet
     imports = "import mlflow\nfrom chapter8_samples.production_tracing import *\n"
     return imports + snippet.replace("/production/my-llm-app", "child")
 
 
 @pytest.mark.parametrize(
-    ("before", "config", "earlier"),
-    [(SETUP + WARM_UP, "", 20), ("", post_fork_of_the_docstring(), 0)],
-    ids=["traced-before-fork", "post_fork"],
+    ("app", "config", "worker", "earlier"),
+    [
+        (WSGI.format(before=SETUP + WARM_UP), "", [], 20),
+        (WSGI.format(before=""), config_of_the_docstring(), [], 0),
+        (
+            ASGI.format(before=SETUP + WARM_UP, options=""),
+            config_of_the_docstring(),
+            UVICORN_WORKER,
+            20,
+        ),
+    ],
+    ids=["traced-before-fork", "post_worker_init", "uvicorn"],
 )
 def test_gunicorn_preload_stores_everything_once(
-    program: Any, stored: Any, free_port: int, before: str, config: str, earlier: int
+    program: Any, stored: Any, free_port: int, app: str, config: str, worker: Any, earlier: int
 ) -> None:
     (program.folder / "gunicorn.conf.py").write_text(config, encoding="utf-8")
-    app = WSGI.format(before=before)
-    with serving(program, app, *gunicorn(free_port, "--preload")) as served:
+    with serving(program, app, *gunicorn(free_port, "--preload", *worker)) as served:
         ask_enough(served, free_port)
         served.stop()
         assert len(stored("child", include_spans=False)) == served.answered + earlier

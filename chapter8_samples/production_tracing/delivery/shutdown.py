@@ -44,6 +44,7 @@ class GracefulShutdownHandler:
         self.signals = signals
         self.spool = spool
         self._previous: dict[int, Any] = {}
+        self._signals_of = 0  # シグナルを登録したプロセス
         self._stop_counting = start_counting()
         self._start_over()
         before_threads_are_joined(self._deliver_before_the_end)
@@ -111,10 +112,14 @@ class GracefulShutdownHandler:
         os._exit(128 + number)
 
     def install_signals(self) -> None:
-        if self._previous:
+        if self._signals_of == os.getpid():
             return
+        self._signals_of = os.getpid()
         for number in self.signals:
-            previous = self._previous[number] = signal.getsignal(number)
+            previous = signal.getsignal(number)
+            if previous == self._on_signal:  # fork した子で、そのまま残っている
+                continue
+            self._previous[number] = previous
             if previous is not signal.SIG_IGN:  # nohup などの指定はそのまま
                 signal.signal(number, self._on_signal)
         if uvicorn := self._uvicorn(signal.SIGTERM):
