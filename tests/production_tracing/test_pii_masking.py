@@ -551,12 +551,16 @@ def test_no_entry_of_a_dictionary_is_lost() -> None:
     ("pieces", "masked"),
     [
         (["090", "-12", "34-", "5678"], ["[PHONE]", "", "", ""]),
-        (["連絡は taro", "@exa", "mple.jp へ"], ["連絡は [EMAIL] へ", "", ""]),
-        (["090-1234-567", "8 です"], ["[PHONE] です", ""]),
+        (["連絡は taro", "@exa", "mple.jp へ"], ["連絡は [EMAIL]", "", " へ"]),
+        (["090-1234-567", "8 です"], ["[PHONE]", " です"]),
         (["電話 090-1234-5678", "9 時に"], ["電話 [PHONE]", "9 時に"]),  # つなぐと 12 桁になる
         (["sk-proj-abc", "defgh1234ijkl"], ["[API_KEY]", ""]),
+        (["pass", "word", ": ", "h2x9q", "t です"], ["pass", "word", ": ", "[PASSWORD]", " です"]),
+        (["Be", "arer", " ", "eWf1yuj9yu"], ["Be", "arer", " ", "[API_KEY]"]),
+        (["redis://a", "pp:s3c", "ret@db"], ["redis://[PASSWORD]", "", "@db"]),
+        (["宛先は x.io", "@exa", "mple.jp"], ["宛先は [EMAIL]", "", ""]),
         (["番号は", "4111", " 1111", " 1111", " 1111"], ["番号は", "[CARD]", "", "", ""]),
-        (["taro@example.co", "m です"], ["[EMAIL] です", ""]),
+        (["taro@example.co", "m です"], ["[EMAIL]", " です"]),
         (["taro@example.jp", "jiro@example.jp"], ["[EMAIL]", "[EMAIL]"]),  # 別々のアドレス
         (["宛先は taro@example.com", "OK"], ["宛先は [EMAIL]", "OK"]),
         (["返品は", "14", "日", "以内"], ["返品は", "14", "日", "以内"]),

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 from .patterns import Found, Pattern, is_secret, secret_label
@@ -23,7 +23,7 @@ _ESCAPE = re.compile(
 _MAY_ESCAPE = re.compile(rf"[\\%{_UNSEEN}]")
 # 会話の 1 件は断片ではない("assistant" だけは、ストリームの断片にも付く)
 _WHOLE_ROLES = ("user", "human", "system", "developer", "tool")
-_TLD = re.compile(r"\.(?:[a-z]{2}|com|net|org|info|biz|dev|app|edu|gov|shop|example|test)$", re.I)
+_TLD = re.compile(r"(?i)@.*\.(?:[a-z]{2}|com|net|org|info|biz|dev|app|edu|gov|shop|example|test)$")
 _HALF_WIDTH = {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
 
 Path = tuple[str, ...]
@@ -131,19 +131,17 @@ class Pass:
             self._collect(item, _below(value, path, key), pieces)
 
     def _gathered(self, texts: list[str]) -> list[str]:
-        """ストリーミングの断片にまたがるものを、その最初の断片に集める(残りは空にする)。"""
+        """断片を、つないだ文の中で隠す。またがるものは、最初の断片のラベルになる。"""
         joined = "".join(texts)
-        piece_of = [index for index, text in enumerate(texts) for _ in text]
-        borders = list(accumulate(map(len, texts)))
-        for start, end, label in reversed(self._find(joined)):
+        borders = list(accumulate(map(len, texts), initial=0))
+        chars = list(joined)
+        for start, end, label in self._find(joined):
             if label == "EMAIL":
                 end = _email_end(joined, start, end, borders)
-            first = piece_of[start]
-            last = piece_of[end - 1] + 1
             # 番号を並べただけのリスト。つないだ 10 桁と 12 桁は、偶然に合いすぎる
             if not (joined.isdigit() and end - start in (10, 12)):
-                texts[first:last] = ["".join(texts[first:last]), *[""] * (last - first - 1)]
-        return texts
+                chars[start:end] = [f"[{label}]", *[""] * (end - start - 1)]
+        return ["".join(chars[start:end]) for start, end in pairwise(borders)]
 
     def _masked(self, value: Any, path: Path) -> Any:
         if isinstance(value, Mapping):
