@@ -548,6 +548,24 @@ def test_no_entry_of_a_dictionary_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("taro&#64;example.jp", "[EMAIL]"),
+        ("090&nbsp;1234&#45;5678 &amp; co", "[PHONE] &amp; co"),
+        (
+            "&quot;password&quot;: &quot;hunter 2&quot;",
+            "&quot;password&quot;: &quot;[PASSWORD]&quot;",
+        ),
+        ("api_key+%3D+%22Zx9qwTT77%22", "api_key+%3D+%22[API_KEY]%22"),
+        ("-----BEGIN+RSA+PRIVATE+KEY-----%0AMIIE%0A-----END+RSA+PRIVATE+KEY-----", "[PRIVATE_KEY]"),
+        ("R&D &bogus; &#64; 2026-09-01", "R&D &bogus; &#64; 2026-09-01"),
+    ],
+)
+def test_forms_and_html_are_read_as_what_they_show(text: str, masked: str) -> None:
+    assert mask_pii().text(text) == masked
+
+
+@pytest.mark.parametrize(
     ("pieces", "masked"),
     [
         (["090", "-12", "34-", "5678"], ["[PHONE]", "", "", ""]),

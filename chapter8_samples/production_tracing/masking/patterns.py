@@ -166,7 +166,7 @@ _BARE = r"""[^\s"'&,;<>(){}\[\]$\x7f-\U0010ffff]{1,500}(?=[\s"'&,;<>)}\]\x7f-\U0
 def _named(names: str) -> re.Pattern[str]:
     """``"password": "..."``、``api_key=...``、``token: ...`` のように、名前の後に書かれた値。"""
     return re.compile(
-        rf"""(?:{names}) \\*["']?\s*[:=]\s* (?P<quote>\\*["'])?
+        rf"""(?:{names}) \\*["']?[\s+]*[:=][\s+]* (?P<quote>\\*["'])?
         (?P<pii>(?(quote)
             (?:(?!(?P=quote))[^\n])+                      # 引用符で囲んだ値
             | (?:[\[{{][^\[\]{{}}]+[\]}}]                     # リスト、辞書
@@ -177,7 +177,7 @@ def _named(names: str) -> re.Pattern[str]:
     )
 
 
-_PEM = r"-----BEGIN[A-Z0-9 ]*PRIVATE KEY-----(?:[^-]|-(?!----))*(?:-----END[A-Z0-9 ]*-----)?"
+_PEM = r"-----BEGIN[\w\s+]*PRIVATE[\s+]KEY-----(?:[^-]|-(?!----))*(?:-----END[\w\s+]*-----)?"
 _USERINFO = r"""://(?P<pii>[^\s/:@"'<>,]*:[^\s/@"'<>,]+)@"""  # user:password@
 _TOKEN = r"[A-Za-z0-9._~+/-]"
 _AUTHORIZATION = (

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
+from html import unescape
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -17,10 +18,10 @@ _SLASH = r"(?:\\|%5[Cc]){1,8}"
 _HEX = "[0-9a-fA-F]"
 _BYTE = rf"(?:{_SLASH}x|%(?:25)*(?!25))"  # bytes の "\\xe3" と、URL の "%E3"("%25E3")
 _ESCAPE = re.compile(
-    rf"{_SLASH}(?:u{_HEX}{{4}}|[nrt])|[{_UNSEEN}]"
+    rf"{_SLASH}(?:u{_HEX}{{4}}|[nrt])|[{_UNSEEN}]|&(?:#\w{{2,6}}|[a-z]{{2,6}});"
     rf"|{_BYTE}[c-fC-F]{_HEX}(?:{_BYTE}[89abAB]{_HEX})+|{_BYTE}{_HEX}{{2}}"  # UTF-8 の 1 文字ずつ
 )
-_MAY_ESCAPE = re.compile(rf"[\\%{_UNSEEN}]")
+_MAY_ESCAPE = re.compile(rf"[\\%&{_UNSEEN}]")
 # 会話の 1 件は断片ではない("assistant" だけは、ストリームの断片にも付く)
 _WHOLE_ROLES = ("user", "human", "system", "developer", "tool")
 _TLD = re.compile(r"(?i)@.*\.(?:[a-z]{2}|com|net|org|info|biz|dev|app|edu|gov|shop|example|test)$")
@@ -31,7 +32,9 @@ Path = tuple[str, ...]
 
 @lru_cache(4096)
 def _decoded(escape: str) -> str:
-    """エスケープが表す 1 文字。幅のない文字は消す。"""
+    """エスケープ(HTML のものも)が表す 1 文字。幅のない文字は消す。"""
+    if escape[0] == "&":
+        return re.sub(f"[{_UNSEEN}]", "", unescape(escape))
     code = re.sub(r"(?i)^(?:\\|%5c)+(?=[unrtx])", "", escape)  # "%5C" だけなら、バックスラッシュ
     if code[0] == "u":
         code = chr(int(code[1:], 16))
