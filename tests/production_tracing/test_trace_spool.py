@@ -151,9 +151,10 @@ def test_rejected_and_unreadable_traces_are_set_aside(
     server.error = None
     assert spool.drain(30) == 0
     (spool.directory / "tr-broken.json").write_text("{", encoding="utf-8")
+    (spool.directory / "foreign.json").mkdir()
     spool.uninstall()
-    assert replay(spool.directory).dead == 1
-    assert len(list((spool.directory / "dead").iterdir())) == 2
+    assert replay(spool.directory, timeout_seconds=3).dead == 2
+    assert len(list((spool.directory / "dead").iterdir())) == 3
     assert (spool.stats().dead, spool.stats().delivered, len(stored())) == (1, 12, 12)
 
 

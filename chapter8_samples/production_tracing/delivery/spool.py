@@ -218,7 +218,8 @@ class TraceSpool:
         except FileNotFoundError:  # 同じ置き場を使う別のプロセスが送り終えた
             return None
         except Exception as error:
-            if isinstance(error, OSError) and not isinstance(error, PermissionError):
+            is_final = isinstance(error, PermissionError | IsADirectoryError)
+            if isinstance(error, OSError) and not is_final:
                 raise  # 開いたファイルが多すぎるなど。次には読める
             self._set_aside(path, f"unreadable ({error})")
             return None
