@@ -475,6 +475,8 @@ def test_notations_that_hide_a_secret(text: str) -> None:
         "X090-1234-5678",
         "0306406152",
         "ISBN 0131103628",
+        "cost 0.008124889990447 USD",  # "0081" は国番号ではない
+        "1234-5678-9018-0519",  # 先頭の 12 桁だけなら個人番号の形
         "ISBN-10: 0201633612",
         "bearer internationalization",
         "Bearer token-authentication",
@@ -563,6 +565,20 @@ def test_no_entry_of_a_dictionary_is_lost() -> None:
 )
 def test_forms_and_html_are_read_as_what_they_show(text: str, masked: str) -> None:
     assert mask_pii().text(text) == masked
+
+
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [
+        ("password_confirmation", "PASSWORD"),
+        ("passwordConfirmation", "PASSWORD"),
+        ("signing_key", "API_KEY"),
+        ("ENCRYPTION_KEY", "API_KEY"),
+    ],
+)
+def test_a_secret_repeated_or_kept_under_another_name_is_hidden(key: str, label: str) -> None:
+    assert mask_pii().value({key: ["hunter 2"]}) == {key: [f"[{label}]"]}
+    assert mask_pii().text(f"{key}=h2x9qt") == f"{key}=[{label}]"
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def _is_number(text: str, start: int, end: int) -> bool:
     return not is_other
 
 
-def _shaped(start: str, shapes: str) -> re.Pattern[str]:
-    """``start`` で始まり、区切りごとの桁数が ``shapes`` のどれかの番号。"""
+def _shaped(start: str, shapes: str, after: str = "") -> re.Pattern[str]:
+    """``start`` で始まり、区切りごとの桁数が ``shapes`` のどれかの番号(``after`` は続く条件)。"""
     numbers: list[str] = []
     for shape in shapes.split():
         first, *rest = map(int, shape.split("-"))
@@ -93,7 +93,7 @@ def _shaped(start: str, shapes: str) -> re.Pattern[str]:
         numbers.append(f"{_GAP}{{1,3}}".join(sizes))
     # 続き書きなら、すぐ後に英字も小数点もないもの
     end = r"(?![0-9])(?:(?<![0-9]{9})|(?![A-Za-z]|\.[0-9]))"
-    return re.compile(rf"{start}(?<![0-9][0-9])(?:{'|'.join(numbers)}){end}")
+    return re.compile(rf"{start}(?<![0-9][0-9])(?:{'|'.join(numbers)}){end}{after}")
 
 
 def luhn(text: str) -> bool:
@@ -122,7 +122,7 @@ _ISSUER = "(?:4|5(?=[1-5])|2(?=[2-7])|3(?=[04-9])|6(?=011|[25]))"  # カード�
 _NUMBERS = (
     Number("CARD", _shaped("6(?=2)", "4-4-4-4-3 19"), luhn),
     Number("CARD", _shaped(_ISSUER, "4-4-4-4 4-6-5 4-6-4 8-8 14 15 16 17 18 19"), luhn),
-    Number("MY_NUMBER", _shaped("[0-9]", "4-4-4 12"), my_number),
+    Number("MY_NUMBER", _shaped("[0-9]", "4-4-4 12", "(?!-[0-9])"), my_number),  # 4-4-4-4 は違う
     Number("PHONE", _shaped("0(?=[5-9]0)", "3-4-4 4-3-4 3-3-5 3-8 7-4 11")),  # 060 は 2026 年から
     Number(
         "PHONE",
@@ -140,9 +140,13 @@ def _any_case(*names: str) -> str:
 
 
 # 値を隠す名前。辞書のキーでは、この語で終わるもの("x-api-key"、"DB_PASSWORD")
-_PASSWORD = _any_case("pass(?:words?|wd|phrase|code)", "pwd", "パスワード", "暗証番号")
+_PASSWORD = _any_case(
+    *("pass(?:words?|wd|phrase|code)", "password[-_]?confirmation", "pwd"),
+    *("パスワード", "暗証番号"),
+)
 _KEY = _any_case(
     *("secrets?", "secret[-_ ]?key", "a(?:pi|ccess|ccount)[-_ ]?keys?", "private[-_ ]?keys?"),
+    *("signing[-_ ]?keys?", "encryption[-_ ]?keys?"),
     *("token", "authorization", "credentials?", "cookie"),
 )
 
@@ -200,7 +204,7 @@ _NAMED_MY_NUMBER = (
     r"(?:マイナンバー|個人番号|My ?Number|my ?number)[^0-9\n]{0,12}"
     rf"(?P<pii>[0-9]{{4}}(?:{_GAP}{{0,3}}[0-9]{{4}}){{2}})(?![0-9])"
 )
-_ABROAD = rf"(?:\+81|0081(?<![0-9]0081))(?:{_GAP}{{0,3}}[0-9]){{9,11}}(?![0-9])"
+_ABROAD = rf"(?:\+81|0081(?<![0-9]0081)(?<![0-9]\.0081))(?:{_GAP}{{0,3}}[0-9]){{9,11}}(?![0-9])"
 
 DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     Pattern("PRIVATE_KEY", re.compile(_PEM)),
