@@ -243,6 +243,8 @@ def test_a_rule_becomes_a_databricks_alert() -> None:
     assert body["evaluation"]["notification"]["subscriptions"] == [{"destination_id": "d1"}]
     with pytest.raises(AlertConfigError, match="burn rates need two queries"):
         to_databricks_alert(BurnRateRule(name="b"), query="", warehouse_id="")
+    with pytest.raises(AlertConfigError, match="destination_ids must be a list, got 'd1'"):
+        to_databricks_alert(rule, query=query, warehouse_id="w1", destination_ids="d1")
 
 
 def test_labels_and_texts_prometheus_would_refuse_are_made_acceptable() -> None:

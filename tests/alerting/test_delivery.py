@@ -303,6 +303,9 @@ def test_routing_follows_the_severity_and_never_drops_what_was_not_listed() -> N
     assert {name: len(lines) for name, lines in sent.items()} == {"page": 1, "chat": 2, "late": 1}
     with pytest.raises(NotificationConfigError, match=r"unknown handlers \['pager'\]"):
         notifier.set_severity_routing({"critical": ["pager"]})
+    with pytest.raises(NotificationConfigError, match=r"must be a list, got 'c'; write \['c'\]"):
+        notifier.add_handler("c", ConsoleNotificationHandler(print))
+        notifier.set_severity_routing({"critical": "c"})
 
 
 def test_keep_alive_does_not_report_what_it_did_not_have_to_send(

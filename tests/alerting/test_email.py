@@ -171,11 +171,31 @@ def test_a_dead_server_is_a_failure_that_may_be_sent_again(smtp: SmtpServer) -> 
     assert (delivery.ok, delivery.retryable) == (False, True)
 
 
-def test_one_refused_address_does_not_stop_the_other(smtp: SmtpServer) -> None:
+def test_one_refused_address_does_not_stop_the_other(
+    smtp: SmtpServer, caplog: pytest.LogCaptureFixture
+) -> None:
     smtp.refused = {TO[0]}
     delivery = handler(smtp).send(ALERT)
     assert delivery.ok and len(smtp.mails) == 1
-    assert TO[0] in delivery.error  # 届かなかった宛先は、結果に残る
+    assert TO[0] in delivery.error  # 届かなかった宛先は、結果にも、ログにも残る
+    assert f"refused: {TO[0]}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"to": "ops@example.com"}, "to must be a list of addresses, got 'ops@example.com'"),
+        ({"to": []}, "to must be a list"),
+        ({"to": ["ops@example.com", ""]}, "one line, got ''"),
+        ({"to": ["ops@example.com\nBcc: x@example.com"]}, "one line"),
+        ({"sender": "bot@example.com\n"}, "one line"),
+    ],
+)
+def test_wrong_addresses_are_refused_before_the_first_alert(
+    smtp: SmtpServer, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NotificationConfigError, match=message):
+        handler(smtp, **wrong)
 
 
 def test_every_mail_has_its_own_message_id_and_a_date(smtp: SmtpServer) -> None:

@@ -126,7 +126,7 @@ class NotificationHandler(ABC):
             return self.result(alert, ok=True, attempts=0, skipped="send_resolved is off")
         try:
             delivery = self.deliver(alert)
-            problem = "" if delivery.ok else delivery.error
+            problem = delivery.error  # 届いても、一部の宛先に拒否されていることがある
         except (Exception, SystemExit) as error:
             # 例外の文には URL やキーが入りうるので、型だけを残す
             problem = f"raised {type(error).__name__}"

@@ -161,8 +161,10 @@ class EmailNotificationHandler(NotificationHandler):
             raise NotificationConfigError(
                 f"tls must be starttls, implicit or none, got {self.tls!r}"
             )
-        if not self.to:
-            raise NotificationConfigError("to must name at least one address")
+        if isinstance(self.to, str) or not self.to:
+            raise NotificationConfigError(f"to must be a list of addresses, got {self.to!r}")
+        if broken := [one for one in (self.sender, *self.to) if one.splitlines() != [one]]:
+            raise NotificationConfigError(f"an address must be one line, got {broken[0]!r}")
 
     def message(self, alert: Alert) -> EmailMessage:
         """送る文面。同じアラートのメールは一つのスレッドにまとまる。"""

@@ -119,6 +119,9 @@ class Fanout:
 
     def set_routes(self, routes: Iterable[Route]) -> None:
         """(条件, 通知先の名前) の列。どれにも合わないアラートは、全部の通知先へ送る。"""
+        routes = list(routes)
+        if lone := next((names for _, names in routes if isinstance(names, str)), None):
+            raise NotificationConfigError(f"names must be a list, got {lone!r}; write [{lone!r}]")
         table = [(dict(match), tuple(names)) for match, names in routes]
         if unknown := sorted({n for _, names in table for n in names} - self.queues.keys()):
             known = ", ".join(sorted(self.queues)) or "none"

@@ -114,7 +114,10 @@ def to_databricks_alert(
 
     Raises:
         AlertConfigError: 二つの期間を見る burn rate は、一つの SQL アラートにできない。
+            ``destination_ids`` が列でなく、一つの文字列。
     """
+    if isinstance(destination_ids, str):
+        raise AlertConfigError([f"destination_ids must be a list, got {destination_ids!r}"])
     if not isinstance(rule, AlertRule):
         raise AlertConfigError(
             [f"rule {rule.name!r}: burn rates need two queries; export to Prometheus"]
