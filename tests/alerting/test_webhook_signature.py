@@ -231,6 +231,18 @@ def test_the_work_of_a_crashed_worker_is_taken_over_after_its_lease(tmp_path: Pa
         pytest.fail("done twice")
 
 
+def test_a_late_failure_does_not_forget_what_another_worker_has_done(tmp_path: Path) -> None:
+    now = [1000.0]
+    guard = ReplayGuard(tmp_path / "seen.db", clock=lambda: now[0])
+    with pytest.raises(RuntimeError), guard.once("m1", lease_seconds=60):
+        now[0] += 61
+        with guard.once("m1"):  # 期限が過ぎたので、ほかのワーカーが済ませた
+            pass
+        raise RuntimeError
+    with pytest.raises(WebhookRefusedError, match="replay"), guard.once("m1"):
+        pytest.fail("done twice")
+
+
 def test_of_many_racing_workers_one_does_the_work(tmp_path: Path) -> None:
     path, done = tmp_path / "seen.db", list[int]()
 

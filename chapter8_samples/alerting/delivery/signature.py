@@ -87,15 +87,14 @@ class ReplayGuard:
             WebhookRefusedError: 理由は replay(済んだ、またはほかの誰かが処理している)。
         """
         now = self._clock()
+        lease_until = now + lease_seconds
         self._run("DELETE FROM seen WHERE until < ?", now)
-        if not self._run(
-            "INSERT OR IGNORE INTO seen VALUES (?, ?)", message_id, now + lease_seconds
-        ):
+        if not self._run("INSERT OR IGNORE INTO seen VALUES (?, ?)", message_id, lease_until):
             raise WebhookRefusedError("replay")
         try:
             yield
-        except BaseException:
-            self._run("DELETE FROM seen WHERE id = ?", message_id)
+        except BaseException:  # 期限が過ぎて、ほかの誰かが始めた(済ませた)分は消さない
+            self._run("DELETE FROM seen WHERE id = ? AND until = ?", message_id, lease_until)
             raise
         until = self._clock() + 2 * TOLERANCE_SECONDS
         self._run("INSERT OR REPLACE INTO seen VALUES (?, ?)", message_id, until)
