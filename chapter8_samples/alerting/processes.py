@@ -32,8 +32,10 @@ def is_gone(where: str, pid: int) -> bool:
         return False  # Windows の os.kill(pid, 0) は、確かめるのではなくシグナルを送る
     try:
         os.kill(pid, 0)
+        # 落ちても、親(コンテナーの PID 1 など)が片付けるまでは、番号が残る
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1]
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # ほかの利用者のプロセスなど
+    except (OSError, OverflowError):  # ほかの利用者のプロセス、/proc のない OS など
         return False
-    return False
+    return state == b"Z"

@@ -882,6 +882,16 @@ def test_the_lock_of_a_dead_process_is_taken_at_once_and_only_on_the_same_machin
     assert rollback.rollback(force=True).to_version == "2"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only /proc tells a zombie from a process")
+def test_a_dead_process_that_its_parent_has_not_reaped_holds_no_lock() -> None:
+    _, rollback = three_versions()
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        prepare(rollback, machine=machine(), pid=dead.pid)
+        recovered = rollback.recover()
+    assert recovered is not None and recovered.state == "done"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 def test_a_killed_promotion_is_recovered_without_waiting(tracking_uri: str) -> None:
