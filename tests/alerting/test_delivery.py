@@ -608,6 +608,17 @@ def test_a_reply_that_quotes_only_the_key_of_the_url_is_hidden_too(
     assert slack(webhooks, clock).send(ALERT).error.endswith("no hook *** in this workspace")
 
 
+def test_a_decoded_key_and_a_path_before_a_fragment_are_hidden(
+    webhooks: WebhookReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="urllib3")
+    path = "/h;key1?a=1&sig=Q9%2Bdecoded%2F"
+    webhooks.script(Answer(404, body=f"{path}: no Q9+decoded/ here".encode()))
+    error = SlackNotificationHandler(f"{webhooks.url}{path}#top").send(ALERT).error
+    assert error.endswith(": ***: no *** here")
+    assert "POST " in caplog.text and "key1" not in caplog.text
+
+
 @pytest.mark.slow
 def test_one_try_never_takes_longer_than_the_deadline(webhooks: WebhookReceiver) -> None:
     webhooks.script(LATE, LATE)

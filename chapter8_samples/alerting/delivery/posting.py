@@ -17,7 +17,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
 from urllib3.exceptions import InvalidHeader, NewConnectionError
@@ -192,10 +192,10 @@ def _as_sent(url: str) -> str:
 
 def _revealing(url: str) -> list[str]:
     """URL のうち隠す部分。相手が一部だけを答えに書き写すこともあるので、鍵らしい語も含める。"""
-    target = "/" + url.partition("://")[2].partition("/")[2]
+    target = "/" + url.partition("#")[0].partition("://")[2].partition("/")[2]
     words = re.split(r"[/?&=;,]", target)
     keys = [w for w in words if len(w) >= 8 and any(c.isdigit() or c.isupper() for c in w)]
-    return [target, *target.split("?"), *keys]
+    return [target, *target.split("?"), *keys, *map(unquote, keys)]
 
 
 def _first_words(answer: requests.Response) -> str:
