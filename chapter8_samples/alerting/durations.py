@@ -11,7 +11,7 @@ Duration = str | timedelta
 LONGEST = timedelta(days=3650)
 """これより長い期間は、書き誤りとして拒否する。"""
 SECONDS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1, "ms": 0.001}
-PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdw])")
+PART = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(ms|[smhdw])")
 
 
 def parse_duration(value: Duration) -> timedelta:

@@ -223,6 +223,14 @@ def test_a_count_below_its_own_min_samples_is_a_contradiction() -> None:
     assert refused(metric="error_rate", threshold=0.05, min_samples=30) == ""
 
 
+def test_a_label_without_traces_cannot_be_counted_as_zero() -> None:
+    silent = {"metric": "trace_count", "op": "<", "threshold": 1, "by": "model"}
+    assert "write compare or no_data: alert" in refused(**silent)
+    assert refused(**silent, no_data="alert") == refused(**{**silent, "threshold": 2}) == ""
+    assert refused(**{**silent, "threshold": 0.1}, compare="1d") == ""
+    assert refused(metric="trace_count", threshold=0, by="tag:blocked") == ""
+
+
 def test_a_comparison_that_holds_without_any_change_is_refused() -> None:
     week = {"metric": "trace_count", "compare": "1w"}
     assert refused(**week, op="<", threshold=0.05, min_samples=100) == ""
@@ -268,6 +276,7 @@ def test_labels_and_splits_that_mean_nothing_are_refused() -> None:
         ("pass_rate", "write pass_rate:<assessment name>"),
         ("passrate:relevance", "did you mean 'pass_rate'"),
         ("slow_rate:fast", "write slow_rate:3s"),
+        ("slow_rate:0s", "write slow_rate:3s"),
         ("pass_rate: relevance", "write pass_rate:<assessment name>"),
     ],
 )
@@ -301,6 +310,9 @@ def test_a_selector_that_no_alert_can_fit_is_refused_wherever_it_stands() -> Non
     wrong = {
         "no alert has the label 'sevrity'; did you mean 'severity'?": {"sevrity": "critical"},
         "no alert has severity 'crit'; did you mean 'critical'?": {"severity": "crit"},
+        "no alert has severity 'CRITICAL'; did you mean 'critical'?": {"severity": "CRITICAL"},
+        "no alert has severity 'high'; known: info, warning, error, critical": {"severity": "high"},
+        "no alert has team 'ops'; known: search": {"team": "ops"},
         "no alert has name 'eror'; did you mean 'errors'?": {"name": "eror"},
         "no alert has service 'bott'; did you mean 'bot'?": {"service": "bott"},
         "no alert has metric 'cost_usdd'; did you mean 'cost_usd'?": {"metric": "cost_usdd"},
@@ -335,6 +347,11 @@ def test_equal_and_receivers_name_what_exists() -> None:
     found = points_nowhere(receivers=receivers, routes=routes)
     assert found == "routes[0].to: unknown receiver 'opps'; did you mean 'ops'?"
     assert points_nowhere(routes=({"to": ["console"]},)) == ""  # 通知先を書かなければ console だけ
+
+
+def test_a_key_of_a_rule_is_no_label_of_all_alerts_either() -> None:
+    with pytest.raises(AlertConfigError, match="labels: 'severity' is a key of a rule"):
+        AlertConfig(rules=RULES, labels={"severity": "high"})
 
 
 def test_a_label_missing_on_both_sides_is_not_equal() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -321,6 +322,42 @@ def test_a_value_is_cut_only_after_its_secret_is_hidden() -> None:
     with pytest.raises(AlertConfigError) as caught:
         load_config({"watchdog_severity": f"the routing key of the rotation is {key}"})
     assert key[:8] not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["dapi0123456789abcdef0123456789abcdef", "ghp_16C7e42F292c6912E7710c838347Ae178B4a",
+     "postgresql://app:hunter2@db/mlflow", "smtp://app:hunter2@mail"],
+)  # fmt: skip
+def test_a_token_longer_than_a_key_and_a_password_in_a_uri_are_hidden_too(secret: str) -> None:
+    for fields in ({"repeat": secret}, {"watchdog_severity": secret}, {secret: "1"}):
+        assert secret[-9:] not in "".join(problems({**yaml.safe_load(RULES), **fields}))
+
+
+@pytest.mark.parametrize("tagged", ["!!int '-'", "!!float ''", "!!bool x", "!!map x", "!env HOME"])
+def test_a_tag_is_refused_with_its_line(tagged: str, tmp_path: Path) -> None:
+    (found,) = problems(write(tmp_path, f"{RULES}repeat: {tagged}\n"))
+    assert "line 2, column 9: " in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "repeat: *x", "version: *x", "mute: [{start: *x, end: '7:00'}]",
+        "watchdog_severity: *x", "routes: [{match: {name: *x}, to: *x}]",
+        "burn_rates: [{name: b, objective: 0.9, factor: 2, metric: *x, severity: *x}]",
+        f"watchdog_severity: {'critical' * 100_000}", f"evaluation_failure_for: {'9' * 200_000}",
+        f"labels: {{{', '.join(f'k{i}: v' for i in range(20_000))}}}\nrepeat: 4",
+    ],
+)  # fmt: skip
+def test_aliases_within_aliases_and_huge_values_are_refused_at_once(
+    text: str, tmp_path: Path
+) -> None:
+    nested = "".join(f"  - &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    text = f"x:\n  - &x0 [a, b]\n{nested}  - &x [*x11]\n{RULES}{text}\n"
+    started = time.process_time()
+    assert problems(write(tmp_path, text))
+    assert time.process_time() - started < 10  # すべて書き出すと、1 時間では済まない
 
 
 def test_a_broken_last_route_is_not_also_a_missing_catch_all() -> None:

@@ -168,8 +168,10 @@ def metric_problem(metric: str, *, rate_for: str = "") -> str:
     kind, colon, name = metric.partition(":")
     if kind == SLOW_RATE:
         try:
-            parse_duration(name)
+            limit = parse_duration(name)
         except ValueError:
+            limit = timedelta(0)
+        if not limit:
             return f"{name!r} is not a limit; write slow_rate:3s or slow_rate:1500ms"
     elif kind in NAMED_METRICS:
         if not name or name != name.strip():

@@ -254,7 +254,7 @@ class ServerNumbers:
 
     def slower_than(self, milliseconds: float) -> Tally:
         """応答時間がこれを超えたトレース。集計の API では絞れないので、それだけを検索する。"""
-        rows = self._rows(f"attributes.execution_time_ms > {milliseconds:.0f}")
+        rows = self._rows(f"attributes.execution_time_ms > {math.floor(milliseconds)}")
         return Tally(len(rows), len(rows))
 
     def first_chunks(self) -> list[tuple[float, float]]:

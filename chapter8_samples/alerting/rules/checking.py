@@ -106,6 +106,7 @@ def as_share(value: object) -> str:
 
 def near(value: object, known: Iterable[object]) -> str:
     """近い名前を勧める文。なければ空。"""
-    text = value if isinstance(value, str) else ""
-    close = difflib.get_close_matches(text, [name for name in known if isinstance(name, str)], 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    text = value.lower() if isinstance(value, str) else ""
+    names = {name.lower(): name for name in known if isinstance(name, str)}
+    close = difflib.get_close_matches(text, names, 1)
+    return f"; did you mean {names[close[0]]!r}?" if close else ""

@@ -11,11 +11,12 @@ from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Annotated, Any, Protocol
 
-from pydantic import Discriminator, Tag
+from pydantic import AfterValidator, Discriminator, Tag
 
 from ..durations import parse_duration
 from .checking import model
 from .defaults import DEFAULT_RULES
+from .limits import check_labels
 from .model import AlertRule, BurnRateRule
 from .receivers import Receiver, Route
 from .references import WATCHDOG, reference_problems
@@ -111,7 +112,9 @@ class AlertConfig:
     evaluation_failure_for: Length = "1m"
     watchdog_severity: Severity = "critical"
     interval: PositiveLength | None = None
-    labels: Mapping[Name, Name] = field(default_factory=dict[str, str])
+    labels: Annotated[Mapping[Name, Name], AfterValidator(check_labels)] = field(
+        default_factory=dict[str, str]
+    )
     inhibit: Sequence[Inhibit] = ()
     mute: Sequence[MuteWindow] = ()
     receivers: Mapping[Name, Receiver] = field(default_factory=dict[str, Receiver])

@@ -40,7 +40,7 @@ def check_failure_rate(metric: str) -> str:
 def check_labels(labels: Mapping[str, str]) -> Mapping[str, str]:
     """ルールの項目をラベルに書いていないか。"""
     if own := [key for key in labels if key in OWN_KEYS]:
-        raise ValueError(f"{own[0]!r} is a key of the rule, not a label; write {own[0]}: there")
+        raise ValueError(f"{own[0]!r} is a key of a rule, not a label; write {own[0]}: there")
     return labels
 
 
@@ -81,6 +81,8 @@ def _range(rule: Mapping[str, Any]) -> tuple[float, float, str]:
         return least, math.inf, f"it is judged from min_samples {least} up; remove min_samples"
     none = "; write 1 for none at all" if kind in COUNTS and not upward else ""
     low = 1 if kind.endswith("_ms") else 0
+    if kind == "trace_count" and rule.get("by") and not upward and rule.get("no_data") != "alert":
+        return 1, math.inf, "a label without traces is not seen; write compare or no_data: alert"
     return low, math.inf, f"it is never below {low}{none}"
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .checking import near
@@ -38,7 +38,7 @@ def reference_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     for place, inhibit in _items(fields, "inhibit").items():
         for key in _list(inhibit.get("equal")):
             if key not in list(labels):
-                yield f"{place}.equal: no alert has the label {short(key)}{near(key, labels)}"
+                yield f"{place}.equal: no alert has the label {short(key)}{_hint(key, labels)}"
 
 
 def _items(fields: Mapping[str, Any], key: str) -> dict[str, Labels]:
@@ -73,7 +73,7 @@ def _route_problems(fields: Mapping[str, Any]) -> Iterator[str]:
     for place, route in routes.items():
         for name in _list(route.get("to")):
             if name not in known:
-                yield f"{place}.to: unknown receiver {short(name)}{near(name, known)}"
+                yield f"{place}.to: unknown receiver {short(name)}{_hint(name, known)}"
         is_last = place == list(routes)[-1]
         if is_last and route.get("match"):
             yield "routes: the last route must match everything; add {match: {}, to: [...]}"
@@ -90,8 +90,8 @@ def _known_values(fields: Mapping[str, Any], rules: Sequence[Labels]) -> dict[st
     for rule in rules:
         known["name"].append(rule.get("name"))
         known["metric"].append(rule.get("metric", "error_rate"))
-        if by := rule.get("by"):
-            known.setdefault(str(by).removeprefix("tag:"), []).append(ANY)
+        if isinstance(by := rule.get("by"), str):
+            known.setdefault(by.removeprefix("tag:"), []).append(ANY)
     return known
 
 
@@ -101,6 +101,11 @@ def _selector_problems(selector: Labels, known: Mapping[str, list[Any]]) -> Iter
         if not isinstance(value, str):
             continue  # 型の検査が知らせる
         if key not in known:
-            yield f"no alert has the label {short(key)}{near(key, known)}"
+            yield f"no alert has the label {short(key)}{_hint(key, known)}"
         elif value not in known[key] and ANY not in known[key]:
-            yield f"no alert has {key} {short(value)}{near(value, known[key])}"
+            yield f"no alert has {key} {short(value)}{_hint(value, known[key])}"
+
+
+def _hint(value: object, known: Iterable[Any]) -> str:
+    names = dict.fromkeys(name for name in known if isinstance(name, str))
+    return near(value, names) or f"; known: {', '.join(names) or 'none'}"

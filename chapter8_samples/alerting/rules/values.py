@@ -14,7 +14,8 @@ from ..durations import Duration, parse_duration
 
 CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 SECRET_LIKE = re.compile(
-    r"https?://\S*|\S*sig=\S*|\b(?=\w*\d)[0-9a-z]{32}\b|\bwhsec_\S*|\bxox[bp]-\S*", re.IGNORECASE
+    r"\b\w+://\S*|\bsig=\S*|(?<![0-9a-z])(?=[a-z]*\d)[0-9a-z]{32,}|\bwhsec_\S*|\bxox[bp]-\S*",
+    re.IGNORECASE,
 )
 Severity = Literal["info", "warning", "error", "critical"]
 SEVERITIES: tuple[str, ...] = get_args(Severity)
@@ -53,7 +54,9 @@ def parse_zone(name: Any) -> tzinfo:
 
 
 def short(value: object) -> str:
-    """文に引用する長さに切った値。"""
+    """文に引用する長さに切った値。リストや辞書は、秘密や巨大なもの(別名の入れ子)を含みうる。"""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a mapping"
     text = SECRET_LIKE.sub("***", repr(value))  # 先に切ると、秘密の前半が残る
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -67,6 +70,8 @@ def _checked_by(read: Callable[[Any], object]) -> PlainValidator:
     """``read`` に読める値を、書かれたまま受け取る。"""
 
     def check(value: Any) -> Any:
+        if isinstance(value, list | dict):
+            raise ValueError(f"must be text, found {short(value)}")
         read(value)
         return value
 
