@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     watch = _command(commands, "watch", _watch, "評価し続ける")
     past = _command(commands, "replay", _replay, "過去のトレースで試す")
     metrics = _command(commands, "serve-metrics", _serve_metrics, "Prometheus に指標を公開する")
-    metrics.add_argument("--port", type=int, default=9464)
+    metrics.add_argument("--port", type=_port, default=9464)
     metrics.add_argument("--address", default="127.0.0.1", help="待ち受けるアドレス")
     for made in (once, watch, past, metrics):
         made.add_argument("--experiment", help="設定の experiment の代わりに使う")
@@ -97,9 +97,19 @@ def _command(
 
 
 def _positive(text: str) -> float:
-    if not 0 < (value := float(text)) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1000000")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1000000")
     return value
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port between 0 and 65535")
+    return int(text)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -114,9 +124,7 @@ def _once(options: argparse.Namespace) -> int:
     if config.interval is None and "alertmanager" in receivers:
         problem = "interval: missing; Alertmanager keeps an alert for three of them (interval: 10m)"
         raise AlertConfigError([problem])
-    if parse_duration(config.evaluation_failure_for) <= CRON_STEP:  # 次の回は、その後になる
-        config = replace(config, evaluation_failure_for="0s")
-    engine, notifier = _engine(options, config)
+    engine, notifier = _engine(options, _told_at_once(config))
     engine.evaluate()
     _finish(engine, notifier)
     for name, reason in engine.failures.items():
@@ -126,6 +134,13 @@ def _once(options: argparse.Namespace) -> int:
     if engine.failures:
         return SOURCE_ERROR
     return FIRING if engine.active() else OK
+
+
+def _told_at_once(config: AlertConfig) -> AlertConfig:
+    """1 回だけ評価するときの設定。評価の失敗を、次の回(早くても 1 分後)まで待たずに知らせる。"""
+    if parse_duration(config.evaluation_failure_for) > CRON_STEP:
+        return config
+    return replace(config, evaluation_failure_for="0s")
 
 
 def _watch(options: argparse.Namespace) -> int:
@@ -159,7 +174,8 @@ def _engine(
         )
     except MetricSourceError as error:
         # 監視できないことも知らせる。届いていなかった通知も送る
-        blind = AlertEngine(config, _Unreadable(error), notifier, state_path=options.state)
+        told = _told_at_once(config)
+        blind = AlertEngine(told, _Unreadable(error), notifier, state_path=options.state)
         blind.evaluate()
         _finish(blind, notifier)
         raise

@@ -267,12 +267,16 @@ def test_a_time_of_day_that_yaml_read_as_a_number_is_refused_with_its_spelling()
         ("offset: 30", "offset: '30' is not a duration; write 30s"),
         ("offset: 5:00", "offset: '5:00' is not a duration"),
         ("repeat:", "repeat: '' is not a duration"),
-        ("receivers: {a: {type: console, send_resolved: maybe}}",
-         "receivers.a.send_resolved: 'maybe': Input should be a valid boolean"),
-        ("receivers: {a: {type: email, host: h, sender: a@b, to: [c@d], tls: off}}",
-         "receivers.a.tls: 'off' is not one of starttls, implicit, none"),
+        (
+            "receivers: {a: {type: console, send_resolved: maybe}}",
+            "receivers.a.send_resolved: 'maybe': Input should be a valid boolean",
+        ),
+        (
+            "receivers: {a: {type: email, host: h, sender: a@b, to: [c@d], tls: off}}",
+            "receivers.a.tls: 'off' is not one of starttls, implicit, none",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_yaml_1_1_would_misread_is_named(line: str, problem: str, tmp_path: Path) -> None:
     assert problems(write(tmp_path, f"{RULES}{line}\n"))[0].startswith(problem)
 
@@ -326,9 +330,13 @@ def test_a_value_is_cut_only_after_its_secret_is_hidden() -> None:
 
 @pytest.mark.parametrize(
     "secret",
-    ["dapi0123456789abcdef0123456789abcdef", "ghp_16C7e42F292c6912E7710c838347Ae178B4a",
-     "postgresql://app:hunter2@db/mlflow", "smtp://app:hunter2@mail"],
-)  # fmt: skip
+    [
+        "dapi0123456789abcdef0123456789abcdef",
+        "ghp_16C7e42F292c6912E7710c838347Ae178B4a",
+        "postgresql://app:hunter2@db/mlflow",
+        "smtp://app:hunter2@mail",
+    ],
+)
 def test_a_token_longer_than_a_key_and_a_password_in_a_uri_are_hidden_too(secret: str) -> None:
     for fields in ({"repeat": secret}, {"watchdog_severity": secret}, {secret: "1"}):
         assert secret[-9:] not in "".join(problems({**yaml.safe_load(RULES), **fields}))
@@ -343,13 +351,17 @@ def test_a_tag_is_refused_with_its_line(tagged: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "repeat: *x", "version: *x", "mute: [{start: *x, end: '7:00'}]",
-        "watchdog_severity: *x", "routes: [{match: {name: *x}, to: *x}]",
+        "repeat: *x",
+        "version: *x",
+        "mute: [{start: *x, end: '7:00'}]",
+        "watchdog_severity: *x",
+        "routes: [{match: {name: *x}, to: *x}]",
         "burn_rates: [{name: b, objective: 0.9, factor: 2, metric: *x, severity: *x}]",
-        f"watchdog_severity: {'critical' * 100_000}", f"evaluation_failure_for: {'9' * 200_000}",
+        f"watchdog_severity: {'critical' * 100_000}",
+        f"evaluation_failure_for: {'9' * 200_000}",
         f"labels: {{{', '.join(f'k{i}: v' for i in range(20_000))}}}\nrepeat: 4",
     ],
-)  # fmt: skip
+)
 def test_aliases_within_aliases_and_huge_values_are_refused_at_once(
     text: str, tmp_path: Path
 ) -> None:
@@ -410,9 +422,35 @@ def variables(receivers: Any) -> set[str]:
     return {v for r in receivers.values() for k, v in r.items() if k.endswith("_env")}
 
 
-WORDS = ("{", "}", "[", "]", ":", "- ", "*a", "&a", "!!x", "22:00", "no", "~", "1e400", "-1",
-         "error_rate", "'", '"', "\n", "  ", "\t", "#", "<<", "9" * 50, "\x00", "\ud83d", "0x1f",
-         "https://u:p@h/x?sig=SECRET")  # fmt: skip
+WORDS = (
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    "- ",
+    "*a",
+    "&a",
+    "!!x",
+    "22:00",
+    "no",
+    "~",
+    "1e400",
+    "-1",
+    "error_rate",
+    "'",
+    '"',
+    "\n",
+    "  ",
+    "\t",
+    "#",
+    "<<",
+    "9" * 50,
+    "\x00",
+    "\ud83d",
+    "0x1f",
+    "https://u:p@h/x?sig=SECRET",
+)
 
 
 def mutated(text: str, rng: random.Random) -> str:

@@ -285,6 +285,26 @@ def test_a_file_that_cannot_be_written_is_an_error_and_no_traceback(
     assert str(tmp_path) in capsys.readouterr().err
 
 
+def test_watch_tells_the_receivers_when_it_cannot_begin(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = ["--state", str(tmp_path / "s.db")]
+    down = ["--tracking-uri", f"http://127.0.0.1:{free_port()}"]
+    assert main(["watch", config, *state, *down]) == 3
+    assert "[発報] CRITICAL alert_evaluation_failed" in capsys.readouterr().out
+    assert main(["watch", config, *state, *down]) == 3  # 起動し直されても、もう知らせない
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "http"])
+def test_a_port_that_does_not_exist_is_an_error_and_no_traceback(
+    port: str, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve-metrics", config, f"--port={port}"])
+    assert ended.value.code == 2 and port in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "1e9", "soon"])
 def test_a_number_that_makes_no_sense_is_an_error_and_no_traceback(
     hours: str, config: str, capsys: pytest.CaptureFixture[str]
@@ -293,4 +313,4 @@ def test_a_number_that_makes_no_sense_is_an_error_and_no_traceback(
         with pytest.raises(SystemExit) as ended:
             main(arguments)
         assert ended.value.code == 2
-        assert hours in capsys.readouterr().err
+        assert f"{hours!r} is not a number between 0 and 1000000" in capsys.readouterr().err

@@ -138,6 +138,7 @@ def truth(requests: list[Request]) -> dict[str, float]:
     thumbs = [r.thumb for r in inside if r.thumb is not None]
     cost = sum(r.cost for r in inside)
     first = [r.first_chunk_ms for r in inside if r.first_chunk_ms is not None]
+    middle = sorted(latency)[len(latency) // 2]
     return {
         "trace_count": len(inside),
         "error_rate": sum(r.failed for r in inside) / len(inside),
@@ -146,6 +147,7 @@ def truth(requests: list[Request]) -> dict[str, float]:
         "latency_p99_ms": cuts[98],
         "time_to_first_chunk_p95_ms": quantiles(first, n=100, method="inclusive")[94],
         "slow_rate:1.2s": sum(value > 1200 for value in latency) / len(latency),
+        f"slow_rate:{middle - 0.3:.1f}ms": sum(v >= middle for v in latency) / len(latency),
         "cost_usd": cost,
         "cost_usd_per_hour": cost * 6,
         "cost_usd_per_request": cost / len(inside),

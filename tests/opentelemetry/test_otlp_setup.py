@@ -434,6 +434,7 @@ def started(program: str, *arguments: str) -> subprocess.Popen[str]:
 def test_spans_ended_before_os_exit_are_delivered_after_flush_all(
     tracking_uri: str, otlp: OtlpReceiver
 ) -> None:
+    mlflow.set_experiment("exit")  # 2 つが同時に作ると、負けた側の記録先は Default のままになる
     program = f"""
 import os, sys, mlflow
 from chapter8_samples.opentelemetry import flush_all, setup_otlp_export

@@ -203,7 +203,10 @@ def test_multiprocessing_children_lose_nothing(program: Any, stored: Any) -> Non
         + WORK
         + (
             "import multiprocessing\n"
-            "def many():\n    for number in range(20): work(number)\n"
+            "def many():\n"
+            f"    {SETUP}"  # 呼んでも、Pool を止めるシグナルは元のまま
+            "    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+            "    for number in range(20): work(number)\n"
             "child = multiprocessing.get_context('fork').Process(target=many)\n"
             "child.start(); child.join(); print(child.exitcode)\n"
         )

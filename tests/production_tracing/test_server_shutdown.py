@@ -184,6 +184,10 @@ WARM_UP = "for _ in range(20):\n    with mlflow.start_span('warm-up'): pass\n"
 RUN = (
     "\nimport uvicorn\nif __name__ == '__main__': uvicorn.run(app, port=int(os.environ['PORT']))\n"
 )
+SENT_ONLY_AT_THE_END = {
+    "MLFLOW_ASYNC_TRACE_LOGGING_MAX_INTERVAL_MILLIS": "600000",
+    "MLFLOW_ASYNC_TRACE_LOGGING_MAX_SPAN_BATCH_SIZE": "1000",
+}
 UVICORN_WORKER = ["-k", "uvicorn.workers.UvicornWorker"]
 
 
@@ -268,7 +272,8 @@ def test_gunicorn_preload_stores_everything_once(
     program: Any, stored: Any, free_port: int, app: str, config: str, worker: Any, earlier: int
 ) -> None:
     (program.folder / "gunicorn.conf.py").write_text(config, encoding="utf-8")
-    with serving(program, app, *gunicorn(free_port, "--preload", *worker)) as served:
+    command = gunicorn(free_port, "--preload", *worker)
+    with serving(program, app, *command, **SENT_ONLY_AT_THE_END) as served:
         ask_enough(served, free_port)
         served.stop()
         assert len(stored("child", include_spans=False)) == served.answered + earlier

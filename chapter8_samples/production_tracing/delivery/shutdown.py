@@ -129,6 +129,7 @@ class GracefulShutdownHandler:
                 self._leave(signal.SIGTERM)
 
     def _restore_signals(self) -> None:
+        self._signals_of = os.getpid()  # multiprocessing の子では、呼ばれても登録しない
         for number, previous in self._previous.items():
             if signal.getsignal(number) == self._on_signal and previous is not None:
                 signal.signal(number, previous)
